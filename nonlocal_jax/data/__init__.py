@@ -1,0 +1,1 @@
+"""Data: what feeds the networks."""

@@ -1,0 +1,22 @@
+"""Linen modules: they own parameters and call `nonlocal_jax.ops`."""
+
+from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
+from nonlocal_jax.layers.describe import BlockDescription, describe
+from nonlocal_jax.layers.instantiations import Concatenation, DotProduct, EmbeddedGaussian, Gaussian
+from nonlocal_jax.layers.norm import Affine, BatchNorm, freeze_batch_norm
+from nonlocal_jax.layers.pooling import max_pool
+
+__all__ = [
+    "Affine",
+    "BatchNorm",
+    "BlockDescription",
+    "Concatenation",
+    "DotProduct",
+    "EmbeddedGaussian",
+    "Gaussian",
+    "NonLocalBlock",
+    "describe",
+    "freeze_batch_norm",
+    "max_pool",
+    "nonlocal_block",
+]

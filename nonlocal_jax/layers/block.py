@@ -1,0 +1,241 @@
+"""The non-local block, z_i = W_z y_i + x_i (Eq. 6), and the conventions of each published implementation."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nonlocal_jax.layers.instantiations import (
+    Concatenation,
+    DotProduct,
+    EmbeddedGaussian,
+    Gaussian,
+    Initializer,
+    NonLocalOperation,
+    he_normal,
+    zero_bias,
+)
+from nonlocal_jax.layers.norm import BatchNorm
+from nonlocal_jax.types import Array, Features, Instantiation, PositionMask, Scalar
+
+Preset = Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"]
+
+
+class NonLocalBlock(nn.Module):
+    """A residual block around a non-local operation: z_i = norm(W_z y_i) + x_i.            (Eq. 6)
+
+    A new block is the identity: the norm's scale starts at 0 or, without a norm, W_z and its bias do. So it can be put
+    into a trained network without changing its answer. There is no ReLU after the sum.
+
+    Attributes:
+        operation: computes y; one of `Gaussian`, `EmbeddedGaussian`, `DotProduct`, `Concatenation`. It becomes this
+            block's own submodule `operation`.
+        norm: makes the norm after W_z: `BatchNorm` (trained), `Affine` (a frozen one), `nn.GroupNorm`, `nn.LayerNorm`,
+            a `functools.partial` of one of them, or None.
+        out_bias: whether W_z has a bias; None is yes exactly when no norm follows.
+        kernel_init: initialiser of W_z.
+        bias_init: from the fan-in to the initialiser of W_z's bias.
+        zero_init: whether the block starts as the identity.
+        dtype: of W_z and the norm; None is that of the input and parameters.
+        param_dtype: of their parameters.
+
+    Source: section 3.3.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x = jax.random.normal(jax.random.key(0), (2, 4, 6, 6, 10))
+    >>> block = NonLocalBlock(EmbeddedGaussian())
+    >>> z, variables = block.init_with_output(jax.random.key(1), x)
+    >>> bool((z == x).all())
+    True
+    >>> state = block.apply(variables, x, mutable=["intermediates"])[1]
+    >>> state["intermediates"]["operation"]["affinity"][0].shape  # (B, N, M): 4·6·6 queries, 4·3·3 pooled keys
+    (2, 144, 36)
+    """
+
+    operation: NonLocalOperation
+    norm: Callable[..., nn.Module] | None = BatchNorm
+    out_bias: bool | None = None
+    kernel_init: Initializer = he_normal
+    bias_init: Callable[[int], Initializer] = zero_bias
+    zero_init: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        # Made inside another module's `__call__`, the operation would be that module's child, and so would its parameters be.
+        if self.operation.parent is not None:
+            self.operation = self.operation.clone(parent=None, name=None)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Features, *, mask: PositionMask | None = None, train: bool = False) -> Features:
+        """z, of the shape of x.
+
+        Args:
+            x: (B, *positions, C), with one, two or three position axes.
+            mask: (B, *positions) of bool, False where x is padding. Padding influences nothing and keeps its value.
+            train: whether BatchNorm uses, and updates, the statistics of this batch; "batch_stats" must then be mutable.
+
+        Returns:
+            (B, *positions, C).
+
+        Raises:
+            ValueError, TypeError: as the operation does.
+        """
+        y = self.operation(x, mask=mask)
+        zeros = nn.initializers.zeros
+        without_norm = self.norm is None
+        starts_zero = self.zero_init and without_norm
+        residual = nn.Dense(
+            x.shape[-1],
+            use_bias=without_norm if self.out_bias is None else self.out_bias,
+            kernel_init=zeros if starts_zero else self.kernel_init,
+            bias_init=zeros if starts_zero else self.bias_init(y.shape[-1]),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="out",
+        )(y)
+        if self.norm is not None:
+            residual = self._normalise(self.norm, residual, mask, train)
+        if mask is not None:
+            residual = jnp.where(mask[..., None], residual, 0)
+        if self.is_mutable_collection("intermediates") and not self.is_initializing():
+            self.sow("intermediates", "residual_ratio", _residual_ratio(residual, x))
+        return (x + residual).astype(x.dtype)
+
+    def _normalise(self, norm: Callable[..., nn.Module], x: Array, mask: Array | None, train: bool) -> Array:
+        identity = {"scale_init": nn.initializers.zeros} if self.zero_init else {}
+        module = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm", **identity)
+        if isinstance(module, nn.BatchNorm):
+            real = None if mask is None else mask[..., None]
+            return module(x, use_running_average=not train, mask=real)
+        return module(x)
+
+
+def _residual_ratio(residual: Array, x: Array) -> Scalar:
+    """‖W_z y‖ / ‖x‖: 0 as long as the block is the identity."""
+    norm, of_x = (jnp.linalg.norm(a.astype(jnp.float32)) for a in (residual, x))
+    return norm / jnp.where(of_x == 0, 1, of_x)
+
+
+OPERATIONS: dict[Instantiation, type[NonLocalOperation]] = {
+    "gaussian": Gaussian,
+    "embedded_gaussian": EmbeddedGaussian,
+    "dot_product": DotProduct,
+    "concatenation": Concatenation,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Convention:
+    """Where the sources differ. The defaults are the paper's."""
+
+    source: str = "the paper"
+    instantiations: tuple[Instantiation, ...] = tuple(OPERATIONS)
+    use_scale: bool = False  # logits of the embedded Gaussian times inner_features^-0.5
+    subsample: bool = True
+    pool_order: Literal["after", "before"] = "after"
+    use_bias: bool = False  # of θ, φ and g
+    out_bias: bool | None = False  # of W_z; None is yes exactly when no norm follows
+    kernel_init: Initializer = he_normal
+    bias_init: Callable[[int], Initializer] = zero_bias
+    norm: Callable[..., nn.Module] = BatchNorm
+
+
+def _uniform_bias(fan_in: int) -> Initializer:
+    """PyTorch's default for a bias, U(−1/√fan_in, 1/√fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+_normal_001 = nn.initializers.normal(0.01)
+
+CONVENTIONS: dict[Preset, _Convention] = {
+    "paper": _Convention(),
+    "caffe2": _Convention(
+        source="video-nonlocal-net",
+        instantiations=("embedded_gaussian", "dot_product"),
+        use_scale=True,
+        pool_order="before",
+        use_bias=True,
+        out_bias=True,
+        kernel_init=_normal_001,
+        norm=functools.partial(BatchNorm, epsilon=1.0000001e-5),
+    ),
+    "slowfast": _Convention(
+        source="PySlowFast",
+        instantiations=("embedded_gaussian", "dot_product"),
+        use_scale=True,
+        pool_order="before",
+        use_bias=True,
+        out_bias=True,
+        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    ),
+    "non_local_pytorch": _Convention(
+        source="Non-local_pytorch",
+        use_bias=True,
+        out_bias=True,
+        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        bias_init=_uniform_bias,
+    ),
+    "mmcv": _Convention(
+        source="mmcv", use_scale=True, subsample=False, use_bias=True, out_bias=None, kernel_init=_normal_001
+    ),
+}
+
+
+def nonlocal_block(instantiation: Instantiation, preset: Preset = "paper", **overrides: Any) -> NonLocalBlock:
+    """A non-local block in the conventions of one source.
+
+    | preset              | softmax scale | pooling       | biases            | initialisation    | ε of BN      |
+    |---------------------|---------------|---------------|-------------------|-------------------|--------------|
+    | `paper`             | 1             | after φ and g | none              | He                | 1e-5         |
+    | `caffe2`            | d^-0.5        | before        | all               | N(0, 0.01)        | 1.0000001e-5 |
+    | `slowfast`          | d^-0.5        | before        | all               | He, by fan-out    | 1e-5         |
+    | `non_local_pytorch` | 1             | after φ and g | all               | PyTorch's default | 1e-5         |
+    | `mmcv`              | d^-0.5        | none          | W_z: without norm | N(0, 0.01)        | 1e-5         |
+
+    Args:
+        instantiation: "gaussian", "embedded_gaussian", "dot_product" or "concatenation"; `caffe2` and `slowfast` have the
+            embedded Gaussian and the dot product only.
+        preset: whose conventions.
+        **overrides: any attribute of the operation or of `NonLocalBlock`; one that both have goes to both.
+
+    Returns:
+        The block, an identity until it is trained.
+
+    Raises:
+        ValueError: an unknown instantiation or preset, or one that the preset's source does not have.
+        TypeError: an unknown attribute.
+
+    >>> block = nonlocal_block("embedded_gaussian", preset="caffe2", subsample=(1, 3, 3))
+    >>> block.operation.use_scale, block.operation.pool_order, block.operation.subsample
+    (True, 'before', (1, 3, 3))
+    """
+    if instantiation not in OPERATIONS:
+        raise ValueError(f"instantiation must be one of {', '.join(map(repr, OPERATIONS))}; got {instantiation!r}.")
+    if preset not in CONVENTIONS:
+        raise ValueError(f"preset must be one of {', '.join(map(repr, CONVENTIONS))}; got {preset!r}.")
+    convention = CONVENTIONS[preset]
+    if instantiation not in convention.instantiations:
+        has = " and ".join(map(repr, convention.instantiations))
+        raise ValueError(f"preset {preset!r} has no {instantiation!r}: {convention.source} has {has}.")
+
+    operation_type = OPERATIONS[instantiation]
+    of_operation, of_block = _attributes(operation_type), _attributes(NonLocalBlock) - {"operation"}
+    if unknown := overrides.keys() - of_operation - of_block:
+        known = ", ".join(sorted(of_operation | of_block))
+        raise TypeError(f"a {instantiation} block has no attribute {', '.join(sorted(unknown))}; it has {known}.")
+    chosen = {field.name: getattr(convention, field.name) for field in dataclasses.fields(convention)} | overrides
+    operation = operation_type(
+        **{name: value for name, value in chosen.items() if name in of_operation - {"name"}}, parent=None
+    )
+    return NonLocalBlock(operation, **{name: value for name, value in chosen.items() if name in of_block})
+
+
+def _attributes(module: type[nn.Module]) -> set[str]:
+    return {field.name for field in dataclasses.fields(module)} - {"parent"}

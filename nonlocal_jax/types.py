@@ -1,0 +1,49 @@
+"""The tensor vocabulary: every kind of array is named here once.
+
+Axes: `b` batch, `t` frames, `h` and `w` rows and columns, `c` channels; `n` query positions, `m` key positions, `d` the
+width of θ and φ, `e` the width of g. `*b` is any number of leading axes; `*positions` is one, two or three of them:
+(N,), (H, W) or (T, H, W). The annotations are checked at run time under pytest only.
+"""
+
+from typing import Literal
+
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
+
+Instantiation = Literal["gaussian", "embedded_gaussian", "dot_product", "concatenation"]
+
+# What a layer takes and gives.
+Features = Float[Array, "b *positions c"]
+PositionMask = Bool[Array, "b *positions"]  # True where the input is real, False where it is padding
+
+# Eq. 1: y_i = 1/C(x) Σ_j f(x_i, x_j) g(x_j).
+Queries = Float[Array, "*b n d"]  # θ(x_i)
+Keys = Float[Array, "*b m d"]  # φ(x_j)
+Values = Float[Array, "*b m e"]  # g(x_j)
+Responses = Float[Array, "*b n e"]  # y_i
+Affinity = Float[Array, "*b n m"]  # f(x_i, x_j) / C(x)
+KeyMask = Bool[Array, "*b m"]
+ConcatenationWeights = Float[Array, " two_d"]  # w_f, first for θ, then for φ
+
+# Videos and their labels.
+Video = Float[Array, "b t h w c"]
+Labels = Int[Array, " b"]
+Logits = Float[Array, "b classes"]
+
+__all__ = [
+    "Affinity",
+    "Array",
+    "ConcatenationWeights",
+    "Features",
+    "Instantiation",
+    "KeyMask",
+    "Keys",
+    "Labels",
+    "Logits",
+    "PRNGKeyArray",
+    "PositionMask",
+    "Queries",
+    "Responses",
+    "Scalar",
+    "Values",
+    "Video",
+]
