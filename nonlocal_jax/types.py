@@ -13,7 +13,10 @@ Instantiation = Literal["gaussian", "embedded_gaussian", "dot_product", "concate
 
 # What a layer takes and gives.
 Features = Float[Array, "b *positions c"]
+Embedded = Float[Array, "b *positions e"]  # the same positions, other channels
+Pooled = Float[Array, "b *pooled c"]  # the same channels, fewer positions
 PositionMask = Bool[Array, "b *positions"]  # True where the input is real, False where it is padding
+PooledMask = Bool[Array, "b *pooled"]
 
 # Eq. 1: y_i = 1/C(x) Σ_j f(x_i, x_j) g(x_j).
 Queries = Float[Array, "*b n d"]  # θ(x_i)
@@ -33,12 +36,15 @@ __all__ = [
     "Affinity",
     "Array",
     "ConcatenationWeights",
+    "Embedded",
     "Features",
     "Instantiation",
     "KeyMask",
     "Keys",
     "Labels",
     "Logits",
+    "Pooled",
+    "PooledMask",
     "PRNGKeyArray",
     "PositionMask",
     "Queries",

@@ -1,67 +1,94 @@
 """Toy videos of real handwriting, made on the device from a random key.
 
-The digits are scikit-learn's 1,797 scans of 8×8 pixels. A clip is noise and strokes, and in some of its frames a few digits. What is asked
-of it depends on digits that are far apart in space and in time.
+The digits are scikit-learn's 1,797 scans of 8×8 pixels. A clip is noise and strokes and, in some of its frames, a few digits. What is
+asked of it depends on digits that are far apart in space and time.
 """
 
 import dataclasses
 import functools
+import itertools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
-from nonlocal_jax.types import Array, Labels, PRNGKeyArray, Video
+from nonlocal_jax.types import Array, PRNGKeyArray
 
 Task = Literal["single_digit", "same_digit", "moving_pair"]
-SIDE = 8  # pixels of a scan
+Split = Literal["train", "test"]
+
 CLASSES = 10
+SIDE = 8  # pixels of a scan
+DIRECTIONS = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)])  # rows and columns a frame
+TEST_SHARE = 0.25  # of the scans of each class
+
+Scan = Float[Array, "8 8"]
+Frames = Float[Array, "t h w"]
 
 
 class Scans(NamedTuple):
-    """Scanned digits, grouped by class so that one can be drawn by its class.
+    """Scanned digits by class.
 
     Attributes:
         images: (10, n, 8, 8), from 0 (paper) to 1 (ink); rows beyond a class's count repeat its scans.
         counts: (10,), how many scans each class has.
     """
 
-    images: Array
-    counts: Array
+    images: Float[Array, "10 n 8 8"]
+    counts: Int[Array, "10"]
+
+
+class Clips(NamedTuple):
+    """A batch of clips, or one clip without the axis b.
+
+    Attributes:
+        video: (B, T, H, W, 1), 0 is paper and 1 is ink.
+        labels: (B,).
+        places: (B, digits, 3): frame, row and column of the middle of each digit when it is first seen.
+    """
+
+    video: Float[Array, "*b t h w 1"]
+    labels: Int[Array, "*b"]
+    places: Int[Array, "*b digits 3"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """How the clips look; the same for every network and task."""
+    """How the clips look, for every network alike."""
 
-    frames: int = 8  # frames of a clip
-    size: int = 16  # height and width of a frame, pixels
-    visible: int = 2  # consecutive frames in which a digit of `same_digit` is seen
-    gap: int = 3  # frames, at least, from the last of the first digit to the first of the second
-    noise: float = 0.1  # standard deviation of the background
-    strokes: int = 2  # distractor strokes, each in `visible` frames
+    frames: int = 8  # of a clip
+    size: int = 16  # height and width, pixels
+    visible: int = 2  # consecutive frames in which a digit of `same_digit`, or a stroke, is seen
+    gap: int = 3  # frames, at least, from the last one of the first digit to the first one of the second
+    distance: int = 6  # pixels, at least, between the two digits of `same_digit`, along rows or columns
+    noise: float = 0.1  # standard deviation; ink is 1
+    strokes: int = 2  # distractors in a clip
+    stroke_ink: float = 0.5  # of a digit's
+
+    def __post_init__(self) -> None:
+        room = self.size - SIDE
+        needs = {
+            "size": (self.size, SIDE, "a digit's side"),
+            "visible": (self.visible, 1, "one frame"),
+            "gap": (self.gap, 1, "one frame"),
+            "frames": (self.frames, 2 * self.visible + self.gap - 1, "two digits and the gap between them"),
+            "strokes": (self.strokes, 0, "none"),
+            "noise": (self.noise, 0, "none"),
+        }
+        for name, (value, least, why) in needs.items():
+            if not value >= least:  # true of NaN too
+                raise ValueError(f"{name} must be at least {least}, {why}; got {value}.")
+        if not 0 <= self.distance <= room:
+            raise ValueError(f"distance must be from 0 to {room}, the room that a digit has; got {self.distance}.")
 
 
-class Clips(NamedTuple):
-    """A batch of clips.
+def load_scans(split: Split) -> Scans:
+    """The scans of one split. No scan is in both; each class is split alike, and always in the same way.
 
-    Attributes:
-        video: (B, T, H, W, 1), about 0 (paper) to 1 (ink).
-        labels: (B,).
-        places: (B, digits, 3), the frame, row and column of the middle of each digit when it is first seen.
-    """
-
-    video: Video
-    labels: Labels
-    places: Array
-
-
-def load_scans(split: Literal["train", "test"], test_share: float = 0.25) -> Scans:
-    """The scans of one split: no scan is in both, and each class is split alike.
-
-    >>> load_scans("train").counts.sum() + load_scans("test").counts.sum()
-    Array(1797, dtype=int32)
+    >>> [int(load_scans(split).counts.sum()) for split in ("train", "test")]
+    [1347, 450]
     """
     from sklearn.datasets import load_digits
 
@@ -70,79 +97,152 @@ def load_scans(split: Literal["train", "test"], test_share: float = 0.25) -> Sca
     for digit in range(CLASSES):
         images = digits.images[digits.target == digit].astype(np.float32) / 16
         order = np.random.default_rng(digit).permutation(len(images))
-        held_out = round(test_share * len(images))
+        held_out = round(TEST_SHARE * len(images))
         classes.append(images[order[:held_out] if split == "test" else order[held_out:]])
     counts = [len(images) for images in classes]
-    padded = [np.resize(images, (max(counts), SIDE, SIDE)) for images in classes]
-    return Scans(jnp.asarray(np.stack(padded)), jnp.asarray(counts, jnp.int32))
+    return Scans(
+        images=jnp.asarray(np.stack([np.resize(images, (max(counts), SIDE, SIDE)) for images in classes])),
+        counts=jnp.asarray(counts, jnp.int32),
+    )
 
 
+@functools.partial(jax.jit, static_argnames=("task", "batch_size", "scene"))
 def make_clips(task: Task, key: PRNGKeyArray, scans: Scans, batch_size: int, scene: Scene) -> Clips:
-    one = {"single_digit": _single_digit, "same_digit": _same_digit}[task]
-    return jax.vmap(lambda k: one(k, scans, scene))(jax.random.split(key, batch_size))
+    """Clips of one task; the same key gives the same clips.
+
+    - "single_digit": an image (one frame) with one digit; the label is its class.
+    - "same_digit": two digits, one after the other and far apart; the label is whether they are of the same class (half of the clips).
+    - "moving_pair": three digits move, two of them of one class; the label is whether these two move in the same
+      direction (half of the clips). Two of the three directions are equal in every clip, so that directions alone do not tell.
+
+    Args:
+        task: what is asked.
+        key: of the random numbers.
+        scans: the digits to draw from.
+        batch_size: B.
+        scene: how the clips look.
+
+    Returns:
+        B clips.
+
+    Raises:
+        ValueError: an unknown task, or a scene too small for a digit to move through.
+
+    >>> clips = make_clips("same_digit", jax.random.key(0), load_scans("train"), 5, Scene())
+    >>> clips.video.shape, clips.labels.shape, clips.places.shape
+    ((5, 8, 16, 16, 1), (5,), (5, 2, 3))
+    """
+    makers = {"single_digit": _single_digit, "same_digit": _same_digit, "moving_pair": _moving_pair}
+    if task not in makers:
+        raise ValueError(f"task must be one of {', '.join(map(repr, makers))}; got {task!r}.")
+    if task == "moving_pair" and scene.size - SIDE < scene.frames - 1:
+        raise ValueError(
+            f"moving_pair needs size of at least {SIDE + scene.frames - 1}, a digit and its way through "
+            f"{scene.frames} frames; got {scene.size}."
+        )
+    return jax.vmap(lambda one: makers[task](one, scans, scene))(jax.random.split(key, batch_size))
 
 
-def _scan(key, scans, digit):
-    index = jax.random.randint(key, (), 0, scans.counts[digit])
-    return scans.images[digit, index]
+def num_classes(task: Task) -> int:
+    """10 digits, or a yes and a no."""
+    return CLASSES if task == "single_digit" else 2
 
 
-def _paste(image, row, column, size):
-    """An (H, W) frame, empty but for `image`."""
-    rows = jnp.arange(size) - row
-    columns = jnp.arange(size) - column
-    pick_r = (rows[:, None] == jnp.arange(SIDE)).astype(image.dtype)
-    pick_c = (columns[:, None] == jnp.arange(SIDE)).astype(image.dtype)
-    return pick_r @ image @ pick_c.T
+def _single_digit(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
+    k_digit, k_scan, k_place, k_background = jax.random.split(key, 4)
+    image = dataclasses.replace(scene, frames=2 * scene.visible + scene.gap - 1)
+    digit = jax.random.randint(k_digit, (), 0, CLASSES)
+    place = jax.random.randint(k_place, (2,), 0, scene.size - SIDE + 1)
+    ink = _paste(_draw(k_scan, scans, digit), place, scene)[None]
+    clutter = _clutter(k_background, image)[:1]  # the first frame of a clip, with as many strokes as others have
+    return _clip(k_background, ink, clutter, digit, jnp.concatenate([jnp.zeros(1, int), place])[None], scene)
 
 
-def _stroke(key, size):
-    """An (H, W) frame, empty but for a line of ink."""
-    ends = jax.random.uniform(key, (2, 2), minval=0, maxval=size - 1)
-    along = ends[1] - ends[0]
-    along = along * jnp.minimum(1.0, SIDE / (jnp.linalg.norm(along) + 1e-6))
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij"), -1) - ends[0]
-    t = jnp.clip(grid @ along / (along @ along + 1e-6), 0, 1)
-    distance = jnp.linalg.norm(grid - t[..., None] * along, axis=-1)
-    return jnp.clip(1.5 - distance, 0, 1)
+def _same_digit(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
+    k_label, k_classes, k_scans, k_places, k_first, k_second, k_background = jax.random.split(key, 7)
+    same = jax.random.bernoulli(k_label)
+    digits = _different_classes(k_classes)
+    digits = jnp.where(same, digits[0], digits)
+
+    pairs = _distant_places(scene)
+    places = pairs[jax.random.randint(k_places, (), 0, len(pairs))]  # (2, 2)
+    after = scene.visible + scene.gap - 1  # frames from the start of the first digit to that of the second, at least
+    last = scene.frames - scene.visible
+    first = jax.random.randint(k_first, (), 0, last - after + 1)
+    starts = jnp.stack([first, jax.random.randint(k_second, (), first + after, last + 1)])
+
+    scanned = jax.vmap(lambda k, digit: _draw(k, scans, digit))(jax.random.split(k_scans), digits)
+    pasted = jax.vmap(lambda scan, place: _paste(scan, place, scene))(scanned, places)
+    ink = jnp.einsum("dt,dhw->thw", _seen(starts, scene), pasted)
+    clutter = _clutter(k_background, scene)
+    return _clip(k_background, ink, clutter, same.astype(int), jnp.column_stack([starts, places]), scene)
 
 
-def _background(key, scene):
-    k_noise, k_stroke, k_time = jax.random.split(key, 3)
-    noise = scene.noise * jax.random.normal(k_noise, (scene.frames, scene.size, scene.size))
-    strokes = jax.vmap(lambda k: _stroke(k, scene.size))(jax.random.split(k_stroke, scene.strokes))
-    starts = jax.random.randint(k_time, (scene.strokes,), 0, max(scene.frames - scene.visible, 0) + 1)
-    seen = _seen(starts, scene)  # (strokes, T)
-    return noise, jnp.einsum("kt,khw->thw", seen, strokes)
+def _moving_pair(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
+    k_label, k_classes, k_scans, k_places, k_directions, k_third, k_background = jax.random.split(key, 7)
+    same = jax.random.bernoulli(k_label)
+    pair, other = _different_classes(k_classes)
+    digits = jnp.stack([pair, pair, other])
+    # Directions {a, a, b} in every clip: the pair has (a, a) and the third digit b, or the pair has both and the third either.
+    a, b = jax.random.choice(k_directions, len(DIRECTIONS), (2,), replace=False)
+    third = jnp.where(jax.random.bernoulli(k_third), a, b)
+    steps = jnp.asarray(DIRECTIONS)[jnp.where(same, jnp.stack([a, a, b]), jnp.stack([a, b, third]))]  # (3, 2)
+
+    way = (scene.frames - 1) * steps
+    room = scene.size - SIDE
+    starts = jax.random.randint(k_places, (3, 2), jnp.maximum(-way, 0), room - jnp.maximum(way, 0) + 1)
+    places = starts[:, None] + jnp.arange(scene.frames)[:, None] * steps[:, None]  # (3, T, 2)
+    scanned = jax.vmap(lambda k, digit: _draw(k, scans, digit))(jax.random.split(k_scans, 3), digits)
+    paste = jax.vmap(jax.vmap(lambda scan, place: _paste(scan, place, scene), (None, 0)))
+    ink = paste(scanned, places).max(axis=0)
+    clutter = _clutter(k_background, scene)
+    return _clip(k_background, ink, clutter, same.astype(int), jnp.pad(starts, ((0, 0), (1, 0))), scene)
 
 
-def _seen(starts, scene):
-    t = jnp.arange(scene.frames)
-    return ((t >= starts[:, None]) & (t < starts[:, None] + scene.visible)).astype(jnp.float32)
+def _clip(key: PRNGKeyArray, ink: Frames, clutter: Frames, label: Array, corners: Array, scene: Scene) -> Clips:
+    """Digits over strokes, and noise over everything; `corners` are frame, row and column of each digit."""
+    noise = scene.noise * jax.random.normal(jax.random.fold_in(key, 1), ink.shape)
+    return Clips((jnp.maximum(ink, clutter) + noise)[..., None], label, corners + jnp.array([0, SIDE // 2, SIDE // 2]))
 
 
-def _single_digit(key, scans, scene):
-    k_c, k_s, k_p, k_b = jax.random.split(key, 4)
-    scene = dataclasses.replace(scene, frames=1, visible=1, strokes=1)
-    digit = jax.random.randint(k_c, (), 0, CLASSES)
-    row, column = jax.random.randint(k_p, (2,), 0, scene.size - SIDE + 1)
-    noise, ink = _background(k_b, scene)
-    ink = jnp.maximum(ink * jax.random.bernoulli(k_c, 0.5), _paste(_scan(k_s, scans, digit), row, column, scene.size)[None])
-    return Clips((noise + ink)[..., None], digit, jnp.array([[0, row + SIDE // 2, column + SIDE // 2]]))
+def _different_classes(key: PRNGKeyArray) -> Int[Array, "2"]:
+    return jax.random.choice(key, CLASSES, (2,), replace=False)
 
 
-def _same_digit(key, scans, scene):
-    k_same, k_a, k_b, k_sa, k_sb, k_pa, k_pb, k_t, k_bg, k_swap = jax.random.split(key, 10)
-    same = jax.random.bernoulli(k_same)
-    a = jax.random.randint(k_a, (), 0, CLASSES)
-    b = jnp.where(same, a, (a + jax.random.randint(k_b, (), 1, CLASSES)) % CLASSES)
-    latest = (scene.frames - scene.gap - 2 * scene.visible + 2)
-    t0 = jax.random.randint(k_t, (), 0, latest)
-    t1 = jax.random.randint(k_swap, (), t0 + scene.visible + scene.gap - 1, scene.frames - scene.visible + 1)
-    p = jax.random.randint(k_pa, (2, 2), 0, scene.size - SIDE + 1)
-    noise, ink = _background(k_bg, scene)
-    digits = jnp.stack([_paste(_scan(k, scans, d), q[0], q[1], scene.size) for k, d, q in ((k_sa, a, p[0]), (k_sb, b, p[1]))])
-    seen = _seen(jnp.stack([t0, t1]), scene)
-    ink = jnp.maximum(ink, jnp.einsum("kt,khw->thw", seen, digits))
-    places = jnp.concatenate([jnp.stack([t0, t1])[:, None], p + SIDE // 2], axis=1)
-    return Clips((noise + ink)[..., None], same.astype(jnp.int32), places)
+def _distant_places(scene: Scene) -> Int[Array, "pairs 2 2"]:
+    """Every two corners at which digits fit and are far enough apart."""
+    corners = np.array(list(itertools.product(range(scene.size - SIDE + 1), repeat=2)))
+    far = np.abs(corners[:, None] - corners).max(-1) >= scene.distance
+    first, second = np.nonzero(far)
+    return jnp.asarray(np.stack([corners[first], corners[second]], axis=1))
+
+
+def _draw(key: PRNGKeyArray, scans: Scans, digit: Array) -> Scan:
+    return scans.images[digit, jax.random.randint(key, (), 0, scans.counts[digit])]
+
+
+def _paste(scan: Scan, corner: Int[Array, "2"], scene: Scene) -> Float[Array, "h w"]:
+    """A frame that is empty but for the scan."""
+    return jax.lax.dynamic_update_slice(jnp.zeros((scene.size, scene.size)), scan, tuple(corner))
+
+
+def _seen(starts: Int[Array, " n"], scene: Scene) -> Float[Array, "n t"]:
+    since = jnp.arange(scene.frames) - starts[:, None]
+    return ((since >= 0) & (since < scene.visible)).astype(jnp.float32)
+
+
+def _clutter(key: PRNGKeyArray, scene: Scene) -> Frames:
+    """Straight strokes of at most a digit's length, each somewhere and at some time."""
+    k_ends, k_starts = jax.random.split(key)
+    ends = jax.random.uniform(k_ends, (scene.strokes, 2, 2), maxval=scene.size - 1)
+    starts = jax.random.randint(k_starts, (scene.strokes,), 0, scene.frames - scene.visible + 1)
+    strokes = jax.vmap(lambda two: _stroke(two, scene))(ends)
+    return jnp.einsum("st,shw->thw", _seen(starts, scene), strokes)
+
+
+def _stroke(ends: Float[Array, "2 2"], scene: Scene) -> Float[Array, "h w"]:
+    start, along = ends[0], ends[1] - ends[0]
+    along = along * jnp.minimum(1.0, SIDE / jnp.maximum(jnp.linalg.norm(along), 1.0))
+    pixels = jnp.moveaxis(jnp.indices((scene.size, scene.size), dtype=jnp.float32), 0, -1) - start
+    nearest = jnp.clip(pixels @ along / jnp.maximum(along @ along, 1e-6), 0, 1)[..., None] * along
+    return scene.stroke_ink * jnp.clip(1.5 - jnp.linalg.norm(pixels - nearest, axis=-1), 0, 1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from nonlocal_jax import ops
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
-from nonlocal_jax.types import Array, Features, Instantiation, PositionMask, PRNGKeyArray
+from nonlocal_jax.types import Array, Embedded, Features, Instantiation, PositionMask, PRNGKeyArray
 
 Initializer = Callable[..., Array]
 Axes = Literal["spacetime", "space", "time"]
@@ -59,7 +59,7 @@ class NonLocalOperation(nn.Module):
     implementation: ops.Implementation = "auto"
 
     @nn.compact
-    def __call__(self, x: Features, *, mask: PositionMask | None = None) -> Features:
+    def __call__(self, x: Features, *, mask: PositionMask | None = None) -> Embedded:
         """The response y of every position.
 
         Args:

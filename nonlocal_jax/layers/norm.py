@@ -39,7 +39,8 @@ class Affine(nn.Module):
         scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype)
         bias = self.param("bias", self.bias_init, (x.shape[-1],), self.param_dtype)
         x, scale, bias = nn.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
-        return x * scale + bias
+        outer = range(x.ndim - 1)
+        return x * jnp.expand_dims(scale, outer) + jnp.expand_dims(bias, outer)
 
 
 def freeze_batch_norm(variables: Mapping[str, Any], epsilon: float = 1e-5) -> dict[str, Any]:

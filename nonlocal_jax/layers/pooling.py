@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.types import Features, PositionMask
+from nonlocal_jax.types import Array, Features, Pooled, PooledMask, PositionMask
 
 
-def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = None) -> Features:
+def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = None) -> Pooled:
     """The largest value of each window; what is left over at the end of an axis is dropped, as in the references.
 
     Strided slices and `jnp.maximum`, because their gradient is several times faster than that of `reduce_window`.
@@ -31,12 +31,12 @@ def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = N
     return jnp.where(pool_mask(mask, window)[..., None], pooled, 0)
 
 
-def pool_mask(mask: PositionMask, window: tuple[int, ...]) -> PositionMask:
+def pool_mask(mask: PositionMask, window: tuple[int, ...]) -> PooledMask:
     """A window is real if any of its positions is."""
     return _max_over_windows(mask[..., None], window)[..., 0]
 
 
-def _max_over_windows(x: jax.Array, window: tuple[int, ...]) -> jax.Array:
+def _max_over_windows(x: Array, window: tuple[int, ...]) -> Array:
     for axis, size in enumerate(window, start=1):
         if size > 1:
             end = x.shape[axis] // size * size

@@ -58,9 +58,9 @@ def gaussian(
 
     >>> import jax.numpy as jnp
     >>> x = jnp.array([[1.0, 0.0], [0.0, 1.0]])
-    >>> print(gaussian(x, x, jnp.array([[1.0], [0.0]])).round(3))  # e / (e + 1) and 1 / (e + 1)
-    [[0.731]
-     [0.269]]
+    >>> print(gaussian(x, x, jnp.array([[1.0], [0.0]])))  # e / (e + 1) and 1 / (e + 1)
+    [[0.7310586 ]
+     [0.26894143]]
     """
     _check_implementation("gaussian", implementation)
     x, keys, key_mask = _check_pairs("x", x, "keys", keys, key_mask)
@@ -98,10 +98,10 @@ def embedded_gaussian(
     Source: section 3.2, Eq. 3.
 
     >>> import jax.numpy as jnp
-    >>> theta, phi = jnp.array([[2.0]]), jnp.array([[0.0], [5.0], [9.0]])
+    >>> theta, phi = jnp.array([[2.0]]), jnp.array([[5.0], [5.0], [9.0]])
     >>> g = jnp.array([[1.0], [3.0], [7.0]])
-    >>> print(embedded_gaussian(theta, phi, g, key_mask=jnp.array([True, True, False])).round(3))
-    [[3.]]
+    >>> print(embedded_gaussian(theta, phi, g, key_mask=jnp.array([True, True, False])))
+    [[2.]]
     """
     _check_implementation("embedded_gaussian", implementation)
     theta, phi, key_mask = _check_pairs("theta", theta, "phi", phi, key_mask)

@@ -1,0 +1,31 @@
+"""Max pooling against Flax's, values and gradients."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nonlocal_jax.layers import max_pool
+
+
+@pytest.mark.parametrize(
+    "positions, window", [((7,), (2,)), ((5, 7), (2, 3)), ((5, 7, 11), (1, 2, 2)), ((4, 6, 2), (2, 3, 2))]
+)
+def test_equals_reduce_window(positions, window):
+    x = jax.random.normal(jax.random.key(0), (2, *positions, 3))
+
+    def loss(pool):
+        return lambda x: jnp.sum(jnp.sin(pool(x)))
+
+    ours, flax = lambda x: max_pool(x, window), lambda x: nn.max_pool(x, window, strides=window)
+    chex.assert_trees_all_equal(ours(x), flax(x))
+    chex.assert_trees_all_close(jax.grad(loss(ours))(x), jax.grad(loss(flax))(x))
+
+
+def test_a_window_of_padding_alone_is_zero_and_has_no_gradient():
+    x = -jnp.ones((1, 4, 1))
+    mask = jnp.array([[True, False, False, False]])
+    pooled, gradient = jax.value_and_grad(lambda x: max_pool(x, (2,), mask).sum())(x)
+    assert pooled == -1.0
+    chex.assert_trees_all_equal(gradient[0, :, 0], jnp.array([1.0, 0, 0, 0]))
