@@ -47,6 +47,10 @@ NETWORKS: tuple[Network, ...] = ("control", *INSTANTIATIONS)
 CHUNK = 50  # training steps in one compiled scan
 EVALUATION_BATCH = 256
 TEST_KEY = 2018  # seed of the test clips, the same for every network and seed
+PRETRAINING: dict[Task, tuple[Task, ...]] = {
+    "same_digit": ("single_digit",),
+    "moving_pair": ("single_digit", "moving_digit"),
+}
 README_MARKS = ("<!-- toy_video: begin -->", "<!-- toy_video: end -->")
 
 
@@ -60,7 +64,7 @@ class Config:
     preset: Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"] = "paper"  # conventions of the non-local block
     seeds: int = 1  # runs of each network, seeds 0, 1, ...
     all: bool = False  # every instantiation on same_digit, and control and embedded Gaussian on moving_pair (3 seeds)
-    scene: Scene = dataclasses.field(default_factory=Scene)  # how clips look; moving_pair's own default is 24 pixels of size
+    scene: Scene = dataclasses.field(default_factory=Scene)  # how clips look; moving_pair's own default is 20 pixels of size
     pretrain_steps: int = 1500  # steps of the trunk on single digits
     pretrain_batch_size: int = 128  # images
     pretrain_learning_rate: float = 4e-3  # of Adam, at its peak
@@ -89,7 +93,7 @@ class Config:
     def of_task(self, task: Literal["same_digit", "moving_pair"]) -> "Config":
         """The same recipe for one task, its defaults filled in."""
         moving = task == "moving_pair"
-        scene = Scene(size=24) if moving and self.scene == Scene() else self.scene
+        scene = Scene(size=20) if moving and self.scene == Scene() else self.scene
         return dataclasses.replace(self, task=task, kind=self.kind or ("i3d" if moving else "c2d"), scene=scene)
 
 
@@ -117,13 +121,16 @@ class Result(NamedTuple):
 Report = Callable[..., None]
 
 
-def build(network: Network | None, config: Config) -> ToyVideoNet:
-    """The network; None is the trunk that is trained on single digits."""
-    if network is None:
-        return ToyVideoNet(num_classes("single_digit"))
-    # On maps of 4×4 positions there is nothing to win by subsampling the keys.
-    block = LocalBlock(24) if network == "control" else nl.layers.nonlocal_block(network, config.preset, subsample=False)
-    return ToyVideoNet(num_classes(config.task), block, config.kind or "c2d", freeze_stem=True)
+def build(network: Network | None, config: Config, task: Task | None = None) -> ToyVideoNet:
+    """The network for a task, the config's own by default; None has no block, as in pre-training."""
+    task = task or config.task
+    block: Any = None
+    if network == "control":
+        block = LocalBlock(24)
+    elif network is not None:  # on maps of 4×4 positions there is nothing to win by subsampling the keys
+        block = nl.layers.nonlocal_block(network, config.preset, subsample=False)
+    image = task == "single_digit"
+    return ToyVideoNet(num_classes(task), block, "c2d" if image else config.kind or "c2d", freeze_stem=not image)
 
 
 class Trainer:
@@ -203,7 +210,7 @@ def insert(trained: Any, fresh: Any) -> Any:
 def train_all(config: Config, scans: dict[str, Scans], console: Console, log: Any) -> dict[Network, list[Result]]:
     """Every network of one task with every seed."""
     columns = (
-        TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
+        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
@@ -221,8 +228,10 @@ def train_all(config: Config, scans: dict[str, Scans], console: Console, log: An
             progress.update(bar, metrics=f"test accuracy {result.accuracy:.1%} in {result.seconds:.0f} s")
             return result
 
-        trunk = Trainer(build(None, config), "single_digit", config, scans)
-        trunks = [train("trunk on single digits", trunk, seed).variables for seed in range(config.seeds)]
+        trunks: list[Any] = [None] * config.seeds
+        for task in PRETRAINING[config.task]:
+            trainer = Trainer(build(None, config, task), task, config, scans)
+            trunks = [train(f"trunk, {task}", trainer, seed, trunk).variables for seed, trunk in enumerate(trunks)]
         results: dict[Network, list[Result]] = {}
         for network in config.networks:
             trainer = Trainer(build(network, config), config.task, config, scans)
@@ -296,7 +305,7 @@ def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, 
         steps = [step for step, _ in runs[0].curve]
         accuracies = np.array([[accuracy for _, accuracy in run.curve] for run in runs])
         style = {"color": "0.45", "linestyle": "--"} if network == "control" else {}
-        ax.plot(steps, accuracies.mean(0), "o-", label=network.replace("_", " "), **style)
+        ax.plot(steps, accuracies.mean(0), marker="o", label=network.replace("_", " "), **style)
     ax.axhline(0.5, color="0.7", linewidth=1, zorder=0)
     ax.set(xlabel="step", ylabel="accuracy on test clips", ylim=(0.4, 1.02), title=f"{config.task}: learning curves")
     ax.legend(loc="center right")

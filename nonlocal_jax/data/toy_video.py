@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from nonlocal_jax.types import Array, PRNGKeyArray
 
-Task = Literal["single_digit", "same_digit", "moving_pair"]
+Task = Literal["single_digit", "moving_digit", "same_digit", "moving_pair"]
 Split = Literal["train", "test"]
 
 CLASSES = 10
@@ -111,6 +111,7 @@ def make_clips(task: Task, key: PRNGKeyArray, scans: Scans, batch_size: int, sce
     """Clips of one task; the same key gives the same clips.
 
     - "single_digit": an image (one frame) with one digit; the label is its class.
+    - "moving_digit": one digit moves; the label is 4 times its class plus its direction.
     - "same_digit": two digits, one after the other and far apart; the label is whether they are of the same class (half of the clips).
     - "moving_pair": three digits move, two of them of one class; the label is whether these two move in the same
       direction (half of the clips). Two of the three directions are equal in every clip, so that directions alone do not tell.
@@ -132,20 +133,20 @@ def make_clips(task: Task, key: PRNGKeyArray, scans: Scans, batch_size: int, sce
     >>> clips.video.shape, clips.labels.shape, clips.places.shape
     ((5, 8, 16, 16, 1), (5,), (5, 2, 3))
     """
-    makers = {"single_digit": _single_digit, "same_digit": _same_digit, "moving_pair": _moving_pair}
+    makers = {"single_digit": _single_digit, "moving_digit": _moving_digit, "same_digit": _same_digit, "moving_pair": _moving_pair}
     if task not in makers:
         raise ValueError(f"task must be one of {', '.join(map(repr, makers))}; got {task!r}.")
-    if task == "moving_pair" and scene.size - SIDE < scene.frames - 1:
+    if task in ("moving_digit", "moving_pair") and scene.size - SIDE < scene.frames - 1:
         raise ValueError(
-            f"moving_pair needs size of at least {SIDE + scene.frames - 1}, a digit and its way through "
+            f"{task} needs size of at least {SIDE + scene.frames - 1}, a digit and its way through "
             f"{scene.frames} frames; got {scene.size}."
         )
     return jax.vmap(lambda one: makers[task](one, scans, scene))(jax.random.split(key, batch_size))
 
 
 def num_classes(task: Task) -> int:
-    """10 digits, or a yes and a no."""
-    return CLASSES if task == "single_digit" else 2
+    """10 digits, 10 digits in 4 directions, or a yes and a no."""
+    return {"single_digit": CLASSES, "moving_digit": CLASSES * len(DIRECTIONS)}.get(task, 2)
 
 
 def _single_digit(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
@@ -178,25 +179,39 @@ def _same_digit(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
     return _clip(k_background, ink, clutter, same.astype(int), jnp.column_stack([starts, places]), scene)
 
 
+def _moving_digit(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
+    k_digit, k_direction, k_move = jax.random.split(key, 3)
+    digit = jax.random.randint(k_digit, (1,), 0, CLASSES)
+    direction = jax.random.randint(k_direction, (1,), 0, len(DIRECTIONS))
+    return _moving(k_move, scans, digit, direction, (len(DIRECTIONS) * digit + direction)[0], scene)
+
+
 def _moving_pair(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
-    k_label, k_classes, k_scans, k_places, k_directions, k_third, k_background = jax.random.split(key, 7)
+    k_label, k_classes, k_directions, k_third, k_move = jax.random.split(key, 5)
     same = jax.random.bernoulli(k_label)
     pair, other = _different_classes(k_classes)
-    digits = jnp.stack([pair, pair, other])
     # Directions {a, a, b} in every clip: the pair has (a, a) and the third digit b, or the pair has both and the third either.
     a, b = jax.random.choice(k_directions, len(DIRECTIONS), (2,), replace=False)
     third = jnp.where(jax.random.bernoulli(k_third), a, b)
-    steps = jnp.asarray(DIRECTIONS)[jnp.where(same, jnp.stack([a, a, b]), jnp.stack([a, b, third]))]  # (3, 2)
+    directions = jnp.where(same, jnp.stack([a, a, b]), jnp.stack([a, b, third]))
+    return _moving(k_move, scans, jnp.stack([pair, pair, other]), directions, same.astype(int), scene)
 
+
+def _moving(
+    key: PRNGKeyArray, scans: Scans, digits: Int[Array, " n"], directions: Int[Array, " n"], label: Array, scene: Scene
+) -> Clips:
+    """Digits that move by a pixel a frame and stay inside."""
+    k_scans, k_places, k_background = jax.random.split(key, 3)
+    steps = jnp.asarray(DIRECTIONS)[directions]  # (n, 2)
     way = (scene.frames - 1) * steps
     room = scene.size - SIDE
-    starts = jax.random.randint(k_places, (3, 2), jnp.maximum(-way, 0), room - jnp.maximum(way, 0) + 1)
-    places = starts[:, None] + jnp.arange(scene.frames)[:, None] * steps[:, None]  # (3, T, 2)
-    scanned = jax.vmap(lambda k, digit: _draw(k, scans, digit))(jax.random.split(k_scans, 3), digits)
+    starts = jax.random.randint(k_places, steps.shape, jnp.maximum(-way, 0), room - jnp.maximum(way, 0) + 1)
+    places = starts[:, None] + jnp.arange(scene.frames)[:, None] * steps[:, None]  # (n, T, 2)
+    scanned = jax.vmap(lambda k, digit: _draw(k, scans, digit))(jax.random.split(k_scans, len(digits)), digits)
     paste = jax.vmap(jax.vmap(lambda scan, place: _paste(scan, place, scene), (None, 0)))
-    ink = paste(scanned, places).max(axis=0)
     clutter = _clutter(k_background, scene)
-    return _clip(k_background, ink, clutter, same.astype(int), jnp.pad(starts, ((0, 0), (1, 0))), scene)
+    ink = paste(scanned, places).max(axis=0)
+    return _clip(k_background, ink, clutter, label, jnp.pad(starts, ((0, 0), (1, 0))), scene)
 
 
 def _clip(key: PRNGKeyArray, ink: Frames, clutter: Frames, label: Array, corners: Array, scene: Scene) -> Clips:

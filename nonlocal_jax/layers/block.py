@@ -67,7 +67,8 @@ class NonLocalBlock(nn.Module):
 
     def __post_init__(self) -> None:
         # Made inside another module's `__call__`, the operation would be that module's child, and so would its parameters be.
-        if self.operation.parent is not None:
+        parent = self.operation.parent
+        if isinstance(parent, nn.Module) and not isinstance(parent, NonLocalBlock):
             self.operation = self.operation.clone(parent=None, name=None)
         super().__post_init__()
 
@@ -109,7 +110,7 @@ class NonLocalBlock(nn.Module):
 
     def _normalise(self, norm: Callable[..., nn.Module], x: Array, mask: Array | None, train: bool) -> Array:
         identity = {"scale_init": nn.initializers.zeros} if self.zero_init else {}
-        module = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm", **identity)
+        module = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="out_norm", **identity)
         if isinstance(module, nn.BatchNorm):
             real = None if mask is None else mask[..., None]
             return module(x, use_running_average=not train, mask=real)

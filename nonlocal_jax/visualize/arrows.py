@@ -23,7 +23,7 @@ def arrows(
 ) -> None:
     """Draw a clip, a frame in each of the axes, and arrows from one position to those with the largest weights.
 
-    The width and opacity of an arrow tell its weight, relative to the largest.
+    The width and opacity of an arrow tell the square root of its weight, relative to the largest.
 
     Args:
         axes: T of them.
@@ -58,7 +58,7 @@ def arrows(
     order = np.argsort(weights, axis=None)[::-1][:top]
     largest = max(float(weights.max()), np.finfo(np.float32).tiny)
     for rank, position in enumerate(zip(*np.unravel_index(order, weights.shape), strict=True)):
-        strength = float(np.clip(weights[position] / largest, 0.1, 1))
+        strength = float(np.clip(weights[position] / largest, 0.05, 1)) ** 0.5
         arrow = ConnectionPatch(
             pixel(query), pixel(position), "data", "data", axesA=axes[query[0]], axesB=axes[position[0]],
             arrowstyle="-|>", color=ARROW, alpha=strength, linewidth=0.5 + 1.5 * strength, zorder=3 - rank / top,

@@ -64,11 +64,11 @@ def test_layer_is_equation_1_between_its_embeddings(layer, positions, pool_order
 
 
 @each_layer
-@pytest.mark.parametrize("axes, same", [("space", 0), ("time", (1, 2))])
-def test_space_sees_its_frame_and_time_its_pixel(layer, axes, same):
+@pytest.mark.parametrize("axes", ["space", "time"])
+def test_space_sees_its_frame_and_time_its_pixel(layer, axes):
     """By gradient: which inputs reach the response at one position."""
-    x = make_input((3, 5, 7))
-    operation = layer(axes=axes)
+    x = jnp.abs(make_input((3, 5, 7)))
+    operation = layer(axes=axes, kernel_init=jax.nn.initializers.uniform())  # no ReLU of the concatenation is off
     variables = operation.init(jax.random.key(1), x)
     reach = jax.grad(lambda x: operation.apply(variables, x)[0, 1, 2, 4].sum())(x)
     reached = np.abs(reach).sum((0, -1)) > 0  # (T, H, W)
