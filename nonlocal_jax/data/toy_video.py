@@ -1,7 +1,7 @@
 """Toy videos of real handwriting, made on the device from a random key.
 
-The digits are scikit-learn's 1,797 scans of 8×8 pixels. A clip is noise and strokes and, in some of its frames, a few digits. What is
-asked of it depends on digits that are far apart in space and time.
+The digits are scikit-learn's 1,797 scans of 8×8 pixels. A clip is noise and strokes and, in some of its frames, a few
+digits. What is asked of it depends on digits that are far apart in space and time.
 """
 
 import dataclasses
@@ -112,9 +112,10 @@ def make_clips(task: Task, key: PRNGKeyArray, scans: Scans, batch_size: int, sce
 
     - "single_digit": an image (one frame) with one digit; the label is its class.
     - "moving_digit": one digit moves; the label is 4 times its class plus its direction.
-    - "same_digit": two digits, one after the other and far apart; the label is whether they are of the same class (half of the clips).
+    - "same_digit": two digits, one after the other and far apart; the label is whether they are of the same class (half
+      of the clips).
     - "moving_pair": three digits move, two of them of one class; the label is whether these two move in the same
-      direction (half of the clips). Two of the three directions are equal in every clip, so that directions alone do not tell.
+      direction (half of the clips). Directions alone, whether any two are equal, answer three quarters of the clips.
 
     Args:
         task: what is asked.
@@ -133,7 +134,12 @@ def make_clips(task: Task, key: PRNGKeyArray, scans: Scans, batch_size: int, sce
     >>> clips.video.shape, clips.labels.shape, clips.places.shape
     ((5, 8, 16, 16, 1), (5,), (5, 2, 3))
     """
-    makers = {"single_digit": _single_digit, "moving_digit": _moving_digit, "same_digit": _same_digit, "moving_pair": _moving_pair}
+    makers = {
+        "single_digit": _single_digit,
+        "moving_digit": _moving_digit,
+        "same_digit": _same_digit,
+        "moving_pair": _moving_pair,
+    }
     if task not in makers:
         raise ValueError(f"task must be one of {', '.join(map(repr, makers))}; got {task!r}.")
     if task in ("moving_digit", "moving_pair") and scene.size - SIDE < scene.frames - 1:
@@ -190,10 +196,9 @@ def _moving_pair(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
     k_label, k_classes, k_directions, k_third, k_move = jax.random.split(key, 5)
     same = jax.random.bernoulli(k_label)
     pair, other = _different_classes(k_classes)
-    # Directions {a, a, b} in every clip: the pair has (a, a) and the third digit b, or the pair has both and the third either.
     a, b = jax.random.choice(k_directions, len(DIRECTIONS), (2,), replace=False)
-    third = jnp.where(jax.random.bernoulli(k_third), a, b)
-    directions = jnp.where(same, jnp.stack([a, a, b]), jnp.stack([a, b, third]))
+    third = jax.random.randint(k_third, (), 0, len(DIRECTIONS))
+    directions = jnp.stack([a, jnp.where(same, a, b), third])
     return _moving(k_move, scans, jnp.stack([pair, pair, other]), directions, same.astype(int), scene)
 
 

@@ -183,9 +183,7 @@ CONVENTIONS: dict[Preset, _Convention] = {
         kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
         bias_init=_uniform_bias,
     ),
-    "mmcv": _Convention(
-        source="mmcv", use_scale=True, subsample=False, use_bias=True, out_bias=None, kernel_init=_normal_001
-    ),
+    "mmcv": _Convention(source="mmcv", use_scale=True, subsample=False, use_bias=True, out_bias=None, kernel_init=_normal_001),
 }
 
 

@@ -36,7 +36,7 @@ class VideoConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Video) -> Array:
-        """x (B, T, H, W, C) -> (B, T / stride, H / stride, W / stride, features), rounded up."""
+        """X (B, T, H, W, C) -> (B, T / stride, H / stride, W / stride, features), rounded up."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(in_axis=(0, 1, 2, 3)), shape, self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)

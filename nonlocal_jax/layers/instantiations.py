@@ -1,7 +1,7 @@
 """The non-local operation as a layer, one module for each pairwise function: y_i = 1/C(x) Σ_j f(x_i, x_j) g(x_j).
 
-The modules own W_g, W_θ, W_φ and w_f and choose which positions are summed; `nonlocal_jax.ops` does the sum. θ, φ and g are 1×1×1
-convolutions, which over channels-last arrays are `nn.Dense`.
+The modules own W_g, W_θ, W_φ and w_f and choose which positions are summed; `nonlocal_jax.ops` does the sum. θ, φ and g
+are 1×1×1 convolutions, which over channels-last arrays are `nn.Dense`.
 """
 
 import math
@@ -87,7 +87,8 @@ class NonLocalOperation(nn.Module):
             theta, phi, g = self._theta(x), max_pool(self._phi(x), window, mask), max_pool(self._dense("g", x), window, mask)
         groups = None if self.group_size is None else positions[0] // self.group_size
         key_mask = None if mask is None else _to_rows(pool_mask(mask, window)[..., None], self.axes, groups)[..., 0]
-        y = self._respond(*(_to_rows(a, self.axes, groups) for a in (theta, phi, g)), key_mask)
+        theta, phi, g = (_to_rows(a, self.axes, groups) for a in (theta, phi, g))
+        y = self._respond(theta, phi, g, key_mask)
         return _from_rows(y, self.axes, positions)
 
     def _theta(self, x: Array) -> Array:
@@ -119,9 +120,7 @@ class NonLocalOperation(nn.Module):
         """Raise what `__call__` says it raises; return the pooling window."""
         positions = x.shape[1:-1]
         if len(positions) not in (1, 2, 3):
-            raise ValueError(
-                f"x must have shape (B, *positions, C) with one, two or three position axes; got shape {x.shape}."
-            )
+            raise ValueError(f"x must have shape (B, *positions, C) with one, two or three position axes; got shape {x.shape}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"x must be floating point; got {x.dtype}.")
         if self.inner_features is not None and self.inner_features < 1:
@@ -217,9 +216,7 @@ class EmbeddedGaussian(NonLocalOperation):
     def _respond(self, theta: Array, phi: Array, g: Array, key_mask: Array | None) -> Array:
         scale = theta.shape[-1] ** -0.5 if self.use_scale else 1.0
         self._sow("embedded_gaussian", theta, phi, scale=scale, key_mask=key_mask)
-        return ops.embedded_gaussian(
-            theta, phi, g, scale=scale, key_mask=key_mask, implementation=self.implementation
-        )
+        return ops.embedded_gaussian(theta, phi, g, scale=scale, key_mask=key_mask, implementation=self.implementation)
 
 
 class DotProduct(NonLocalOperation):

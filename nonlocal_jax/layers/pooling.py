@@ -40,7 +40,5 @@ def _max_over_windows(x: Array, window: tuple[int, ...]) -> Array:
     for axis, size in enumerate(window, start=1):
         if size > 1:
             end = x.shape[axis] // size * size
-            x = functools.reduce(
-                jnp.maximum, [jax.lax.slice_in_dim(x, i, end, stride=size, axis=axis) for i in range(size)]
-            )
+            x = functools.reduce(jnp.maximum, [jax.lax.slice_in_dim(x, i, end, stride=size, axis=axis) for i in range(size)])
     return x

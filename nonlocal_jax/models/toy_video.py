@@ -26,7 +26,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features, *, train: bool = False) -> Features:
-        """x (B, T, H, W, C), of the same shape as the result."""
+        """X (B, T, H, W, C), of the same shape as the result."""
         norm = functools.partial(BatchNorm, use_running_average=not train)
         y = nn.relu(norm(name="norm1")(VideoConv(self.inner_features, (self.frames, 1, 1), name="conv1")(x)))
         y = nn.relu(norm(name="norm2")(VideoConv(self.inner_features, (1, 3, 3), name="conv2")(y)))
@@ -48,7 +48,7 @@ class LocalBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features, *, train: bool = False) -> Features:
-        """x (B, T, H, W, C), of the same shape as the result."""
+        """X (B, T, H, W, C), of the same shape as the result."""
         norm = functools.partial(BatchNorm, use_running_average=not train)
         y = nn.relu(norm(name="norm1")(VideoConv(self.inner_features, name="conv1")(x)))
         y = nn.relu(norm(name="norm2")(VideoConv(self.inner_features, (3, 3, 3), name="conv2")(y)))
@@ -91,7 +91,7 @@ class ToyVideoNet(nn.Module):
 
     @nn.compact
     def __call__(self, clip: Video, *, train: bool = False) -> Logits:
-        """clip (B, T, H, W, channels) -> logits (B, num_classes)."""
+        """Clip (B, T, H, W, channels) -> logits (B, num_classes)."""
         x: Any = clip
         stem_norm = functools.partial(BatchNorm, use_running_average=self.freeze_stem or not train)
         for i, (features, stride) in enumerate(((16, 1), (32, 2), (64, 2)), start=1):

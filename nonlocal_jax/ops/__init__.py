@@ -105,9 +105,7 @@ def embedded_gaussian(
     """
     _check_implementation("embedded_gaussian", implementation)
     theta, phi, key_mask = _check_pairs("theta", theta, "phi", phi, key_mask)
-    return definition.respond(
-        definition.embedded_gaussian(theta, phi, scale, key_mask), _check_values(g, phi, key_mask)
-    )
+    return definition.respond(definition.embedded_gaussian(theta, phi, scale, key_mask), _check_values(g, phi, key_mask))
 
 
 def dot_product(

@@ -16,8 +16,8 @@ QUERY, ARROW = "#0072B2", "#E69F00"  # blue and orange of a palette that colour-
 
 def arrows(
     axes: "Sequence[Axes]",
-    clip: Float[Array, "t h w c"],
-    weights: Float[Array, "frames rows columns"],
+    clip: "Float[Array | np.ndarray, 't h w c']",
+    weights: "Float[Array | np.ndarray, 'frames rows columns']",
     query: tuple[int, int, int],
     top: int = 20,
 ) -> None:
@@ -37,19 +37,19 @@ def arrows(
     """
     from matplotlib.patches import ConnectionPatch
 
-    clip, weights = np.clip(np.asarray(clip, np.float32), 0, 1), np.asarray(weights, np.float32)
-    if not len(axes) == len(clip) == len(weights):
-        raise ValueError(f"axes, clip and weights must be of as many frames; got {len(axes)}, {len(clip)}, {len(weights)}.")
+    frames, weights = np.clip(np.asarray(clip), 0, 1), np.asarray(weights, np.float32)
+    if not len(axes) == len(frames) == len(weights):
+        raise ValueError(f"axes, clip and weights must be of as many frames; got {len(axes)}, {len(frames)}, {len(weights)}.")
     if not np.isfinite(weights).all():
         raise ValueError("weights must be finite; got NaN or infinity.")
     if not all(0 <= index < size for index, size in zip(query, weights.shape, strict=True)):
         raise ValueError(f"query must lie inside the map {weights.shape}; got {query}.")
 
-    for t, (ax, frame) in enumerate(zip(axes, clip, strict=True)):
+    for t, (ax, frame) in enumerate(zip(axes, frames, strict=True)):
         ax.imshow(frame.squeeze(-1) if frame.shape[-1] == 1 else frame, cmap="gray_r", vmin=0, vmax=1)
         ax.set(xticks=[], yticks=[], xlabel=f"frame {t}")
 
-    cell = np.array(clip.shape[1:3]) / weights.shape[1:]  # pixels of a position
+    cell = np.array(frames.shape[1:3]) / np.array(weights.shape[1:])  # pixels of a position
 
     def pixel(position: Sequence[int]) -> tuple[float, float]:
         row, column = (np.array(position[1:]) + 0.5) * cell - 0.5

@@ -105,7 +105,8 @@ def test_frozen_batch_norm_answers_as_the_trained_one(instantiation):
     block = nonlocal_block(instantiation)
     variables = awake(block.init(jax.random.key(1), X))
     frozen = freeze_batch_norm(variables)
-    assert set(frozen) == {"params"} and set(frozen["params"]["out_norm"]) == {"scale", "bias"}
+    assert set(frozen) == {"params"}
+    assert set(frozen["params"]["out_norm"]) == {"scale", "bias"}
     chex.assert_trees_all_close(
         nonlocal_block(instantiation, norm=Affine).apply(frozen, X), block.apply(variables, X), rtol=1e-4, atol=1e-4
     )
@@ -126,7 +127,9 @@ def test_freezing_reaches_every_depth_and_needs_statistics():
     variables = awake(Network().init(jax.random.key(0), X))
     frozen = freeze_batch_norm(variables)
     assert paths(frozen["params"]).keys() == paths(variables["params"]).keys()
-    changed = {name for name, leaf in paths(frozen["params"]).items() if not np.array_equal(leaf, paths(variables["params"])[name])}
+    changed = {
+        name for name, leaf in paths(frozen["params"]).items() if not np.array_equal(leaf, paths(variables["params"])[name])
+    }
     assert changed == {f"{place}/out_norm/{leaf}" for place in ("first", "tail/last") for leaf in ("scale", "bias")}
     with pytest.raises(ValueError, match=r"must hold batch_stats.*\['params'\]"):
         freeze_batch_norm(frozen)
@@ -151,7 +154,9 @@ def test_padding_keeps_its_value_and_influences_nothing(norm):
 def test_masked_statistics_are_those_of_the_real_positions():
     block = nonlocal_block("dot_product", subsample=False)
     variables = block.init(jax.random.key(1), X[:, :, :, :4])
-    state = block.apply(variables, X, mask=MASK.at[...].set(True).at[:, :, :, 4:].set(False), train=True, mutable=["batch_stats"])[1]
+    state = block.apply(
+        variables, X, mask=MASK.at[...].set(True).at[:, :, :, 4:].set(False), train=True, mutable=["batch_stats"]
+    )[1]
     alone = block.apply(variables, X[:, :, :, :4], train=True, mutable=["batch_stats"])[1]
     chex.assert_trees_all_close(state, alone, rtol=1e-5, atol=1e-7)
 
@@ -239,12 +244,13 @@ def test_presets_differ_exactly_where_the_sources_do(preset):
 
 def test_mmcv_has_an_output_bias_when_no_norm_follows():
     params = nonlocal_block("dot_product", "mmcv", norm=None).init(jax.random.key(0), X)["params"]
-    assert set(params["out"]) == {"kernel", "bias"} and not params["out"]["kernel"].any()
+    assert set(params["out"]) == {"kernel", "bias"}
+    assert not params["out"]["kernel"].any()
 
 
 @pytest.mark.usefixtures("as_users_see_it")
 @pytest.mark.parametrize(
-    "arguments, error, message",
+    ("arguments", "error", "message"),
     [
         ({"instantiation": "cosine"}, ValueError, r"instantiation must be one of 'gaussian', .*got 'cosine'"),
         ({"instantiation": "gaussian", "preset": "torch"}, ValueError, r"preset must be one of 'paper', .*got 'torch'"),

@@ -37,7 +37,9 @@ def test_each_block_has_its_place_its_parameters_and_its_ratio():
     variables["params"]["nonlocal_1"]["out_norm"]["scale"] = jnp.ones(6)
     first, second = nl.describe(model, variables, X)
     assert first.ratio == 0.0
-    before = nn.Dense(6).apply({"params": variables["params"]["dense_1"]}, nn.Dense(6).apply({"params": variables["params"]["dense_0"]}, X))
+    before = nn.Dense(6).apply(
+        {"params": variables["params"]["dense_1"]}, nn.Dense(6).apply({"params": variables["params"]["dense_0"]}, X)
+    )
     after = model.apply(variables, X)
     np.testing.assert_allclose(second.ratio, np.linalg.norm(after - before) / np.linalg.norm(before), rtol=1e-4)
     assert str(second) == f"nonlocal_1: EmbeddedGaussian, 84 parameters, ‖block output‖/‖input‖ {second.ratio:.3g}"
@@ -52,10 +54,13 @@ def test_blocks_under_remat_are_found():
 def test_a_block_alone_describes_itself():
     block = nl.layers.nonlocal_block("gaussian")
     (described,) = nl.describe(block, block.init(jax.random.key(1), X), X)
-    assert described.place == "" and described.operation == "Gaussian"
+    assert described.place == ""
+    assert described.operation == "Gaussian"
 
 
-@pytest.mark.parametrize("blocks, message", [(0, "expected 5 .* Network has 0: none"), (2, "has 2: nonlocal_0, nonlocal_1")])
+@pytest.mark.parametrize(
+    ("blocks", "message"), [(0, "expected 5 .* Network has 0: none"), (2, "has 2: nonlocal_0, nonlocal_1")]
+)
 def test_missing_blocks_are_an_error(blocks, message):
     model = Network(blocks=blocks)
     variables = model.init(jax.random.key(1), X)

@@ -56,7 +56,10 @@ def test_layer_is_equation_1_between_its_embeddings(layer, positions, pool_order
         return embed(name, pool_by_hand(clip, window)) if pool_order == "before" else pool_by_hand(embed(name, clip), window)
 
     theta = embed("theta", np.asarray(x, np.float64)).reshape(2, np.prod(positions), -1)
-    phi, g = (np.stack([pooled(name, clip).reshape(-1, theta.shape[-1] if name == "phi" else 3) for clip in x]) for name in ("phi", "g"))
+    phi, g = (
+        np.stack([pooled(name, clip).reshape(-1, theta.shape[-1] if name == "phi" else 3) for clip in x])
+        for name in ("phi", "g")
+    )
     expected, expected_affinity = oracle.nonlocal_operation(NAMES[layer], theta, phi, g, params.get("w_f"))
     chex.assert_shape(y, (2, *positions, CHANNELS // 2))
     np.testing.assert_allclose(y.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
@@ -157,7 +160,7 @@ def test_the_map_is_sown_only_when_asked_for(layer):
 
 
 @each_layer
-@pytest.mark.parametrize("channels, inner", [(1, 1), (2, 1), (3, 1), (10, 5)])
+@pytest.mark.parametrize(("channels", "inner"), [(1, 1), (2, 1), (3, 1), (10, 5)])
 def test_inner_width_is_half_and_at_least_one(layer, channels, inner):
     y, _ = layer().init_with_output(jax.random.key(0), jnp.ones((1, 4, channels)))
     chex.assert_shape(y, (1, 4, inner))
@@ -201,8 +204,20 @@ BAD_INPUT = {
     "axes of an image": ({"axes": "time"}, image, None, ValueError, r"axes='time' wants \(T, H, W\)"),
     "group of an image": ({"group_size": 2}, image, None, ValueError, r"group_size wants \(T, H, W\)"),
     "group size": ({"group_size": 4}, video, None, ValueError, r"group_size must divide the 6 frames; got 4"),
-    "group's window": ({"group_size": 3, "subsample": (2, 1, 1)}, video, None, ValueError, r"2 frames must divide group_size 3"),
-    "window too large": ({"subsample": (5, 2)}, image, None, ValueError, r"window \(5, 2\) must not be larger than the map \(4, 5\)"),
+    "group's window": (
+        {"group_size": 3, "subsample": (2, 1, 1)},
+        video,
+        None,
+        ValueError,
+        r"2 frames must divide group_size 3",
+    ),
+    "window too large": (
+        {"subsample": (5, 2)},
+        image,
+        None,
+        ValueError,
+        r"window \(5, 2\) must not be larger than the map \(4, 5\)",
+    ),
     "default window too large": ({}, jnp.ones((1, 1, 4, 6)), None, ValueError, r"window \(2, 2\) must not be larger"),
     "window's rank": ({"subsample": (2,)}, image, None, ValueError, r"subsample must have 2 sizes"),
     "window of 0": ({"subsample": (0, 2)}, image, None, ValueError, r"at least 1; got \(0, 2\)"),
@@ -210,11 +225,11 @@ BAD_INPUT = {
     "time's window": ({"axes": "time", "subsample": (1, 2, 2)}, video, None, ValueError, r"window must be 1 in space"),
     "mask's shape": ({}, image, jnp.ones((2, 4), bool), ValueError, r"mask must have shape \(2, 4, 5\).*got \(2, 4\)"),
     "mask's dtype": ({}, image, jnp.ones((2, 4, 5)), TypeError, r"mask must be bool.*got float32"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.usefixtures("as_users_see_it")
-@pytest.mark.parametrize("attributes, x, mask, error, message", BAD_INPUT.values(), ids=BAD_INPUT.keys())
+@pytest.mark.parametrize(("attributes", "x", "mask", "error", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
 def test_bad_input_names_what_was_expected_and_what_came(attributes, x, mask, error, message):
     with pytest.raises(error, match=message):
         DotProduct(**attributes).init(jax.random.key(0), x, mask=mask)

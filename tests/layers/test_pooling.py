@@ -10,7 +10,7 @@ from nonlocal_jax.layers import max_pool
 
 
 @pytest.mark.parametrize(
-    "positions, window", [((7,), (2,)), ((5, 7), (2, 3)), ((5, 7, 11), (1, 2, 2)), ((4, 6, 2), (2, 3, 2))]
+    ("positions", "window"), [((7,), (2,)), ((5, 7), (2, 3)), ((5, 7, 11), (1, 2, 2)), ((4, 6, 2), (2, 3, 2))]
 )
 def test_equals_reduce_window(positions, window):
     x = jax.random.normal(jax.random.key(0), (2, *positions, 3))

@@ -81,7 +81,7 @@ def test_gradients_equal_finite_differences_of_the_oracle(instantiation, masked)
 
 
 @each_instantiation
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11)])
 def test_half_precision_rounds_only_the_result(instantiation, dtype, tolerance):
     inputs = make_inputs(dtype)
     y = respond(instantiation, **inputs)
@@ -123,9 +123,7 @@ def test_mask_equals_dropping_the_keys(instantiation):
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 def test_masked_keys_reach_neither_values_nor_gradients(instantiation, garbage):
     inputs = make_inputs()
-    spoilt = inputs | {
-        name: jnp.where(MASK[..., None], inputs[name], garbage) for name in ("phi", "g")
-    }
+    spoilt = inputs | {name: jnp.where(MASK[..., None], inputs[name], garbage) for name in ("phi", "g")}
 
     def loss(inputs):
         return jnp.sum(jnp.sin(respond(instantiation, **inputs, key_mask=MASK)))
@@ -150,7 +148,8 @@ def test_a_query_without_keys_gets_zero(instantiation):
 
     gradient, y = jax.grad(loss, has_aux=True)(inputs)
     chex.assert_tree_all_finite(gradient)
-    assert y[0].any() and not y[1].any()
+    assert y[0].any()
+    assert not y[1].any()
     assert not affinity(instantiation, inputs["theta"], inputs["phi"], inputs["w_f"], key_mask=mask)[1].any()
 
 
@@ -188,7 +187,8 @@ def test_leading_axes_are_a_batch(instantiation, batch):
 def test_gaussian_rows_are_distributions_whatever_is_added_to_the_logits(instantiation):
     inputs = make_inputs()
     a = affinity(instantiation, inputs["theta"], inputs["phi"], None, key_mask=MASK)
-    assert (a >= 0).all() and not a[:, :, 0][1].any()
+    assert (a >= 0).all()
+    assert not a[:, :, 0][1].any()
     np.testing.assert_allclose(a.sum(-1), 1.0, rtol=1e-6)
     # One more channel, 1 in θ and c in φ, adds c to every logit.
     theta = jnp.concatenate([inputs["theta"], jnp.ones((BATCH, N, 1))], -1)
@@ -211,25 +211,49 @@ mask = jnp.ones((2, 5), bool)
 BAD_INPUT = {
     "rank": (lambda: ops.dot_product(theta[0, 0], phi, g), ValueError, r"theta must have shape \(\.\.\., N, d\).*got \(3,\)"),
     "ranks": (lambda: ops.gaussian(theta, phi[0], g), ValueError, r"same rank; got \(2, 7, 3\) and \(5, 3\)"),
-    "channels": (lambda: ops.dot_product(theta, phi[..., :2], g), ValueError, r"phi must have shape \(2, M, 3\).*got \(2, 5, 2\)"),
+    "channels": (
+        lambda: ops.dot_product(theta, phi[..., :2], g),
+        ValueError,
+        r"phi must have shape \(2, M, 3\).*got \(2, 5, 2\)",
+    ),
     "gaussian's channels": (lambda: ops.gaussian(theta, phi[..., :2], g), ValueError, r"keys must have shape"),
     "batch": (lambda: ops.dot_product(theta, phi[:1], g[:1]), ValueError, r"phi must have shape \(2, M, 3\).*got \(1, 5, 3\)"),
-    "keys": (lambda: ops.dot_product(theta, phi, g[:, :4]), ValueError, r"g must have shape \(2, 5, e\).*5 keys; got \(2, 4, 11\)"),
+    "keys": (
+        lambda: ops.dot_product(theta, phi, g[:, :4]),
+        ValueError,
+        r"g must have shape \(2, 5, e\).*5 keys; got \(2, 4, 11\)",
+    ),
     "no keys": (lambda: ops.dot_product(theta, phi[:, :0], g[:, :0]), ValueError, r"at least one key"),
-    "mask's shape": (lambda: ops.gaussian(theta, phi, g, key_mask=mask[:, :4]), ValueError, r"key_mask must have shape \(2, 5\).*got \(2, 4\).*pool the mask"),
-    "mask's dtype": (lambda: ops.gaussian(theta, phi, g, key_mask=mask.astype(float)), TypeError, r"key_mask must be bool.*got float"),
+    "mask's shape": (
+        lambda: ops.gaussian(theta, phi, g, key_mask=mask[:, :4]),
+        ValueError,
+        r"key_mask must have shape \(2, 5\).*got \(2, 4\).*pool the mask",
+    ),
+    "mask's dtype": (
+        lambda: ops.gaussian(theta, phi, g, key_mask=mask.astype(float)),
+        TypeError,
+        r"key_mask must be bool.*got float",
+    ),
     "dtype": (lambda: ops.gaussian(theta.astype(int), phi, g), TypeError, r"x must be floating point; got int"),
     "w_f": (lambda: ops.concatenation(theta, phi, g, w_f[:3]), ValueError, r"w_f must have shape \(6,\).*got \(3,\)"),
     "no w_f": (lambda: ops.affinity("concatenation", theta, phi), ValueError, r"needs w_f of shape \(6,\)"),
     "w_f elsewhere": (lambda: ops.affinity("gaussian", theta, phi, w_f), ValueError, r"w_f belongs to the concatenation"),
     "scale elsewhere": (lambda: ops.affinity("gaussian", theta, phi, scale=2.0), ValueError, r"scale belongs to the embedded"),
-    "implementation": (lambda: ops.dot_product(theta, phi, g, implementation="fast"), ValueError, r"dot_product must be one of 'auto', 'dense'; got 'fast'"),
-    "instantiation": (lambda: ops.affinity("cosine", theta, phi), ValueError, r"instantiation must be one of 'gaussian', .*got 'cosine'"),
-}  # fmt: skip
+    "implementation": (
+        lambda: ops.dot_product(theta, phi, g, implementation="fast"),
+        ValueError,
+        r"dot_product must be one of 'auto', 'dense'; got 'fast'",
+    ),
+    "instantiation": (
+        lambda: ops.affinity("cosine", theta, phi),
+        ValueError,
+        r"instantiation must be one of 'gaussian', .*got 'cosine'",
+    ),
+}
 
 
 @pytest.mark.usefixtures("as_users_see_it")
-@pytest.mark.parametrize("call, error, message", BAD_INPUT.values(), ids=BAD_INPUT.keys())
+@pytest.mark.parametrize(("call", "error", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
 def test_bad_input_names_what_was_expected_and_what_came(call, error, message):
     with pytest.raises(error, match=message):
         call()

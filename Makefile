@@ -1,0 +1,43 @@
+# Each command makes its own environment when it is missing or its requirements changed.
+PYTHON ?= python3
+VENV := .venv
+PARITY := .venv-parity
+READY := $(VENV)/.ready
+PARITY_READY := $(PARITY)/.ready
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.PHONY: demo test check parity lock clean
+
+demo: $(READY)  ## train the control and the non-local network on toy videos, offline, about 3 minutes on 2 cores
+	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
+
+test: $(READY)  ## the tests and the doctests
+	$(VENV)/bin/python -m pytest
+
+check: $(READY)  ## format, lint, types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+parity: $(PARITY_READY)  ## against the peers, in torch, in an environment of its own
+	$(PARITY)/bin/python -m pytest tests/parity
+
+lock:  ## write requirements.txt and requirements-parity.txt anew
+	uv pip compile --universal --python-version 3.11 --all-extras --custom-compile-command "make lock" --quiet --upgrade pyproject.toml --output-file requirements.txt
+
+clean:  ## remove the environments and what the experiments wrote
+	rm -rf $(VENV) $(PARITY) runs
+
+$(READY): requirements.txt pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --requirement requirements.txt
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --editable .
+	@touch $@
+
+# CPU builds of torch do: on Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes.
+$(PARITY_READY): requirements.txt requirements-parity.txt pyproject.toml Makefile
+	$(PYTHON) -m venv --clear $(PARITY)
+	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --requirement requirements.txt --requirement requirements-parity.txt
+	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --no-deps --editable .
+	@touch $@

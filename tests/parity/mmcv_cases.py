@@ -1,0 +1,85 @@
+"""What is compared with mmcv-lite: every mode, dimension, subsampling and norm, and how its weights are named here."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nonlocal_jax.layers import nonlocal_block
+
+POSITIONS = {1: (11,), 2: (5, 7), 3: (3, 5, 7)}  # odd, so that the pooling drops a row
+CHANNELS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One block of mmcv."""
+
+    mode: str
+    dimensions: int
+    sub_sample: bool
+    norm: bool
+
+    @property
+    def name(self) -> str:
+        pooled, norm = "pooled" if self.sub_sample else "full", "norm" if self.norm else "plain"
+        return f"{self.mode}-{self.dimensions}d-{pooled}-{norm}"
+
+    @property
+    def positions(self):
+        return POSITIONS[self.dimensions]
+
+
+CASES = [
+    Case(*options)
+    for options in itertools.product(
+        ("gaussian", "embedded_gaussian", "dot_product", "concatenation"), (1, 2, 3), (False, True), (False, True)
+    )
+]
+
+
+def from_mmcv(state):
+    """A state dict of mmcv (NumPy arrays) as variables of `NonLocalBlock`."""
+
+    def dense(prefix):
+        kernel = state[f"{prefix}.weight"]
+        leaf = {"kernel": jnp.asarray(kernel.reshape(kernel.shape[:2]).T)}
+        return leaf | ({"bias": jnp.asarray(state[f"{prefix}.bias"])} if f"{prefix}.bias" in state else {})
+
+    operation = {}
+    for name in ("theta", "phi", "g"):
+        for prefix in (f"{name}.conv", f"{name}.0.conv"):  # the latter where a pooling follows
+            if f"{prefix}.weight" in state:
+                operation[name] = dense(prefix)
+    if "concat_project.conv.weight" in state:
+        operation["w_f"] = jnp.asarray(state["concat_project.conv.weight"].ravel())
+    params = {"operation": operation, "out": dense("conv_out.conv")}
+    if "conv_out.bn.weight" not in state:
+        return {"params": params}
+    params["out_norm"] = {"scale": jnp.asarray(state["conv_out.bn.weight"]), "bias": jnp.asarray(state["conv_out.bn.bias"])}
+    statistics = {"mean": state["conv_out.bn.running_mean"], "var": state["conv_out.bn.running_var"]}
+    return {"params": params, "batch_stats": {"out_norm": jax.tree.map(jnp.asarray, statistics)}}
+
+
+def compare(case, state, x, z, cotangent, gradients):
+    """Our block with mmcv's weights: the same z, and the same gradients of Σ cotangent · z for x and every weight.
+
+    Arrays are mmcv's, channels first; `gradients` maps "x" and the names of the state dict to theirs.
+    """
+    overrides = {} if case.norm else {"norm": None}
+    block = nonlocal_block(case.mode, preset="mmcv", subsample=case.sub_sample, **overrides)
+    variables = from_mmcv(state)
+
+    def apply(params, x):
+        ours = block.apply({**variables, "params": params}, jnp.moveaxis(x, 1, -1))
+        return jnp.moveaxis(ours, -1, 1)
+
+    ours, pullback = jax.vjp(jax.jit(apply), variables["params"], jnp.asarray(x))
+    np.testing.assert_allclose(ours, z, rtol=1e-5, atol=1e-5)
+    of_params, of_x = pullback(jnp.asarray(cotangent))
+    np.testing.assert_allclose(of_x, gradients["x"], rtol=1e-4, atol=1e-5)
+    expected = from_mmcv({**state, **gradients})["params"]
+    assert jax.tree.structure(of_params) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), of_params, expected)
