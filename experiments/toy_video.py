@@ -72,11 +72,11 @@ class Config:
     pretrain_steps: int = 1500  # steps of the trunk on single digits
     pretrain_batch_size: int = 128  # images
     pretrain_learning_rate: float = 4e-3  # of Adam, at its peak
-    steps: int = 1500  # steps on clips
+    steps: int = 1200  # steps on clips
     batch_size: int = 32  # clips
     learning_rate: float = 2e-3  # of Adam, at its peak
     warmup: int = 100  # steps of linear warm-up
-    evaluate_every: int = 250  # steps between two points of the learning curve, each of 1,024 test clips
+    evaluate_every: int = 200  # steps between two points of the learning curve, each of 1,024 test clips
     test_clips: int = 4096  # of the final accuracy
     output: Path = Path("runs/toy_video")  # folder of config.json, metrics.jsonl, results.json, results.md, toy_video.png
     readme: Path = Path("README.md")  # with --all: the file whose results table is written, where it has the marks for it

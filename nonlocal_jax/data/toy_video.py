@@ -211,7 +211,7 @@ def _moving(
     way = (scene.frames - 1) * steps
     room = scene.size - SIDE
     starts = jax.random.randint(k_places, steps.shape, jnp.maximum(-way, 0), room - jnp.maximum(way, 0) + 1)
-    places = starts[:, None] + jnp.arange(scene.frames)[:, None] * steps[:, None]  # (n, T, 2)
+    places = starts[:, None] + jnp.arange(scene.frames)[None, :, None] * steps[:, None]  # (n, T, 2)
     scanned = jax.vmap(lambda k, digit: _draw(k, scans, digit))(jax.random.split(k_scans, len(digits)), digits)
     paste = jax.vmap(jax.vmap(lambda scan, place: _paste(scan, place, scene), (None, 0)))
     clutter = _clutter(k_background, scene)
@@ -222,7 +222,7 @@ def _moving(
 def _clip(key: PRNGKeyArray, ink: Frames, clutter: Frames, label: Array, corners: Array, scene: Scene) -> Clips:
     """Digits over strokes, and noise over everything; `corners` are frame, row and column of each digit."""
     noise = scene.noise * jax.random.normal(jax.random.fold_in(key, 1), ink.shape)
-    return Clips((jnp.maximum(ink, clutter) + noise)[..., None], label, corners + jnp.array([0, SIDE // 2, SIDE // 2]))
+    return Clips((jnp.maximum(ink, clutter) + noise)[..., None], label, corners + jnp.array([[0, SIDE // 2, SIDE // 2]]))
 
 
 def _different_classes(key: PRNGKeyArray) -> Int[Array, "2"]:
@@ -247,7 +247,7 @@ def _paste(scan: Scan, corner: Int[Array, "2"], scene: Scene) -> Float[Array, "h
 
 
 def _seen(starts: Int[Array, " n"], scene: Scene) -> Float[Array, "n t"]:
-    since = jnp.arange(scene.frames) - starts[:, None]
+    since = jnp.arange(scene.frames)[None] - starts[:, None]
     return ((since >= 0) & (since < scene.visible)).astype(jnp.float32)
 
 
@@ -257,12 +257,14 @@ def _clutter(key: PRNGKeyArray, scene: Scene) -> Frames:
     ends = jax.random.uniform(k_ends, (scene.strokes, 2, 2), maxval=scene.size - 1)
     starts = jax.random.randint(k_starts, (scene.strokes,), 0, scene.frames - scene.visible + 1)
     strokes = jax.vmap(lambda two: _stroke(two, scene))(ends)
-    return jnp.einsum("st,shw->thw", _seen(starts, scene), strokes)
+    return jnp.max(_seen(starts, scene)[..., None, None] * strokes[:, None], axis=0, initial=0.0)
 
 
 def _stroke(ends: Float[Array, "2 2"], scene: Scene) -> Float[Array, "h w"]:
     start, along = ends[0], ends[1] - ends[0]
     along = along * jnp.minimum(1.0, SIDE / jnp.maximum(jnp.linalg.norm(along), 1.0))
-    pixels = jnp.moveaxis(jnp.indices((scene.size, scene.size), dtype=jnp.float32), 0, -1) - start
-    nearest = jnp.clip(pixels @ along / jnp.maximum(along @ along, 1e-6), 0, 1)[..., None] * along
-    return scene.stroke_ink * jnp.clip(1.5 - jnp.linalg.norm(pixels - nearest, axis=-1), 0, 1)
+    rows, columns = jnp.indices((scene.size, scene.size), dtype=jnp.float32)
+    down, right = rows - start[0], columns - start[1]
+    nearest = jnp.clip((down * along[0] + right * along[1]) / jnp.maximum(along @ along, 1e-6), 0, 1)
+    distance = jnp.hypot(down - nearest * along[0], right - nearest * along[1])
+    return scene.stroke_ink * jnp.clip(1.5 - distance, 0, 1)
