@@ -38,7 +38,9 @@ def imported_parts(file):
                 yield name.split(".")[1]
 
 
-@pytest.mark.parametrize("file", [f for f in sorted(PACKAGE.rglob("*.py")) if f.parent != PACKAGE or f.name == "types.py"], ids=str)
+@pytest.mark.parametrize(
+    "file", [f for f in sorted(PACKAGE.rglob("*.py")) if f.parent != PACKAGE or f.name == "types.py"], ids=str
+)
 def test_arrows_point_down(file):
     part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert part in MAY_IMPORT, f"{part} is a new part; say what it may import"

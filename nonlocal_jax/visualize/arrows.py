@@ -51,13 +51,14 @@ def arrows(
 
     cell = np.array(frames.shape[1:3]) / np.array(weights.shape[1:])  # pixels of a position
 
-    def pixel(position: Sequence[int]) -> tuple[float, float]:
+    def pixel(position: tuple[int, ...]) -> tuple[float, float]:
         row, column = (np.array(position[1:]) + 0.5) * cell - 0.5
-        return column, row
+        return float(column), float(row)
 
     order = np.argsort(weights, axis=None)[::-1][:top]
     largest = max(float(weights.max()), np.finfo(np.float32).tiny)
-    for rank, position in enumerate(zip(*np.unravel_index(order, weights.shape), strict=True)):
+    for rank, flat in enumerate(order.tolist()):
+        position = tuple(int(index) for index in np.unravel_index(flat, weights.shape))
         strength = float(np.clip(weights[position] / largest, 0.05, 1)) ** 0.5
         arrow = ConnectionPatch(
             pixel(query), pixel(position), "data", "data", axesA=axes[query[0]], axesB=axes[position[0]],

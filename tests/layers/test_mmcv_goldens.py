@@ -13,7 +13,7 @@ def recorded(case, key):
     """One array, or a dict of those below."""
     prefix = f"{case.name}/{key}/"
     found = {name.removeprefix(prefix): GOLDENS[name] for name in GOLDENS.files if name.startswith(prefix)}
-    return found[""] if "" in found else found
+    return found.get("", found)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -15,7 +15,9 @@ CLIPS = jax.random.normal(jax.random.key(0), (2, 8, 16, 16, 1))
 
 def awake(variables):
     """Every zero-initialised scale at 1, so that every residual branch counts."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.ones_like(leaf) if path[-1].key == "scale" else leaf, variables)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.ones_like(leaf) if path[-1].key == "scale" else leaf, variables
+    )
 
 
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3), (3, 1, 1), (3, 3, 3)])
@@ -107,7 +109,10 @@ def test_inflated_kernels_give_a_static_clip_the_answer_of_its_frame():
 
 @pytest.mark.parametrize(
     ("shape", "frames", "message"),
-    [((3, 3, 4), 3, r"kernel_2d must have shape \(H, W, C, features\); got \(3, 3, 4\)"), ((1, 1, 3, 4), 0, "frames must be at least 1; got 0")],
+    [
+        ((3, 3, 4), 3, r"kernel_2d must have shape \(H, W, C, features\); got \(3, 3, 4\)"),
+        ((1, 1, 3, 4), 0, "frames must be at least 1; got 0"),
+    ],
 )
 def test_bad_inflation(shape, frames, message):
     with pytest.raises(ValueError, match=message):

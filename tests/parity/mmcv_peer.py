@@ -1,6 +1,6 @@
 """Runs mmcv-lite's non-local blocks in torch: for `make parity`, and to record what `make test` compares with.
 
-    .venv-parity/bin/python tests/parity/mmcv_peer.py   # writes tests/goldens/mmcv.npz
+.venv-parity/bin/python tests/parity/mmcv_peer.py   # writes tests/goldens/mmcv.npz
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Equal to mmcv-lite's NonLocal1d, 2d and 3d with the same weights, forward and backward, live in torch."""
 
-from parity import mmcv_peer
 import pytest
+from parity import mmcv_peer
 from parity.mmcv_cases import CASES, compare
 
 

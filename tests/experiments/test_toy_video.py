@@ -1,0 +1,135 @@
+"""The demo from end to end on a small budget, and what it says when it cannot run."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+import tyro
+
+from experiments import toy_video
+from experiments.toy_video import Config
+from nonlocal_jax.data.toy_video import Scene, load_scans
+
+SMALL = Config(
+    networks=("control", "embedded_gaussian"), pretrain_steps=50, pretrain_batch_size=16, steps=50, batch_size=8,
+    evaluate_every=50, test_clips=256, seeds=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scans():
+    return {"train": load_scans("train"), "test": load_scans("test")}
+
+
+def test_the_demo_leaves_a_table_a_log_and_a_picture(tmp_path):
+    rows = toy_video.main(dataclasses.replace(SMALL, output=tmp_path / "new" / "folder"))
+    assert [row["network"] for row in rows] == ["control", "embedded_gaussian"]
+    assert rows[0]["parameters"] >= rows[1]["parameters"]
+    assert rows[0]["flops"] >= rows[1]["flops"]
+    assert all(len(row["accuracies"]) == 2 and 0 < min(row["accuracies"]) < 1 for row in rows)
+
+    output = tmp_path / "new" / "folder"
+    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["network"], row["seed"]) for row in log] == [
+        (network, seed) for network in ("trunk, single_digit", "control", "embedded_gaussian") for seed in (0, 1)
+    ]
+    assert all(np.isfinite(row["loss"]) and 0 <= row["test_accuracy"] <= 1 for row in log)
+    assert json.loads((output / "config.json").read_text())["batch_size"] == 8
+    assert json.loads((output / "results.json").read_text())["rows"] == rows
+    table = (output / "results.md").read_text()
+    assert "| same_digit | C2D, non-local, embedded gaussian | 72,562 |" in table
+    picture = matplotlib.image.imread(output / "toy_video.png")
+    assert min(picture.shape[:2]) > 500
+    assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 100
+
+
+def test_insert_keeps_the_answer_of_the_trunk(scans):
+    """The paper's recipe: a block put into a trained network does not change its answer, nor does inflation on a still."""
+    config = dataclasses.replace(SMALL, kind="i3d")
+    trunk, inflated = toy_video.build(None, config, "single_digit"), toy_video.build("dot_product", config)
+    still = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (3, 1, 16, 16, 1)), (3, 8, 16, 16, 1))
+    image_variables = trunk.init(jax.random.key(1), still[:, :1])
+    image_variables = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape) ** 2, image_variables
+    )
+    fresh = inflated.init(jax.random.key(3), still)
+    variables = toy_video.insert(image_variables, fresh)
+    chex.assert_trees_all_equal_structs(variables, fresh)
+    chex.assert_trees_all_equal(variables["params"]["head"], fresh["params"]["head"])
+    chex.assert_trees_all_equal(variables["params"]["block"], fresh["params"]["block"])
+
+    def features(model, variables, clip):
+        picked = model.apply(variables, clip, capture_intermediates=lambda m, _: m.name == "res3", mutable=["intermediates"])
+        return picked[1]["intermediates"]["res3"]["__call__"][0]
+
+    of_image, of_clip = features(trunk, image_variables, still[:, :1]), features(inflated, variables, still)
+    # Two inflated layers of three taps: the frames at least two from the border see a whole still.
+    chex.assert_trees_all_close(of_clip[:, 2:-2], jnp.broadcast_to(of_image, (3, 4, *of_image.shape[2:])), rtol=1e-3, atol=1e-4)
+
+
+def test_all_is_every_instantiation_and_both_tasks():
+    first, second = toy_video.tasks(dataclasses.replace(SMALL, all=True, seeds=5))
+    assert (first.task, first.kind, first.seeds, first.scene) == ("same_digit", "c2d", 5, Scene())
+    assert first.networks == ("control", "gaussian", "embedded_gaussian", "dot_product", "concatenation")
+    assert (second.task, second.kind, second.seeds, second.scene) == ("moving_pair", "i3d", 3, Scene(size=20))
+    assert second.networks == ("control", "embedded_gaussian")
+
+
+def test_the_table_replaces_that_of_the_readme_and_nothing_else(tmp_path):
+    begin, end = toy_video.README_MARKS
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    toy_video.write_readme(readme, "| new |")
+    assert readme.read_text() == f"before\n{begin}\n| new |\n{end}\nafter\n"
+    readme.write_text("no marks")
+    toy_video.write_readme(readme, "| new |")
+    assert readme.read_text() == "no marks"
+
+
+def test_nan_in_the_scans_stops_before_training(scans):
+    spoilt = {name: split._replace(images=split.images * jnp.nan) for name, split in scans.items()}
+    trainer = toy_video.Trainer(toy_video.build(None, SMALL, "single_digit"), "single_digit", SMALL, spoilt)
+    with pytest.raises(ValueError, match=r"clips must be finite; got NaN"):
+        trainer.run(0, None, report=lambda **row: pytest.fail("it trained"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(scans):
+    config = dataclasses.replace(SMALL, pretrain_learning_rate=1e38)
+    trainer = toy_video.Trainer(toy_video.build(None, config, "single_digit"), "single_digit", config, scans)
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 50 of seed 3; try a smaller learning rate"):
+        trainer.run(3, None, report=lambda **row: None)
+
+
+def test_an_output_that_cannot_be_written_stops_before_training(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(toy_video, "load_scans", lambda split: pytest.fail("it went on"))
+    with pytest.raises(SystemExit, match=r"--output must be a folder that can be written; .*file/runs: Not a directory"):
+        toy_video.main(dataclasses.replace(SMALL, output=tmp_path / "file" / "runs"))
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1; got 0"),
+        ({"steps": 30}, "steps must be a multiple of 50.*got 30"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite; got nan"),
+        ({"networks": ()}, "networks must name at least one of control, gaussian"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
+
+
+@pytest.mark.parametrize("arguments", [["--stepz", "100"], ["--networks", "transformer"], ["--preset", "torch"]])
+def test_a_mistyped_flag_is_an_error(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(Config, args=arguments)
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
