@@ -105,20 +105,23 @@ class NonLocalBlock(nn.Module):
         if mask is not None:
             residual = jnp.where(mask[..., None], residual, 0)
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
-            self.sow("intermediates", "residual_ratio", _residual_ratio(residual, x))
+            self.sow("intermediates", "residual_ratio", _residual_ratio(residual, x, mask))
         return (x + residual).astype(x.dtype)
 
     def _normalise(self, norm: Callable[..., nn.Module], x: Array, mask: Array | None, train: bool) -> Array:
         identity = {"scale_init": nn.initializers.zeros} if self.zero_init else {}
         module = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="out_norm", **identity)
+        real = None if mask is None else jnp.broadcast_to(mask[..., None], x.shape)
         if isinstance(module, nn.BatchNorm):
-            real = None if mask is None else mask[..., None]
             return module(x, use_running_average=not train, mask=real)
-        return module(x)
+        if isinstance(module, nn.GroupNorm):
+            return module(x, mask=real)
+        return module(x)  # by position: padding cannot reach the others
 
 
-def _residual_ratio(residual: Array, x: Array) -> Scalar:
-    """‖W_z y‖ / ‖x‖: 0 as long as the block is the identity."""
+def _residual_ratio(residual: Array, x: Array, mask: Array | None) -> Scalar:
+    """‖W_z y‖ / ‖x‖ over the real positions: 0 as long as the block is the identity."""
+    x = x if mask is None else jnp.where(mask[..., None], x, 0)
     norm, of_x = (jnp.linalg.norm(a.astype(jnp.float32)) for a in (residual, x))
     return norm / jnp.where(of_x == 0, 1, of_x)
 
