@@ -327,7 +327,7 @@ def draw_arrows(rows: list[Any], config: Config, network: Network, result: Resul
     """From a position on the first digit to its 20 highest-weighted ones, in the first test clips."""
     clips = make_clips(config.task, jax.random.key(TEST_KEY), scans["test"], len(rows), config.scene)
     logits, state = build(network, config).apply(result.variables, clips.video, mutable=["intermediates"])
-    side = config.scene.size // 4  # the stem strides by 4
+    side = -(-config.scene.size // 4)  # the stem strides by 4
     grid = (config.scene.frames, side, side)
     maps = state["intermediates"]["block"]["operation"]["affinity"][0].reshape(len(rows), *grid, *grid)
     for row, video, label, places, answer, affinity in zip(
@@ -341,13 +341,22 @@ def draw_arrows(rows: list[Any], config: Config, network: Network, result: Resul
 
 
 def prepare(config: Config) -> None:
-    """The output folder, before any long work starts."""
+    """All that can fail fails here, before any long work starts; then the output folder is there."""
+    try:
+        for one in tasks(config):
+            clips = jax.eval_shape(
+                lambda key, one=one: make_clips(one.task, key, load_scans("test"), 2, one.scene), jax.random.key(0)
+            )
+            for network in one.networks:
+                jax.eval_shape(build(network, one).init, jax.random.key(0), clips.video)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     try:
         config.output.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
         (config.output / "config.json").write_text(text + "\n")
     except OSError as error:
-        raise SystemExit(f"--output must be a folder that can be written; {config.output}: {error.strerror}.") from error
+        raise SystemExit(f"error: --output must be a folder that can be written; {config.output}: {error.strerror}.") from error
 
 
 def tasks(config: Config) -> Iterator[Config]:

@@ -107,9 +107,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(scans):
 
 def test_an_output_that_cannot_be_written_stops_before_training(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(toy_video, "load_scans", lambda split: pytest.fail("it went on"))
+    monkeypatch.setattr(toy_video, "train_all", lambda *_: pytest.fail("it trained"))
     with pytest.raises(SystemExit, match=r"--output must be a folder that can be written; .*file/runs: Not a directory"):
         toy_video.main(dataclasses.replace(SMALL, output=tmp_path / "file" / "runs"))
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "caffe2", "networks": ("control", "gaussian")}, "'caffe2' has no 'gaussian'"),
+        ({"task": "moving_pair", "scene": Scene(size=14)}, "moving_pair needs size of at least 15.* got 14"),
+    ],
+)
+def test_what_cannot_be_built_stops_before_training(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_video, "train_all", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(SystemExit, match=message):
+        toy_video.main(dataclasses.replace(SMALL, output=tmp_path / "new", **options))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.usefixtures("as_users_see_it")
