@@ -11,7 +11,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_the_ten_lines_run():
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     assert (names["z"] == names["x"]).all()
     (affinity,) = names["state"]["intermediates"]["operation"]["affinity"]
     assert affinity.shape == (2, 1568, 392)
