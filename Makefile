@@ -22,7 +22,7 @@ check: $(READY)  ## format, lint, types
 parity: $(PARITY_READY)  ## against the peers, in torch, in an environment of its own
 	$(PARITY)/bin/python -m pytest tests/parity
 
-lock:  ## write requirements.txt and requirements-parity.txt anew
+lock:  ## write requirements.txt anew
 	uv pip compile --universal --python-version 3.11 --all-extras --custom-compile-command "make lock" --quiet --upgrade pyproject.toml --output-file requirements.txt
 
 clean:  ## remove the environments and what the experiments wrote

@@ -16,6 +16,7 @@ on scans held out from training: about 96% with the embedded Gaussian, 50% for t
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -76,7 +77,7 @@ class Config:
     batch_size: int = 32  # clips
     learning_rate: float = 2e-3  # of Adam, at its peak
     warmup: int = 100  # steps of linear warm-up
-    evaluate_every: int = 200  # steps between two points of the learning curve, each of 1,024 test clips
+    evaluate_every: int = 200  # steps between two points of the learning curve, each of 1,024 test clips at most
     test_clips: int = 4096  # of the final accuracy
     output: Path = Path("runs/toy_video")  # folder of config.json, metrics.jsonl, results.json, results.md, toy_video.png
     readme: Path = Path("README.md")  # with --all: the file whose results table is written, where it has the marks for it
@@ -198,7 +199,7 @@ class Trainer:
                     f"the loss is {row['loss']} at step {step} of seed {seed}; try a smaller learning rate."
                 )
             if step % self.config.evaluate_every == 0 or step == self.steps:
-                row["test_accuracy"] = self.accuracy(state.variables, 1024)
+                row["test_accuracy"] = self.accuracy(state.variables, min(1024, self.config.test_clips))
                 curve.append((step, row["test_accuracy"]))
             report(**row, seconds=round(time.perf_counter() - begun, 2))
         accuracy = self.accuracy(state.variables, self.config.test_clips)
@@ -326,7 +327,8 @@ def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, 
 def draw_arrows(rows: list[Any], config: Config, network: Network, result: Result, scans: dict[str, Scans]) -> None:
     """From a position on the first digit to its 20 highest-weighted ones, in the first test clips."""
     clips = make_clips(config.task, jax.random.key(TEST_KEY), scans["test"], len(rows), config.scene)
-    logits, state = build(network, config).apply(result.variables, clips.video, mutable=["intermediates"])
+    apply = jax.jit(functools.partial(build(network, config).apply, mutable=["intermediates"]))
+    logits, state = apply(result.variables, clips.video)
     side = -(-config.scene.size // 4)  # the stem strides by 4
     grid = (config.scene.frames, side, side)
     maps = state["intermediates"]["block"]["operation"]["affinity"][0].reshape(len(rows), *grid, *grid)

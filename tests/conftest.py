@@ -4,6 +4,7 @@ import os
 
 # Before JAX starts: where there is no accelerator, four devices for pmap.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # where there is one, the test processes share it
 
 import jax
 import jaxtyping
