@@ -182,7 +182,7 @@ def test_use_scale_is_the_square_root_of_the_inner_width():
     x = make_input((7,))
     y, params, _ = run(EmbeddedGaussian(use_scale=True, subsample=False), x)
     theta, phi, g = (x @ params[name]["kernel"] for name in ("theta", "phi", "g"))
-    chex.assert_trees_all_close(y, ops.embedded_gaussian(theta, phi, g, scale=3**-0.5), rtol=1e-5)
+    chex.assert_trees_all_close(y, ops.embedded_gaussian(theta, phi, g, scale=3**-0.5), rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_are_he_initialised():
