@@ -159,7 +159,7 @@ def test_queries_permute_with_their_responses_and_keys_do_not_matter(instantiati
     y = respond(instantiation, **inputs)
     order, key_order = np.random.default_rng(0).permutation(N), np.random.default_rng(1).permutation(M)
     moved = inputs | {"theta": inputs["theta"][:, order]}
-    chex.assert_trees_all_close(respond(instantiation, **moved), y[:, order], rtol=1e-6)
+    chex.assert_trees_all_close(respond(instantiation, **moved), y[:, order], rtol=1e-5, atol=1e-6)
     moved = inputs | {name: inputs[name][:, key_order] for name in ("phi", "g")}
     chex.assert_trees_all_close(respond(instantiation, **moved), y, rtol=1e-5, atol=1e-6)
 
