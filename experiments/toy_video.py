@@ -91,6 +91,8 @@ class Config:
                 raise ValueError(
                     f"{name} must be a multiple of {CHUNK}, the steps of one compiled scan; got {getattr(self, name)}."
                 )
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0; got {self.warmup}.")
         for name in ("pretrain_learning_rate", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}.")
@@ -335,7 +337,7 @@ def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, 
 
 
 def draw_arrows(rows: list[Any], config: Config, network: Network, result: Result, scans: dict[str, Scans]) -> None:
-    """From a position on the first digit to its 20 highest-weighted ones, in the first test clips."""
+    """From a position on the first digit to its 20 highest-weighted ones, in test clips that no one chose."""
     clips = make_clips(config.task, jax.random.key(TEST_KEY), scans["test"], len(rows), config.scene)
     apply = jax.jit(functools.partial(build(network, config).apply, mutable=["intermediates"]))
     logits, state = apply(result.variables, clips.video)
@@ -354,6 +356,8 @@ def draw_arrows(rows: list[Any], config: Config, network: Network, result: Resul
 
 def prepare(config: Config) -> None:
     """All that can fail fails here, before any long work starts; then the output folder is there."""
+    import matplotlib  # noqa: F401
+
     try:
         for one in tasks(config):
             clips = jax.eval_shape(
@@ -369,6 +373,8 @@ def prepare(config: Config) -> None:
         (config.output / "config.json").write_text(text + "\n")
     except OSError as error:
         raise SystemExit(f"error: --output must be a folder that can be written; {config.output}: {error.strerror}.") from error
+    if config.all and config.readme.exists() and not (config.readme.is_file() and os.access(config.readme, os.R_OK | os.W_OK)):
+        raise SystemExit(f"error: --readme must be a file that can be read and written; got {config.readme}.")
 
 
 def tasks(config: Config) -> Iterator[Config]:
@@ -392,10 +398,10 @@ def main(config: Config) -> list[dict[str, Any]]:
         for one in tasks(config):
             results = train_all(one, scans, console, log)
             rows += summarise(one, results)
-            picture = config.output / ("toy_video.png" if one.task == "same_digit" or not config.all else "moving_pair.png")
-            draw(one, results, scans, picture)
             record = {"command": command, "hardware": hardware(), "rows": rows}
             (config.output / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+            picture = config.output / ("toy_video.png" if one.task == "same_digit" or not config.all else "moving_pair.png")
+            draw(one, results, scans, picture)
 
     table = Table(*HEADER, title="accuracy on clips of scans held out from training")
     for row in rows:

@@ -4,7 +4,7 @@ from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
 from nonlocal_jax.layers.describe import BlockDescription, describe
 from nonlocal_jax.layers.instantiations import Concatenation, DotProduct, EmbeddedGaussian, Gaussian
 from nonlocal_jax.layers.norm import Affine, BatchNorm, freeze_batch_norm
-from nonlocal_jax.layers.pooling import max_pool
+from nonlocal_jax.layers.pooling import max_pool, pool_mask
 
 __all__ = [
     "Affine",
@@ -19,4 +19,5 @@ __all__ = [
     "freeze_batch_norm",
     "max_pool",
     "nonlocal_block",
+    "pool_mask",
 ]

@@ -78,7 +78,8 @@ class NonLocalBlock(nn.Module):
 
         Args:
             x: (B, *positions, C), with one, two or three position axes.
-            mask: (B, *positions) of bool, False where x is padding. Padding influences nothing and keeps its value.
+            mask: (B, *positions) of bool, False where x is padding. Padding influences nothing and keeps its value; only
+                a batch of nothing but padding moves the statistics of BatchNorm, which would have none otherwise.
             train: whether BatchNorm uses, and updates, the statistics of this batch; "batch_stats" must then be mutable.
 
         Returns:
@@ -111,12 +112,23 @@ class NonLocalBlock(nn.Module):
     def _normalise(self, norm: Callable[..., nn.Module], x: Array, mask: Array | None, train: bool) -> Array:
         identity = {"scale_init": nn.initializers.zeros} if self.zero_init else {}
         module = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="out_norm", **identity)
-        real = None if mask is None else jnp.broadcast_to(mask[..., None], x.shape)
         if isinstance(module, nn.BatchNorm):
-            return module(x, use_running_average=not train, mask=real)
-        if isinstance(module, nn.GroupNorm):
-            return module(x, mask=real)
+            return module(x, use_running_average=not train, mask=_never_empty(mask, x, 0))
+        if isinstance(module, nn.GroupNorm | nn.InstanceNorm):
+            return module(x, mask=_never_empty(mask, x, 1))
         return module(x)  # by position: padding cannot reach the others
+
+
+def _never_empty(mask: Array | None, x: Array, first_axis: int) -> Array | None:
+    """The mask for a norm over the axes from `first_axis` on, of the shape of x.
+
+    Statistics of no position at all would be NaN, and so would gradients; where all is padding, all counts, and still
+    adds 0 to x.
+    """
+    if mask is None:
+        return None
+    empty = ~mask.any(axis=tuple(range(first_axis, mask.ndim)), keepdims=True)
+    return jnp.broadcast_to((mask | empty)[..., None], x.shape)
 
 
 def _residual_ratio(residual: Array, x: Array, mask: Array | None) -> Scalar:
@@ -148,6 +160,8 @@ class _Convention:
     kernel_init: Initializer = he_normal
     bias_init: Callable[[int], Initializer] = zero_bias
     norm: Callable[..., nn.Module] = BatchNorm
+    out_kernel_init: Initializer | None = None  # of W_z; None is kernel_init
+    w_f_init: Initializer | None = None  # None is kernel_init
 
 
 def _uniform_bias(fan_in: int) -> Initializer:
@@ -157,6 +171,7 @@ def _uniform_bias(fan_in: int) -> Initializer:
 
 
 _normal_001 = nn.initializers.normal(0.01)
+_he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 CONVENTIONS: dict[Preset, _Convention] = {
     "paper": _Convention(),
@@ -177,7 +192,7 @@ CONVENTIONS: dict[Preset, _Convention] = {
         pool_order="before",
         use_bias=True,
         out_bias=True,
-        kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        kernel_init=_he_normal_fan_out,
     ),
     "non_local_pytorch": _Convention(
         source="Non-local_pytorch",
@@ -186,7 +201,16 @@ CONVENTIONS: dict[Preset, _Convention] = {
         kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
         bias_init=_uniform_bias,
     ),
-    "mmcv": _Convention(source="mmcv", use_scale=True, subsample=False, use_bias=True, out_bias=None, kernel_init=_normal_001),
+    "mmcv": _Convention(
+        source="mmcv",
+        use_scale=True,
+        subsample=False,
+        use_bias=True,
+        out_bias=None,
+        kernel_init=_normal_001,
+        out_kernel_init=_he_normal_fan_out,
+        w_f_init=_he_normal_fan_out,
+    ),
 }
 
 
@@ -199,7 +223,9 @@ def nonlocal_block(instantiation: Instantiation, preset: Preset = "paper", **ove
     | `caffe2`            | d^-0.5        | before        | all               | N(0, 0.01)        | 1.0000001e-5 |
     | `slowfast`          | d^-0.5        | before        | all               | He, by fan-out    | 1e-5         |
     | `non_local_pytorch` | 1             | after φ and g | all               | PyTorch's default | 1e-5         |
-    | `mmcv`              | d^-0.5        | none          | W_z: without norm | N(0, 0.01)        | 1e-5         |
+    | `mmcv`              | d^-0.5        | none          | θ, φ, g (*)       | N(0, 0.01) (*)    | 1e-5         |
+
+    (*) W_z has a bias when no norm follows; W_z and w_f are initialised as He, by fan-out.
 
     Args:
         instantiation: "gaussian", "embedded_gaussian", "dot_product" or "concatenation"; `caffe2` and `slowfast` have the
@@ -232,11 +258,13 @@ def nonlocal_block(instantiation: Instantiation, preset: Preset = "paper", **ove
     if unknown := overrides.keys() - of_operation - of_block:
         known = ", ".join(sorted(of_operation | of_block))
         raise TypeError(f"a {instantiation} block has no attribute {', '.join(sorted(unknown))}; it has {known}.")
-    chosen = {field.name: getattr(convention, field.name) for field in dataclasses.fields(convention)} | overrides
+    chosen = {field.name: getattr(convention, field.name) for field in dataclasses.fields(convention)}
+    out = {"kernel_init": chosen.pop("out_kernel_init") or convention.kernel_init}
+    for_operation, for_block = chosen | overrides, chosen | out | overrides
     operation = operation_type(
-        **{name: value for name, value in chosen.items() if name in of_operation - {"name"}}, parent=None
+        **{name: value for name, value in for_operation.items() if name in of_operation - {"name"}}, parent=None
     )
-    return NonLocalBlock(operation, **{name: value for name, value in chosen.items() if name in of_block})
+    return NonLocalBlock(operation, **{name: value for name, value in for_block.items() if name in of_block})
 
 
 def _attributes(module: type[nn.Module]) -> set[str]:

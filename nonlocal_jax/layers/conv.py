@@ -37,6 +37,8 @@ class VideoConv(nn.Module):
     @nn.compact
     def __call__(self, x: Video) -> Array:
         """X (B, T, H, W, C) -> (B, T / stride, H / stride, W / stride, features), rounded up."""
+        if not all(size % 2 for size in self.kernel_size):
+            raise ValueError(f"kernel_size must be odd along every axis; got {self.kernel_size}.")
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(in_axis=(0, 1, 2, 3)), shape, self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)

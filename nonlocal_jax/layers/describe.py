@@ -47,7 +47,8 @@ def describe(
         One `BlockDescription` a block; empty when the network has none.
 
     Raises:
-        ValueError: the network has another number of blocks than `expected`.
+        ValueError: the network has another number of blocks than `expected`, or one inside `nn.scan`, where the blocks
+            have no places of their own; describe the scanned module by itself.
 
     >>> import jax, jax.numpy as jnp
     >>> from nonlocal_jax.layers import nonlocal_block
@@ -67,7 +68,11 @@ def describe(
     def ratios(variables: Any, x: Array) -> dict[tuple[str, ...], Array]:
         with nn.intercept_methods(record):
             sown = model.apply(variables, x, mutable=["intermediates"], **kwargs)[1].get("intermediates", {})
-        return {path: _at(sown, path)["residual_ratio"][-1] for path in operations}
+        try:
+            return {path: _at(sown, path)["residual_ratio"][-1].reshape(()) for path in operations}
+        except (KeyError, TypeError) as error:
+            places = ", ".join(map("/".join, operations))
+            raise ValueError(f"the blocks must not be inside nn.scan; got {places}. Describe the scanned module.") from error
 
     # Under jit, what is sown beside the ratios (the affinity maps) is never computed.
     values = jax.jit(ratios)(variables, x)

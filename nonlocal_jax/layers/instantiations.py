@@ -5,7 +5,7 @@ are 1×1×1 convolutions, which over channels-last arrays are `nn.Dense`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -39,7 +39,7 @@ class NonLocalOperation(nn.Module):
             pixel; both of these want (T, H, W) positions.
         group_size: the frames of one temporal group; a position sees those of its own group alone. None is all frames.
         use_bias: whether θ, φ and g have a bias.
-        kernel_init: initialiser of W_θ, W_φ, W_g and w_f.
+        kernel_init: initialiser of W_θ, W_φ and W_g, and of w_f where it has no other.
         bias_init: from the fan-in to the initialiser of the biases, because PyTorch's default depends on it.
         dtype: of the computation; None is that of the input and parameters. Logits and sums stay float32.
         param_dtype: of the parameters.
@@ -65,7 +65,7 @@ class NonLocalOperation(nn.Module):
         Args:
             x: (B, *positions, C), with one, two or three position axes: (N,), (H, W) or (T, H, W).
             mask: (B, *positions) of bool, False where x is padding. Padding is neither summed nor counted, and what it
-                holds has no influence.
+                holds has no influence. Where keys are pooled, a window is real if any of its positions is.
 
         Returns:
             (B, *positions, inner_features).
@@ -135,8 +135,10 @@ class NonLocalOperation(nn.Module):
             raise ValueError(f"axes={self.axes!r} wants (T, H, W) positions, x of rank 5; got shape {x.shape}.")
         self._check_groups(positions)
         if mask is not None:
-            if mask.dtype != jnp.bool_:
-                raise TypeError(f"mask must be bool, True where x is real; got {mask.dtype}.")
+            if getattr(mask, "dtype", None) != jnp.bool_:
+                raise TypeError(
+                    f"mask must be an array of bool, True where x is real; got {getattr(mask, 'dtype', type(mask))}."
+                )
             if mask.shape != x.shape[:-1]:
                 raise ValueError(f"mask must have shape {x.shape[:-1]}, one entry per position; got {mask.shape}.")
         return self._window(positions)
@@ -157,8 +159,10 @@ class NonLocalOperation(nn.Module):
         if isinstance(self.subsample, bool):
             spatial = 2 if self.subsample and self.axes != "time" else 1
             window: tuple[int, ...] = (1,) * time_axes + (spatial,) * (len(positions) - time_axes)
-        else:
+        elif isinstance(self.subsample, Sequence):
             window = tuple(self.subsample)
+        else:
+            raise ValueError(f"subsample must be True, False or a size for each position axis; got {self.subsample!r}.")
         if len(window) != len(positions) or min(window) < 1:
             raise ValueError(f"subsample must have {len(positions)} sizes of at least 1; got {window}.")
         if any(size > length for size, length in zip(window, positions, strict=True)):
@@ -239,6 +243,9 @@ class DotProduct(NonLocalOperation):
 class Concatenation(NonLocalOperation):
     """f(x_i, x_j) = ReLU(w_f · [θ(x_i), φ(x_j)]), C(x) = N; parameters W_θ, W_φ, W_g, w_f.   (Eq. 5)
 
+    Attributes:
+        w_f_init: initialiser of w_f, called with the shape (2d, 1); None is `kernel_init`.
+
     Source: section 3.2. w_f has no bias, as in every published implementation.
 
     >>> import jax, jax.numpy as jnp
@@ -248,13 +255,15 @@ class Concatenation(NonLocalOperation):
     (10,)
     """
 
+    w_f_init: Initializer | None = None
+
     def _respond(self, theta: Array, phi: Array, g: Array, key_mask: Array | None) -> Array:
         w_f = self.param("w_f", self._init_w_f, 2 * theta.shape[-1]).astype(theta.dtype)
         self._sow("concatenation", theta, phi, w_f, key_mask=key_mask)
         return ops.concatenation(theta, phi, g, w_f, key_mask=key_mask, implementation=self.implementation)
 
     def _init_w_f(self, key: PRNGKeyArray, size: int) -> Array:
-        return self.kernel_init(key, (size, 1), self.param_dtype)[:, 0]  # fan-in 2d, one output
+        return (self.w_f_init or self.kernel_init)(key, (size, 1), self.param_dtype)[:, 0]  # fan-in 2d, one output
 
 
 def _to_rows(x: Array, axes: Axes, groups: int | None) -> Array:

@@ -44,7 +44,8 @@ def gaussian(
         x: (..., N, c), one row for each position that gets a response.
         keys: (..., M, c), the same features at the positions that are summed; `x` itself, or `x` subsampled.
         g: (..., M, e), the values.
-        key_mask: (..., M) of bool. A key that is False is in neither the sum nor C(x).
+        key_mask: (..., M) of bool. A key that is False is in neither the sum nor C(x), whatever it holds; as a query, the
+            same position still needs finite features.
         implementation: how it is computed, never what: "auto" or "dense".
 
     Returns:
@@ -104,6 +105,7 @@ def embedded_gaussian(
     [[2.]]
     """
     _check_implementation("embedded_gaussian", implementation)
+    _check_scale(scale)
     theta, phi, key_mask = _check_pairs("theta", theta, "phi", phi, key_mask)
     return definition.respond(definition.embedded_gaussian(theta, phi, scale, key_mask), _check_values(g, phi, key_mask))
 
@@ -227,6 +229,7 @@ def affinity(
         raise ValueError(f"w_f belongs to the concatenation; {instantiation} has none.")
     if not (isinstance(scale, int | float) and scale == 1) and instantiation != "embedded_gaussian":
         raise ValueError(f"scale belongs to the embedded Gaussian; {instantiation} has none.")
+    _check_scale(scale)
     theta, phi, key_mask = _check_pairs("theta", theta, "phi", phi, key_mask)
     match instantiation:
         case "gaussian":
@@ -247,6 +250,11 @@ def _check_implementation(instantiation: Instantiation, implementation: str) -> 
     if implementation not in get_args(Implementation):
         expected = _listed(Implementation)
         raise ValueError(f"implementation of {instantiation} must be one of {expected}; got {implementation!r}.")
+
+
+def _check_scale(scale: float | Array) -> None:
+    if jnp.ndim(scale) != 0:
+        raise ValueError(f"scale must be one number; got shape {jnp.shape(scale)}.")
 
 
 def _floating(name: str, x: Array) -> Array:

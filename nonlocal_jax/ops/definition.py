@@ -2,7 +2,8 @@
 
 This is the oracle. It builds the whole N×M affinity f/C, and every faster implementation must equal it, values and
 gradients. Sums and logits are float32 when the inputs are bfloat16 or float16. A key that `key_mask` leaves out
-is in neither the sum nor C(x); a query with no key at all has the response 0.
+is in neither the sum nor C(x); a query with no key at all has the response 0. On accelerators, how exact the products of
+float32 are is JAX's own setting, `jax_default_matmul_precision`; the tests ask for "highest".
 
 Wang, Girshick, Gupta, He: Non-local Neural Networks, CVPR 2018, section 3. θ_i is `theta[..., i, :]`, φ_j is `phi[..., j, :]`.
 """

@@ -72,6 +72,16 @@ def test_insert_keeps_the_answer_of_the_trunk(scans):
     chex.assert_trees_all_close(of_clip[:, 2:-2], jnp.broadcast_to(of_image, (3, 4, *of_image.shape[2:])), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("task", ["same_digit", "moving_pair"])
+def test_the_control_has_the_most_parameters_and_flops(task):
+    config = SMALL.of_task(task)
+    parameters, flops = toy_video.cost("control", config)
+    for network in toy_video.INSTANTIATIONS:
+        assert all(
+            0 < of_block <= most for of_block, most in zip(toy_video.cost(network, config), (parameters, flops), strict=True)
+        )
+
+
 def test_all_is_every_instantiation_and_both_tasks():
     first, second = toy_video.tasks(dataclasses.replace(SMALL, all=True, seeds=5))
     assert (first.task, first.kind, first.seeds, first.scene) == ("same_digit", "c2d", 5, Scene())
@@ -112,6 +122,13 @@ def test_an_output_that_cannot_be_written_stops_before_training(tmp_path, monkey
         toy_video.main(dataclasses.replace(SMALL, output=tmp_path / "file" / "runs"))
 
 
+def test_a_readme_that_cannot_be_written_stops_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_video, "train_all", lambda *_: pytest.fail("it trained"))
+    (tmp_path / "README.md").mkdir()
+    with pytest.raises(SystemExit, match=r"--readme must be a file that can be read and written; got .*README"):
+        toy_video.main(dataclasses.replace(SMALL, all=True, output=tmp_path / "new", readme=tmp_path / "README.md"))
+
+
 @pytest.mark.usefixtures("as_users_see_it")
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -134,6 +151,7 @@ def test_what_cannot_be_built_stops_before_training(options, message, tmp_path, 
         ({"seeds": 0}, "seeds must be at least 1; got 0"),
         ({"steps": 30}, "steps must be a multiple of 50.*got 30"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive and finite; got nan"),
+        ({"warmup": -5}, "warmup must be at least 0; got -5"),
         ({"networks": ()}, "networks must name at least one of control, gaussian"),
     ],
 )

@@ -164,6 +164,39 @@ def test_masked_statistics_are_those_of_the_real_positions(norm):
     chex.assert_trees_all_close(state, state_alone, rtol=1e-4, atol=1e-6)
 
 
+@each_norm
+def test_a_sample_of_padding_alone_spoils_nothing(norm):
+    """Batches are filled up with empty samples: finite values, statistics and gradients, for a whole batch of them too."""
+    block = nonlocal_block("dot_product", norm=norm)
+    variables = awake(block.init(jax.random.key(1), X))
+    for mask in (MASK.at[1].set(False), jnp.zeros_like(MASK)):
+
+        def loss(params, mask=mask):
+            z, state = block.apply({**variables, "params": params}, X, mask=mask, train=True, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(z)), (z, state)
+
+        gradient, (z, state) = jax.grad(loss, has_aux=True)(variables["params"])
+        chex.assert_tree_all_finite((gradient, state))
+        chex.assert_trees_all_equal(z[1], X[1])
+        assert bool(gradient["out"]["kernel"].any()) is bool(mask.any())
+
+
+def test_instance_norm_does_not_see_padding():
+    block = nonlocal_block("dot_product", norm=nn.InstanceNorm)
+    variables = awake(block.init(jax.random.key(1), X))
+    real = jnp.zeros(X.shape[:-1], bool).at[:, :, :, :4].set(True)
+    z, alone = block.apply(variables, X, mask=real), block.apply(variables, X[:, :, :, :4])
+    chex.assert_trees_all_close(z[:, :, :, :4], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_the_residual_ratio_is_that_of_the_real_positions():
+    block = nonlocal_block("dot_product")
+    variables = awake(block.init(jax.random.key(1), X))
+    z, state = block.apply(variables, jnp.where(MASK[..., None], X, 1e3), mask=MASK, mutable=["intermediates"])
+    expected = np.linalg.norm(z[MASK] - X[MASK]) / np.linalg.norm(X[MASK])
+    np.testing.assert_allclose(state["intermediates"]["residual_ratio"][0], expected, rtol=1e-4)
+
+
 def test_dtypes():
     block = nonlocal_block("embedded_gaussian", dtype=jnp.bfloat16)
     variables = awake(block.init(jax.random.key(1), X))
@@ -243,6 +276,16 @@ def test_presets_differ_exactly_where_the_sources_do(preset):
     assert block.operation.use_scale is SCALED[preset]
     assert (block.operation.pool_order if block.operation.subsample else None) == POOLED[preset]
     assert block.norm.keywords == {"momentum": 0.9, "epsilon": EPSILON.get(preset, 1e-5)}
+
+
+@pytest.mark.parametrize("preset", ["paper", "non_local_pytorch", "mmcv"])
+def test_w_z_and_w_f_are_initialised_as_in_the_source(preset):
+    """mmcv initialises θ, φ and g only; its ConvModules keep their own He normal, whose fan is the outputs."""
+    params = nonlocal_block("concatenation", preset).init(jax.random.key(0), jnp.ones((1, 4, 512)))["params"]
+    w_z = {"paper": (2 / 256) ** 0.5, "non_local_pytorch": (1 / 3 / 256) ** 0.5, "mmcv": (2 / 512) ** 0.5}[preset]
+    w_f = {"paper": (2 / 512) ** 0.5, "non_local_pytorch": (1 / 3 / 512) ** 0.5, "mmcv": 2**0.5}[preset]
+    np.testing.assert_allclose(params["out"]["kernel"].std(), w_z, rtol=0.01)
+    np.testing.assert_allclose(params["operation"]["w_f"].std(), w_f, rtol=0.1)
 
 
 def test_mmcv_has_an_output_bias_when_no_norm_follows():

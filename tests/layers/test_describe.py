@@ -51,6 +51,23 @@ def test_blocks_under_remat_are_found():
     assert [block.place for block in described] == ["nonlocal_0", "nonlocal_1"]
 
 
+@pytest.mark.parametrize("axes", [{}, {"intermediates": 0}])
+def test_scanned_blocks_are_an_error_that_says_so(axes):
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nl.layers.nonlocal_block("dot_product", name="block")(x), None
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes_of = {"params": 0, "batch_stats": 0, **axes}
+            return nn.scan(Step, variable_axes=axes_of, split_rngs={"params": True}, length=3)(name="steps")(x, None)[0]
+
+    with pytest.raises(ValueError, match=r"must not be inside nn.scan; got steps/block"):
+        nl.describe(Scanned(), Scanned().init(jax.random.key(1), X), X)
+
+
 def test_a_block_alone_describes_itself():
     block = nl.layers.nonlocal_block("gaussian")
     (described,) = nl.describe(block, block.init(jax.random.key(1), X), X)

@@ -185,6 +185,36 @@ def test_use_scale_is_the_square_root_of_the_inner_width():
     chex.assert_trees_all_close(y, ops.embedded_gaussian(theta, phi, g, scale=3**-0.5), rtol=1e-5, atol=1e-6)
 
 
+@each_layer
+@pytest.mark.parametrize("options", [{}, {"axes": "space"}, {"axes": "time"}, {"group_size": 3}], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_sown_map_is_the_one_of_the_response(layer, options, masked):
+    """Affinity @ g = y, with the scale, the mask, the axes and the groups of the layer."""
+    x = make_input((6, 5, 7))
+    scaled = {"use_scale": True} if layer is EmbeddedGaussian else {}
+    mask = jax.random.bernoulli(jax.random.key(3), 0.6, x.shape[:-1]) if masked else None
+    y, params, affinity = run(layer(subsample=False, **scaled, **options), x, mask)
+    g = x @ params["g"]["kernel"]
+
+    def rows(a):
+        if "axes" not in options:
+            return a.reshape(2, *((2,) if options else ()), -1, 3)
+        a = a.reshape(2, 6, 35, 3)
+        return a if options["axes"] == "space" else a.swapaxes(1, 2)
+
+    chex.assert_trees_all_close(affinity @ rows(g), rows(y), rtol=1e-4, atol=1e-5)
+    if masked:
+        hidden = ~rows(jnp.broadcast_to(mask[..., None], g.shape))[..., :1].swapaxes(-1, -2)
+        assert not jnp.where(hidden, affinity, 0).any()
+
+
+def test_a_pooled_window_is_real_if_any_of_its_positions_is():
+    x = make_input((6,))
+    mask = jnp.arange(6)[None] < jnp.array([[5], [4]])
+    _, _, affinity = run(DotProduct(), x, mask)
+    chex.assert_trees_all_equal((affinity != 0).any(1), jnp.array([[True, True, True], [True, True, False]]))
+
+
 def test_parameters_are_he_initialised():
     """Standard deviation √(2 / fan-in), for the kernels and for w_f, whose fan-in is 2d."""
     params = Concatenation().init(jax.random.key(0), jnp.ones((1, 2, 512)))["params"]
@@ -224,7 +254,9 @@ BAD_INPUT = {
     "space's window": ({"axes": "space", "subsample": (2, 1, 1)}, video, None, ValueError, r"window must be 1 in time"),
     "time's window": ({"axes": "time", "subsample": (1, 2, 2)}, video, None, ValueError, r"window must be 1 in space"),
     "mask's shape": ({}, image, jnp.ones((2, 4), bool), ValueError, r"mask must have shape \(2, 4, 5\).*got \(2, 4\)"),
-    "mask's dtype": ({}, image, jnp.ones((2, 4, 5)), TypeError, r"mask must be bool.*got float32"),
+    "window no window": ({"subsample": 2}, image, None, ValueError, r"subsample must be True, False or a size.*got 2"),
+    "mask's dtype": ({}, image, jnp.ones((2, 4, 5)), TypeError, r"mask must be an array of bool.*got float32"),
+    "mask no array": ({}, image, [[True]], TypeError, r"mask must be an array of bool.*got <class 'list'>"),
 }
 
 

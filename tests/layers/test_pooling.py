@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nonlocal_jax.layers import max_pool
+from nonlocal_jax.layers import max_pool, pool_mask
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,18 @@ def test_a_window_of_padding_alone_is_zero_and_has_no_gradient():
     pooled, gradient = jax.value_and_grad(lambda x: max_pool(x, (2,), mask).sum())(x)
     assert pooled == -1.0
     chex.assert_trees_all_equal(gradient[0, :, 0], jnp.array([1.0, 0, 0, 0]))
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("window", [(2,), (1, 2, 2), (6, 2), (0, 2)])
+def test_bad_windows(window):
+    with pytest.raises(ValueError, match=r"window must have a size from 1 .* each axis of \(5, 7\); got \("):
+        max_pool(jnp.ones((2, 5, 7, 3)), window)
+    with pytest.raises(ValueError, match=r"window must have a size"):
+        pool_mask(jnp.ones((2, 5, 7), bool), window)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_a_bad_mask():
+    with pytest.raises(ValueError, match=r"mask must have shape \(2, 5, 7\).*got \(2, 5\)"):
+        max_pool(jnp.ones((2, 5, 7, 3)), (2, 2), jnp.ones((2, 5), bool))

@@ -83,19 +83,15 @@ def test_a_frozen_stem_has_no_gradient_and_keeps_its_statistics():
         assert gradient["head"]["kernel"].any()
 
 
-@pytest.mark.parametrize("instantiation", ["gaussian", "embedded_gaussian", "dot_product", "concatenation"])
-def test_the_control_has_at_least_the_parameters_and_flops(instantiation):
-    def measure(block):
-        net = ToyVideoNet(2, block)
-        variables = jax.eval_shape(net.init, jax.random.key(0), CLIPS)
-        size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-        return size, jax.jit(net.apply).lower(variables, CLIPS).cost_analysis()["flops"]
+@pytest.mark.usefixtures("as_users_see_it")
+def test_an_unknown_kind():
+    with pytest.raises(ValueError, match=r"kind must be one of 'c2d', 'i3d'; got 'I3D'"):
+        ToyVideoNet(2, kind="I3D").init(jax.random.key(0), CLIPS)
 
-    control = measure(LocalBlock(24))
-    block = measure(nl.layers.nonlocal_block(instantiation, subsample=False))
-    assert control[0] >= block[0]
-    # The dense concatenation adds and rectifies every pair; the count of XLA has these beside the products.
-    assert control[1] >= block[1] * (0.97 if instantiation == "concatenation" else 1)
+
+def test_a_convolution_has_a_middle():
+    with pytest.raises(ValueError, match=r"kernel_size must be odd along every axis; got \(1, 2, 2\)"):
+        VideoConv(4, (1, 2, 2)).init(jax.random.key(0), CLIPS)
 
 
 def test_inflated_kernels_give_a_static_clip_the_answer_of_its_frame():

@@ -201,6 +201,7 @@ def test_scale_multiplies_the_logits():
     theta, phi, g = inputs["theta"], inputs["phi"], inputs["g"]
     expected, _ = oracle.nonlocal_operation("embedded_gaussian", theta, phi, g, scale=0.3)
     np.testing.assert_allclose(ops.embedded_gaussian(theta, phi, g, scale=0.3), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(ops.affinity("embedded_gaussian", theta, phi, scale=0.3) @ g, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(
         ops.embedded_gaussian(theta, phi, g, scale=0.3), ops.embedded_gaussian(0.3 * theta, phi, g), rtol=1e-5
     )
@@ -239,6 +240,11 @@ BAD_INPUT = {
     "no w_f": (lambda: ops.affinity("concatenation", theta, phi), ValueError, r"needs w_f of shape \(6,\)"),
     "w_f elsewhere": (lambda: ops.affinity("gaussian", theta, phi, w_f), ValueError, r"w_f belongs to the concatenation"),
     "scale elsewhere": (lambda: ops.affinity("gaussian", theta, phi, scale=2.0), ValueError, r"scale belongs to the embedded"),
+    "scale": (
+        lambda: ops.embedded_gaussian(theta, phi, g, scale=jnp.ones(5)),
+        ValueError,
+        r"scale must be one number; got shape \(5,\)",
+    ),
     "implementation": (
         lambda: ops.dot_product(theta, phi, g, implementation="fast"),
         ValueError,

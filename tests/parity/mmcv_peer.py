@@ -41,6 +41,13 @@ def run(case):
     }
 
 
+def new_block(channels):
+    """The weights of a new block for images, as mmcv initialises them."""
+    torch.manual_seed(0)
+    block = non_local.NonLocal2d(channels, mode="concatenation", norm_cfg={"type": "BN"})
+    return to_numpy({name: t for name, t in block.state_dict().items() if t.is_floating_point()})
+
+
 def to_numpy(tensors):
     return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
