@@ -328,7 +328,7 @@ def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, 
         ax.plot(steps, accuracies.mean(0), marker="o", label=network.replace("_", " "), **style)
     ax.axhline(0.5, color="0.7", linewidth=1, zorder=0)
     ax.set(xlabel="step", ylabel="accuracy on test clips", ylim=(0.4, 1.02), title=f"{config.task}: learning curves")
-    ax.legend(loc="center right")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     if nonlocal_networks:
         chosen = "embedded_gaussian" if "embedded_gaussian" in nonlocal_networks else nonlocal_networks[0]
         draw_arrows(below, config, chosen, results[chosen][0], scans)
