@@ -252,10 +252,10 @@ def train_all(config: Config, scans: dict[str, Scans], console: Console, log: An
 def cost(network: Network, config: Config) -> tuple[int, int]:
     """Parameters, and floating-point operations of one clip as XLA counts them for CPUs (it does not for every device)."""
     model = build(network, config)
-    clip = jnp.zeros((1, config.scene.frames, config.scene.size, config.scene.size, 1))
+    clip = jax.ShapeDtypeStruct((1, config.scene.frames, config.scene.size, config.scene.size, 1), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), clip)
     with jax.default_device(jax.devices("cpu")[0]):
-        counted: Any = jax.jit(model.apply).lower(variables, jax.eval_shape(lambda: clip)).cost_analysis()
+        counted: Any = jax.jit(model.apply).lower(variables, clip).cost_analysis()
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"])), int(counted["flops"])
 
 
