@@ -3,14 +3,28 @@
     y_i = 1/C(x) Σ_j f(x_i, x_j) g(x_j)                                                    (Eq. 1)
 
 θ is what attention calls the query, φ the key and g the value. `implementation` names how the sum is computed; all
-implementations agree with `ops/definition.py`, which is called "dense". "auto" chooses.
+implementations agree with `ops/definition.py`, which is called "dense":
+
+| implementation | of | time | memory |
+|---|---|---|---|
+| "dense" | all | N·M·(d + e) | N·M |
+| "streaming" | the two Gaussians | N·M·(d + e) | (N + M)·(d + e) |
+| "cudnn" | the two Gaussians, in half precision on NVIDIA GPUs | N·M·(d + e) | (N + M)·(d + e) |
+| "reassociated" | the dot product | (N + M)·d·e | d·e |
+| "sorted" | the concatenation | (N + M)·(log M + e) | (N + M)·e |
+
+"auto" takes the one that `ops/cost.py` forecasts to be the fastest; `explain` tells which and why. All have gradients;
+forward-mode differentiation (`jax.jvp`) wants "dense" or "reassociated".
 """
 
-from typing import Literal, get_args
+import math
 
-import jax.numpy as jnp
+import jax
 
-from nonlocal_jax.ops import definition
+from nonlocal_jax.ops import arguments, cost, definition, machine, softmax
+from nonlocal_jax.ops import concatenation as sorted_keys
+from nonlocal_jax.ops.cost import Explanation, Implementation
+from nonlocal_jax.ops.dot_product import reassociated
 from nonlocal_jax.types import (
     Affinity,
     Array,
@@ -23,9 +37,18 @@ from nonlocal_jax.types import (
     Values,
 )
 
-Implementation = Literal["auto", "dense"]
+__all__ = [
+    "Explanation",
+    "Implementation",
+    "affinity",
+    "concatenation",
+    "dot_product",
+    "embedded_gaussian",
+    "explain",
+    "gaussian",
+]
 
-__all__ = ["Implementation", "affinity", "concatenation", "dot_product", "embedded_gaussian", "gaussian"]
+Shaped = Array | jax.ShapeDtypeStruct
 
 
 def gaussian(
@@ -46,13 +69,13 @@ def gaussian(
         g: (..., M, e), the values.
         key_mask: (..., M) of bool. A key that is False is in neither the sum nor C(x), whatever it holds; as a query, the
             same position still needs finite features.
-        implementation: how it is computed, never what: "auto" or "dense".
+        implementation: how it is computed, never what.
 
     Returns:
         (..., N, e) in g's dtype. A query whose keys are all masked gets 0.
 
     Raises:
-        ValueError: shapes that do not fit, no keys, or an unknown implementation.
+        ValueError: shapes that do not fit, no queries or keys, or an implementation that is unknown or cannot serve.
         TypeError: inputs that are not floating point, or a mask that is not bool.
 
     Source: section 3.2, Eq. 2.
@@ -63,9 +86,9 @@ def gaussian(
     [[0.7310586 ]
      [0.26894143]]
     """
-    _check_implementation("gaussian", implementation)
-    x, keys, key_mask = _check_pairs("x", x, "keys", keys, key_mask)
-    return definition.respond(definition.gaussian(x, keys, key_mask), _check_values(g, keys, key_mask))
+    x, keys, key_mask = arguments.check_pairs("x", x, "keys", keys, key_mask)
+    g = arguments.check_values(g, keys, key_mask)
+    return _softmax("gaussian", x, keys, g, 1.0, key_mask, implementation)
 
 
 def embedded_gaussian(
@@ -87,13 +110,13 @@ def embedded_gaussian(
         g: (..., M, e), the values.
         scale: multiplies the logits. The paper has 1; video-nonlocal-net and PySlowFast have d^-0.5.
         key_mask: (..., M) of bool. A key that is False is in neither the sum nor C(x).
-        implementation: how it is computed, never what: "auto" or "dense".
+        implementation: how it is computed, never what.
 
     Returns:
         (..., N, e) in g's dtype. A query whose keys are all masked gets 0.
 
     Raises:
-        ValueError: shapes that do not fit, no keys, or an unknown implementation.
+        ValueError: shapes that do not fit, no queries or keys, or an implementation that is unknown or cannot serve.
         TypeError: inputs that are not floating point, or a mask that is not bool.
 
     Source: section 3.2, Eq. 3.
@@ -104,10 +127,10 @@ def embedded_gaussian(
     >>> print(embedded_gaussian(theta, phi, g, key_mask=jnp.array([True, True, False])))
     [[2.]]
     """
-    _check_implementation("embedded_gaussian", implementation)
-    _check_scale(scale)
-    theta, phi, key_mask = _check_pairs("theta", theta, "phi", phi, key_mask)
-    return definition.respond(definition.embedded_gaussian(theta, phi, scale, key_mask), _check_values(g, phi, key_mask))
+    arguments.check_scale(scale)
+    theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
+    g = arguments.check_values(g, phi, key_mask)
+    return _softmax("embedded_gaussian", theta, phi, g, scale, key_mask, implementation)
 
 
 def dot_product(
@@ -127,13 +150,13 @@ def dot_product(
         phi: (..., M, d), the embedded keys φ(x_j).
         g: (..., M, e), the values.
         key_mask: (..., M) of bool. A key that is False is neither summed nor counted in N.
-        implementation: how it is computed, never what: "auto" or "dense".
+        implementation: how it is computed, never what.
 
     Returns:
         (..., N, e) in g's dtype. A query whose keys are all masked gets 0.
 
     Raises:
-        ValueError: shapes that do not fit, no keys, or an unknown implementation.
+        ValueError: shapes that do not fit, no queries or keys, or an implementation that is unknown or cannot serve.
         TypeError: inputs that are not floating point, or a mask that is not bool.
 
     Source: section 3.2, Eq. 4. N is the number of keys that are summed, as in every published implementation.
@@ -142,9 +165,11 @@ def dot_product(
     >>> dot_product(jnp.array([[2.0]]), jnp.array([[1.0], [3.0]]), jnp.array([[1.0], [1.0]]))
     Array([[4.]], dtype=float32)
     """
-    _check_implementation("dot_product", implementation)
-    theta, phi, key_mask = _check_pairs("theta", theta, "phi", phi, key_mask)
-    return definition.respond(definition.dot_product(theta, phi, key_mask), _check_values(g, phi, key_mask))
+    theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
+    g = arguments.check_values(g, phi, key_mask)
+    if _chosen("dot_product", theta, phi, g, key_mask, implementation) == "dense":
+        return definition.respond(definition.dot_product(theta, phi, key_mask), g)
+    return reassociated(theta, phi, g, key_mask).astype(g.dtype)
 
 
 def concatenation(
@@ -166,13 +191,13 @@ def concatenation(
         g: (..., M, e), the values.
         w_f: (2d,), the projection of a pair to a number; the first half meets θ, the second φ.
         key_mask: (..., M) of bool. A key that is False is neither summed nor counted in N.
-        implementation: how it is computed, never what: "auto" or "dense".
+        implementation: how it is computed, never what.
 
     Returns:
         (..., N, e) in g's dtype. A query whose keys are all masked gets 0.
 
     Raises:
-        ValueError: shapes that do not fit, no keys, or an unknown implementation.
+        ValueError: shapes that do not fit, no queries or keys, or an implementation that is unknown or cannot serve.
         TypeError: inputs that are not floating point, or a mask that is not bool.
 
     Source: section 3.2, Eq. 5. N is the number of keys that are summed, as in every published implementation.
@@ -182,10 +207,13 @@ def concatenation(
     >>> concatenation(jnp.array([[2.0]]), jnp.array([[1.0], [3.0]]), jnp.array([[1.0], [1.0]]), w_f)
     Array([[0.5]], dtype=float32)
     """
-    _check_implementation("concatenation", implementation)
-    theta, phi, key_mask = _check_pairs("theta", theta, "phi", phi, key_mask)
-    w_f = _check_w_f(w_f, theta)
-    return definition.respond(definition.concatenation(theta, phi, w_f, key_mask), _check_values(g, phi, key_mask))
+    theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
+    w_f = arguments.check_w_f(w_f, theta)
+    g = arguments.check_values(g, phi, key_mask)
+    if _chosen("concatenation", theta, phi, g, key_mask, implementation) == "dense":
+        return definition.respond(definition.concatenation(theta, phi, w_f, key_mask), g)
+    a, b = definition.project(theta, phi, w_f)
+    return sorted_keys.respond(a, b, definition.widen(g), key_mask).astype(g.dtype)
 
 
 def affinity(
@@ -223,14 +251,13 @@ def affinity(
     >>> affinity("dot_product", jnp.array([[2.0]]), jnp.array([[1.0], [3.0]]))
     Array([[1., 3.]], dtype=float32)
     """
-    if instantiation not in get_args(Instantiation):
-        raise ValueError(f"instantiation must be one of {_listed(Instantiation)}; got {instantiation!r}.")
+    arguments.check_instantiation(instantiation)
     if w_f is not None and instantiation != "concatenation":
         raise ValueError(f"w_f belongs to the concatenation; {instantiation} has none.")
     if not (isinstance(scale, int | float) and scale == 1) and instantiation != "embedded_gaussian":
         raise ValueError(f"scale belongs to the embedded Gaussian; {instantiation} has none.")
-    _check_scale(scale)
-    theta, phi, key_mask = _check_pairs("theta", theta, "phi", phi, key_mask)
+    arguments.check_scale(scale)
+    theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     match instantiation:
         case "gaussian":
             return definition.gaussian(theta, phi, key_mask)
@@ -239,82 +266,82 @@ def affinity(
         case "dot_product":
             return definition.dot_product(theta, phi, key_mask)
         case "concatenation":
-            return definition.concatenation(theta, phi, _check_w_f(w_f, theta), key_mask)
+            return definition.concatenation(theta, phi, arguments.check_w_f(w_f, theta), key_mask)
 
 
-def _listed(literal: object) -> str:
-    return ", ".join(map(repr, get_args(literal)))
+def explain(
+    instantiation: Instantiation,
+    theta: Shaped,
+    phi: Shaped,
+    g: Shaped,
+    *,
+    masked: bool = False,
+    implementation: Implementation = "auto",
+    backend: str | None = None,
+) -> Explanation:
+    """Which implementation runs on arrays of these shapes, and why; nothing is computed.
+
+    Args:
+        instantiation: "gaussian", "embedded_gaussian", "dot_product" or "concatenation".
+        theta: (..., N, d), the queries, or a `jax.ShapeDtypeStruct` like them; for the Gaussian, x.
+        phi: (..., M, d), the keys, likewise.
+        g: (..., M, e), the values, likewise.
+        masked: whether there is a `key_mask`.
+        implementation: what would be asked for.
+        backend: "cpu", "gpu" or "tpu"; None is JAX's own.
+
+    Returns:
+        The choice, its reason, and the predicted FLOPs and temporary bytes of all there was to choose from.
+
+    Raises:
+        ValueError: an unknown instantiation, backend or implementation; shapes that do not fit; an implementation that
+            cannot serve, with those that can.
+
+    >>> import jax, jax.numpy as jnp
+    >>> rows = lambda n: jax.ShapeDtypeStruct((1, n, 256), jnp.float32)
+    >>> print(explain("dot_product", rows(12544), rows(3136), rows(3136), backend="cpu"))
+    reassociated: forecast 21.3× as fast as dense; 0.051× its FLOPs, 0.00167× its temporary memory
+    implementation   GFLOP (with gradients)   temporary MB (with gradients)
+    dense            40.282 (120.846)            157.4 (314.7)
+    reassociated      2.055 (6.166)              0.3 (0.5)
+    """
+    arguments.check_instantiation(instantiation)
+    if backend not in (None, *machine.MACHINES):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, machine.MACHINES))}, or None; got {backend!r}.")
+    theta, phi, g = jax.eval_shape(_checked, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (theta, phi, g)))
+    return cost.choose(instantiation, _sizes(theta, phi, g, masked), implementation, backend or machine.backend())
 
 
-def _check_implementation(instantiation: Instantiation, implementation: str) -> None:
-    if implementation not in get_args(Implementation):
-        expected = _listed(Implementation)
-        raise ValueError(f"implementation of {instantiation} must be one of {expected}; got {implementation!r}.")
+def _checked(theta: Array, phi: Array, g: Array) -> tuple[Array, Array, Array]:
+    theta, phi, _ = arguments.check_pairs("theta", theta, "phi", phi, None)
+    return theta, phi, arguments.check_values(g, phi, None)
 
 
-def _check_scale(scale: float | Array) -> None:
-    if jnp.ndim(scale) != 0:
-        raise ValueError(f"scale must be one number; got shape {jnp.shape(scale)}.")
+def _softmax(
+    instantiation: Instantiation,
+    theta: Queries,
+    phi: Keys,
+    g: Values,
+    scale: float | Array,
+    key_mask: KeyMask | None,
+    implementation: Implementation,
+) -> Responses:
+    match _chosen(instantiation, theta, phi, g, key_mask, implementation):
+        case "streaming":
+            return softmax.streaming(theta, phi, g, scale, key_mask).astype(g.dtype)
+        case "cudnn":
+            return softmax.cudnn(theta, phi, g, scale, key_mask).astype(g.dtype)
+        case _:
+            return definition.respond(definition.embedded_gaussian(theta, phi, scale, key_mask), g)
 
 
-def _floating(name: str, x: Array) -> Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point; got {x.dtype}.")
-    return x
+def _chosen(
+    instantiation: Instantiation, theta: Array, phi: Array, g: Array, key_mask: Array | None, implementation: Implementation
+) -> Implementation:
+    sizes = _sizes(theta, phi, g, key_mask is not None)
+    return cost.choose(instantiation, sizes, implementation, machine.backend()).implementation
 
 
-def _check_pairs(
-    theta_name: str, theta: Array, phi_name: str, phi: Array, key_mask: Array | None
-) -> tuple[Array, Array, Array | None]:
-    """Shapes and dtypes of queries, keys and mask; masked keys become 0, so that not even a NaN in the padding counts."""
-    theta, phi = _floating(theta_name, theta), _floating(phi_name, phi)
-    if theta.ndim < 2 or phi.ndim != theta.ndim:
-        raise ValueError(
-            f"{theta_name} must have shape (..., N, d) and {phi_name} (..., M, d), of the same rank; "
-            f"got {theta.shape} and {phi.shape}."
-        )
-    if theta.shape[:-2] != phi.shape[:-2] or theta.shape[-1] != phi.shape[-1]:
-        expected = (*theta.shape[:-2], "M", theta.shape[-1])
-        raise ValueError(
-            f"{phi_name} must have shape ({', '.join(map(str, expected))}), with the leading axes and the channels "
-            f"of {theta_name}; got {phi.shape}."
-        )
-    if phi.shape[-2] == 0:
-        raise ValueError(f"{phi_name} must hold at least one key; got shape {phi.shape}.")
-    if key_mask is None:
-        return theta, phi, None
-    key_mask = jnp.asarray(key_mask)
-    if key_mask.dtype != jnp.bool_:
-        raise TypeError(f"key_mask must be bool, True for a real key; got {key_mask.dtype}.")
-    if key_mask.shape != phi.shape[:-1]:
-        raise ValueError(
-            f"key_mask must have shape {phi.shape[:-1]}, one entry per key; got {key_mask.shape}. "
-            "Where keys are pooled, pool the mask with them."
-        )
-    return theta, _zero_masked(phi, key_mask), key_mask
-
-
-def _check_values(g: Array, phi: Array, key_mask: Array | None) -> Array:
-    g = _floating("g", g)
-    if g.shape[:-1] != phi.shape[:-1]:
-        expected = (*phi.shape[:-1], "e")
-        raise ValueError(
-            f"g must have shape ({', '.join(map(str, expected))}), one value for each of the {phi.shape[-2]} keys; "
-            f"got {g.shape}."
-        )
-    return g if key_mask is None else _zero_masked(g, key_mask)
-
-
-def _check_w_f(w_f: Array | None, theta: Array) -> Array:
-    expected = (2 * theta.shape[-1],)
-    if w_f is None:
-        raise ValueError(f"the concatenation needs w_f of shape {expected}; got None.")
-    w_f = _floating("w_f", w_f)
-    if w_f.shape != expected:
-        raise ValueError(f"w_f must have shape {expected}, first for theta, then for phi; got {w_f.shape}.")
-    return w_f
-
-
-def _zero_masked(x: Array, key_mask: Array) -> Array:
-    return jnp.where(key_mask[..., None], x, 0)
+def _sizes(theta: Shaped, phi: Shaped, g: Shaped, masked: bool) -> cost.Sizes:
+    batch = math.prod(theta.shape[:-2])
+    return cost.Sizes(batch, theta.shape[-2], phi.shape[-2], theta.shape[-1], g.shape[-1], g.dtype, masked)

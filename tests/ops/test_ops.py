@@ -11,11 +11,19 @@ import pytest
 from absl.testing import parameterized
 
 from nonlocal_jax import ops
+from nonlocal_jax.ops import cost
 
 INSTANTIATIONS = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+PATHS = tuple(
+    (instantiation, implementation)
+    for instantiation, implementations in cost.IMPLEMENTATIONS.items()
+    for implementation in implementations
+    if implementation != "cudnn"  # tests/ops/test_cudnn.py, on a GPU
+)
 BATCH, N, M, D, E = 2, 7, 5, 3, 11  # all prime and distinct: swapped axes cannot pass
 
 each_instantiation = pytest.mark.parametrize("instantiation", INSTANTIATIONS)
+each_path = pytest.mark.parametrize(("instantiation", "implementation"), PATHS)
 
 
 def make_inputs(dtype=jnp.float32, seed=0, batch=(BATCH,)):
@@ -39,10 +47,11 @@ MASK = jnp.array([[True, False, True, True, False], [False, True, True, False, F
 
 class AgainstTheOracle(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
-    @parameterized.product(instantiation=INSTANTIATIONS, masked=(False, True))
-    def test_values(self, instantiation, masked):
+    @parameterized.product(path=PATHS, masked=(False, True))
+    def test_values(self, path, masked):
+        instantiation, implementation = path
         inputs, mask = make_inputs(), MASK if masked else None
-        y = self.variant(functools.partial(respond, instantiation))(**inputs, key_mask=mask)
+        y = self.variant(functools.partial(respond, instantiation, implementation=implementation))(**inputs, key_mask=mask)
         expected, _ = oracle.nonlocal_operation(instantiation, **inputs, key_mask=mask)
         chex.assert_shape(y, (BATCH, N, E))
         chex.assert_trees_all_close(y, expected.astype(np.float32), rtol=2e-5, atol=2e-6)
@@ -60,15 +69,17 @@ def test_affinity_equals_the_oracle_and_gives_y(instantiation, masked):
     chex.assert_trees_all_close(jnp.einsum("bnm,bme->bne", a, g), y, rtol=1e-5, atol=1e-6)
 
 
-@each_instantiation
+@each_path
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_equal_finite_differences_of_the_oracle(instantiation, masked):
+def test_gradients_equal_finite_differences_of_the_oracle(instantiation, implementation, masked):
     """Float64 on both sides: the derivative along a random direction, by central differences of the double loop."""
     mask = MASK if masked else None
     with jax.enable_x64(True):
         inputs, direction = make_inputs(jnp.float64), make_inputs(jnp.float64, seed=1)
         cotangent = jax.random.normal(jax.random.key(2), (BATCH, N, E))
-        gradient = jax.grad(lambda inputs: jnp.vdot(cotangent, respond(instantiation, **inputs, key_mask=mask)))(inputs)
+        gradient = jax.grad(
+            lambda inputs: jnp.vdot(cotangent, respond(instantiation, implementation=implementation, **inputs, key_mask=mask))
+        )(inputs)
     inputs, direction, gradient, cotangent = jax.tree.map(np.asarray, (inputs, direction, gradient, cotangent))
     slope = sum(np.vdot(gradient[name], direction[name]) for name in inputs)
 
@@ -80,11 +91,11 @@ def test_gradients_equal_finite_differences_of_the_oracle(instantiation, masked)
     np.testing.assert_allclose(slope, (oracle_loss(step) - oracle_loss(-step)) / (2 * step), rtol=1e-6)
 
 
-@each_instantiation
+@each_path
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11)])
-def test_half_precision_rounds_only_the_result(instantiation, dtype, tolerance):
+def test_half_precision_rounds_only_the_result(instantiation, implementation, dtype, tolerance):
     inputs = make_inputs(dtype)
-    y = respond(instantiation, **inputs)
+    y = respond(instantiation, implementation=implementation, **inputs)
     expected, _ = oracle.nonlocal_operation(instantiation, **inputs)
     chex.assert_type(y, dtype)
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=1.01 * tolerance, atol=1e-5)
@@ -110,23 +121,23 @@ def test_float16_logits_do_not_overflow():
     np.testing.assert_array_equal(y, jnp.array([[1.0]], jnp.float16))
 
 
-@each_instantiation
-def test_mask_equals_dropping_the_keys(instantiation):
+@each_path
+def test_mask_equals_dropping_the_keys(instantiation, implementation):
     inputs = make_inputs(batch=())
     keep = jnp.array([0, 2, 3])
     dropped = inputs | {"phi": inputs["phi"][keep], "g": inputs["g"][keep]}
-    y = respond(instantiation, **inputs, key_mask=MASK[0])
-    chex.assert_trees_all_close(y, respond(instantiation, **dropped), rtol=1e-5, atol=1e-6)
+    y = respond(instantiation, implementation=implementation, **inputs, key_mask=MASK[0])
+    chex.assert_trees_all_close(y, respond(instantiation, implementation=implementation, **dropped), rtol=1e-5, atol=1e-6)
 
 
-@each_instantiation
+@each_path
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
-def test_masked_keys_reach_neither_values_nor_gradients(instantiation, garbage):
+def test_masked_keys_reach_neither_values_nor_gradients(instantiation, implementation, garbage):
     inputs = make_inputs()
     spoilt = inputs | {name: jnp.where(MASK[..., None], inputs[name], garbage) for name in ("phi", "g")}
 
     def loss(inputs):
-        return jnp.sum(jnp.sin(respond(instantiation, **inputs, key_mask=MASK)))
+        return jnp.sum(jnp.sin(respond(instantiation, implementation=implementation, **inputs, key_mask=MASK)))
 
     chex.assert_trees_all_close(loss(spoilt), loss(inputs))
     gradient = jax.grad(loss)(spoilt)
@@ -137,13 +148,13 @@ def test_masked_keys_reach_neither_values_nor_gradients(instantiation, garbage):
         assert gradient[name][MASK].any()
 
 
-@each_instantiation
-def test_a_query_without_keys_gets_zero(instantiation):
+@each_path
+def test_a_query_without_keys_gets_zero(instantiation, implementation):
     inputs = make_inputs()
     mask = MASK.at[1].set(False)
 
     def loss(inputs):
-        y = respond(instantiation, **inputs, key_mask=mask)
+        y = respond(instantiation, implementation=implementation, **inputs, key_mask=mask)
         return jnp.sum(y**2), y
 
     gradient, y = jax.grad(loss, has_aux=True)(inputs)
@@ -153,34 +164,40 @@ def test_a_query_without_keys_gets_zero(instantiation):
     assert not affinity(instantiation, inputs["theta"], inputs["phi"], inputs["w_f"], key_mask=mask)[1].any()
 
 
-@each_instantiation
-def test_queries_permute_with_their_responses_and_keys_do_not_matter(instantiation):
+@each_path
+def test_queries_permute_with_their_responses_and_keys_do_not_matter(instantiation, implementation):
     inputs = make_inputs()
-    y = respond(instantiation, **inputs)
+    y = respond(instantiation, implementation=implementation, **inputs)
     order, key_order = np.random.default_rng(0).permutation(N), np.random.default_rng(1).permutation(M)
     moved = inputs | {"theta": inputs["theta"][:, order]}
-    chex.assert_trees_all_close(respond(instantiation, **moved), y[:, order], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(
+        respond(instantiation, implementation=implementation, **moved), y[:, order], rtol=1e-5, atol=1e-6
+    )
     moved = inputs | {name: inputs[name][:, key_order] for name in ("phi", "g")}
-    chex.assert_trees_all_close(respond(instantiation, **moved), y, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(respond(instantiation, implementation=implementation, **moved), y, rtol=1e-5, atol=1e-6)
 
 
-@each_instantiation
-def test_linear_in_g(instantiation):
+@each_path
+def test_linear_in_g(instantiation, implementation):
     inputs, others = make_inputs(), make_inputs(seed=1)
-    both = respond(instantiation, **inputs | {"g": 2 * inputs["g"] - others["g"]})
-    separate = 2 * respond(instantiation, **inputs) - respond(instantiation, **inputs | {"g": others["g"]})
+    both = respond(instantiation, implementation=implementation, **inputs | {"g": 2 * inputs["g"] - others["g"]})
+    separate = 2 * respond(instantiation, implementation=implementation, **inputs) - respond(
+        instantiation, implementation=implementation, **inputs | {"g": others["g"]}
+    )
     chex.assert_trees_all_close(both, separate, rtol=1e-4, atol=1e-5)
 
 
-@each_instantiation
+@each_path
 @pytest.mark.parametrize("batch", [(), (2, 3)])
-def test_leading_axes_are_a_batch(instantiation, batch):
+def test_leading_axes_are_a_batch(instantiation, implementation, batch):
     inputs = make_inputs(batch=batch)
-    y = respond(instantiation, **inputs)
+    y = respond(instantiation, implementation=implementation, **inputs)
     chex.assert_shape(y, (*batch, N, E))
     for index in np.ndindex(batch):
         one = {name: x if name == "w_f" else x[index] for name, x in inputs.items()}
-        chex.assert_trees_all_close(y[index], respond(instantiation, **one), rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(
+            y[index], respond(instantiation, implementation=implementation, **one), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("instantiation", ["gaussian", "embedded_gaussian"])
@@ -248,7 +265,7 @@ BAD_INPUT = {
     "implementation": (
         lambda: ops.dot_product(theta, phi, g, implementation="fast"),
         ValueError,
-        r"dot_product must be one of 'auto', 'dense'; got 'fast'",
+        r"dot_product must be one of 'auto', 'dense', 'reassociated'; got 'fast'",
     ),
     "instantiation": (
         lambda: ops.affinity("cosine", theta, phi),
