@@ -4,12 +4,14 @@ from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
 from nonlocal_jax.layers.describe import BlockDescription, describe
 from nonlocal_jax.layers.instantiations import Concatenation, DotProduct, EmbeddedGaussian, Gaussian
 from nonlocal_jax.layers.norm import Affine, BatchNorm, freeze_batch_norm
+from nonlocal_jax.layers.plan import BlockPlan, plan
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
 
 __all__ = [
     "Affine",
     "BatchNorm",
     "BlockDescription",
+    "BlockPlan",
     "Concatenation",
     "DotProduct",
     "EmbeddedGaussian",
@@ -19,5 +21,6 @@ __all__ = [
     "freeze_batch_norm",
     "max_pool",
     "nonlocal_block",
+    "plan",
     "pool_mask",
 ]

@@ -1,0 +1,163 @@
+"""What the non-local blocks of a network will need in memory, before anything is compiled."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nonlocal_jax import ops
+from nonlocal_jax.layers.block import OPERATIONS, NonLocalBlock
+from nonlocal_jax.layers.instantiations import NonLocalOperation
+from nonlocal_jax.ops import cost, softmax
+from nonlocal_jax.ops.machine import backend
+from nonlocal_jax.types import Array, Instantiation
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """One block's activations, in bytes at the peak, besides its input, its output, its parameters and their gradients.
+
+    Attributes:
+        place: the path of the block in the network; "" where the block itself is planned.
+        instantiation: which pairwise function.
+        queries: how many positions get a response, N, and of how many samples or groups.
+        keys: how many positions are summed, M.
+        chosen: the implementation that its operation will run.
+        forward: of the answer in evaluation, by implementation.
+        backward: of a training step, answer and gradients, by implementation.
+    """
+
+    place: str
+    instantiation: Instantiation
+    queries: int
+    keys: int
+    chosen: cost.Implementation
+    forward: dict[cost.Implementation, int]
+    backward: dict[cost.Implementation, int]
+
+    def __str__(self) -> str:
+        title = f"{self.place or 'block'}: {self.instantiation}, {self.queries:,} queries × {self.keys:,} keys"
+        rows = (
+            f"  {name:12s} {self.forward[name] / 1e6:10.1f} MB forward {self.backward[name] / 1e6:10.1f} MB with gradients"
+            + (" <- runs" if name == self.chosen else "")
+            for name in self.forward
+        )
+        return "\n".join((title, *rows))
+
+
+def plan(input_shape: tuple[int, ...], blocks: nn.Module, *, dtype: Any = jnp.float32, **kwargs: Any) -> tuple[BlockPlan, ...]:
+    """Predict the activation bytes of every non-local block, for each implementation; nothing is computed or compiled.
+
+    The prediction counts the arrays that XLA keeps at the peak of a block by itself, as a rule within 20% of what
+    `compiled.memory_analysis().temp_size_in_bytes` then says on CPU. Inside a network the blocks' peaks do not add up, but
+    what they keep for their gradients does.
+
+    Args:
+        input_shape: of the input of `blocks`, batch first, channels last.
+        blocks: a `NonLocalBlock`, or a network that has some.
+        dtype: of the input.
+        **kwargs: more arguments of the network's `__call__`.
+
+    Returns:
+        One `BlockPlan` a block, in the order in which they run; empty where there is none.
+
+    Raises:
+        ValueError, TypeError: as the network does for an input of this shape.
+
+    >>> from nonlocal_jax.layers import nonlocal_block
+    >>> print(plan((1, 16, 28, 28, 512), nonlocal_block("dot_product"))[0])
+    block: dot_product, 12,544 queries × 3,136 keys
+      dense             160.6 MB forward      366.1 MB with gradients
+      reassociated       38.5 MB forward      106.6 MB with gradients <- runs
+    """
+    found: dict[tuple[str, ...], BlockPlan] = {}
+
+    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if isinstance(module, NonLocalOperation) and context.method_name == "_respond":
+            place = module.path[:-1] if isinstance(module.parent, NonLocalBlock) else module.path
+            found.setdefault(place, _plan_operation("/".join(place), module, *args, **kwargs))
+        return call(*args, **kwargs)
+
+    def run(x: Any) -> Any:
+        with nn.intercept_methods(record):
+            return blocks.init_with_output(jax.random.key(0), x, **kwargs)
+
+    jax.eval_shape(run, jax.ShapeDtypeStruct(input_shape, dtype))
+    return tuple(found.values())
+
+
+class _Peak(NamedTuple):
+    """Arrays alive at once, in sizes of the affinity, of y, of pooled g and of a tile of "streaming"."""
+
+    pairs: float
+    queries: float
+    keys: float
+    tiles: float = 0
+
+
+def _forward(
+    instantiation: Instantiation, implementation: cost.Implementation, batch: int, pooled: bool, many_keys: bool
+) -> tuple[_Peak, ...]:
+    """The largest peaks of an evaluation: at the embeddings, at the sum, at W_z and the norm.
+
+    Read off XLA's buffers of JAX 0.10 and 0.12, which agree; tests/layers/test_plan.py holds them to it. Of one sample, XLA
+    copies the logits before it exponentiates them; several samples are gathered from a loop.
+    """
+    match implementation:
+        case "dense":
+            copies = 2 if "gaussian" in instantiation and batch == 1 else 1
+            return _Peak(copies, 0 if batch == 1 or many_keys else 1, 1), _Peak(0, 2, 0)
+        case "reassociated":
+            return (_Peak(0, 3, 0),)
+        case "sorted":
+            return _Peak(0, 2, 1), _Peak(0, 2 if batch == 1 else 3, 0)
+    if instantiation == "embedded_gaussian":
+        return _Peak(0, 3, 1), _Peak(0, 2, 2, 1.5)
+    if batch > 1:
+        return (_Peak(0, 2.4, 1.6),)
+    return _Peak(0, 2, 1), _Peak(0, 1, 2.5, 1.3) if pooled else _Peak(0, 1, 1, 1.8)
+
+
+def _backward(instantiation: Instantiation, implementation: cost.Implementation) -> tuple[_Peak, ...]:
+    """The same of a training step."""
+    match implementation:
+        case "dense":
+            if instantiation == "gaussian":
+                return _Peak(3, 2.5, 0), _Peak(2.4, 6.5, 0)
+            if instantiation == "embedded_gaussian":
+                return _Peak(3, 4, 0), _Peak(2.5, 8.3, 0)
+            return _Peak(2, 4, 0), _Peak(1.55, 8.4, -1.5)
+        case "reassociated":
+            return (_Peak(0, 8.3, 0),)
+        case "sorted":
+            return (_Peak(0, 8.6, 2),)
+    return (_Peak(0, 8.5, 3.1) if instantiation == "gaussian" else _Peak(0, 9.4, 1.6),)
+
+
+def _plan_operation(
+    place: str, operation: NonLocalOperation, theta: Array, phi: Array, g: Array, key_mask: Array | None
+) -> BlockPlan:
+    (instantiation,) = (name for name, kind in OPERATIONS.items() if isinstance(operation, kind))
+    choice = ops.explain(instantiation, theta, phi, g, masked=key_mask is not None, implementation=operation.implementation)
+    possible = [cost.implementation for cost in choice.costs if cost.refusal is None]
+    batch, n, m, e = math.prod(theta.shape[:-2]), theta.shape[-2], phi.shape[-2], g.shape[-1]
+    tile = math.prod(softmax.tiling(batch, n, m, backend()))
+    numbers = (batch * n * m, batch * n * e, batch * m * e, tile)
+    items = (4, g.dtype.itemsize, g.dtype.itemsize, 4)
+
+    def largest(peaks: tuple[_Peak, ...]) -> int:
+        return round(max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in peaks))
+
+    return BlockPlan(
+        place,
+        instantiation,
+        queries=n,
+        keys=m,
+        chosen=choice.implementation,
+        forward={name: largest(_forward(instantiation, name, batch, pooled=m < n, many_keys=m > 2 * e)) for name in possible},
+        backward={name: largest(_backward(instantiation, name)) for name in possible},
+    )
