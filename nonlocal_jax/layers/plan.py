@@ -100,26 +100,31 @@ class _Peak(NamedTuple):
 
 
 def _forward(
-    instantiation: Instantiation, implementation: cost.Implementation, batch: int, pooled: bool, many_keys: bool
+    instantiation: Instantiation,
+    implementation: cost.Implementation,
+    batch: int,
+    *,
+    pooled: bool,
+    many_keys: bool,
+    scaled: bool,
 ) -> tuple[_Peak, ...]:
     """The largest peaks of an evaluation: at the embeddings, at the sum, at W_z and the norm.
 
-    Read off XLA's buffers of JAX 0.10 and 0.12, which agree; tests/layers/test_plan.py holds them to it. Of one sample, XLA
-    copies the logits before it exponentiates them; several samples are gathered from a loop.
+    Read off XLA's buffers of JAX 0.10 and 0.12, which agree; tests/layers/test_plan.py holds them to it. Several samples
+    are gathered from a loop; a scale other than 1 keeps the logits twice.
     """
     match implementation:
         case "dense":
-            copies = 2 if "gaussian" in instantiation and batch == 1 else 1
-            return _Peak(copies, 0 if batch == 1 or many_keys else 1, 1), _Peak(0, 2, 0)
+            return _Peak(2 if scaled else 1, 0 if batch == 1 or many_keys else 1, 1), _Peak(0, 2, 0)
         case "reassociated":
             return (_Peak(0, 3, 0),)
         case "sorted":
             return _Peak(0, 2, 1), _Peak(0, 2 if batch == 1 else 3, 0)
     if instantiation == "embedded_gaussian":
         return _Peak(0, 3, 1), _Peak(0, 2, 2, 1.5)
-    if batch > 1:
-        return (_Peak(0, 2.4, 1.6),)
-    return _Peak(0, 2, 1), _Peak(0, 1, 2.5, 1.3) if pooled else _Peak(0, 1, 1, 1.8)
+    if pooled:
+        return _Peak(0, 2.05, 0), _Peak(0, 1.3, 0, 1.2)
+    return _Peak(0, 2, 0), _Peak(0, 1.3 if batch == 1 else 2.3, 0.55, 1.7)
 
 
 def _backward(instantiation: Instantiation, implementation: cost.Implementation) -> tuple[_Peak, ...]:
@@ -149,6 +154,8 @@ def _plan_operation(
     numbers = (batch * n * m, batch * n * e, batch * m * e, tile)
     items = (4, g.dtype.itemsize, g.dtype.itemsize, 4)
 
+    options = {"pooled": m < n, "many_keys": m > 2 * e, "scaled": getattr(operation, "use_scale", False)}
+
     def largest(peaks: tuple[_Peak, ...]) -> int:
         return round(max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in peaks))
 
@@ -158,6 +165,6 @@ def _plan_operation(
         queries=n,
         keys=m,
         chosen=choice.implementation,
-        forward={name: largest(_forward(instantiation, name, batch, pooled=m < n, many_keys=m > 2 * e)) for name in possible},
+        forward={name: largest(_forward(instantiation, name, batch, **options)) for name in possible},
         backward={name: largest(_backward(instantiation, name)) for name in possible},
     )

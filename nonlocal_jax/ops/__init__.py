@@ -18,6 +18,7 @@ forward-mode differentiation (`jax.jvp`) wants "dense" or "reassociated".
 """
 
 import math
+from typing import Any
 
 import jax
 
@@ -88,7 +89,7 @@ def gaussian(
     """
     x, keys, key_mask = arguments.check_pairs("x", x, "keys", keys, key_mask)
     g = arguments.check_values(g, keys, key_mask)
-    return _softmax("gaussian", x, keys, g, 1.0, key_mask, implementation)
+    return _run("gaussian", x, keys, g, key_mask, implementation)
 
 
 def embedded_gaussian(
@@ -130,7 +131,7 @@ def embedded_gaussian(
     arguments.check_scale(scale)
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     g = arguments.check_values(g, phi, key_mask)
-    return _softmax("embedded_gaussian", theta, phi, g, scale, key_mask, implementation)
+    return _run("embedded_gaussian", theta, phi, g, key_mask, implementation, scale=scale)
 
 
 def dot_product(
@@ -167,9 +168,7 @@ def dot_product(
     """
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     g = arguments.check_values(g, phi, key_mask)
-    if _chosen("dot_product", theta, phi, g, key_mask, implementation) == "dense":
-        return definition.respond(definition.dot_product(theta, phi, key_mask), g)
-    return reassociated(theta, phi, g, key_mask).astype(g.dtype)
+    return _run("dot_product", theta, phi, g, key_mask, implementation)
 
 
 def concatenation(
@@ -210,10 +209,7 @@ def concatenation(
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     w_f = arguments.check_w_f(w_f, theta)
     g = arguments.check_values(g, phi, key_mask)
-    if _chosen("concatenation", theta, phi, g, key_mask, implementation) == "dense":
-        return definition.respond(definition.concatenation(theta, phi, w_f, key_mask), g)
-    a, b = definition.project(theta, phi, w_f)
-    return sorted_keys.respond(a, b, definition.widen(g), key_mask).astype(g.dtype)
+    return _run("concatenation", theta, phi, g, key_mask, implementation, w_f=w_f)
 
 
 def affinity(
@@ -258,15 +254,9 @@ def affinity(
         raise ValueError(f"scale belongs to the embedded Gaussian; {instantiation} has none.")
     arguments.check_scale(scale)
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
-    match instantiation:
-        case "gaussian":
-            return definition.gaussian(theta, phi, key_mask)
-        case "embedded_gaussian":
-            return definition.embedded_gaussian(theta, phi, scale, key_mask)
-        case "dot_product":
-            return definition.dot_product(theta, phi, key_mask)
-        case "concatenation":
-            return definition.concatenation(theta, phi, arguments.check_w_f(w_f, theta), key_mask)
+    if instantiation == "concatenation":
+        w_f = arguments.check_w_f(w_f, theta)
+    return _affinity(instantiation, theta, phi, key_mask, scale, w_f)
 
 
 def explain(
@@ -317,29 +307,52 @@ def _checked(theta: Array, phi: Array, g: Array) -> tuple[Array, Array, Array]:
     return theta, phi, arguments.check_values(g, phi, None)
 
 
-def _softmax(
+def _run(
     instantiation: Instantiation,
     theta: Queries,
     phi: Keys,
     g: Values,
-    scale: float | Array,
     key_mask: KeyMask | None,
     implementation: Implementation,
+    *,
+    scale: float | Array = 1.0,
+    w_f: Any = None,
 ) -> Responses:
-    match _chosen(instantiation, theta, phi, g, key_mask, implementation):
+    batch, sizes = theta.shape[:-2], _sizes(theta, phi, g, key_mask is not None)
+    if sizes.batch == 1:  # matrix products without a batch are faster on CPU
+        theta, phi, g = (x.reshape(x.shape[-2:]) for x in (theta, phi, g))
+        key_mask = None if key_mask is None else key_mask.reshape(-1)
+    match cost.choose(instantiation, sizes, implementation, machine.backend()).implementation:
         case "streaming":
-            return softmax.streaming(theta, phi, g, scale, key_mask).astype(g.dtype)
+            y = softmax.streaming(theta, phi, g, scale, key_mask)
         case "cudnn":
-            return softmax.cudnn(theta, phi, g, scale, key_mask).astype(g.dtype)
+            y = softmax.cudnn(theta, phi, g, scale, key_mask)
+        case "reassociated":
+            y = reassociated(theta, phi, g, key_mask)
+        case "sorted":
+            y = sorted_keys.respond(*definition.project(theta, phi, w_f), definition.widen(g), key_mask)
         case _:
-            return definition.respond(definition.embedded_gaussian(theta, phi, scale, key_mask), g)
+            y = definition.respond(_affinity(instantiation, theta, phi, key_mask, scale, w_f), g)
+    return y.reshape(*batch, *y.shape[-2:]).astype(g.dtype)
 
 
-def _chosen(
-    instantiation: Instantiation, theta: Array, phi: Array, g: Array, key_mask: Array | None, implementation: Implementation
-) -> Implementation:
-    sizes = _sizes(theta, phi, g, key_mask is not None)
-    return cost.choose(instantiation, sizes, implementation, machine.backend()).implementation
+def _affinity(
+    instantiation: Instantiation,
+    theta: Queries,
+    phi: Keys,
+    key_mask: KeyMask | None,
+    scale: float | Array,
+    w_f: Any,
+) -> Affinity:
+    match instantiation:
+        case "gaussian":
+            return definition.gaussian(theta, phi, key_mask)
+        case "embedded_gaussian":
+            return definition.embedded_gaussian(theta, phi, scale, key_mask)
+        case "dot_product":
+            return definition.dot_product(theta, phi, key_mask)
+        case "concatenation":
+            return definition.concatenation(theta, phi, w_f, key_mask)
 
 
 def _sizes(theta: Shaped, phi: Shaped, g: Shaped, masked: bool) -> cost.Sizes:

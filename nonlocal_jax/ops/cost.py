@@ -120,15 +120,16 @@ def _cost(instantiation: Instantiation, implementation: Implementation, sizes: S
         case "dense":
             products = pairs * e if instantiation == "concatenation" else pairs * (d + e)
             flops = (2 * products, 6 * products)
-            passes, copies = {"concatenation": (8, (1, 2)), "dot_product": (6, (1, 2))}.get(instantiation, (12, (2, 4)))
+            passes, copies = {"concatenation": (8, (1, 2)), "dot_product": (6, (1, 2))}.get(instantiation, (12, (1, 3)))
             temporary = (copies[0] * pairs * item, copies[1] * pairs * item)
             moved = passes * pairs * item if pairs * item > machine.cache else 0
         case "streaming":
-            flops = (2 * pairs * (d + e), 2 * pairs * (d + e) + 2 * pairs * (3 * d + 2 * e))
+            kept = softmax.keeps(pairs * item, d, e, backend)
+            flops = (2 * pairs * (d + e), 2 * pairs * ((3 if kept else 4) * d + 3 * e))
             tiles = softmax.tiling(batch, n, m, backend)
             tile = tiles.samples * tiles.queries * tiles.keys * item
             rows = batch * (n * (d + e) + m * (d + e)) * item
-            temporary = (tile + batch * n * item, 2 * tile + rows)
+            temporary = (tile + batch * n * item, 2 * (pairs * item if kept else tile) + rows)
         case "cudnn":
             flops = (2 * pairs * (d + e), 2 * pairs * (d + e) + 2 * pairs * (3 * d + 2 * e))
             bias = 2 * pairs if sizes.masked else 0

@@ -7,7 +7,8 @@ y_i = o_i / l_i. The gradient keeps (θ, φ, g, y, log-sum-exp λ_i = m_i + log 
     p_ij = exp(logit_ij − λ_i)                  s_ij = p_ij (ȳ_i·g_j − ȳ_i·y_i)
     ḡ_j = Σ_i p_ij ȳ_i    θ̄_i = scale Σ_j s_ij φ_j    φ̄_j = scale Σ_i s_ij θ_i    scale' = Σ_ij s_ij θ_i·φ_j
 
-(Milakov and Gimelshein 2018; Dao et al. 2022). Any N, M, d and e; memory O((N + M)(d + e)) and one tile.
+(Milakov and Gimelshein 2018; Dao et al. 2022). Any N, M, d and e; memory O((N + M)(d + e)) and one tile. Where keys
+are wider than values and the affinity is a few megabytes, it is kept for the gradient instead.
 
 "cudnn" is the same algorithm in one kernel of NVIDIA's, for half precision on NVIDIA GPUs.
 """
@@ -29,6 +30,7 @@ Index = Array | int
 # Rows and columns of a tile at most; on CPU 700 to 1,600 measured alike, 256 and 3,000 slower.
 TILE = {"cpu": 1024, "gpu": 2048, "tpu": 2048}
 TILE_NUMBERS = {"cpu": 1 << 20, "gpu": 1 << 26, "tpu": 1 << 26}  # of the tiles of all samples that are done at once
+KEPT_BYTES = {"cpu": 16 << 20, "gpu": 0, "tpu": 0}
 
 
 class Tiling(NamedTuple):
@@ -37,6 +39,14 @@ class Tiling(NamedTuple):
     samples: int
     queries: int
     keys: int
+
+
+def keeps(affinity: int, d: int, e: int, machine: str) -> bool:
+    """Whether an affinity of so many bytes is kept for the gradient.
+
+    Where keys are wider than values, as in a Gaussian block, making it again costs more than keeping it.
+    """
+    return d > e and affinity <= KEPT_BYTES[machine]
 
 
 def tiling(batch: int, n: int, m: int, machine: str) -> Tiling:
@@ -81,34 +91,47 @@ def streaming(theta: Queries, phi: Keys, g: Values, scale: float | Array, key_ma
 
 @jax.custom_vjp
 def _streaming(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> Array:
-    return _forward(theta, phi, g, scale, mask)[0]
+    return _in_tiles(theta, phi, g, scale, mask)[0]
 
 
 def _forward(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
+    if _keeps(theta, phi, g):
+        y, *kept = _over_samples(partial(_respond_keeping, scale=scale), 1, theta, phi, g, mask)
+    else:
+        y, *kept = _in_tiles(theta, phi, g, scale, mask)
+    return y, (theta, phi, g, scale, mask, y, *kept)
+
+
+def _in_tiles(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, Array]:
     tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
-    y, lse = _over_samples(partial(_respond, scale=scale, tiles=tiles), tiles.samples, theta, phi, g, mask)
-    return y, (theta, phi, g, scale, mask, y, lse)
+    return _over_samples(partial(_respond, scale=scale, tiles=tiles), tiles.samples, theta, phi, g, mask)
+
+
+def _keeps(theta: Array, phi: Array, g: Array) -> bool:
+    affinity = theta.shape[0] * theta.shape[1] * phi.shape[1] * theta.dtype.itemsize
+    return keeps(affinity, theta.shape[2], g.shape[2], backend())
 
 
 def _backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array | None, ...]:
-    theta, phi, g, scale, mask, y, lse = residuals
-    tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
+    theta, phi, g, scale, mask, y, *kept = residuals
     mean = jnp.sum(dy * y, axis=-1)  # Σ_j p_ij ȳ_i·g_j
-    dtheta, dphi, dg = _over_samples(
-        partial(_differentiate, scale=scale, tiles=tiles), tiles.samples, theta, phi, g, mask, dy, lse, mean
-    )
-    dscale = jnp.sum(dtheta * theta)
-    return scale * dtheta, scale * dphi, dg, dscale, None
+    if _keeps(theta, phi, g):
+        dtheta, dphi, dg = _over_samples(_differentiate_kept, 1, theta, phi, g, dy, mean, *kept)
+    else:
+        tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
+        differentiate = partial(_differentiate, scale=scale, tiles=tiles)
+        dtheta, dphi, dg = _over_samples(differentiate, tiles.samples, theta, phi, g, mask, dy, mean, *kept)
+    return scale * dtheta, scale * dphi, dg, jnp.sum(dtheta * theta), None
 
 
 _streaming.defvjp(_forward, _backward)
 
 
 def _respond(theta: Array, phi: Array, g: Array, mask: Array | None, scale: Array, tiles: Tiling) -> tuple[Array, Array]:
-    """Y (b, N, e) and λ (b, N) of a few samples."""
-    n = theta.shape[1]
+    """The response (N, e) and λ (N,) of one sample."""
+    n = theta.shape[0]
     theta, (phi, g, mask) = _pad(theta, tiles.queries), _pad_keys(phi, g, mask, tiles.keys)
-    unseen = jnp.zeros((theta.shape[0], tiles.queries), theta.dtype)
+    unseen = jnp.zeros(tiles.queries, theta.dtype)
 
     def of_queries(i: Index, out: tuple[Array, Array]) -> tuple[Array, Array]:
         queries = _part(theta, i, tiles.queries)
@@ -116,36 +139,36 @@ def _respond(theta: Array, phi: Array, g: Array, mask: Array | None, scale: Arra
         def add_keys(j: Index, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             largest, total, weighted = state
             keys, values, real = _parts((phi, g, mask), j, tiles.keys)
-            logits = scale * jnp.einsum("bnd,bmd->bnm", queries, keys)
+            logits = scale * queries @ keys.T
             if real is not None:
-                logits = jnp.where(real[:, None], logits, -jnp.inf)
+                logits = jnp.where(real[None], logits, -jnp.inf)
             new = jnp.maximum(largest, jnp.max(logits, axis=-1))
-            f = jnp.exp(logits - _finite(new)[..., None])
+            f = jnp.exp(logits - _finite(new)[:, None])
             rescale = jnp.exp(largest - _finite(new))
-            weighted = weighted * rescale[..., None] + jnp.einsum("bnm,bme->bne", f, values)
+            weighted = weighted * rescale[:, None] + f @ values
             return new, total * rescale + jnp.sum(f, axis=-1), weighted
 
-        state = (unseen - jnp.inf, unseen, jnp.zeros((*unseen.shape, g.shape[-1]), g.dtype))
-        largest, total, weighted = _loop(phi.shape[1] // tiles.keys, add_keys, state)
+        state = (unseen - jnp.inf, unseen, jnp.zeros((tiles.queries, g.shape[1]), g.dtype))
+        largest, total, weighted = _loop(phi.shape[0] // tiles.keys, add_keys, state)
         total = jnp.where(total == 0, 1, total)  # a query without keys
         y, lse = out
         return (
-            _write(y, weighted / total[..., None], i * tiles.queries),
+            _write(y, weighted / total[:, None], i * tiles.queries),
             _write(lse, _finite(largest) + jnp.log(total), i * tiles.queries),
         )
 
-    out = (jnp.zeros((*theta.shape[:2], g.shape[-1]), g.dtype), jnp.zeros(theta.shape[:2], theta.dtype))
-    y, lse = _loop(theta.shape[1] // tiles.queries, of_queries, out)
-    return y[:, :n], lse[:, :n]
+    out = (jnp.zeros((theta.shape[0], g.shape[1]), g.dtype), jnp.zeros(theta.shape[0], theta.dtype))
+    y, lse = _loop(theta.shape[0] // tiles.queries, of_queries, out)
+    return y[:n], lse[:n]
 
 
 def _differentiate(
-    theta: Array, phi: Array, g: Array, mask: Array | None, dy: Array, lse: Array, mean: Array, scale: Array, tiles: Tiling
+    theta: Array, phi: Array, g: Array, mask: Array | None, dy: Array, mean: Array, lse: Array, scale: Array, tiles: Tiling
 ) -> tuple[Array, Array, Array]:
-    """θ̄ / scale, φ̄ / scale and ḡ of a few samples. Tiles are (b, keys, queries), so that the two products which add to φ̄ and
+    """θ̄ / scale, φ̄ / scale and ḡ of one sample. Tiles are (keys, queries), so that the two products which add to φ̄ and
     ḡ take them as they lie in memory.
     """
-    n, m = theta.shape[1], phi.shape[1]
+    n, m = theta.shape[0], phi.shape[0]
     theta, dy, lse, mean = (_pad(x, tiles.queries) for x in (theta, dy, lse, mean))
     phi, g, mask = _pad_keys(phi, g, mask, tiles.keys)
 
@@ -156,31 +179,51 @@ def _differentiate(
         def add_queries(i: Index, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dtheta, dkeys, dvalues = state
             queries, dys, lses, means = _parts((theta, dy, lse, mean), i, tiles.queries)
-            p = jnp.exp(scale * jnp.einsum("bmd,bnd->bmn", keys, queries) - lses[:, None])
+            p = jnp.exp(scale * (keys @ queries.T) - lses[None])
             if real is not None:
-                p = jnp.where(real[..., None], p, 0)
-            s = p * (jnp.einsum("bme,bne->bmn", values, dys) - means[:, None])
-            dqueries = _part(dtheta, i, tiles.queries) + jnp.einsum("bmn,bmd->bnd", s, keys)
-            dkeys, dvalues = dkeys + jnp.einsum("bmn,bnd->bmd", s, queries), dvalues + jnp.einsum("bmn,bne->bme", p, dys)
+                p = jnp.where(real[:, None], p, 0)
+            s = p * (values @ dys.T - means[None])
+            dqueries = _part(dtheta, i, tiles.queries) + s.T @ keys
+            dkeys, dvalues = dkeys + s @ queries, dvalues + p @ dys
             return _write(dtheta, dqueries, i * tiles.queries), dkeys, dvalues
 
         state = (dtheta, jnp.zeros_like(keys), jnp.zeros_like(values))
-        dtheta, dkeys, dvalues = _loop(theta.shape[1] // tiles.queries, add_queries, state)
+        dtheta, dkeys, dvalues = _loop(theta.shape[0] // tiles.queries, add_queries, state)
         return dtheta, _write(dphi, dkeys, j * tiles.keys), _write(dg, dvalues, j * tiles.keys)
 
     zeros = (jnp.zeros_like(theta), jnp.zeros_like(phi), jnp.zeros_like(g))
-    dtheta, dphi, dg = _loop(phi.shape[1] // tiles.keys, of_keys, zeros)
-    return dtheta[:, :n], dphi[:, :m], dg[:, :m]
+    dtheta, dphi, dg = _loop(phi.shape[0] // tiles.keys, of_keys, zeros)
+    return dtheta[:n], dphi[:m], dg[:m]
+
+
+def _respond_keeping(theta: Array, phi: Array, g: Array, mask: Array | None, scale: Array) -> tuple[Array, Array, Array]:
+    """The response (N, e), and for the gradient exp(logit − m) (M, N) and its sums l (N,)."""
+    logits = scale * (phi @ theta.T)
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, -jnp.inf)
+    f = jnp.exp(logits - _finite(jnp.max(logits, axis=0, keepdims=True)))
+    total = jnp.sum(f, axis=0)
+    total = jnp.where(total == 0, 1, total)  # a query without keys
+    return (f.T @ g) / total[:, None], f, total
+
+
+def _differentiate_kept(
+    theta: Array, phi: Array, g: Array, dy: Array, mean: Array, f: Array, total: Array
+) -> tuple[Array, Array, Array]:
+    """As `_differentiate`, with p_ij = f_ij / l_i, whose division falls to the rows of ȳ."""
+    dy = dy / total[:, None]
+    s = f * (g @ dy.T - (mean / total)[None])
+    return s.T @ phi, s @ theta, f @ dy
 
 
 def _over_samples(function: Callable[..., T], at_once: int, *xs: Array | None) -> T:
-    """`function` of the samples, `at_once` at a time."""
+    """`function` of each sample, `at_once` together. Products of matrices without a batch are faster on CPU."""
     batch = next(x for x in xs if x is not None).shape[0]
+    if batch == 1:
+        return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], xs)))
     if at_once == batch:
-        return function(*xs)
-    parts = jax.tree.map(lambda x: x.reshape(batch // at_once, at_once, *x.shape[1:]), xs)
-    out = lax.map(lambda part: function(*part), parts)
-    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), out)
+        return jax.vmap(function)(*xs)
+    return lax.map(lambda sample: function(*sample), xs, batch_size=at_once if at_once > 1 else None)
 
 
 def _loop(steps: int, body: Callable[[Index, T], T], state: T) -> T:
@@ -188,7 +231,7 @@ def _loop(steps: int, body: Callable[[Index, T], T], state: T) -> T:
 
 
 def _part(x: Array, i: Index, size: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+    return lax.dynamic_slice_in_dim(x, i * size, size)
 
 
 def _parts(xs: tuple[Array | None, ...], i: Index, size: int) -> tuple[Any, ...]:
@@ -196,17 +239,17 @@ def _parts(xs: tuple[Array | None, ...], i: Index, size: int) -> tuple[Any, ...]
 
 
 def _write(x: Array, part: Array, start: Index) -> Array:
-    return lax.dynamic_update_slice_in_dim(x, part, start, axis=1)
+    return lax.dynamic_update_slice_in_dim(x, part, start, axis=0)
 
 
 def _pad(x: Array, multiple: int) -> Array:
-    """Zeros after the rows of axis 1."""
-    return jnp.pad(x, [(0, -size % multiple if axis == 1 else 0) for axis, size in enumerate(x.shape)])
+    """Zeros after the rows."""
+    return jnp.pad(x, [(0, -x.shape[0] % multiple)] + [(0, 0)] * (x.ndim - 1))
 
 
 def _pad_keys(phi: Array, g: Array, mask: Array | None, multiple: int) -> tuple[Array, Array, Array | None]:
-    if phi.shape[1] % multiple and mask is None:
-        mask = jnp.ones(phi.shape[:2], bool)
+    if phi.shape[0] % multiple and mask is None:
+        mask = jnp.ones(phi.shape[0], bool)
     return _pad(phi, multiple), _pad(g, multiple), None if mask is None else _pad(mask, multiple)
 
 

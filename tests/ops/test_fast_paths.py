@@ -76,6 +76,15 @@ def test_equal_to_dense_in_many_parts(instantiation, implementation, n, m, maske
     assert_equal_to_dense(instantiation, implementation, inputs, key_mask=mask)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_equal_to_dense_where_the_affinity_is_kept(masked):
+    """Keys wider than values, as in a Gaussian block."""
+    inputs = make_inputs(d=11, e=7)
+    mask = jnp.ones((BATCH, M), bool).at[0, 3:].set(False).at[1].set(False) if masked else None
+    assert softmax.keeps(BATCH * N * M * 4, 11, 7, ops.machine.backend()) == (jax.default_backend() == "cpu")
+    assert_equal_to_dense("gaussian", "streaming", inputs, key_mask=mask)
+
+
 @each_fast
 def test_equal_to_dense_at_the_sizes_of_a_network(instantiation, implementation):
     """Several tiles and blocks of the sizes that run."""
