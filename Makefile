@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PARITY_READY := $(PARITY)/.ready
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test check parity lock clean
+.PHONY: demo test check parity bench lock clean
 
 demo: $(READY)  ## train the control and the non-local network on toy videos, offline, about 3 minutes on 2 cores
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
@@ -21,6 +21,9 @@ check: $(READY)  ## format, lint, types
 
 parity: $(PARITY_READY)  ## against the peers, in torch, in an environment of its own
 	$(PARITY)/bin/python -m pytest tests/parity
+
+bench: $(PARITY_READY)  ## measure speed, memory and precision beside torch and mmcv-lite, about 40 minutes on 2 cores
+	$(PARITY)/bin/python -m benchmarks
 
 lock:  ## write requirements.txt anew
 	uv pip compile --universal --python-version 3.11 --all-extras --custom-compile-command "make lock" --quiet --upgrade pyproject.toml --output-file requirements.txt

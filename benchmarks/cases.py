@@ -1,0 +1,169 @@
+"""What is measured: which sums and blocks, at which sizes, by whom, with which numbers in them."""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from nonlocal_jax.types import Instantiation
+
+Section = Literal["operation", "block", "growth"]
+Direction = Literal["forward", "both"]  # both: the response and every gradient
+Competitor = Literal["auto", "dense", "torch pairs", "torch sdpa", "mmcv contiguous", "mmcv channels_last"]
+Floats = npt.NDArray[np.floating[Any]]
+
+INSTANTIATIONS: tuple[Instantiation, ...] = get_args(Instantiation)
+LIBRARY: dict[Competitor, Literal["jax", "torch"]] = {
+    "auto": "jax",
+    "dense": "jax",
+    "torch pairs": "torch",
+    "torch sdpa": "torch",
+    "mmcv contiguous": "torch",
+    "mmcv channels_last": "torch",
+}
+GROWTH_WIDTH = 64  # d of the growth cases
+MMCV_CONCATENATION = "mmcv's concatenation divides the saved output of a ReLU in place, so it cannot be trained: forward only."
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One sum, or one block around it, at one size.
+
+    Attributes:
+        section: "operation" and "growth" are functions of `nonlocal_jax.ops`; "block" is a whole block.
+        instantiation: the pairwise function.
+        n: queries.
+        m: keys.
+        d: channels of θ, φ and g; a block has 2d, and so have the queries and keys of its Gaussian.
+        where: where in a network this size occurs.
+        positions: (T, H, W) of a block.
+    """
+
+    section: Section
+    instantiation: Instantiation
+    n: int
+    m: int
+    d: int
+    where: str
+    positions: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.section}/{self.instantiation}/{self.n}/{self.m}/{self.d}"
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.n, self.m, self.d
+
+    @property
+    def weight(self) -> float:
+        """About how long it takes, for the progress bar."""
+        return 1 + self.n * self.m * self.d / 2e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One case as one competitor computes it."""
+
+    case: Case
+    competitor: Competitor
+    direction: Direction
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+SIZES = {
+    (784, 196, 512): "res4 of an 8×8 or 32×2 clip, pooled keys",
+    (3136, 784, 256): "res3 of an 8×8 or 32×2 clip, pooled keys",
+    (4200, 4200, 512): "a 50×84 detection map, all keys",
+    (12544, 3136, 256): "res3 of 128 frames, pooled keys",
+    (12544, 12544, 256): "res3 of 128 frames, all keys",
+}
+POSITIONS = {784: (4, 14, 14), 3136: (4, 28, 28), 12544: (16, 28, 28)}  # of a block, by N
+GROWTH: dict[Instantiation, tuple[int, ...]] = {
+    "concatenation": (3136, 12544, 50176, 200704),
+    "dot_product": (3136, 12544, 50176, 200704),
+    "embedded_gaussian": (3136, 12544),
+}
+
+
+def all_cases() -> list[Case]:
+    """Every case, the small ones first."""
+    operations = [Case("operation", name, *size, where) for size, where in SIZES.items() for name in INSTANTIATIONS]
+    blocks = [block(name, *size) for size in SIZES if size[0] in (784, 3136) for name in INSTANTIATIONS]
+    blocks.append(block("dot_product", 12544, 12544, 256))
+    growth = [Case("growth", name, n, n // 4, GROWTH_WIDTH, "pooled keys") for name, lengths in GROWTH.items() for n in lengths]
+    return operations + blocks + growth
+
+
+def block(instantiation: Instantiation, n: int, m: int, d: int) -> Case:
+    """A block of 2d channels at one of `SIZES`."""
+    return Case("block", instantiation, n, m, d, SIZES[n, m, d], POSITIONS[n])
+
+
+def is_quick(case: Case) -> bool:
+    """Whether it is among the smallest."""
+    return case.n * case.m * case.d <= 784 * 196 * 512
+
+
+def competitors(case: Case, free_bytes: float) -> list[tuple[Competitor, Direction]]:
+    """Who computes a case, in which directions: what would not fit into the free memory is left out."""
+    pairs = 4 * case.n * case.m  # bytes
+    if case.section == "growth":
+        fits: list[tuple[Direction, int]] = [("forward", 2 * pairs), ("both", 4 * pairs)]  # dense has up to so many
+        return _both("auto") + [("dense", direction) for direction, needed in fits if needed < free_bytes / 2]
+    torch: tuple[Competitor, ...] = ("torch pairs", "torch sdpa") if "gaussian" in case.instantiation else ("torch pairs",)
+    if case.section == "operation":
+        return _both("auto", "dense", *torch)
+    ours = _both("auto", *torch)
+    mmcv = _both("mmcv contiguous", "mmcv channels_last")
+    if case.instantiation == "concatenation":
+        fits_too = 6 * case.d * pairs < free_bytes  # it repeats θ and φ and joins them: 15 GB measured at 3136/784/256
+        mmcv = [(name, direction) for name, direction in mmcv if direction == "forward" and fits_too]
+    return ours + mmcv
+
+
+def _both(*names: Competitor) -> list[tuple[Competitor, Direction]]:
+    return [(name, direction) for name in names for direction in get_args(Direction)]
+
+
+def inputs(case: Case) -> list[Floats]:
+    """θ (1, N, d), φ (1, M, d), g (1, M, d) and, for the concatenation, w_f (2d,).
+
+    Logits are about N(0, 1), so that a softmax over them is neither uniform nor one-hot.
+    """
+    random = np.random.default_rng(0)
+    theta, phi = (random.standard_normal((1, rows, case.d), np.float32) * case.d**-0.25 for rows in (case.n, case.m))
+    arrays = [theta, phi, random.standard_normal((1, case.m, case.d), np.float32)]
+    if case.instantiation == "concatenation":
+        arrays.append(random.standard_normal(2 * case.d, np.float32) * case.d**-0.5)
+    return [array.astype(np.float32) for array in arrays]
+
+
+def cotangent(case: Case) -> Floats:
+    """Of the response (1, N, d), or of a block's output (1, T, H, W, 2d)."""
+    shape = (1, *case.positions, 2 * case.d) if case.section == "block" else (1, case.n, case.d)
+    return np.random.default_rng(1).standard_normal(shape, np.float32)
+
+
+def features(case: Case) -> Floats:
+    """The input of a block, (1, T, H, W, 2d)."""
+    x = np.random.default_rng(2).standard_normal((1, *case.positions, 2 * case.d), np.float32)
+    return x * np.float32((2 * case.d) ** -0.25)
+
+
+def weights(case: Case) -> dict[str, Floats]:
+    """Of a block: kernels (inputs, outputs), biases, w_f, and scale, bias, mean and variance of BatchNorm."""
+    random = np.random.default_rng(3)
+    channels, d = 2 * case.d, case.d
+
+    def normal(*shape: int) -> Floats:
+        return (random.standard_normal(shape) / math.sqrt(shape[0])).astype(np.float32)
+
+    names = ("g",) if case.instantiation == "gaussian" else ("theta", "phi", "g")
+    kernels = {f"{name}.kernel": normal(channels, d) for name in names}
+    biases = {f"{name}.bias": normal(d) for name in names}
+    projection = {"w_f": normal(2 * d)} if case.instantiation == "concatenation" else {}
+    norm = {"scale": normal(channels) + 1, "bias": normal(channels), "mean": normal(channels), "var": normal(channels) ** 2 + 1}
+    return kernels | biases | projection | {"out.kernel": normal(d, channels)} | norm

@@ -1,0 +1,103 @@
+"""This library's operations and blocks, on request."""
+
+import functools
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nonlocal_jax as nl
+from benchmarks import cases
+from benchmarks.cases import Case, Floats, Job
+from benchmarks.worker import serve
+
+
+class Jax:
+    """Every run is one compiled function."""
+
+    backend = jax.default_backend()
+
+    def prepare(self, job: Job) -> Callable[[], Sequence[Any]]:
+        function, arguments = build(job)
+        return lambda: jax.tree.leaves(jax.block_until_ready(function(*arguments)))
+
+    def facts(self, job: Job) -> dict[str, Any]:
+        function, arguments = build(job)
+        analysis: Any = function.lower(*arguments).compile().memory_analysis()
+        temporary = int(analysis.temp_size_in_bytes)
+        facts = {"xla_temporary_bytes": temporary, "implementation": chosen(job)}
+        return facts if self.backend == "cpu" else facts | {"temporary_bytes": temporary}
+
+    def device_peak(self, run: Callable[[], Sequence[Any]]) -> int | None:
+        return None  # `facts` has the compiler's number
+
+    def to_numpy(self, output: Any) -> Floats:
+        return np.asarray(output.astype(jnp.float32))
+
+    def versions(self) -> dict[str, str]:
+        names = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+        return names if self.backend == "cpu" else names | {"device": jax.devices()[0].device_kind}
+
+
+def chosen(job: Job) -> str | None:
+    """The implementation that "auto" takes for an operation."""
+    if job.case.section == "block" or job.competitor != "auto":
+        return None
+    theta, phi, g = (jnp.asarray(x, job.dtype) for x in cases.inputs(job.case)[:3])
+    return str(nl.ops.explain(job.case.instantiation, theta, phi, g).implementation)
+
+
+def build(job: Job) -> tuple[Any, tuple[Any, ...]]:
+    """The compiled function of a job and its arguments, on the device."""
+    function, arguments = _block(job) if job.case.section == "block" else _operation(job)
+    return jax.jit(function), jax.tree.map(lambda x: jnp.asarray(x, job.dtype), arguments)
+
+
+def _operation(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    operation = functools.partial(getattr(nl.ops, job.case.instantiation), implementation=job.competitor)
+    arguments = cases.inputs(job.case)
+    if job.direction == "forward":
+        return operation, tuple(arguments)
+
+    def both(cotangent: jax.Array, *inputs: jax.Array) -> Any:
+        y, pull = jax.vjp(operation, *inputs)
+        return y, pull(cotangent)
+
+    return both, (cases.cotangent(job.case), *arguments)
+
+
+def _block(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Forward with the running statistics of BatchNorm; both directions as in training, with those of the batch."""
+    block = nl.layers.nonlocal_block(job.case.instantiation, preset="mmcv", subsample=job.case.m < job.case.n)
+    params, statistics = _variables(job.case)
+    x = cases.features(job.case)
+    if job.direction == "forward":
+        return block.apply, ({"params": params, "batch_stats": statistics}, x)
+
+    def both(cotangent: jax.Array, statistics: Any, params: Any, x: jax.Array) -> Any:
+        def train(params: Any, x: jax.Array) -> Any:
+            return block.apply({"params": params, "batch_stats": statistics}, x, train=True, mutable=["batch_stats"])
+
+        z, pull, updated = jax.vjp(train, params, x, has_aux=True)
+        return z, pull(cotangent), updated
+
+    return both, (cases.cotangent(job.case), statistics, params, x)
+
+
+def _variables(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and batch statistics of the block, from the weights that all competitors share."""
+    w = cases.weights(case)
+    dense = [name for name in ("theta", "phi", "g") if f"{name}.kernel" in w]
+    operation: dict[str, Any] = {name: {"kernel": w[f"{name}.kernel"], "bias": w[f"{name}.bias"]} for name in dense}
+    if "w_f" in w:
+        operation["w_f"] = w["w_f"]
+    norm = {"scale": w["scale"], "bias": w["bias"]}
+    params = {"operation": operation, "out": {"kernel": w["out.kernel"]}, "out_norm": norm}
+    return params, {"out_norm": {"mean": w["mean"], "var": w["var"]}}
+
+
+if __name__ == "__main__":
+    serve(Jax())

@@ -1,0 +1,42 @@
+"""Where the numbers come from."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Workers
+
+
+def describe(workers: Workers, command: str) -> dict[str, Any]:
+    """Backend, versions, hardware, commit, date and command."""
+    jax, torch = workers.of("jax").ask("describe"), workers.of("torch").ask("describe")
+    return {
+        "backend": jax["backend"],
+        "torch backend": torch["backend"],
+        "versions": {"python": platform.python_version()} | jax["versions"] | torch["versions"],
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "load": os.getloadavg()[0],
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def _commit() -> str | None:
+    """Of the working copy; "+" says that it has changes."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

@@ -1,0 +1,193 @@
+"""The report: README.md and growth.png from the JSON of every backend."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import plot
+from benchmarks.cases import GROWTH_WIDTH, INSTANTIATIONS, MMCV_CONCATENATION, Competitor, Section
+from benchmarks.records import Record, Results
+from benchmarks.targets import DIRECTIONS, OPERATIONS, RESOLUTION, Target, seconds, targets, temporary
+
+Format = Callable[[Record], str]
+HEAD = """# Benchmarks
+
+`make bench` measures all this and writes this file; `python -m benchmarks --help` says how to measure a part.
+
+Batch 1, float32 unless said. N queries, M keys, d channels of θ, φ and g. **auto** is what users of this library get, **dense**
+its definition of Eq. 1 with all N×M pairs, **torch** plain PyTorch as well as one writes it (a softmax as the faster of
+scaled_dot_product_attention and all pairs; the dot product with all pairs; the concatenation as ReLU(a_i + b_j)), **mmcv** the
+block of mmcv-lite in the faster of its two memory formats. Forward + backward gives the response and every gradient.
+
+Times are medians, the competitors in turn in each round. Memory is what a run needs at its peak beyond inputs and outputs:
+on CPUs the high-water mark of resident memory, on GPUs XLA's number and torch's. How: [`measure.py`](measure.py).
+"""
+BLOCKS = """x (1, T, H, W, 2d), the conventions of mmcv and the same weights for all; they agree to {:.0e}. Forward in
+evaluation; forward + backward in training, with the gradients of x and of all parameters."""
+
+
+def write(folder: Path, readme: Path) -> None:
+    """Read `folder`/*.json; write `readme`, and a picture beside each JSON that has growth in it.
+
+    Raises:
+        FileNotFoundError: no results.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} must hold results such as cpu.json; run `python -m benchmarks` first.")
+    parts = [HEAD]
+    for path in paths:
+        results = Results.read(path)
+        picture = folder / ("growth.png" if path.stem == "cpu" else f"growth_{path.stem}.png")
+        plot.draw(results, picture)
+        parts.append(markdown(results, picture.relative_to(readme.parent).as_posix()))
+    readme.write_text("\n".join(parts))
+
+
+def markdown(results: Results, picture: str) -> str:
+    """One backend's part of the report."""
+    sections = [
+        f"## On {results.environment['backend'].upper()}",
+        _origin(results),
+        "### What was aimed at",
+        table(("", "measured", "aim", "met"), [_target_cells(target) for target in targets(results)], 1),
+        "### Operations",
+        *(_operations(results, name) for name in INSTANTIATIONS),
+        "### Errors",
+        "‖y − y64‖ / ‖y64‖ against float64, in units of 1e-7 (bfloat16: 1e-3). The gradients' is the largest among them.",
+        _errors(results),
+        "### Blocks",
+        f"{BLOCKS.format(_disagreement(results))} {MMCV_CONCATENATION}",
+        _blocks(results),
+        "### Growth",
+        f"M = N/4, d = {GROWTH_WIDTH}.",
+        f"![Time and memory against N]({picture})",
+        _growth(results),
+        _failures(results),
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:
+    """Markdown, the first columns left-aligned, the others right-aligned."""
+    marks = ["---" if column < text_columns else "--:" for column in range(len(head))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, marks, *rows))
+
+
+def number(value: float | None, factor: float = 1.0) -> str:
+    """Three digits, without an exponent; – is what there is not."""
+    if value is None:
+        return "–"
+    value = float(f"{value * factor:.3g}")
+    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{min(max(decimals, 0), 3)}f}"
+
+
+def milliseconds(record: Record) -> str:
+    """The median time."""
+    return number(seconds(record), 1e3)
+
+
+def megabytes(record: Record) -> str:
+    """The temporary memory, as finely as it is told."""
+    measured = temporary(record)
+    return "< 0.1" if measured is not None and measured <= RESOLUTION else number(measured, 1e-6)
+
+
+def _origin(results: Results) -> str:
+    where = results.environment
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    dates = [record.date for record in results.records]
+    hardware = f"{where['cpu']}, {where['cores']} cores, {number(where['memory_bytes'], 1e-9)} GB, load {where['load']:.1f}"
+    measured = f"measured from {min(dates)} to {max(dates)} with `{where['command']}`"
+    return f"{hardware} at the start; {versions}; commit {where['commit']}; {measured}."
+
+
+def _failures(results: Results) -> str:
+    failed = [record for record in results.records if record.failure]
+    lines = [
+        f"- {record.section} {record.instantiation} {record.n}/{record.m}/{record.d}, {record.competitor}, "
+        f"{DIRECTIONS[record.direction]}: {record.failure}"
+        for record in failed
+    ]
+    return "\n".join(["### What failed", "", *lines]) if failed else ""
+
+
+def _target_cells(target: Target) -> list[str]:
+    met = {True: "yes", False: "no", None: "not measured"}[target.met]
+    measured = "–" if target.measured is None else f"{number(target.measured)}{target.unit}"
+    return [target.claim, measured, f"{'≥' if target.at_least else '≤'} {target.bound:g}{target.unit}", met]
+
+
+def _cases(results: Results, section: Section) -> list[Record]:
+    """A record of each case of a section, the small ones of an instantiation first."""
+    found: dict[tuple[str, int, int], Record] = {}
+    for record in results.records:
+        if record.section == section:
+            found.setdefault((record.instantiation, record.n, record.m), record)
+    return sorted(found.values(), key=lambda of: (INSTANTIATIONS.index(of.instantiation), of.n * of.m))
+
+
+def _side_by_side(results: Results, of: Record, competitors: Sequence[Competitor | str], show: Format) -> list[str]:
+    """A cell for each direction, with the competitors side by side."""
+    case = {"section": of.section, "instantiation": of.instantiation, "n": of.n, "m": of.m}
+    cells = []
+    for direction in DIRECTIONS:
+        found = [results.find(competitor, direction, **case) for competitor in competitors]
+        cells.append(" · ".join("–" if record is None else show(record) for record in found))
+    return cells
+
+
+def _head(competitors: Sequence[str]) -> list[str]:
+    return [f"{words}, {unit}: {' · '.join(competitors)}" for unit in ("ms", "MB") for words in DIRECTIONS.values()]
+
+
+def _operations(results: Results, instantiation: str) -> str:
+    names = ("auto", "dense", "torch")
+    rows = []
+    for of in _cases(results, "operation"):
+        if of.instantiation == instantiation:
+            auto = results.find("auto", "forward", section="operation", instantiation=instantiation, n=of.n, m=of.m)
+            took = (auto and auto.implementation) or "–"
+            numbers = [cell for show in (milliseconds, megabytes) for cell in _side_by_side(results, of, names, show)]
+            rows.append([f"{of.n} / {of.m} / {of.d}", of.where, took, *numbers])
+    if not rows:
+        return ""
+    title = f"**{instantiation.replace('_', ' ')}**"
+    return f"{title}\n\n{table(['N / M / d', 'where', 'auto is', *_head(names)], rows, 3)}"
+
+
+def _errors(results: Results) -> str:
+    names = ("auto", "dense", "torch")
+    rows = []
+    for of in _cases(results, "operation"):
+        single = _side_by_side(results, of, names, lambda record: number(record.error, 1e7))[0]
+        half = _side_by_side(results, of, names[:2], lambda record: number(record.bfloat16_error, 1e3))[0]
+        gradient = _side_by_side(results, of, names, lambda record: number(record.gradient_error, 1e7))[1]
+        rows.append([OPERATIONS[of.instantiation], f"{of.n} / {of.m} / {of.d}", single, gradient, half])
+    return table(
+        ["", "N / M / d", "auto · dense · torch", "gradients: auto · dense · torch", "bfloat16: auto · dense"], rows, 2
+    )
+
+
+def _disagreement(results: Results) -> float:
+    """‖z − z ours‖ / ‖z ours‖ of the peer furthest away."""
+    return max((record.error for record in results.records if record.section == "block" and record.error), default=0.0)
+
+
+def _blocks(results: Results) -> str:
+    names = ("auto", "torch", "mmcv")
+    rows = []
+    for of in _cases(results, "block"):
+        numbers = [cell for show in (milliseconds, megabytes) for cell in _side_by_side(results, of, names, show)]
+        rows.append([OPERATIONS[of.instantiation], f"{of.n} / {of.m} / {of.d}", of.where, *numbers])
+    return table(["", "N / M / d", "where", *_head(("ours", "torch", "mmcv"))], rows, 3)
+
+
+def _growth(results: Results) -> str:
+    names = ("auto", "dense")
+    rows = []
+    for of in _cases(results, "growth"):
+        numbers = [cell for show in (milliseconds, megabytes) for cell in _side_by_side(results, of, names, show)]
+        rows.append([OPERATIONS[of.instantiation], str(of.n), *numbers])
+    return table(["", "N", *_head(names)], rows, 1)

@@ -1,0 +1,176 @@
+"""The same operations and blocks in plain PyTorch, as well as one would write them there, and mmcv-lite's blocks."""
+
+import functools
+import importlib.metadata
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from benchmarks import cases
+from benchmarks.cases import Case, Floats, Job
+from benchmarks.worker import serve
+from nonlocal_jax.types import Instantiation
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Torch:
+    """Forward in inference mode; both directions by autograd."""
+
+    backend = "gpu" if DEVICE == "cuda" else "cpu"
+
+    def prepare(self, job: Job) -> Callable[[], Sequence[Any]]:
+        function, inputs = build(job)
+        if job.direction == "forward":
+            return lambda: _forward(function, inputs)
+        cotangent = _tensor(cases.cotangent(job.case))
+        if job.competitor.startswith("mmcv"):
+            cotangent = _channels_second(cotangent, job)
+        return lambda: _both(function, inputs, cotangent)
+
+    def facts(self, job: Job) -> dict[str, Any]:
+        return {}
+
+    def device_peak(self, run: Callable[[], Sequence[Any]]) -> int | None:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = run()
+        return int(torch.cuda.max_memory_allocated()) - before - sum(output.nbytes for output in outputs)
+
+    def to_numpy(self, output: Any) -> Floats:
+        array: Floats = output.detach().float().cpu().numpy()
+        return array
+
+    def versions(self) -> dict[str, str]:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "mmcv-lite")}
+        return versions | {"torch threads": str(torch.get_num_threads())}
+
+
+def _forward(function: Callable[..., Any], inputs: Sequence[Any]) -> Sequence[Any]:
+    with torch.inference_mode():
+        y = function(*inputs)
+    _wait()
+    return [y]
+
+
+def _both(function: Callable[..., Any], inputs: Sequence[Any], cotangent: Any) -> Sequence[Any]:
+    y = function(*inputs)
+    gradients = torch.autograd.grad(y, inputs, cotangent)
+    _wait()
+    return [y.detach(), *gradients]
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def build(job: Job) -> tuple[Callable[..., Any], list[Any]]:
+    """The function of a job and the tensors that it differentiates by."""
+    case, train, sdpa = job.case, job.direction == "both", job.competitor == "torch sdpa"
+    if job.competitor.startswith("mmcv"):
+        return _mmcv_block(job, train)
+    if case.section == "block":
+        w = {name: _tensor(array) for name, array in cases.weights(case).items()}
+        statistics = w.pop("mean"), w.pop("var")
+        tensors = [_tensor(cases.features(case)), *w.values()]
+
+        def function(x: Any, *values: Any) -> Any:
+            return block(case, sdpa, x, dict(zip(w, values, strict=True)), statistics, train)
+    else:
+        tensors = [_tensor(array) for array in cases.inputs(case)]
+        function = functools.partial(respond, case.instantiation, sdpa)
+    return function, [tensor.requires_grad_(train) for tensor in tensors]
+
+
+def respond(instantiation: Instantiation, sdpa: bool, theta: Any, phi: Any, g: Any, w_f: Any = None, scale: float = 1.0) -> Any:
+    """Response to θ (B, N, d), φ (B, M, d), g (B, M, e), by scaled_dot_product_attention or with all N×M pairs."""
+    if instantiation == "dot_product":
+        return theta @ phi.mT @ (g / g.shape[-2])
+    if instantiation == "concatenation":
+        w_theta, w_phi = w_f.chunk(2)
+        return torch.relu((theta @ w_theta)[..., :, None] + (phi @ w_phi)[..., None, :]) @ (g / g.shape[-2])
+    if sdpa:
+        return functional.scaled_dot_product_attention(theta[:, None], phi[:, None], g[:, None], scale=scale)[:, 0]
+    return torch.softmax((theta if scale == 1 else scale * theta) @ phi.mT, dim=-1) @ g
+
+
+def block(case: Case, sdpa: bool, x: Any, w: dict[str, Any], statistics: tuple[Any, Any], train: bool) -> Any:
+    """The block on channels-last x (B, T, H, W, C): every convolution is a matrix product."""
+
+    def linear(name: str) -> Any:
+        return functional.linear(x, w[f"{name}.kernel"].T, w[f"{name}.bias"])
+
+    gaussian = case.instantiation == "gaussian"
+    theta, phi, g = x if gaussian else linear("theta"), x if gaussian else linear("phi"), linear("g")
+    if case.m < case.n:
+        phi, g = _pool(phi), _pool(g)
+    scale = case.d**-0.5 if case.instantiation == "embedded_gaussian" else 1.0
+    theta, phi, g = (a.flatten(1, 3) for a in (theta, phi, g))
+    y = respond(case.instantiation, sdpa, theta, phi, g, w.get("w_f"), scale)
+    out = (y @ w["out.kernel"]).flatten(0, 1)
+    normed = functional.batch_norm(out, *statistics, w["scale"], w["bias"], training=train, momentum=0.1, eps=1e-5)
+    return normed.view(x.shape) + x
+
+
+def _pool(x: Any) -> Any:
+    """1×2×2 max pooling of (B, T, H, W, c), which as (B·T, c, H, W) is in the channels_last format."""
+    pooled = functional.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    return pooled.unflatten(0, x.shape[:2])
+
+
+def _mmcv_block(job: Job, train: bool) -> tuple[Callable[..., Any], list[Any]]:
+    from mmcv.cnn.bricks.non_local import NonLocal3d
+
+    case = job.case
+    module = NonLocal3d(
+        2 * case.d, mode=case.instantiation, sub_sample=case.m < case.n, norm_cfg={"type": "BN3d"}, zeros_init=False
+    )
+    missing, unexpected = module.load_state_dict(_mmcv_state(case), strict=False)
+    if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
+        raise ValueError(f"the block's weights must be {sorted(module.state_dict())}; {missing} or {unexpected} differ.")
+    module = module.to(DEVICE).train(train)
+    for parameter in module.parameters():
+        if parameter.ndim == 5:  # the concatenation's w_f is a 2-D convolution
+            parameter.data = parameter.data.contiguous(memory_format=_memory_format(job))
+    x = _channels_second(_tensor(cases.features(case)), job).requires_grad_(train)
+    parameters = list(module.parameters())
+    return lambda x, *_: module(x), [x, *parameters] if train else [x]
+
+
+def _mmcv_state(case: Case) -> dict[str, Any]:
+    w = cases.weights(case)
+    pooled = ".0" if case.m < case.n else ""
+    names = {"theta": "theta", "phi": f"phi{pooled}", "g": f"g{pooled}"}
+    state = {}
+    for ours, theirs in names.items():
+        if f"{ours}.kernel" in w:
+            state[f"{theirs}.conv.weight"] = w[f"{ours}.kernel"].T[..., None, None, None]
+            state[f"{theirs}.conv.bias"] = w[f"{ours}.bias"]
+    if "w_f" in w:
+        state["concat_project.conv.weight"] = w["w_f"][None, :, None, None]
+    state["conv_out.conv.weight"] = w["out.kernel"].T[..., None, None, None]
+    norm = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    state |= {f"conv_out.bn.{theirs}": w[ours] for theirs, ours in norm.items()}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
+
+
+def _memory_format(job: Job) -> Any:
+    return torch.channels_last_3d if job.competitor == "mmcv channels_last" else torch.contiguous_format
+
+
+def _channels_second(x: Any, job: Job) -> Any:
+    return x.permute(0, 4, 1, 2, 3).contiguous(memory_format=_memory_format(job))
+
+
+def _tensor(array: Floats) -> Any:
+    return torch.from_numpy(array).to(DEVICE)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count() or 1)
+    serve(Torch())
