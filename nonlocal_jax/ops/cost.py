@@ -155,19 +155,15 @@ def _cost(instantiation: Instantiation, implementation: Implementation, sizes: S
 
 def cudnn_refusal(sizes: Sizes, backend: str) -> str | None:
     """Why NVIDIA's attention cannot serve; None if it can."""
-    if backend != "gpu":
+    # As "9.0" on NVIDIA's GPUs, as "gfx942" on AMD's; where another machine is asked about, a Hopper.
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0")).split(".")[0]
+    if backend != "gpu" or not capability.isdigit():
         return f"cuDNN needs an NVIDIA GPU, and the backend is {backend!r}"
     if sizes.dtype not in (jnp.float16, jnp.bfloat16):
         return f"cuDNN's attention takes float16 and bfloat16, and the inputs are {sizes.dtype}"
     if sizes.d != sizes.e:
         return f"cuDNN's attention wants values as wide as keys; got {sizes.e} and {sizes.d} channels"
-    most = _largest_head()
+    most = 256 if int(capability) >= 9 else 128
     if sizes.d > most or sizes.d % 8:
         return f"cuDNN's head size is a multiple of 8 up to {most} on this GPU; got {sizes.d} channels"
     return None
-
-
-def _largest_head() -> int:
-    """256 from Hopper on, 128 before."""
-    capability = getattr(jax.devices()[0], "compute_capability", "0")
-    return 256 if float(capability) >= 9 else 128
