@@ -24,7 +24,7 @@ STYLES = {
 def draw(results: Results, path: Path, direction: str = "both") -> None:
     """Write the picture: two panels, the fitted exponents in their legends."""
     matplotlib.use("agg")
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _panel(left, results, direction, seconds, 1.0, "s")
     _panel(right, results, direction, temporary, 1e-6, "MB")
@@ -54,4 +54,4 @@ def _panel(
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
