@@ -5,16 +5,18 @@ largest, the first k_i, those with b_j > −a_i, and
 
     Σ_j ReLU(a_i + b_j) g_j = Σ_{j < k_i} (a_i + b_j) g_j.
 
-The sorted keys are cut into blocks; r_q is the last b of block q. If the last key that i keeps lies in block q, the sum is
+The sorted keys are cut into leaves of a few keys, and the leaves into blocks; r is the last b of a block. Before each leaf,
 
-    F_q + P1_i + (a_i + r_q) (C_q + P0_i)
+    C = Σ_j g_j        F = Σ_j (b_j − r) g_j        over the keys j of all leaves before it
 
-    C_q = Σ_{j in blocks before q} g_j                 P0_i = Σ_{j in block q, j < k_i} g_j
-    F_q = Σ_{j in blocks before q} (b_j − r_q) g_j     P1_i = Σ_{j in block q, j < k_i} (b_j − r_q) g_j
+are running sums: over blocks, and within each block, where they are one matrix product for all blocks. A query reads them
+at the first leaf that it does not keep whole, and adds the keys of that leaf which it keeps:
 
-C and F are running sums over blocks, P0 and P1 over the keys of each block. The weights are differences to a neighbour in the
-order, so adding a number to every b and taking it from every a changes nothing, and nothing large cancels: this is what
-centring b would give, and more. Exact, in O((N + M) log M + (N + M) e) time and O((N + M) e) memory.
+    F + (a_i + r) C + Σ_{j in the leaf, j < k_i} (a_i + b_j) g_j.
+
+The weights are differences to a neighbour in the order, so adding a number to every b and taking it from every a changes
+nothing, and nothing large cancels: this is what centring b would give, and more. Exact, in O((N + M) (log M + e)) time, and
+O((N + M) e / LEAF) memory for the running sums.
 
 The gradient is the same sum with queries and keys exchanged, Σ_i ReLU(a_i + b_j) ȳ_i for g_j. Only which keys a query keeps
 matters for its order, so the sort of the keys serves again: the queries are sorted by the integers k_i. Nothing is scattered.
@@ -34,8 +36,9 @@ from nonlocal_jax.types import Array
 
 T = TypeVar("T")
 
-BLOCK = {"cpu": 32, "gpu": 128, "tpu": 128}  # rows of one block; on CPU 16 to 64 measured alike
-TABLE_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20, "tpu": 256 << 20}  # of P0; more channels than fit are done in turns
+LEAF = 8  # rows; on CPU 4 measured alike, 2 and 16 slower
+BLOCK = 32  # leaves
+AT_ONCE = {"cpu": 1 << 17, "gpu": 1 << 26, "tpu": 1 << 26}  # numbers of the rows that `_dots` looks up
 
 
 def respond(a: Array, b: Array, g: Array, key_mask: Array | None) -> Array:
@@ -92,113 +95,138 @@ def _each(function: Callable[..., T], *batch: Any) -> T:
 
 def _forward(a: Array, b: Array, g: Array, n: Array) -> tuple[Array, tuple[Any, ...]]:
     """One sample's sum for (N,), (M,) and (M, e), and what its gradient needs beside them."""
-    negative, keys = lax.sort((-b, lax.iota(jnp.int32, b.size)), num_keys=1)
+    keys = _argsort(_in_order_of_floats(-b))
+    descending = b[keys]
     real = jnp.sum(~jnp.isneginf(b), dtype=jnp.int32)
-    kept = jnp.minimum(_count_below(negative, a), real)  # k_i
-    order = _order(-negative, keys, real)
-
-    def turn(channels: Channels, y: Array) -> Array:
-        return channels.write(y, _weighted(_tables(order, channels.read(g), n), a, kept))
-
-    y = _in_turns(turn, jnp.zeros((a.size, g.shape[1]), g.dtype), rows=b.size)
-    return y, (kept, negative, order)
+    kept = jnp.minimum(_count_below(-descending, a), real)  # k_i
+    order = _order(descending, keys, real)
+    return _weighted(order, _tables(order, g, n), g, a, kept, n), (order, kept, descending)
 
 
 def _backward(
-    a: Array, b: Array, g: Array, n: Array, kept: Array, negative: Array, order: "_Order", dy: Array
+    a: Array, b: Array, g: Array, n: Array, order: "_Order", kept: Array, descending: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """One sample's gradients. With S_i the sum of g over the keys that i keeps, and T_j that of ȳ over the queries that keep j:
 
     ā_i = 1/n ȳ_i · S_i, b̄_j = 1/n T_j · g_j, ḡ_j = 1/n Σ_i ReLU(a_i + b_j) ȳ_i.
     """
-    left_out, queries = _sort_small(b.size - kept, largest=b.size)
+    left_out = (b.size - kept).astype(jnp.uint32)
+    queries = _argsort(left_out, b.size.bit_length())
     # i keeps j if more keys than those before j are kept; keys of one b are kept together.
-    kept_by = _count_below(left_out, b.size - _count_below(negative, -b))
-    order_of_queries = _order(a[queries], queries, jnp.sum(kept > 0))
-
-    def turn(channels: Channels, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        da, db, dg = gradients
-        of_g, of_dy = channels.read(g), channels.read(dy)
-        tables = _tables(order_of_queries, of_dy, n)
-        return (
-            da + jnp.sum(_plain(_tables(order, of_g, n), kept) * of_dy, axis=-1),
-            db + jnp.sum(_plain(tables, kept_by) * of_g, axis=-1),
-            channels.write(dg, _weighted(tables, b, kept_by)),
-        )
-
-    da, db, dg = _in_turns(turn, (jnp.zeros_like(a), jnp.zeros_like(b), jnp.zeros_like(g)), rows=max(a.size, b.size))
-    return da / n, db / n, dg
+    before = _count_below(-descending, -b)
+    kept_by = _count_below(left_out[queries], (b.size - before).astype(jnp.uint32))
+    order_of_queries = _order(a[queries], queries, jnp.sum(kept > 0, dtype=jnp.int32))
+    tables, tables_of_dy = _tables(order, g, n), _tables(order_of_queries, dy, n)
+    return (
+        _dots(order, tables, g, kept, dy) / n,
+        _dots(order_of_queries, tables_of_dy, dy, kept_by, g) / n,
+        _weighted(order_of_queries, tables_of_dy, dy, b, kept_by, n),
+    )
 
 
 class _Order(NamedTuple):
-    """Rows in the order in which lookups keep them, cut into blocks."""
+    """Rows in the order in which lookups keep them, and at least one leaf of nothing after them."""
 
-    values: Array  # (blocks, block) of a or b
-    rows: Array  # (blocks, block), which rows these are
+    values: Array  # (blocks, block, leaf) of a or b
+    rows: Array  # (blocks, block, leaf), which rows these are
 
 
 class _Tables(NamedTuple):
-    """Running sums over rows in order; the names are those at the top of the file. F and P1 are divided by n."""
+    """The names are those at the top of the file."""
 
-    n: Array
     r: Array  # (blocks,)
-    c: Array  # (blocks, e)
-    f: Array  # (blocks, e)
-    p0: Array  # (block, blocks, e), up to each place of a block, itself included
-    p1: Array  # (block, blocks, e)
+    sums: Array  # (block · 2 · blocks, e): for each place of a block, C and then F / n of all blocks
 
 
 def _order(values: Array, rows: Array, real: Array) -> _Order:
     """What follows the first `real` values is never kept, so it may be any finite number: the last real one."""
     values = jnp.where(lax.iota(jnp.int32, values.size) < real, values, values[jnp.maximum(real - 1, 0)])
     values = jnp.where(jnp.isneginf(values), 0, values)  # where none is real
-    block = min(BLOCK[backend()], values.size)
-    padding = (0, -values.size % block)
-    return _Order(jnp.pad(values, padding, mode="edge").reshape(-1, block), jnp.pad(rows, padding).reshape(-1, block))
+    block = min(BLOCK, values.size // LEAF + 1)
+    padding = (0, block * LEAF - values.size % (block * LEAF))
+    values, rows = jnp.pad(values, padding, mode="edge"), jnp.pad(rows, padding)
+    return _Order(values.reshape(-1, block, LEAF), rows.reshape(-1, block, LEAF))
 
 
 def _tables(order: _Order, x: Array, n: Array) -> _Tables:
-    block = order.values.shape[1]
-    r = order.values[:, -1]
-    in_order = _take(x, order.rows.T)  # (block, blocks, e), so that the sums of all blocks are one matrix product
-    weighted = ((order.values - r[:, None]) / n).T[..., None] * in_order
-    up_to = jnp.tril(jnp.ones((block, block), x.dtype))
-    p0, p1 = (
-        jnp.matmul(up_to, y.reshape(block, -1), precision=lax.Precision.HIGHEST).reshape(y.shape) for y in (in_order, weighted)
-    )
-    c = jnp.cumsum(_before(p0[-1]), axis=0)
-    f = jnp.cumsum(_before(p1[-1]) + ((_before(r) - r) / n)[:, None] * c, axis=0)  # c is 0 in the first block
-    return _Tables(n, r, c, f, p0, p1)
+    blocks, block, _ = order.rows.shape
+    r = order.values[:, -1, -1]
+    weights = (order.values - r[:, None, None]) / n
+    # (leaf, block, 2, blocks), so that the sums within all blocks are one matrix product. The rows are repeated and not their
+    # features, because XLA on CPU would store these before it adds them.
+    weights = jnp.stack([jnp.ones_like(weights), weights]).transpose(3, 2, 0, 1)
+    rows = jnp.stack([order.rows, order.rows]).transpose(3, 2, 0, 1)
+    leaves = jnp.zeros((*rows.shape[1:], x.shape[1]), x.dtype)
+    for place in range(LEAF):
+        leaves += weights[place][..., None] * _take(x, rows[place])
+    before = jnp.tril(jnp.ones((block + 1, block), x.dtype), -1)  # the last row sums a whole block
+    within = jnp.matmul(before, leaves.reshape(block, -1), precision=lax.Precision.HIGHEST)
+    within = within.reshape(block + 1, 2, blocks, -1)
+    c = jnp.cumsum(_shift(within[-1, 0]), axis=0)
+    f = jnp.cumsum(_shift(within[-1, 1]) + ((_shift(r) - r) / n)[:, None] * c, axis=0)  # c is 0 in the first block
+    return _Tables(r, (within[:-1] + jnp.stack([c, f])[None]).reshape(-1, x.shape[1]))
 
 
-def _before(x: Array) -> Array:
+def _shift(x: Array) -> Array:
     """Each row the one before it, the first 0."""
     return jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
 
 
-def _plain(tables: _Tables, kept: Array) -> Array:
-    """The sum of the first `kept` rows: C + P0."""
-    block, place = _place(tables, kept)
-    return jnp.where(kept[:, None] > 0, _take(tables.c, block) + _take(_flat(tables.p0), place), 0)
+class _Places(NamedTuple):
+    """Where the sums of the first `kept` rows are found."""
+
+    block: Array  # of the first leaf that is not kept whole
+    c: Array  # its rows of `_Tables.sums`
+    f: Array
+    rest: tuple[tuple[Array, Array, Array], ...]  # that leaf's rows: whether it is kept, its value, which row it is
 
 
-def _weighted(tables: _Tables, x: Array, kept: Array) -> Array:
-    """1/n times the sum of the first `kept` rows, each times x + its value: F + P1 + 1/n (x + r) (C + P0)."""
-    block, place = _place(tables, kept)
-    plain = _take(tables.c, block) + _take(_flat(tables.p0), place)
-    y = _take(tables.f, block) + _take(_flat(tables.p1), place) + ((x + _take(tables.r, block)) / tables.n)[:, None] * plain
-    return jnp.where(kept[:, None] > 0, y, 0)
+def _find(order: _Order, kept: Array) -> _Places:
+    blocks, block, _ = order.rows.shape
+    leaf = kept // LEAF
+    c = leaf % block * (2 * blocks) + leaf // block
+    values, rows = order.values.reshape(-1, LEAF), order.rows.reshape(-1, LEAF)
+    rest = ((place < kept % LEAF, _take(values[:, place], leaf), _take(rows[:, place], leaf)) for place in range(LEAF - 1))
+    return _Places(leaf // block, c, c + blocks, tuple(rest))
 
 
-def _place(tables: _Tables, kept: Array) -> tuple[Array, Array]:
-    """The block of the last kept row, and its row in the tables of places."""
-    block, blocks, _ = tables.p0.shape
-    last = jnp.maximum(kept - 1, 0)
-    return last // block, last % block * blocks + last // block
+def _weighted(order: _Order, tables: _Tables, x: Array, offsets: Array, kept: Array, n: Array) -> Array:
+    """1/n times the sum of the first `kept` rows of x, each times offset + its value."""
+    places = _find(order, kept)
+    offsets = jnp.where(kept > 0, offsets, 0)  # which may be infinite where nothing is kept
+    y = _take(tables.sums, places.f)
+    y += ((offsets + _take(tables.r, places.block)) / n)[:, None] * _take(tables.sums, places.c)
+    for is_kept, value, row in places.rest:
+        y += jnp.where(is_kept, (offsets + value) / n, 0)[:, None] * _take(x, row)
+    return y
 
 
-def _flat(p: Array) -> Array:
-    return p.reshape(-1, p.shape[-1])
+def _plain(order: _Order, tables: _Tables, x: Array, kept: Array) -> Array:
+    """The sum of the first `kept` rows of x."""
+    places = _find(order, kept)
+    y = _take(tables.sums, places.c)
+    for is_kept, _, row in places.rest:
+        y += is_kept.astype(x.dtype)[:, None] * _take(x, row)
+    return y
+
+
+def _dots(order: _Order, tables: _Tables, x: Array, kept: Array, z: Array) -> Array:
+    """The products of each row of z with the sum of the first `kept` rows of x, some rows at a time, so as to store few.
+
+    Two parts at least: outside a loop XLA would store the rows of x, to share them with `_weighted`.
+    """
+    rows, width = z.shape
+    size = min(max(AT_ONCE[backend()] // width, 1), -(-rows // 2))
+
+    def add(i: Array | int, dots: Array) -> Array:
+        start = jnp.minimum(i * size, rows - size)  # the last part may overlap the one before
+        sums = _plain(order, tables, x, lax.dynamic_slice_in_dim(kept, start, size))
+        # XLA on CPU fuses lookups with what a matrix product reads, but not with what a sum reads.
+        products = sums * lax.dynamic_slice_in_dim(z, start, size)
+        some = jnp.matmul(products, jnp.ones(width, z.dtype), precision=lax.Precision.HIGHEST)
+        return lax.dynamic_update_slice_in_dim(dots, some, start, axis=0)
+
+    return lax.fori_loop(0, -(-rows // size), add, jnp.zeros(rows, z.dtype))
 
 
 def _take(x: Array, rows: Array) -> Array:
@@ -210,45 +238,24 @@ def _count_below(ascending: Array, x: Array) -> Array:
     return jnp.searchsorted(ascending, x, side="left").astype(jnp.int32)
 
 
-def _sort_small(x: Array, largest: int) -> tuple[Array, Array]:
-    """Sorted integers from 0 to `largest`, and which rows they are."""
-    rows = lax.iota(jnp.int32, x.size)
-    if (largest + 1) * x.size > jnp.iinfo(jnp.int32).max:
-        in_order, rows = lax.sort((x, rows), num_keys=1)
-        return in_order, rows
-    packed = lax.sort(x * x.size + rows)  # one integer a row sorts several times faster than a pair
-    return packed // x.size, packed % x.size
+def _in_order_of_floats(x: Array) -> Array:
+    """Unsigned integers in the order of x."""
+    width = 8 * x.dtype.itemsize
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    sign = bits.dtype.type(1 << (width - 1))
+    return jnp.where(bits < sign, bits | sign, ~bits)
 
 
-class Channels(NamedTuple):
-    """Some neighbouring channels."""
+def _argsort(x: Array, width: int | None = None) -> Array:
+    """The rows of unsigned integers of `width` bits in ascending order, those of one value in their own.
 
-    first: Array | int
-    number: int
-
-    def read(self, x: Array) -> Array:
-        return lax.dynamic_slice_in_dim(x, self.first, self.number, axis=1)
-
-    def write(self, x: Array, part: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(x, part, self.first, axis=1)
-
-
-def _in_turns(turn: Callable[[Channels, T], T], result: T, rows: int) -> T:
-    """`turn` for all channels at once or, where tables of so many rows would be large, for a part of them at a time."""
-    last = jax.tree.leaves(result)[-1]
-    channels = last.shape[-1]
-    number = channels_at_once(rows, channels, last.dtype.itemsize, backend())
-    if number == channels:
-        return turn(Channels(0, channels), result)
-    return lax.fori_loop(0, channels // number, lambda i, result: turn(Channels(i * number, number), result), result)
-
-
-def channels_at_once(rows: int, channels: int, itemsize: int, machine: str) -> int:
-    """How many channels of a table of `rows` are made at once.
-
-    >>> channels_at_once(3136, 256, 4, "cpu"), channels_at_once(200704, 256, 4, "cpu")
-    (256, 16)
+    From the last digit to the first, a digit and a row packed into one integer: XLA sorts these several times faster than
+    pairs, and than floats.
     """
-    while channels % 2 == 0 and channels > 16 and channels * rows * itemsize > TABLE_BYTES[machine]:
-        channels //= 2
-    return channels
+    row_bits = max((x.size - 1).bit_length(), 1)
+    of_row = jnp.uint32((1 << row_bits) - 1)
+    rows = places = lax.iota(jnp.uint32, x.size)
+    for shift in range(0, width or 8 * x.dtype.itemsize, 32 - row_bits):
+        digit = (_take(x, rows) >> shift).astype(jnp.uint32) << row_bits
+        rows = _take(rows, lax.sort(digit | places, is_stable=False) & of_row)
+    return rows.astype(jnp.int32)

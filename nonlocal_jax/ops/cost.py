@@ -142,12 +142,12 @@ def _cost(instantiation: Instantiation, implementation: Implementation, sizes: S
             temporary = (batch * d * e * item, 2 * batch * d * e * item)
             moved = 6 * batch * d * e * item
         case "sorted":
-            block = concatenation.BLOCK[backend]
-            flops = (2 * batch * e * (2 * block * m + 4 * n), 2 * batch * e * (3 * block * m + 2 * block * n + 8 * (n + m)))
+            table = 2 * concatenation.BLOCK // concatenation.LEAF + 2  # multiply-adds for a row's number
+            lookup = concatenation.LEAF + 1
+            flops = (2 * batch * e * (table * m + lookup * n), 2 * batch * e * (table * (2 * m + n) + 2 * lookup * (n + m)))
             at_once = 1 if backend == "cpu" else max(batch, 1)  # samples
-            tables = [rows * concatenation.channels_at_once(rows, e, item, backend) * item for rows in (m, max(n, m))]
-            temporary = (3 * at_once * tables[0], 3 * at_once * tables[1])
-            moved = 15 * batch * (n + m) * e * item
+            temporary = (at_once * m * e * item // 2, at_once * max(n, m) * e * item // 2)
+            moved = 6 * batch * (n + m) * e * item
             overhead = 5e-5 * batch / at_once
     seconds = sum(flops) / machine.flops + moved / machine.bandwidth + overhead
     return Cost(implementation, flops, temporary, seconds, refusal)

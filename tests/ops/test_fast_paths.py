@@ -1,4 +1,4 @@
-"""The fast paths where they differ from the definition inside: several tiles, blocks and turns, ties, offsets, precision."""
+"""The fast paths where they differ from the definition inside: several tiles and blocks, ties, offsets, precision."""
 
 import importlib
 import re
@@ -27,12 +27,13 @@ each_fast = pytest.mark.parametrize(("instantiation", "implementation"), FAST.it
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Tiles, blocks and tables so small that all loops turn and all padding is there at a test's sizes."""
+    """Tiles, leaves and blocks so small that all loops turn and all padding is there at a test's sizes."""
     machine = ops.machine.backend()
     monkeypatch.setitem(softmax.TILE, machine, 16)
     monkeypatch.setitem(softmax.TILE_NUMBERS, machine, 1)
-    monkeypatch.setitem(concatenation.BLOCK, machine, 4)
-    monkeypatch.setitem(concatenation.TABLE_BYTES, machine, 1)
+    monkeypatch.setattr(concatenation, "LEAF", 2)
+    monkeypatch.setattr(concatenation, "BLOCK", 3)
+    monkeypatch.setitem(concatenation.AT_ONCE, machine, 7 * E)
     jax.clear_caches()
     yield
     jax.clear_caches()
