@@ -124,7 +124,7 @@ def _cost(instantiation: Instantiation, implementation: Implementation, sizes: S
             temporary = (copies[0] * pairs * item, copies[1] * pairs * item)
             moved = passes * pairs * item if pairs * item > machine.cache else 0
         case "streaming":
-            kept = softmax.keeps(pairs * item, d, e, backend)
+            kept = softmax.keeps(pairs * item, backend)
             flops = (2 * pairs * (d + e), 2 * pairs * ((3 if kept else 4) * d + 3 * e))
             tiles = softmax.tiling(batch, n, m, backend)
             tile = tiles.samples * tiles.queries * tiles.keys * item

@@ -7,8 +7,8 @@ y_i = o_i / l_i. The gradient keeps (θ, φ, g, y, log-sum-exp λ_i = m_i + log 
     p_ij = exp(logit_ij − λ_i)                  s_ij = p_ij (ȳ_i·g_j − ȳ_i·y_i)
     ḡ_j = Σ_i p_ij ȳ_i    θ̄_i = scale Σ_j s_ij φ_j    φ̄_j = scale Σ_i s_ij θ_i    scale' = Σ_ij s_ij θ_i·φ_j
 
-(Milakov and Gimelshein 2018; Dao et al. 2022). Any N, M, d and e; memory O((N + M)(d + e)) and one tile. Where keys
-are wider than values and the affinity is a few megabytes, it is kept for the gradient instead.
+(Milakov and Gimelshein 2018; Dao et al. 2022). Any N, M, d and e; memory O((N + M)(d + e)) and one tile. On CPU, an affinity
+of a few megabytes is kept for the gradient instead.
 
 "cudnn" is the same algorithm in one kernel of NVIDIA's, for half precision on NVIDIA GPUs.
 """
@@ -41,12 +41,9 @@ class Tiling(NamedTuple):
     keys: int
 
 
-def keeps(affinity: int, d: int, e: int, machine: str) -> bool:
-    """Whether an affinity of so many bytes is kept for the gradient.
-
-    Where keys are wider than values, as in a Gaussian block, making it again costs more than keeping it.
-    """
-    return d > e and affinity <= KEPT_BYTES[machine]
+def keeps(affinity: int, machine: str) -> bool:
+    """Whether an affinity of so many bytes is kept for the gradient: making it again takes a tenth more time."""
+    return affinity <= KEPT_BYTES[machine]
 
 
 def tiling(batch: int, n: int, m: int, machine: str) -> Tiling:
@@ -95,7 +92,7 @@ def _streaming(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | N
 
 
 def _forward(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
-    if _keeps(theta, phi, g):
+    if _keeps(theta, phi):
         y, *kept = _over_samples(partial(_respond_keeping, scale=scale), 1, theta, phi, g, mask)
     else:
         y, *kept = _in_tiles(theta, phi, g, scale, mask)
@@ -107,15 +104,14 @@ def _in_tiles(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | No
     return _over_samples(partial(_respond, scale=scale, tiles=tiles), tiles.samples, theta, phi, g, mask)
 
 
-def _keeps(theta: Array, phi: Array, g: Array) -> bool:
-    affinity = theta.shape[0] * theta.shape[1] * phi.shape[1] * theta.dtype.itemsize
-    return keeps(affinity, theta.shape[2], g.shape[2], backend())
+def _keeps(theta: Array, phi: Array) -> bool:
+    return keeps(theta.shape[0] * theta.shape[1] * phi.shape[1] * theta.dtype.itemsize, backend())
 
 
 def _backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array | None, ...]:
     theta, phi, g, scale, mask, y, *kept = residuals
     mean = jnp.sum(dy * y, axis=-1)  # Σ_j p_ij ȳ_i·g_j
-    if _keeps(theta, phi, g):
+    if _keeps(theta, phi):
         dtheta, dphi, dg = _over_samples(_differentiate_kept, 1, theta, phi, g, dy, mean, *kept)
     else:
         tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())

@@ -82,7 +82,7 @@ def test_equal_to_dense_where_the_affinity_is_kept(masked):
     """Keys wider than values, as in a Gaussian block."""
     inputs = make_inputs(d=11, e=7)
     mask = jnp.ones((BATCH, M), bool).at[0, 3:].set(False).at[1].set(False) if masked else None
-    assert softmax.keeps(BATCH * N * M * 4, 11, 7, ops.machine.backend()) == (jax.default_backend() == "cpu")
+    assert softmax.keeps(BATCH * N * M * 4, ops.machine.backend()) == (jax.default_backend() == "cpu")
     assert_equal_to_dense("gaussian", "streaming", inputs, key_mask=mask)
 
 
