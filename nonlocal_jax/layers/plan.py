@@ -143,6 +143,28 @@ def _backward(instantiation: Instantiation, implementation: cost.Implementation,
     return (_Peak(0, 8.5, 3.1) if instantiation == "gaussian" else _Peak(0, 9.4, 1.6),)
 
 
+def _pooled_before(
+    instantiation: Instantiation, implementation: cost.Implementation, batch: int, *, scaled: bool, biased: bool
+) -> tuple[tuple[_Peak, ...], tuple[_Peak, ...]] | None:
+    """Both where x is pooled before it is embedded, so that φ and g of all positions are never made; None is no difference."""
+    match instantiation, implementation:
+        case "embedded_gaussian", "dense":
+            alone = _Peak(2 if scaled else 1, 0, 1)
+            return (alone if batch == 1 else _Peak(1, 1, 1), _Peak(0, 2, 0)), (_Peak(3, 3, 0), _Peak(2.5, 4.9, 0))
+        case "embedded_gaussian", "streaming":
+            return (_Peak(0, 2, 2),), (_Peak(0, 8.1, 0),)
+        case "dot_product", "dense":
+            return (_Peak(1, 1, 1), _Peak(0, 2, 0)), (_Peak(2, 3, 0), _Peak(1.55, 5, 0))
+        case "dot_product", "reassociated":
+            return (_Peak(0, 2 if biased else 3, 0),), (_Peak(0, 6 if biased else 7, 0),)
+        case "concatenation", "dense":
+            forward = _forward(instantiation, implementation, batch, pooled=True, many_keys=False, scaled=False)
+            return forward, (_Peak(2, 3, 0), _Peak(1.55, 6, 0))
+        case "concatenation", "sorted":
+            return (_Peak(0, 2, 0),), (_Peak(0, 7.1, 0),)
+    return None
+
+
 def _plan_operation(
     place: str, operation: NonLocalOperation, theta: Array, phi: Array, g: Array, key_mask: Array | None
 ) -> BlockPlan:
@@ -154,17 +176,24 @@ def _plan_operation(
     numbers = (batch * n * m, batch * n * e, batch * m * e, tile)
     items = (4, g.dtype.itemsize, g.dtype.itemsize, 4)
 
-    options = {"pooled": m < n, "many_keys": m > 2 * e, "scaled": getattr(operation, "use_scale", False)}
+    pooled = m < n
+    scaled = getattr(operation, "use_scale", False)
 
-    def largest(peaks: tuple[_Peak, ...]) -> int:
-        return round(max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in peaks))
+    def bytes_of(name: cost.Implementation) -> tuple[int, ...]:
+        before = pooled and operation.pool_order == "before"
+        peaks = _pooled_before(instantiation, name, batch, scaled=scaled, biased=operation.use_bias) if before else None
+        if peaks is None:
+            forward = _forward(instantiation, name, batch, pooled=pooled, many_keys=m > 2 * e, scaled=scaled)
+            peaks = forward, _backward(instantiation, name, batch)
+        return tuple(round(max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in each)) for each in peaks)
 
+    predicted = {name: bytes_of(name) for name in possible}
     return BlockPlan(
         place,
         instantiation,
         queries=n,
         keys=m,
         chosen=choice.implementation,
-        forward={name: largest(_forward(instantiation, name, batch, **options)) for name in possible},
-        backward={name: largest(_backward(instantiation, name, batch)) for name in possible},
+        forward={name: forward for name, (forward, _) in predicted.items()},
+        backward={name: backward for name, (_, backward) in predicted.items()},
     )

@@ -34,7 +34,12 @@ CASES = [  # none of the shapes that the table was read off
     for instantiation, implementations in cost.IMPLEMENTATIONS.items()
     for implementation in implementations
     if implementation != "cudnn"
-    for shape, options in (((1, 8, 24, 24, 256), {}), ((1, 48, 44, 384), {"subsample": False}), ((3, 4, 20, 20, 512), {}))
+    for shape, options in (
+        ((1, 8, 24, 24, 256), {}),
+        ((1, 48, 44, 384), {"subsample": False}),
+        ((3, 4, 20, 20, 512), {}),
+        ((1, 8, 20, 28, 384), {"pool_order": "before"}),
+    )
 ]
 
 
