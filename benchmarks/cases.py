@@ -11,13 +11,14 @@ from nonlocal_jax.types import Instantiation
 
 Section = Literal["operation", "block", "growth"]
 Direction = Literal["forward", "both"]  # both: the response and every gradient
-Competitor = Literal["auto", "dense", "torch pairs", "torch sdpa", "mmcv contiguous", "mmcv channels_last"]
+Competitor = Literal["auto", "dense", "copy", "torch pairs", "torch sdpa", "mmcv contiguous", "mmcv channels_last"]
 Floats = npt.NDArray[np.floating[Any]]
 
 INSTANTIATIONS: tuple[Instantiation, ...] = get_args(Instantiation)
 LIBRARY: dict[Competitor, Literal["jax", "torch"]] = {
     "auto": "jax",
     "dense": "jax",
+    "copy": "jax",
     "torch pairs": "torch",
     "torch sdpa": "torch",
     "mmcv contiguous": "torch",
@@ -112,7 +113,7 @@ def competitors(case: Case, free_bytes: float) -> list[tuple[Competitor, Directi
     pairs = 4 * case.n * case.m  # bytes
     if case.section == "growth":
         fits: list[tuple[Direction, int]] = [("forward", 2 * pairs), ("both", 4 * pairs)]  # dense has up to so many
-        return _both("auto") + [("dense", direction) for direction, needed in fits if needed < free_bytes / 2]
+        return _both("auto", "copy") + [("dense", direction) for direction, needed in fits if needed < free_bytes / 2]
     torch: tuple[Competitor, ...] = ("torch pairs", "torch sdpa") if "gaussian" in case.instantiation else ("torch pairs",)
     if case.section == "operation":
         return _both("auto", "dense", *torch)

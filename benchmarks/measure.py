@@ -2,6 +2,7 @@
 
 Time: the median over rounds. In each round every competitor runs once, in alternating order, so that what else the machine
 does meets all of them; a sample lasts 5 ms or longer, with several calls if need be; compilation and the first run come before.
+Before a sample shorter than half a second comes an untimed run, since the competitor before left its own data in the caches.
 
 Memory, on CPUs: the same for all libraries, in a fresh process in which every large array is mapped by itself and given back
 (MALLOC_MMAP_THRESHOLD_): the high-water mark of resident memory during one run, less the resident memory before it and the
@@ -31,6 +32,7 @@ from benchmarks.records import Record
 
 SAMPLE = 0.005  # seconds that a sample lasts at least
 PAUSE = 0.01  # seconds between competitors, until the threads of the last one sleep
+SHORT = 0.5  # seconds of a run up to which the state of the caches may matter
 SLOW, VERY_SLOW = 2.0, 5.0  # seconds of a run from which 3 rounds do, and from which torch's first run is the only one
 ROUNDS = (5, 31)
 GRADIENT_ERRORS = (3136, 784, 256)
@@ -142,7 +144,7 @@ def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[J
         if seconds is not None:
             first[job] = seconds
             samples[job] = [seconds] if _once(job, seconds) else []
-    estimates = {job: attempt(job, "time", calls=1) for job, done in list(samples.items()) if not done}
+    estimates = {job: attempt(job, "time", calls=1, again=True) for job, done in list(samples.items()) if not done}
     running = {job: seconds for job, seconds in estimates.items() if seconds is not None}
     for job, seconds in running.items():
         samples[job] += [seconds] if seconds >= SAMPLE else []
@@ -150,7 +152,8 @@ def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[J
     for turn in range(max(rounds.values(), default=0)):
         for job in list(running)[:: 1 if turn % 2 else -1]:
             if len(samples.get(job, ())) < rounds[job] and not records[job].failure:
-                seconds = attempt(job, "time", calls=math.ceil(SAMPLE / running[job]))
+                calls = math.ceil(SAMPLE / running[job])
+                seconds = attempt(job, "time", calls=calls, again=running[job] < SHORT)
                 samples[job] += [] if seconds is None else [seconds]
     for job, done in samples.items():
         records[job].seconds, records[job].fastest, records[job].rounds = statistics.median(done), min(done), len(done)
@@ -159,7 +162,7 @@ def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[J
 
 def plan(estimates: dict[Job, float], budget: float) -> dict[Job, int]:
     """Rounds of each job: 3 of a slow one, else as many as the budget of seconds allows, 5 to 31."""
-    in_turn = sum(max(seconds, SAMPLE) + PAUSE for seconds in estimates.values())
+    in_turn = sum(max(seconds, SAMPLE) + PAUSE + (seconds < SHORT) * seconds for seconds in estimates.values())
     usual = min(max(int(budget / in_turn), ROUNDS[0]), ROUNDS[1]) if estimates else 0
     return {job: 3 if seconds > SLOW else usual for job, seconds in estimates.items()}
 

@@ -18,6 +18,7 @@ STYLES = {
     ("dot_product", "dense"): ("#D55E00", "s", ":"),
     ("embedded_gaussian", "auto"): ("#009E73", "^", "-"),
     ("embedded_gaussian", "dense"): ("#009E73", "^", ":"),
+    ("dot_product", "copy"): ("0.6", "", "--"),
 }
 
 
@@ -43,7 +44,7 @@ def _panel(
         if not values:
             continue
         shown.update(lengths)
-        label = f"{instantiation.replace('_', ' ')}, {competitor}"
+        label = "copy" if competitor == "copy" else f"{instantiation.replace('_', ' ')}, {competitor}"
         if len(values) > 1:
             label += f": N$^{{{slope(lengths, values):.2f}}}$"
         axes.loglog(lengths, [factor * y for y in values], color=colour, marker=marker, linestyle=line, label=label)

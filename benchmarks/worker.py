@@ -65,6 +65,8 @@ def _answer(library: Library, runs: dict[Job, Callable[[], Sequence[Any]]], requ
         runs[job] = library.prepare(job)
         return {"seconds": _seconds(runs[job], 1) if request["warm"] else None}
     if what == "time":
+        if request["again"]:
+            runs[job]()
         return {"seconds": _seconds(runs[job], request["calls"])}
     if what == "peak":
         peak = _resident_peak(runs[job]) if library.backend == "cpu" else library.device_peak(runs[job])

@@ -152,13 +152,19 @@ def _tables(order: _Order, x: Array, n: Array) -> _Tables:
     blocks, block, _ = order.rows.shape
     r = order.values[:, -1, -1]
     weights = (order.values - r[:, None, None]) / n
-    # (leaf, block, 2, blocks), so that the sums within all blocks are one matrix product. The rows are repeated and not their
+    # (block, leaf, 2, blocks), so that the sums within all blocks are one matrix product. The rows are repeated and not their
     # features, because XLA on CPU would store these before it adds them.
-    weights = jnp.stack([jnp.ones_like(weights), weights]).transpose(3, 2, 0, 1)
-    rows = jnp.stack([order.rows, order.rows]).transpose(3, 2, 0, 1)
-    leaves = jnp.zeros((*rows.shape[1:], x.shape[1]), x.dtype)
-    for place in range(LEAF):
-        leaves += weights[place][..., None] * _take(x, rows[place])
+    weights = jnp.stack([jnp.ones_like(weights), weights]).transpose(2, 3, 0, 1)
+    rows = jnp.stack([order.rows, order.rows]).transpose(2, 3, 0, 1)
+
+    def sum_leaves(weights_and_rows: tuple[Array, Array]) -> Array:
+        leaves = jnp.zeros((2, blocks, x.shape[1]), x.dtype)
+        for weight, row in zip(*weights_and_rows, strict=True):
+            leaves += weight[..., None] * _take(x, row)
+        return leaves
+
+    # One place after the other on CPU, where a fusion into the matrix product would look up number by number.
+    leaves = lax.map(sum_leaves, (weights, rows), batch_size=None if backend() == "cpu" else block)
     before = jnp.tril(jnp.ones((block + 1, block), x.dtype), -1)  # the last row sums a whole block
     within = jnp.matmul(before, leaves.reshape(block, -1), precision=lax.Precision.HIGHEST)
     within = within.reshape(block + 1, 2, blocks, -1)
