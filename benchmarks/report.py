@@ -24,8 +24,8 @@ on CPUs the high-water mark of resident memory, on GPUs XLA's number and torch's
 """
 BLOCKS = """x (1, T, H, W, 2d), the conventions of mmcv and the same weights for all; they agree to {:.0e}. Forward in
 evaluation; forward + backward in training, with the gradients of x and of all parameters."""
-GROWTH = """M = N/4, d = {}. **copy** reads arrays as large as what the operation takes and writes as large ones as it gives, which
-is what memory costs at the least. Above 32 MB (N = 200,704) the C library takes every array anew from the system, page by page."""
+GROWTH = """M = N/4, d = {}. **copy** reads arrays as large as what the operation takes and writes as large ones as it gives: what
+memory costs at the least. Above 32 MB (N = 200,704) the C library takes every array anew from the system, page by page."""
 
 
 def write(folder: Path, readme: Path) -> None:
