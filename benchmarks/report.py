@@ -24,12 +24,16 @@ on CPUs the high-water mark of resident memory, on GPUs XLA's number and torch's
 """
 BLOCKS = """x (1, T, H, W, 2d), the conventions of mmcv and the same weights for all; they agree to {:.0e}. Forward in
 evaluation; forward + backward in training, with the gradients of x and of all parameters."""
-GROWTH = """M = N/4, d = {}. **copy** reads arrays as large as what the operation takes and writes as large ones as it gives: what
-memory costs at the least. Above 32 MB (N = 200,704) the C library takes every array anew from the system, page by page."""
+GROWTH = """M = N/4, d = {}. **copy** reads arrays as large as the operation takes and writes as large ones as it gives: what
+memory costs at least. Above 32 MB (N = 200,704) the C library takes every array anew from the system, page by page."""
+EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
+EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 
-def write(folder: Path, readme: Path) -> None:
+def write(folder: Path, readme: Path, project: Path) -> None:
     """Read `folder`/*.json; write `readme`, and a picture beside each JSON that has growth in it.
+
+    Three lines of the first backend go into `project`, the README of the whole, where it has marks for them.
 
     Raises:
         FileNotFoundError: no results.
@@ -44,6 +48,11 @@ def write(folder: Path, readme: Path) -> None:
         plot.draw(results, picture)
         parts.append(markdown(results, picture.relative_to(readme.parent).as_posix()))
     readme.write_text("\n".join(parts))
+    begin, end = EXCERPT_MARKS
+    text = project.read_text() if project.is_file() else ""
+    if begin in text and end in text:
+        lines = excerpt(Results.read(paths[0]))
+        project.write_text(f"{text.split(begin)[0]}{begin}\n{lines}\n{end}{text.split(end)[1]}")
 
 
 def markdown(results: Results, picture: str) -> str:
@@ -68,6 +77,18 @@ def markdown(results: Results, picture: str) -> str:
         _failures(results),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def excerpt(results: Results) -> str:
+    """A table of the operations at the largest sizes, where the three ways to do without the affinity show."""
+    names = ("auto", "dense", "torch")
+    rows = []
+    for of in _cases(results, "operation"):
+        if (of.instantiation, of.n, of.m) in EXCERPT:
+            numbers = _side_by_side(results, of, names, milliseconds) + _side_by_side(results, of, names, megabytes)[1:]
+            rows.append([OPERATIONS[of.instantiation], f"{of.n:,}", f"{of.m:,}", *numbers])
+    heads = _head(("nonlocal_jax", *names[1:]))
+    return table(["", "queries", "keys", *heads[:2], heads[3]], rows, 1)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> str:

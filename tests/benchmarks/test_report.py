@@ -92,17 +92,22 @@ def test_json_keeps_everything_and_new_records_replace_old_ones(results, tmp_pat
 
 def test_report_is_written_with_its_picture(results, tmp_path):
     results.write(tmp_path / "results" / "cpu.json")
-    report.write(tmp_path / "results", tmp_path / "README.md")
+    project = tmp_path / "project.md"
+    project.write_text("before\n<!-- benchmarks: begin -->\nold\n<!-- benchmarks: end -->\nafter\n")
+    report.write(tmp_path / "results", tmp_path / "README.md", project)
     text = (tmp_path / "README.md").read_text()
     assert "| concatenation | 3136 / 784 / 7 | here | 50.0 · 60.0 · 8,000 |" in text
     assert "| concatenation, 12544/3136, forward: dense's time over auto's | 15.0× | ≥ 20× | no |" in text
     assert "RuntimeError: no memory" in text
+    before, *lines, after = project.read_text().splitlines()
+    assert (before, after) == ("before", "after")
+    assert lines[3] == "| concatenation | 12,544 | 3,136 | 20.0 · 300 · – | 40.0 · 1,200 · – | – · – · – |"
     assert (tmp_path / "results" / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_without_results_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m benchmarks"):
-        report.write(tmp_path, tmp_path / "README.md")
+        report.write(tmp_path, tmp_path / "README.md", tmp_path / "project.md")
 
 
 @pytest.mark.parametrize(
