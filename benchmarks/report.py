@@ -41,9 +41,9 @@ def write(folder: Path, readme: Path, project: Path) -> None:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise FileNotFoundError(f"{folder} must hold results such as cpu.json; run `python -m benchmarks` first.")
+    found = {path: Results.read(path) for path in paths}
     parts = [HEAD]
-    for path in paths:
-        results = Results.read(path)
+    for path, results in found.items():
         picture = folder / ("growth.png" if path.stem == "cpu" else f"growth_{path.stem}.png")
         plot.draw(results, picture)
         parts.append(markdown(results, picture.relative_to(readme.parent).as_posix()))
@@ -51,8 +51,7 @@ def write(folder: Path, readme: Path, project: Path) -> None:
     begin, end = EXCERPT_MARKS
     text = project.read_text() if project.is_file() else ""
     if begin in text and end in text:
-        lines = excerpt(Results.read(paths[0]))
-        project.write_text(f"{text.split(begin)[0]}{begin}\n{lines}\n{end}{text.split(end)[1]}")
+        project.write_text(f"{text.split(begin)[0]}{begin}\n{excerpt(found[paths[0]])}\n{end}{text.split(end)[1]}")
 
 
 def markdown(results: Results, picture: str) -> str:

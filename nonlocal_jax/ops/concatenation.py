@@ -32,11 +32,12 @@ from jax import lax
 
 from nonlocal_jax.ops.definition import number_of_keys
 from nonlocal_jax.ops.machine import backend
+from nonlocal_jax.ops.samples import over_samples
 from nonlocal_jax.types import Array
 
 T = TypeVar("T")
 
-LEAF = 8  # rows; on CPU 4 measured alike, 2 and 16 slower
+LEAF = 8  # rows; on CPU 2 and 4 are as fast with more memory, 16 is slower
 BLOCK = 32  # leaves
 AT_ONCE = {"cpu": 1 << 17, "gpu": 1 << 26, "tpu": 1 << 26}  # numbers of the rows that `_dots` looks up
 
@@ -85,12 +86,8 @@ _sum_of_kept.defvjp(_sum_of_kept_forward, _sum_of_kept_backward)
 
 
 def _each(function: Callable[..., T], *batch: Any) -> T:
-    """`function` of each sample: at once, or on CPU, where batched sorts and gathers are slow, one after the other."""
-    if batch[0].shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], batch)))
-    if backend() == "cpu":
-        return lax.map(lambda sample: function(*sample), batch)
-    return jax.vmap(function)(*batch)
+    """`function` of each sample: one after the other on CPU, where batched sorts and gathers are slow, else all at once."""
+    return over_samples(function, 1 if backend() == "cpu" else batch[0].shape[0], *batch)
 
 
 def _forward(a: Array, b: Array, g: Array, n: Array) -> tuple[Array, tuple[Any, ...]]:

@@ -23,6 +23,7 @@ from jax import lax
 
 from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.ops.machine import backend
+from nonlocal_jax.ops.samples import over_samples
 from nonlocal_jax.types import Array, KeyMask, Keys, Queries, Responses, Values
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def _streaming(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | N
 
 def _forward(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
     if _keeps(theta, phi):
-        y, *kept = _over_samples(partial(_respond_keeping, scale=scale), 1, theta, phi, g, mask)
+        y, *kept = over_samples(partial(_respond_keeping, scale=scale), 1, theta, phi, g, mask)
     else:
         y, *kept = _in_tiles(theta, phi, g, scale, mask)
     return y, (theta, phi, g, scale, mask, y, *kept)
@@ -101,7 +102,7 @@ def _forward(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | Non
 
 def _in_tiles(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, Array]:
     tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
-    return _over_samples(partial(_respond, scale=scale, tiles=tiles), tiles.samples, theta, phi, g, mask)
+    return over_samples(partial(_respond, scale=scale, tiles=tiles), tiles.samples, theta, phi, g, mask)
 
 
 def _keeps(theta: Array, phi: Array) -> bool:
@@ -112,11 +113,11 @@ def _backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array | None, ...]
     theta, phi, g, scale, mask, y, *kept = residuals
     mean = jnp.sum(dy * y, axis=-1)  # Σ_j p_ij ȳ_i·g_j
     if _keeps(theta, phi):
-        dtheta, dphi, dg = _over_samples(_differentiate_kept, 1, theta, phi, g, dy, mean, *kept)
+        dtheta, dphi, dg = over_samples(_differentiate_kept, 1, theta, phi, g, dy, mean, *kept)
     else:
         tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
         differentiate = partial(_differentiate, scale=scale, tiles=tiles)
-        dtheta, dphi, dg = _over_samples(differentiate, tiles.samples, theta, phi, g, mask, dy, mean, *kept)
+        dtheta, dphi, dg = over_samples(differentiate, tiles.samples, theta, phi, g, mask, dy, mean, *kept)
     return scale * dtheta, scale * dphi, dg, jnp.sum(dtheta * theta), None
 
 
@@ -210,16 +211,6 @@ def _differentiate_kept(
     dy = dy / total[:, None]
     s = f * (g @ dy.T - (mean / total)[None])
     return s.T @ phi, s @ theta, f @ dy
-
-
-def _over_samples(function: Callable[..., T], at_once: int, *xs: Array | None) -> T:
-    """`function` of each sample, `at_once` together. Products of matrices without a batch are faster on CPU."""
-    batch = next(x for x in xs if x is not None).shape[0]
-    if batch == 1:
-        return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], xs)))
-    if at_once == batch:
-        return jax.vmap(function)(*xs)
-    return lax.map(lambda sample: function(*sample), xs, batch_size=at_once if at_once > 1 else None)
 
 
 def _loop(steps: int, body: Callable[[Index, T], T], state: T) -> T:
