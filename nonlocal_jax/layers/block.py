@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nonlocal_jax.layers.conv import dot_over_positions
 from nonlocal_jax.layers.instantiations import (
     Concatenation,
     DotProduct,
@@ -99,6 +100,7 @@ class NonLocalBlock(nn.Module):
             bias_init=zeros if starts_zero else self.bias_init(y.shape[-1]),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            dot_general=dot_over_positions,
             name="out",
         )(y)
         if self.norm is not None:

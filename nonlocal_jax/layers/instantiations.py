@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from nonlocal_jax import ops
+from nonlocal_jax.layers.conv import dot_over_positions
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
 from nonlocal_jax.types import Array, Embedded, Features, Instantiation, PositionMask, PRNGKeyArray
 
@@ -105,6 +106,7 @@ class NonLocalOperation(nn.Module):
             bias_init=self.bias_init(x.shape[-1]),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            dot_general=dot_over_positions,
             name=name,
         )(x)
 

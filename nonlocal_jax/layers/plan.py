@@ -70,8 +70,8 @@ def plan(input_shape: tuple[int, ...], blocks: nn.Module, *, dtype: Any = jnp.fl
     >>> from nonlocal_jax.layers import nonlocal_block
     >>> print(plan((1, 16, 28, 28, 512), nonlocal_block("dot_product"))[0])
     block: dot_product, 12,544 queries × 3,136 keys
-      dense             160.6 MB forward      366.1 MB with gradients
-      reassociated       38.5 MB forward      106.6 MB with gradients <- runs
+      dense             163.8 MB forward      238.3 MB with gradients
+      reassociated       38.5 MB forward       89.9 MB with gradients <- runs
     """
     found: dict[tuple[str, ...], BlockPlan] = {}
 
@@ -99,70 +99,62 @@ class _Peak(NamedTuple):
     tiles: float = 0
 
 
-def _forward(
-    instantiation: Instantiation,
-    implementation: cost.Implementation,
-    batch: int,
-    *,
-    pooled: bool,
-    many_keys: bool,
-    scaled: bool,
-) -> tuple[_Peak, ...]:
-    """The largest peaks of an evaluation: at the embeddings, at the sum, at W_z and the norm.
+class _Setting(NamedTuple):
+    """What of a block, besides the sizes, changes its peaks."""
 
-    Read off XLA's buffers of JAX 0.10 and 0.12, which agree; tests/layers/test_plan.py holds them to it. Several samples
-    are gathered from a loop; a scale other than 1 keeps the logits twice.
-    """
-    match implementation:
-        case "dense":
-            return _Peak(2 if scaled else 1, 0 if batch == 1 or many_keys else 1, 1), _Peak(0, 2, 0)
-        case "reassociated":
-            return (_Peak(0, 3, 0),)
-        case "sorted":
-            return _Peak(0, 2, 1), _Peak(0, 2 if batch == 1 else 3, 0)
-    if instantiation == "embedded_gaussian":
-        return _Peak(0, 3, 1), _Peak(0, 2, 2, 1.5)
-    if pooled:
-        return _Peak(0, 2.05, 0), _Peak(0, 1.3, 0, 1.2)
-    return _Peak(0, 2, 0), _Peak(0, 1.3 if batch == 1 else 2.3, 0.55, 1.7)
+    batch: int
+    pooled: bool
+    before: bool  # x is pooled before it is embedded, so that φ and g of all positions are never made
+    many_keys: bool
+    one_tile: bool  # a tile of "streaming" is the whole affinity of a sample
+    kept: bool  # "streaming" keeps the affinity for the gradient
+    scaled: bool
+    biased: bool
 
 
-def _backward(instantiation: Instantiation, implementation: cost.Implementation, batch: int) -> tuple[_Peak, ...]:
+# Read off XLA's buffers of JAX 0.10 and 0.12, which agree; tests/layers/test_plan.py holds them to it. "streaming" and
+# "sorted" go through several samples in a loop, which gathers answers and cuts its own copies of each sample's rows.
+def _forward(instantiation: Instantiation, implementation: cost.Implementation, of: _Setting) -> tuple[_Peak, ...]:
+    """The largest peaks of an evaluation: at the embeddings, at the sum, at W_z and the norm."""
+    alone, gaussian = of.batch == 1, instantiation == "gaussian"
+    if implementation == "sorted":
+        return (_Peak(0, 2, 1 if of.biased else 0),) if of.before else (_Peak(0, 2, 1), _Peak(0, 2 if alone else 3, 0))
+    if implementation == "reassociated":
+        return (_Peak(0, 2 if of.before and of.biased else 3, 0),)
+    if implementation == "dense" or (of.one_tile and alone):
+        if of.scaled:  # the logits twice
+            sums = _Peak(2, 0, 1)
+        elif instantiation == "dot_product" and of.before and of.biased:
+            sums = _Peak(1, 1, 1)
+        else:
+            sums = _Peak(1, 0 if alone or of.many_keys else 1, 1 if instantiation == "concatenation" else 2)
+        return sums, _Peak(0, 2, 0)
+    if of.one_tile:
+        return _Peak(0, 3, 0), _Peak(0, 1.2, 0.5, 1.05) if gaussian else _Peak(0, 2, 1, 1)
+    if gaussian:
+        return _Peak(0, 2.05, 0), _Peak(0, 1.1, 0.8, 1.2) if alone else _Peak(0, 1.3 + 1.2 / of.batch, 6 / of.batch, 1)
+    if of.before:
+        return (_Peak(0, 2.05, 1, 0.4) if alone else _Peak(0, 1.9, 0.5 + 3 / of.batch, 1),)
+    return _Peak(0, 3, 1), _Peak(0, 2, 1.5, 1.15) if alone else _Peak(0, 2.2, 1 + 4 / of.batch, 1.15)
+
+
+def _backward(instantiation: Instantiation, implementation: cost.Implementation, of: _Setting) -> tuple[_Peak, ...]:
     """The same of a training step."""
-    match implementation:
-        case "dense":
-            if instantiation == "gaussian":
-                return _Peak(3, 2.5, 0), _Peak(2.4, 6.5, 0)
-            if instantiation == "embedded_gaussian":
-                return _Peak(3, 4, 0), _Peak(2.5, 8.3, 0)
-            return _Peak(2, 4, 0), _Peak(1.55, 8.4, -1.5)
-        case "reassociated":
-            return (_Peak(0, 8.3, 0),)
-        case "sorted":
-            return (_Peak(0, 9.2, 0) if batch == 1 else _Peak(0, 7.8, 3.2),)
-    return (_Peak(0, 8.5, 3.1) if instantiation == "gaussian" else _Peak(0, 9.4, 1.6),)
-
-
-def _pooled_before(
-    instantiation: Instantiation, implementation: cost.Implementation, batch: int, *, scaled: bool, biased: bool
-) -> tuple[tuple[_Peak, ...], tuple[_Peak, ...]] | None:
-    """Both where x is pooled before it is embedded, so that φ and g of all positions are never made; None is no difference."""
-    match instantiation, implementation:
-        case "embedded_gaussian", "dense":
-            alone = _Peak(2 if scaled else 1, 0, 1)
-            return (alone if batch == 1 else _Peak(1, 1, 1), _Peak(0, 2, 0)), (_Peak(3, 3, 0), _Peak(2.5, 4.9, 0))
-        case "embedded_gaussian", "streaming":
-            return (_Peak(0, 2, 2),), (_Peak(0, 8.1, 0),)
-        case "dot_product", "dense":
-            return (_Peak(1, 1, 1), _Peak(0, 2, 0)), (_Peak(2, 3, 0), _Peak(1.55, 5, 0))
-        case "dot_product", "reassociated":
-            return (_Peak(0, 2 if biased else 3, 0),), (_Peak(0, 6 if biased else 7, 0),)
-        case "concatenation", "dense":
-            forward = _forward(instantiation, implementation, batch, pooled=True, many_keys=False, scaled=False)
-            return forward, (_Peak(2, 3, 0), _Peak(1.55, 6, 0))
-        case "concatenation", "sorted":
-            return (_Peak(0, 2, 0),), (_Peak(0, 7.1, 0),)
-    return None
+    gaussian = instantiation == "gaussian"
+    if implementation == "reassociated":
+        return (_Peak(0, 5 if of.before else 7, 0),)
+    if implementation == "sorted":
+        return (_Peak(0, 5.5 if of.before else 8.3 if of.pooled else 7.1, 0),)
+    if implementation == "dense":
+        if gaussian:
+            return (_Peak(2, 4, 0), _Peak(0, 5, 0)) if of.before else (_Peak(2, 4.5, 0), _Peak(0, 6.3, 0))
+        return (_Peak(2 if instantiation == "embedded_gaussian" else 1, 5 if of.before else 6.3, 0),)
+    less = 1.2 if of.before else 0
+    if of.kept:
+        return _Peak(0, 7 - less, 0), _Peak(2, 3.5 - less, 0) if of.batch == 1 else _Peak(1 + 2 / of.batch, 6.4 - less, 0)
+    if of.batch == 1:
+        return _Peak(0, 8 - less, 0), _Peak(0, 6.8 - less, 1, 2)
+    return (_Peak(0, 7 - less, (12 if gaussian else 7) / of.batch, 2),)
 
 
 def _plan_operation(
@@ -172,20 +164,25 @@ def _plan_operation(
     choice = ops.explain(instantiation, theta, phi, g, masked=key_mask is not None, implementation=operation.implementation)
     possible = [cost.implementation for cost in choice.costs if cost.refusal is None]
     batch, n, m, e = math.prod(theta.shape[:-2]), theta.shape[-2], phi.shape[-2], g.shape[-1]
-    tile = math.prod(softmax.tiling(batch, n, m, backend()))
-    numbers = (batch * n * m, batch * n * e, batch * m * e, tile)
+    tiles = softmax.tiling(batch, n, m, backend())
+    numbers = (batch * n * m, batch * n * e, batch * m * e, math.prod(tiles))
     items = (4, g.dtype.itemsize, g.dtype.itemsize, 4)
-
-    pooled = m < n
-    scaled = getattr(operation, "use_scale", False)
+    setting = _Setting(
+        batch,
+        pooled=m < n,
+        before=m < n and operation.pool_order == "before",
+        many_keys=m > 2 * e,
+        one_tile=tiles[1:] == (n, m),
+        kept=softmax.keeps(batch * n * m * 4, backend()),
+        scaled=getattr(operation, "use_scale", False),
+        biased=operation.use_bias,
+    )
 
     def bytes_of(name: cost.Implementation) -> tuple[int, ...]:
-        before = pooled and operation.pool_order == "before"
-        peaks = _pooled_before(instantiation, name, batch, scaled=scaled, biased=operation.use_bias) if before else None
-        if peaks is None:
-            forward = _forward(instantiation, name, batch, pooled=pooled, many_keys=m > 2 * e, scaled=scaled)
-            peaks = forward, _backward(instantiation, name, batch)
-        return tuple(round(max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in each)) for each in peaks)
+        return tuple(
+            round(max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in peaks))
+            for peaks in (_forward(instantiation, name, setting), _backward(instantiation, name, setting))
+        )
 
     predicted = {name: bytes_of(name) for name in possible}
     return BlockPlan(

@@ -195,7 +195,7 @@ def _differentiate(
 
 def _respond_keeping(theta: Array, phi: Array, g: Array, mask: Array | None, scale: Array) -> tuple[Array, Array, Array]:
     """The response (N, e), and for the gradient exp(logit − m) (M, N) and its sums l (N,)."""
-    logits = scale * (phi @ theta.T)
+    logits = phi @ (scale * theta).T
     if mask is not None:
         logits = jnp.where(mask[:, None], logits, -jnp.inf)
     f = jnp.exp(logits - _finite(jnp.max(logits, axis=0, keepdims=True)))
