@@ -70,7 +70,7 @@ def plan(input_shape: tuple[int, ...], blocks: nn.Module, *, dtype: Any = jnp.fl
     >>> from nonlocal_jax.layers import nonlocal_block
     >>> print(plan((1, 16, 28, 28, 512), nonlocal_block("dot_product"))[0])
     block: dot_product, 12,544 queries × 3,136 keys
-      dense             163.8 MB forward      238.3 MB with gradients
+      dense             163.8 MB forward      220.3 MB with gradients
       reassociated       38.5 MB forward       89.9 MB with gradients <- runs
     """
     found: dict[tuple[str, ...], BlockPlan] = {}
@@ -144,12 +144,15 @@ def _backward(instantiation: Instantiation, implementation: cost.Implementation,
     if implementation == "reassociated":
         return (_Peak(0, 5 if of.before else 7, 0),)
     if implementation == "sorted":
-        return (_Peak(0, 5.5 if of.before else 8.3 if of.pooled else 7.1, 0),)
+        return (_Peak(0, 5.5 if of.before else 7.2, 0),)
     if implementation == "dense":
         if gaussian:
-            return (_Peak(2, 4, 0), _Peak(0, 5, 0)) if of.before else (_Peak(2, 4.5, 0), _Peak(0, 6.3, 0))
-        return (_Peak(2 if instantiation == "embedded_gaussian" else 1, 5 if of.before else 6.3, 0),)
-    less = 1.2 if of.before else 0
+            return (_Peak(2, 4, 0), _Peak(0, 5, 0)) if of.before else (_Peak(2, 4.5, 0), _Peak(0, 5.8, 0))
+        affinities = 2 if instantiation == "embedded_gaussian" else 1
+        if of.before:
+            return (_Peak(affinities, 5, 0),)
+        return _Peak(affinities, 4.9 if of.pooled else 6.1, 0), _Peak(0, 7, 0)
+    less = 1.2 if of.before else 0.8 if of.pooled else 0
     if of.kept:
         return _Peak(0, 7 - less, 0), _Peak(2, 3.5 - less, 0) if of.batch == 1 else _Peak(1 + 2 / of.batch, 6.4 - less, 0)
     if of.batch == 1:

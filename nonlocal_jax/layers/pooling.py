@@ -1,9 +1,12 @@
 """Subsampling of the keys: max pooling over windows that do not overlap."""
 
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nonlocal_jax.types import Array, Features, Pooled, PooledMask, PositionMask
 
@@ -11,7 +14,8 @@ from nonlocal_jax.types import Array, Features, Pooled, PooledMask, PositionMask
 def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = None) -> Pooled:
     """The largest value of each window; what is left over at the end of an axis is dropped, as in the references.
 
-    Strided slices and `jnp.maximum`, because their gradient is several times faster than that of `reduce_window`.
+    Of several that are the largest the first has the gradient, as in the references. Several times faster than
+    `reduce_window`, most of all in the gradient.
 
     Args:
         x: (B, *positions, C).
@@ -60,8 +64,41 @@ def _max_over_windows(x: Array, window: tuple[int, ...]) -> Array:
     positions = x.shape[1:-1]
     if len(window) != len(positions) or not all(1 <= size <= n for size, n in zip(window, positions, strict=True)):
         raise ValueError(f"window must have a size from 1 to that of the map for each axis of {positions}; got {window}.")
-    for axis, size in enumerate(window, start=1):
-        if size > 1:
-            end = x.shape[axis] // size * size
-            x = functools.reduce(jnp.maximum, [jax.lax.slice_in_dim(x, i, end, stride=size, axis=axis) for i in range(size)])
-    return x
+    return x if math.prod(window) == 1 else _max_of_places(x, window)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _max_of_places(x: Array, window: tuple[int, ...]) -> Array:
+    x = _whole_windows(x, window)
+
+    def every(start: tuple[int, ...]) -> Array:
+        return x[:, *(slice(first, None, size) for first, size in zip(start, window, strict=True))]
+
+    return functools.reduce(jnp.maximum, map(every, itertools.product(*map(range, window))))
+
+
+@_max_of_places.defjvp
+def _max_of_places_jvp(window: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """The first of the largest has the derivative. Which one that is is kept in bytes, so that x need not be.
+
+    It comes from a reduction because XLA on CPU would do anything else again in the gradient, from x.
+    """
+    largest = _max_of_places(*primals, window)
+    in_window = tuple(range(2, 2 * len(window) + 1, 2))
+    x, dx = (_in_windows(a, window) for a in (*primals, *tangents))
+    places = math.prod(window)
+    place = jnp.arange(places, dtype=np.min_scalar_type(places)).reshape(1, *(n for size in window for n in (1, size)), 1)
+    equal = x == jnp.expand_dims(largest, in_window)
+    winner = jnp.min(jnp.where(equal, place, place.dtype.type(places)), axis=in_window, keepdims=True)
+    return largest, jnp.sum(jnp.where(winner == place, dx, 0), axis=in_window)
+
+
+def _in_windows(x: Array, window: tuple[int, ...]) -> Array:
+    """(B, pooled, window, pooled, window, ..., C)."""
+    x = _whole_windows(x, window)
+    cut = (n for length, size in zip(x.shape[1:-1], window, strict=True) for n in (length // size, size))
+    return x.reshape(x.shape[0], *cut, x.shape[-1])
+
+
+def _whole_windows(x: Array, window: tuple[int, ...]) -> Array:
+    return x[:, *(slice(length // size * size) for length, size in zip(x.shape[1:-1], window, strict=True))]

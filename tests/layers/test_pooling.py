@@ -10,7 +10,7 @@ from nonlocal_jax.layers import max_pool, pool_mask
 
 
 @pytest.mark.parametrize(
-    ("positions", "window"), [((7,), (2,)), ((5, 7), (2, 3)), ((5, 7, 11), (1, 2, 2)), ((4, 6, 2), (2, 3, 2))]
+    ("positions", "window"), [((7,), (2,)), ((601,), (300,)), ((5, 7), (2, 3)), ((5, 7, 11), (1, 2, 2)), ((4, 6, 2), (2, 3, 2))]
 )
 def test_equals_reduce_window(positions, window):
     x = jax.random.normal(jax.random.key(0), (2, *positions, 3))
@@ -21,6 +21,15 @@ def test_equals_reduce_window(positions, window):
     ours, flax = lambda x: max_pool(x, window), lambda x: nn.max_pool(x, window, strides=window)
     chex.assert_trees_all_equal(ours(x), flax(x))
     chex.assert_trees_all_close(jax.grad(loss(ours))(x), jax.grad(loss(flax))(x))
+
+
+def test_of_several_largest_the_first_has_the_gradient():
+    """As PyTorch's; rectified features have many."""
+    x = jnp.array([[[0.0, 0, 2], [0, 0, 2], [1, 1, 0], [1, 1, 0]]])[..., None]
+    gradient = jax.grad(lambda x: max_pool(x, (2, 2)).sum())(x)
+    chex.assert_trees_all_equal(gradient[0, ..., 0], jnp.array([[1.0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]))
+    tangent = jax.jvp(lambda x: max_pool(x, (2, 2)), (x,), (jnp.arange(12.0).reshape(x.shape),))[1]
+    chex.assert_trees_all_equal(tangent[0, ..., 0], jnp.array([[0.0], [6]]))
 
 
 def test_a_window_of_padding_alone_is_zero_and_has_no_gradient():
