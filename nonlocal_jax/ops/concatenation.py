@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 LEAF = 8  # rows; on CPU 2 and 4 are as fast with more memory, 16 is slower
 BLOCK = 32  # leaves
+PACKED = {"cpu": 64, "gpu": 64, "tpu": 32}  # bits of the integers that are sorted; a TPU has none of 64
 AT_ONCE = {"cpu": 1 << 17, "gpu": 1 << 26, "tpu": 1 << 26}  # numbers of the rows that `_dots` looks up
 
 
@@ -252,13 +253,15 @@ def _in_order_of_floats(x: Array) -> Array:
 def _argsort(x: Array, width: int | None = None) -> Array:
     """The rows of unsigned integers of `width` bits in ascending order, those of one value in their own.
 
-    From the last digit to the first, a digit and a row packed into one integer: XLA sorts these several times faster than
-    pairs, and than floats.
+    A value and its row packed into one integer: XLA sorts these several times faster than pairs, and than floats. What
+    does not fit beside the row is sorted digit by digit, from the last.
     """
+    packed = PACKED[backend()]
     row_bits = max((x.size - 1).bit_length(), 1)
-    of_row = jnp.uint32((1 << row_bits) - 1)
-    rows = places = lax.iota(jnp.uint32, x.size)
-    for shift in range(0, width or 8 * x.dtype.itemsize, 32 - row_bits):
-        digit = (_take(x, rows) >> shift).astype(jnp.uint32) << row_bits
-        rows = _take(rows, lax.sort(digit | places, is_stable=False) & of_row)
-    return rows.astype(jnp.int32)
+    with jax.enable_x64(True):
+        of_row = jnp.dtype(f"uint{packed}").type((1 << row_bits) - 1)
+        rows = places = lax.iota(of_row.dtype, x.size)
+        for shift in range(0, width or 8 * x.dtype.itemsize, packed - row_bits):
+            digit = (_take(x, rows) >> shift).astype(of_row.dtype) << row_bits
+            rows = _take(rows, lax.sort(digit | places, is_stable=False) & of_row)
+        return rows.astype(jnp.int32)

@@ -204,6 +204,16 @@ RES3 = (shaped(1, 3136, 256), shaped(1, 784, 256), shaped(1, 784, 256))
 RES4 = (shaped(1, 784, 512), shaped(1, 196, 512), shaped(1, 196, 512))
 
 
+@pytest.mark.parametrize("packed", [32, 64])
+@pytest.mark.parametrize(("width", "size"), [(3, 5), (16, 70_000), (32, 1), (32, 3000)])
+def test_argsort_is_stable_whatever_fits_beside_the_row(packed, width, size, monkeypatch):
+    monkeypatch.setitem(concatenation.PACKED, ops.machine.backend(), packed)
+    values = np.random.default_rng(0).integers(0, 1 << width, size, np.uint32)
+    values[1::3] = values[0]
+    rows = jax.jit(lambda x: concatenation._argsort(x, width))(values)
+    chex.assert_trees_all_equal(rows, np.argsort(values, kind="stable").astype(np.int32))
+
+
 @pytest.mark.parametrize(
     ("instantiation", "shapes", "backend", "expected"),
     [
