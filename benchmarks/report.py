@@ -1,5 +1,6 @@
 """The report: README.md and growth.png from the JSON of every backend."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from benchmarks import plot
 from benchmarks.cases import GROWTH_WIDTH, INSTANTIATIONS, MMCV_CONCATENATION, Competitor, Section
 from benchmarks.records import Record, Results
-from benchmarks.targets import DIRECTIONS, OPERATIONS, RESOLUTION, Target, seconds, targets, temporary
+from benchmarks.targets import DIRECTIONS, OPERATIONS, RESOLUTION, Target, growth, seconds, slope, targets, temporary
 
 Format = Callable[[Record], str]
 HEAD = """# Benchmarks
@@ -25,7 +26,8 @@ on CPUs the high-water mark of resident memory, on GPUs XLA's number and torch's
 BLOCKS = """x (1, T, H, W, 2d), the conventions of mmcv and the same weights for all; they agree to {:.0e}. Forward in
 evaluation; forward + backward in training, with the gradients of x and of all parameters."""
 GROWTH = """M = N/4, d = {}. **copy** reads arrays as large as the operation takes and writes as large ones as it gives: what
-memory costs at least. Above 32 MB (N = 200,704) the C library takes every array anew from the system, page by page."""
+memory costs at least. Above 32 MB (N = 200,704) the C library takes every array anew from the system, page by page, and a
+copy itself grows faster than N."""
 EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
 EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
@@ -209,7 +211,18 @@ def _blocks(results: Results) -> str:
 def _growth(results: Results) -> str:
     times, memory = ("auto", "copy", "dense"), ("auto", "dense")
     rows = []
-    for of in _cases(results, "growth"):
-        numbers = _side_by_side(results, of, times, milliseconds) + _side_by_side(results, of, memory, megabytes)
-        rows.append([OPERATIONS[of.instantiation], str(of.n), *numbers])
+    for name, cases in itertools.groupby(_cases(results, "growth"), key=lambda of: of.instantiation):
+        for of in cases:
+            numbers = _side_by_side(results, of, times, milliseconds) + _side_by_side(results, of, memory, megabytes)
+            rows.append([OPERATIONS[name], str(of.n), *numbers])
+        exponents = _exponents(results, name, times, seconds) + _exponents(results, name, memory, temporary)
+        rows.append([OPERATIONS[name], "exponent", *exponents])
     return table(["", "N", *_head(times)[:2], *_head(memory)[2:]], rows, 1)
+
+
+def _exponents(
+    results: Results, instantiation: str, competitors: Sequence[str], value: Callable[[Record], float | None]
+) -> list[str]:
+    """A cell for each direction: by which power of N the competitors grow."""
+    fits = [[growth(results, instantiation, name, direction, value) for name in competitors] for direction in DIRECTIONS]
+    return [" · ".join("–" if len(values) < 2 else number(slope(n, values)) for n, values in cell) for cell in fits]
