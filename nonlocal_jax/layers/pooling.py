@@ -1,7 +1,6 @@
 """Subsampling of the keys: max pooling over windows that do not overlap."""
 
 import functools
-import itertools
 import math
 
 import jax
@@ -64,26 +63,25 @@ def _max_over_windows(x: Array, window: tuple[int, ...]) -> Array:
     positions = x.shape[1:-1]
     if len(window) != len(positions) or not all(1 <= size <= n for size, n in zip(window, positions, strict=True)):
         raise ValueError(f"window must have a size from 1 to that of the map for each axis of {positions}; got {window}.")
-    return x if math.prod(window) == 1 else _max_of_places(x, window)
+    return x if math.prod(window) == 1 else _largest(x, window)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _max_of_places(x: Array, window: tuple[int, ...]) -> Array:
+def _largest(x: Array, window: tuple[int, ...]) -> Array:
     x = _whole_windows(x, window)
+    for axis, size in enumerate(window, start=1):
+        places = [jax.lax.slice_in_dim(x, start, None, stride=size, axis=axis) for start in range(size)]
+        x = functools.reduce(jnp.maximum, places)
+    return x
 
-    def every(start: tuple[int, ...]) -> Array:
-        return x[:, *(slice(first, None, size) for first, size in zip(start, window, strict=True))]
 
-    return functools.reduce(jnp.maximum, map(every, itertools.product(*map(range, window))))
-
-
-@_max_of_places.defjvp
-def _max_of_places_jvp(window: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+@_largest.defjvp
+def _largest_jvp(window: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     """The first of the largest has the derivative. Which one that is is kept in bytes, so that x need not be.
 
     It comes from a reduction because XLA on CPU would do anything else again in the gradient, from x.
     """
-    largest = _max_of_places(*primals, window)
+    largest = _largest(*primals, window)
     in_window = tuple(range(2, 2 * len(window) + 1, 2))
     x, dx = (_in_windows(a, window) for a in (*primals, *tangents))
     places = math.prod(window)
