@@ -34,7 +34,7 @@ SAMPLE = 0.005  # seconds that a sample lasts at least
 PAUSE = 0.01  # seconds between competitors, until the threads of the last one sleep
 SHORT = 0.5  # seconds of a run up to which the state of the caches may matter
 SLOW, VERY_SLOW = 2.0, 5.0  # seconds of a run from which 3 rounds do, and from which torch's first run is the only one
-ROUNDS = (5, 31)
+ROUNDS = (9, 31)
 GRADIENT_ERRORS = (3136, 784, 256)
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
@@ -161,7 +161,7 @@ def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[J
 
 
 def plan(estimates: dict[Job, float], budget: float) -> dict[Job, int]:
-    """Rounds of each job: 3 of a slow one, else as many as the budget of seconds allows, 5 to 31."""
+    """Rounds of each job: 3 of a slow one, else as many as the budget of seconds allows, 9 to 31."""
     in_turn = sum(max(seconds, SAMPLE) + PAUSE + (seconds < SHORT) * seconds for seconds in estimates.values())
     usual = min(max(int(budget / in_turn), ROUNDS[0]), ROUNDS[1]) if estimates else 0
     return {job: 3 if seconds > SLOW else usual for job, seconds in estimates.items()}
