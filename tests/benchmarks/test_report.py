@@ -119,6 +119,6 @@ def test_numbers_have_three_digits(value, text):
 
 
 def test_slow_jobs_get_fewer_rounds():
-    assert plan({"quick": SAMPLE, "slow": 3.0}, budget=1.0) == {"quick": 5, "slow": 3}
+    assert plan({"quick": SAMPLE, "slow": 3.0}, budget=1.0) == {"quick": 9, "slow": 3}
     assert plan({"quick": SAMPLE}, budget=60.0) == {"quick": 31}
     assert plan({}, budget=1.0) == {}
