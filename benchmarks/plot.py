@@ -45,8 +45,8 @@ def _panel(
             continue
         shown.update(lengths)
         label = "copy" if competitor == "copy" else f"{instantiation.replace('_', ' ')}, {competitor}"
-        if len(values) > 1:
-            label += f": N$^{{{slope(lengths, values):.2f}}}$"
+        if (exponent := slope(lengths, values)) is not None:
+            label += f": N$^{{{exponent:.2f}}}$"
         axes.loglog(lengths, [factor * y for y in values], color=colour, marker=marker, linestyle=line, label=label)
     axes.set_xlabel("N queries, N/4 keys, d = 64")
     axes.set_xticks(sorted(shown), [f"{n:,.0f}" for n in sorted(shown)])

@@ -26,8 +26,8 @@ on CPUs the high-water mark of resident memory, on GPUs XLA's number and torch's
 BLOCKS = """x (1, T, H, W, 2d), the conventions of mmcv and the same weights for all; they agree to {:.0e}. Forward in
 evaluation; forward + backward in training, with the gradients of x and of all parameters."""
 GROWTH = """M = N/4, d = {}. **copy** reads arrays as large as the operation takes and writes as large ones as it gives: what
-memory costs at least. Above 32 MB (N = 200,704) the C library takes every array anew from the system, page by page, and a
-copy itself grows faster than N."""
+memory costs at least. Above 32 MB (N = 200,704) the C library takes every array anew from the system, page by page: the
+exponents of the copy show what that costs."""
 EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
 EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
@@ -224,5 +224,7 @@ def _exponents(
     results: Results, instantiation: str, competitors: Sequence[str], value: Callable[[Record], float | None]
 ) -> list[str]:
     """A cell for each direction: by which power of N the competitors grow."""
-    fits = [[growth(results, instantiation, name, direction, value) for name in competitors] for direction in DIRECTIONS]
-    return [" · ".join("–" if len(values) < 2 else number(slope(n, values)) for n, values in cell) for cell in fits]
+    return [
+        " · ".join(number(slope(*growth(results, instantiation, name, direction, value))) for name in competitors)
+        for direction in DIRECTIONS
+    ]

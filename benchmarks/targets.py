@@ -70,9 +70,9 @@ def ratio(
     return None if top is None or not bottom else top / bottom
 
 
-def slope(lengths: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent p of values ≈ c · lengths^p, by least squares of the logarithms."""
-    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
+def slope(lengths: Sequence[float], values: Sequence[float]) -> float | None:
+    """The exponent p of values ≈ c · lengths^p, by least squares of the logarithms; None of fewer than two."""
+    return float(np.polyfit(np.log(lengths), np.log(values), 1)[0]) if len(values) > 1 else None
 
 
 def growth(
@@ -135,8 +135,7 @@ def _growth(results: Results) -> Iterator[Target]:
     for name in ("concatenation", "dot_product"):
         for direction, words in DIRECTIONS.items():
             for value, of in ((seconds, "time"), (xla_temporary, "temporary memory, as XLA counts it,")):
-                lengths, values = growth(results, name, "auto", direction, value)
-                measured = slope(lengths, values) if len(values) > 1 else None
+                measured = slope(*growth(results, name, "auto", direction, value))
                 yield Target(f"{name.replace('_', ' ')}, {words}: exponent of {of} in N", measured, 1.15, False, "")
 
 

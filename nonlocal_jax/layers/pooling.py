@@ -13,8 +13,8 @@ from nonlocal_jax.types import Array, Features, Pooled, PooledMask, PositionMask
 def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = None) -> Pooled:
     """The largest value of each window; what is left over at the end of an axis is dropped, as in the references.
 
-    Of several that are the largest the first has the gradient, as in the references. Several times faster than
-    `reduce_window`, most of all in the gradient.
+    Of several that are the largest the first has the gradient, as in the references. On CPU the gradient takes a quarter
+    to two fifths of the time of that of `reduce_window`.
 
     Args:
         x: (B, *positions, C).

@@ -98,6 +98,7 @@ def test_report_is_written_with_its_picture(results, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "| concatenation | 3136 / 784 / 7 | here | 50.0 · 60.0 · 8,000 |" in text
     assert "| concatenation, 12544/3136, forward: dense's time over auto's | 15.0× | ≥ 20× | no |" in text
+    assert "| dot product | exponent | 2.00 · – · – |" in text
     assert "RuntimeError: no memory" in text
     before, *lines, after = project.read_text().splitlines()
     assert (before, after) == ("before", "after")
