@@ -27,7 +27,8 @@ Affinity = Float[Array, "*b n m"]  # f(x_i, x_j) / C(x)
 KeyMask = Bool[Array, "*b m"]
 ConcatenationWeights = Float[Array, " two_d"]  # w_f, first for θ, then for φ
 
-# Videos and their labels.
+# Images, videos and their labels.
+Image = Float[Array, "b h w c"]
 Video = Float[Array, "b t h w c"]
 Labels = Int[Array, " b"]
 Logits = Float[Array, "b classes"]
@@ -38,6 +39,7 @@ __all__ = [
     "ConcatenationWeights",
     "Embedded",
     "Features",
+    "Image",
     "Instantiation",
     "KeyMask",
     "Keys",

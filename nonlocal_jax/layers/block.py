@@ -21,7 +21,7 @@ from nonlocal_jax.layers.instantiations import (
     zero_bias,
 )
 from nonlocal_jax.layers.norm import BatchNorm
-from nonlocal_jax.types import Array, Features, Instantiation, PositionMask, Scalar
+from nonlocal_jax.types import Affinity, Array, Features, Instantiation, PositionMask, Scalar
 
 Preset = Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"]
 
@@ -74,7 +74,9 @@ class NonLocalBlock(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Features, *, mask: PositionMask | None = None, train: bool = False) -> Features:
+    def __call__(
+        self, x: Features, *, mask: PositionMask | None = None, train: bool = False, return_map: bool = False
+    ) -> Features | tuple[Features, Affinity]:
         """z, of the shape of x.
 
         Args:
@@ -82,14 +84,17 @@ class NonLocalBlock(nn.Module):
             mask: (B, *positions) of bool, False where x is padding. Padding influences nothing and keeps its value; only
                 a batch of nothing but padding moves the statistics of BatchNorm, which would have none otherwise.
             train: whether BatchNorm uses, and updates, the statistics of this batch; "batch_stats" must then be mutable.
+            return_map: whether the affinity f / C is returned as well.
 
         Returns:
-            (B, *positions, C).
+            (B, *positions, C); with `return_map` also (B, ..., N, M).
 
         Raises:
             ValueError, TypeError: as the operation does.
         """
-        y = self.operation(x, mask=mask)
+        y: Any = self.operation(x, mask=mask, return_map=return_map)
+        if return_map:
+            y, affinity = y
         zeros = nn.initializers.zeros
         without_norm = self.norm is None
         starts_zero = self.zero_init and without_norm
@@ -109,7 +114,8 @@ class NonLocalBlock(nn.Module):
             residual = jnp.where(mask[..., None], residual, 0)
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
             self.sow("intermediates", "residual_ratio", _residual_ratio(residual, x, mask))
-        return (x + residual).astype(x.dtype)
+        z = (x + residual).astype(x.dtype)
+        return (z, affinity) if return_map else z
 
     def _normalise(self, norm: Callable[..., nn.Module], x: Array, mask: Array | None, train: bool) -> Array:
         identity = {"scale_init": nn.initializers.zeros} if self.zero_init else {}

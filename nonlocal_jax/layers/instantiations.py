@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from nonlocal_jax import ops
 from nonlocal_jax.layers.conv import dot_over_positions
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
-from nonlocal_jax.types import Array, Embedded, Features, Instantiation, PositionMask, PRNGKeyArray
+from nonlocal_jax.types import Affinity, Array, Embedded, Features, Instantiation, PositionMask, PRNGKeyArray
 
 Initializer = Callable[..., Array]
 Axes = Literal["spacetime", "space", "time"]
@@ -60,16 +60,19 @@ class NonLocalOperation(nn.Module):
     implementation: ops.Implementation = "auto"
 
     @nn.compact
-    def __call__(self, x: Features, *, mask: PositionMask | None = None) -> Embedded:
+    def __call__(
+        self, x: Features, *, mask: PositionMask | None = None, return_map: bool = False
+    ) -> Embedded | tuple[Embedded, Affinity]:
         """The response y of every position.
 
         Args:
             x: (B, *positions, C), with one, two or three position axes: (N,), (H, W) or (T, H, W).
             mask: (B, *positions) of bool, False where x is padding. Padding is neither summed nor counted, and what it
                 holds has no influence. Where keys are pooled, a window is real if any of its positions is.
+            return_map: whether the affinity f / C is returned as well.
 
         Returns:
-            (B, *positions, inner_features).
+            (B, *positions, inner_features); with `return_map` also (B, ..., N, M).
 
         Raises:
             ValueError: an option or a shape that does not fit; the message names what was expected.
@@ -89,8 +92,9 @@ class NonLocalOperation(nn.Module):
         groups = None if self.group_size is None else positions[0] // self.group_size
         key_mask = None if mask is None else _to_rows(pool_mask(mask, window)[..., None], self.axes, groups)[..., 0]
         theta, phi, g = (_to_rows(a, self.axes, groups) for a in (theta, phi, g))
-        y = self._respond(theta, phi, g, key_mask)
-        return _from_rows(y, self.axes, positions)
+        y, affinity = self._respond(theta, phi, g, key_mask, return_map)
+        y = _from_rows(y, self.axes, positions)
+        return y if affinity is None or not return_map else (y, affinity)
 
     def _theta(self, x: Array) -> Array:
         return self._dense("theta", x)
@@ -110,13 +114,22 @@ class NonLocalOperation(nn.Module):
             name=name,
         )(x)
 
-    def _respond(self, theta: Array, phi: Array, g: Array, key_mask: Array | None) -> Array:
+    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
+        """The name of f, its parameters and its options."""
         raise NotImplementedError
 
-    def _sow(self, instantiation: Instantiation, *pair: Array, **options: Any) -> None:
-        """Keep the affinity map for who asks for it with `mutable=["intermediates"]`: (B, ..., N, M)."""
-        if self.is_mutable_collection("intermediates") and not self.is_initializing():
-            self.sow("intermediates", "affinity", ops.affinity(instantiation, *pair, **options))
+    def _respond(
+        self, theta: Array, phi: Array, g: Array, key_mask: Array | None, return_map: bool
+    ) -> tuple[Array, Array | None]:
+        """Y, and the affinity for who asks for it, be it with `mutable=["intermediates"]`: (B, ..., N, M)."""
+        name, parameters, options = self._pairwise(theta)
+        options["key_mask"] = key_mask
+        sown = self.is_mutable_collection("intermediates") and not self.is_initializing()
+        affinity = ops.affinity(name, theta, phi, *parameters, **options) if sown or return_map else None
+        if sown:
+            self.sow("intermediates", "affinity", affinity)
+        y = getattr(ops, name)(theta, phi, g, *parameters, implementation=self.implementation, **options)
+        return y, affinity
 
     def _check(self, x: Array, mask: Array | None) -> tuple[int, ...]:
         """Raise what `__call__` says it raises; return the pooling window."""
@@ -196,9 +209,8 @@ class Gaussian(NonLocalOperation):
     def _phi(self, x: Array) -> Array:
         return x
 
-    def _respond(self, theta: Array, phi: Array, g: Array, key_mask: Array | None) -> Array:
-        self._sow("gaussian", theta, phi, key_mask=key_mask)
-        return ops.gaussian(theta, phi, g, key_mask=key_mask, implementation=self.implementation)
+    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
+        return "gaussian", (), {}
 
 
 class EmbeddedGaussian(NonLocalOperation):
@@ -219,10 +231,8 @@ class EmbeddedGaussian(NonLocalOperation):
 
     use_scale: bool = False
 
-    def _respond(self, theta: Array, phi: Array, g: Array, key_mask: Array | None) -> Array:
-        scale = theta.shape[-1] ** -0.5 if self.use_scale else 1.0
-        self._sow("embedded_gaussian", theta, phi, scale=scale, key_mask=key_mask)
-        return ops.embedded_gaussian(theta, phi, g, scale=scale, key_mask=key_mask, implementation=self.implementation)
+    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
+        return "embedded_gaussian", (), {"scale": theta.shape[-1] ** -0.5 if self.use_scale else 1.0}
 
 
 class DotProduct(NonLocalOperation):
@@ -237,9 +247,8 @@ class DotProduct(NonLocalOperation):
     ((2, 11, 3), ['g', 'phi', 'theta'])
     """
 
-    def _respond(self, theta: Array, phi: Array, g: Array, key_mask: Array | None) -> Array:
-        self._sow("dot_product", theta, phi, key_mask=key_mask)
-        return ops.dot_product(theta, phi, g, key_mask=key_mask, implementation=self.implementation)
+    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
+        return "dot_product", (), {}
 
 
 class Concatenation(NonLocalOperation):
@@ -259,10 +268,8 @@ class Concatenation(NonLocalOperation):
 
     w_f_init: Initializer | None = None
 
-    def _respond(self, theta: Array, phi: Array, g: Array, key_mask: Array | None) -> Array:
-        w_f = self.param("w_f", self._init_w_f, 2 * theta.shape[-1]).astype(theta.dtype)
-        self._sow("concatenation", theta, phi, w_f, key_mask=key_mask)
-        return ops.concatenation(theta, phi, g, w_f, key_mask=key_mask, implementation=self.implementation)
+    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
+        return "concatenation", (self.param("w_f", self._init_w_f, 2 * theta.shape[-1]).astype(theta.dtype),), {}
 
     def _init_w_f(self, key: PRNGKeyArray, size: int) -> Array:
         return (self.w_f_init or self.kernel_init)(key, (size, 1), self.param_dtype)[:, 0]  # fan-in 2d, one output

@@ -39,6 +39,37 @@ def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = N
     return jnp.where(pool_mask(mask, window)[..., None], pooled, 0)
 
 
+def strided_max_pool(x: Features, window: tuple[int, ...], strides: tuple[int, ...], padding: tuple[int, ...]) -> Pooled:
+    """The largest value of each window, the windows `strides` apart; padding is never the largest.
+
+    Of several that are the largest the first has the gradient, as in the references.
+
+    Args:
+        x: (B, *positions, C).
+        window: its size along each position axis.
+        strides: from one window to the next.
+        padding: positions added on both sides of each axis, fewer than a window.
+
+    Returns:
+        (B, *pooled, C), along each axis (positions + 2 · padding − window) / stride + 1, rounded down.
+
+    Raises:
+        ValueError: a window that is larger than a padded axis.
+
+    >>> import jax.numpy as jnp
+    >>> strided_max_pool(jnp.array([[1.0, 3.0, 2.0, 0.0, 9.0]])[..., None], (3,), (2,), (1,))[0, :, 0]
+    Array([3., 3., 9.], dtype=float32)
+    """
+    if window == strides and not any(padding):
+        return max_pool(x, window)
+    for axis, (size, stride, pad) in enumerate(zip(window, strides, padding, strict=True), start=1):
+        if size > x.shape[axis] + 2 * pad:
+            raise ValueError(f"window must not be larger than the padded map; got {size} for {x.shape[axis]} + 2·{pad}.")
+        if (size, stride, pad) != (1, 1, 0):
+            x = _max_along(x, axis, size, stride, pad)
+    return x
+
+
 def pool_mask(mask: PositionMask, window: tuple[int, ...]) -> PooledMask:
     """The mask of the pooled keys: a window is real if any of its positions is.
 
@@ -100,3 +131,29 @@ def _in_windows(x: Array, window: tuple[int, ...]) -> Array:
 
 def _whole_windows(x: Array, window: tuple[int, ...]) -> Array:
     return x[:, *(slice(length // size * size) for length, size in zip(x.shape[1:-1], window, strict=True))]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _max_along(x: Array, axis: int, size: int, stride: int, padding: int) -> Array:
+    return functools.reduce(jnp.maximum, _places(x, -jnp.inf, axis, size, stride, padding))
+
+
+@_max_along.defjvp
+def _max_along_jvp(
+    axis: int, size: int, stride: int, padding: int, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    largest = _max_along(*primals, axis, size, stride, padding)
+    dx = _places(*tangents, 0, axis, size, stride, padding)
+    derivative = dx[-1]
+    for place, dplace in reversed(list(zip(_places(*primals, -jnp.inf, axis, size, stride, padding), dx, strict=True))[:-1]):
+        derivative = jnp.where(place == largest, dplace, derivative)
+    return largest, derivative
+
+
+def _places(x: Array, beyond: float, axis: int, size: int, stride: int, padding: int) -> list[Array]:
+    """What is at each place of all windows along one axis."""
+    around = [(0, 0)] * x.ndim
+    around[axis] = (padding, padding)
+    x = jnp.pad(x, around, constant_values=beyond)
+    span = (x.shape[axis] - size) // stride * stride + 1
+    return [jax.lax.slice_in_dim(x, start, start + span, stride, axis) for start in range(size)]

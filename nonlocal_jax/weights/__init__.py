@@ -1,5 +1,21 @@
-"""Parameters of trained networks: reading, inflating, writing."""
+"""Parameters of trained networks: reading, inflating, checking, writing."""
 
+from nonlocal_jax.weights.files import Checkpoint, read
 from nonlocal_jax.weights.inflation import inflate
+from nonlocal_jax.weights.load import LoadedWeight, LoadReport, load, load_report
+from nonlocal_jax.weights.save import export, save
+from nonlocal_jax.weights.unpickle import FileFormatError, UnsafeFileError
 
-__all__ = ["inflate"]
+__all__ = [
+    "Checkpoint",
+    "FileFormatError",
+    "LoadReport",
+    "LoadedWeight",
+    "UnsafeFileError",
+    "export",
+    "inflate",
+    "load",
+    "load_report",
+    "read",
+    "save",
+]

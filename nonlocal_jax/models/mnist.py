@@ -1,0 +1,92 @@
+"""The network for 28×28 digits of Non-local_pytorch, which many learned the block from."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nonlocal_jax.layers.block import nonlocal_block
+from nonlocal_jax.layers.norm import BatchNorm
+from nonlocal_jax.layers.pooling import max_pool
+from nonlocal_jax.types import Affinity, Image, Instantiation, Logits
+
+
+class NonLocalMnist(nn.Module):
+    """Three convolutions, a non-local block after the first two, two dense layers.
+
+    | layer | output |
+    |---|---|
+    | conv1 3×3, BN, ReLU, max pooling 2×2 | 14×14×32 |
+    | nonlocal1 | 14×14×32 |
+    | conv2 3×3, BN, ReLU, max pooling 2×2 | 7×7×64 |
+    | nonlocal2 | 7×7×64 |
+    | conv3 3×3, BN, ReLU, max pooling 2×2 | 3×3×128 |
+    | fc1, ReLU, dropout 0.5 | 256 |
+    | fc2 | 10 |
+
+    Attributes:
+        instantiation: the pairwise function of both blocks.
+    """
+
+    instantiation: Instantiation = "embedded_gaussian"
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """An input, for who wants the shapes of the variables."""
+        return jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+
+    @nn.compact
+    def __call__(
+        self, image: Image, *, train: bool = False, return_maps: bool = False
+    ) -> Logits | tuple[Logits, list[Affinity]]:
+        """Logits of digits.
+
+        Args:
+            image: (B, 28, 28, 1), from 0 to 1.
+            train: whether BatchNorm uses the statistics of this batch and features are dropped.
+            return_maps: whether the affinities of both blocks are returned as well.
+
+        Returns:
+            (B, 10); with `return_maps` also [(B, 196, 49), (B, 49, 9)], f / C of each query (row) and pooled key.
+
+        Raises:
+            ValueError: images of another shape.
+        """
+        if image.ndim != 4 or image.shape[1:] != (28, 28, 1):
+            raise ValueError(f"image must have shape (B, 28, 28, 1); got {image.shape}.")
+        x: Any = image
+        maps = []
+        for i, features in enumerate((32, 64, 128), start=1):
+            x = nn.Conv(features, (3, 3), padding=1, name=f"conv{i}")(x)
+            x = nn.relu(BatchNorm(use_running_average=not train, name=f"conv{i}_norm")(x))
+            x = max_pool(x, (2, 2))
+            if i < 3:
+                block = nonlocal_block(self.instantiation, "non_local_pytorch", name=f"nonlocal{i}")
+                x, affinity = block(x, train=train, return_map=True)
+                maps.append(affinity)
+        x = nn.relu(nn.Dense(256, name="fc1")(x.reshape(x.shape[0], -1)))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        logits = nn.Dense(10, name="fc2")(x.astype(jnp.float32))
+        return (logits, maps) if return_maps else logits
+
+
+def non_local_pytorch_mnist(instantiation: Instantiation = "embedded_gaussian") -> NonLocalMnist:
+    """The MNIST network of Non-local_pytorch.
+
+    Args:
+        instantiation: "gaussian", "embedded_gaussian", "dot_product" or "concatenation".
+
+    Returns:
+        The network; `model.apply(variables, images, return_maps=True)` gives logits and the two affinity maps.
+
+    Source: `lib/network.py` of AlexHex7/Non-local_pytorch.
+
+    >>> import jax, jax.numpy as jnp
+    >>> model = non_local_pytorch_mnist("dot_product")
+    >>> images = jnp.ones((2, 28, 28, 1))
+    >>> logits, maps = model.apply(model.init(jax.random.key(0), images), images, return_maps=True)
+    >>> logits.shape, [m.shape for m in maps]
+    ((2, 10), [(2, 196, 49), (2, 49, 9)])
+    """
+    return NonLocalMnist(instantiation)
