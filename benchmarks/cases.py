@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,9 +10,12 @@ import numpy.typing as npt
 
 from nonlocal_jax.types import Instantiation
 
-Section = Literal["operation", "block", "growth"]
+Section = Literal["operation", "block", "growth", "network"]
 Direction = Literal["forward", "both"]  # both: the response and every gradient
-Competitor = Literal["auto", "dense", "copy", "torch pairs", "torch sdpa", "mmcv contiguous", "mmcv channels_last"]
+Competitor = Literal[
+    "auto", "dense", "copy", "plain", "torch pairs", "torch sdpa", "torch contiguous", "torch channels_last", "mmcv contiguous",
+    "mmcv channels_last",
+]  # fmt: skip
 Floats = npt.NDArray[np.floating[Any]]
 
 INSTANTIATIONS: tuple[Instantiation, ...] = get_args(Instantiation)
@@ -19,8 +23,11 @@ LIBRARY: dict[Competitor, Literal["jax", "torch"]] = {
     "auto": "jax",
     "dense": "jax",
     "copy": "jax",
+    "plain": "jax",
     "torch pairs": "torch",
     "torch sdpa": "torch",
+    "torch contiguous": "torch",
+    "torch channels_last": "torch",
     "mmcv contiguous": "torch",
     "mmcv channels_last": "torch",
 }
@@ -30,16 +37,17 @@ MMCV_CONCATENATION = "mmcv's concatenation divides the saved output of a ReLU in
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One sum, or one block around it, at one size.
+    """One sum, or one block around it, at one size; or a whole network.
 
     Attributes:
-        section: "operation" and "growth" are functions of `nonlocal_jax.ops`; "block" is a whole block.
+        section: "operation" and "growth" are functions of `nonlocal_jax.ops`; "block" is a whole block; "network" is I3D R50
+            with five of them, whose largest block has this n, m and d.
         instantiation: the pairwise function.
         n: queries.
         m: keys.
         d: channels of θ, φ and g; a block has 2d, and so have the queries and keys of its Gaussian.
         where: where in a network this size occurs.
-        positions: (T, H, W) of a block.
+        positions: (T, H, W) of a block, or of a network's clips.
     """
 
     section: Section
@@ -61,7 +69,7 @@ class Case:
     @property
     def weight(self) -> float:
         """About how long it takes, for the progress bar."""
-        return 1 + self.n * self.m * self.d / 2e9
+        return 40 if self.section == "network" else 1 + self.n * self.m * self.d / 2e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +97,16 @@ GROWTH: dict[Instantiation, tuple[int, ...]] = {
 }
 
 
+NETWORK = Case("network", "embedded_gaussian", 3136, 784, 256, "I3D R50, 5 blocks, 2 clips of 8×224×224", (8, 224, 224))
+
+
 def all_cases() -> list[Case]:
     """Every case, the small ones first."""
     operations = [Case("operation", name, *size, where) for size, where in SIZES.items() for name in INSTANTIATIONS]
     blocks = [block(name, *size) for size in SIZES if size[0] in (784, 3136) for name in INSTANTIATIONS]
     blocks.append(block("dot_product", 12544, 12544, 256))
     growth = [Case("growth", name, n, n // 4, GROWTH_WIDTH, "pooled keys") for name, lengths in GROWTH.items() for n in lengths]
-    return operations + blocks + growth
+    return operations + blocks + growth + [NETWORK]
 
 
 def block(instantiation: Instantiation, n: int, m: int, d: int) -> Case:
@@ -110,6 +121,8 @@ def is_quick(case: Case) -> bool:
 
 def competitors(case: Case, free_bytes: float) -> list[tuple[Competitor, Direction]]:
     """Who computes a case, in which directions: what would not fit into the free memory is left out."""
+    if case.section == "network":
+        return _both("auto", "plain", "torch contiguous", "torch channels_last")
     pairs = 4 * case.n * case.m  # bytes
     if case.section == "growth":
         fits: list[tuple[Direction, int]] = [("forward", 2 * pairs), ("both", 4 * pairs)]  # dense has up to so many
@@ -168,3 +181,17 @@ def weights(case: Case) -> dict[str, Floats]:
     projection = {"w_f": normal(2 * d)} if case.instantiation == "concatenation" else {}
     norm = {"scale": normal(channels) + 1, "bias": normal(channels), "mean": normal(channels), "var": normal(channels) ** 2 + 1}
     return kernels | biases | projection | {"out.kernel": normal(d, channels)} | norm
+
+
+def clips(case: Case) -> Floats:
+    """The input of a network, (2, T, H, W, 3)."""
+    return np.random.default_rng(4).standard_normal((2, *case.positions, 3), np.float32)
+
+
+def network_weight(name: str, shape: tuple[int, ...]) -> Floats:
+    """Of a network, by PySlowFast's names: He's kernels, and norms and statistics away from 0 and 1."""
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    if len(shape) > 1:
+        return (random.standard_normal(shape, np.float32) * math.sqrt(2 / math.prod(shape[1:]))).astype(np.float32)
+    low, high = (0.5, 1.0) if name.endswith(("bn.weight", "running_var")) else (-0.2, 0.2)
+    return random.uniform(low, high, shape).astype(np.float32)

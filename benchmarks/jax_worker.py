@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import nonlocal_jax as nl
-from benchmarks import cases
+from benchmarks import cases, network
 from benchmarks.cases import Case, Floats, Job
 from benchmarks.worker import serve
 
@@ -21,14 +22,17 @@ class Jax:
     backend = jax.default_backend()
 
     def prepare(self, job: Job) -> Callable[[], Sequence[Any]]:
+        if job.case.section == "network":
+            return network.prepare(job)
         function, arguments = build(job)
         return lambda: jax.tree.leaves(jax.block_until_ready(function(*arguments)))
 
     def facts(self, job: Job) -> dict[str, Any]:
-        function, arguments = build(job)
-        analysis: Any = function.lower(*arguments).compile().memory_analysis()
-        temporary = int(analysis.temp_size_in_bytes)
-        facts = {"xla_temporary_bytes": temporary, "implementation": chosen(job)}
+        lowered = network.lowered(job) if job.case.section == "network" else _lowered(*build(job))
+        start = time.perf_counter()
+        analysis: Any = lowered.compile().memory_analysis()
+        seconds, temporary = time.perf_counter() - start, int(analysis.temp_size_in_bytes)
+        facts = {"xla_temporary_bytes": temporary, "compile_seconds": seconds, "implementation": chosen(job)}
         return facts if self.backend == "cpu" else facts | {"temporary_bytes": temporary}
 
     def device_peak(self, run: Callable[[], Sequence[Any]]) -> int | None:
@@ -38,13 +42,17 @@ class Jax:
         return np.asarray(output.astype(jnp.float32))
 
     def versions(self) -> dict[str, str]:
-        names = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+        names = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         return names if self.backend == "cpu" else names | {"device": jax.devices()[0].device_kind}
+
+
+def _lowered(function: Any, arguments: tuple[Any, ...]) -> Any:
+    return function.lower(*arguments)
 
 
 def chosen(job: Job) -> str | None:
     """The implementation that "auto" takes for an operation."""
-    if job.case.section == "block" or job.competitor != "auto":
+    if job.case.section in ("block", "network") or job.competitor != "auto":
         return None
     theta, phi, g = (jnp.asarray(x, job.dtype) for x in cases.inputs(job.case)[:3])
     return str(nl.ops.explain(job.case.instantiation, theta, phi, g).implementation)

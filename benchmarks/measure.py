@@ -200,8 +200,8 @@ def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) ->
 
     forward = {job: record for job, record in records.items() if job.direction == "forward" and not record.failure}
     case = next(iter(records)).case
-    if case.section == "block":
-        _compare_blocks(forward, outputs)
+    if case.section in ("block", "network"):
+        _compare_with_ours(forward, outputs)
     if case.section != "operation":
         return
     arrays = cases.inputs(case)
@@ -220,7 +220,7 @@ def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) ->
                 record.gradient_error = max(reference.relative_error(*pair) for pair in pairs)
 
 
-def _compare_blocks(records: dict[Job, Record], outputs: Callable[[Job], Sequence[Floats]]) -> None:
+def _compare_with_ours(records: dict[Job, Record], outputs: Callable[[Job], Sequence[Floats]]) -> None:
     ours = next((outputs(job)[0] for job in records if job.competitor == "auto"), None)
     for job, record in records.items():
         if ours is not None and job.competitor not in ("auto", "mmcv channels_last"):

@@ -28,8 +28,9 @@ class Record:
     rounds: int = 0
     temporary_bytes: int | None = None  # at the peak, besides inputs and outputs
     xla_temporary_bytes: int | None = None  # as XLA's compiler says
+    compile_seconds: float | None = None
     implementation: str | None = None  # what "auto" took
-    error: float | None = None  # ‖y − y64‖ / ‖y64‖; of a block's peer, against this library's block
+    error: float | None = None  # ‖y − y64‖ / ‖y64‖; of a block's or network's peer, against this library's
     bfloat16_error: float | None = None  # against float64 of the same rounded inputs
     gradient_error: float | None = None  # the largest among the gradients
     failure: str | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks import plot
 from benchmarks.cases import GROWTH_WIDTH, INSTANTIATIONS, MMCV_CONCATENATION, Competitor, Section
+from benchmarks.cases import NETWORK as NETWORK_CASE
 from benchmarks.records import Record, Results
 from benchmarks.targets import DIRECTIONS, OPERATIONS, RESOLUTION, Target, growth, seconds, slope, targets, temporary
 
@@ -28,6 +29,8 @@ evaluation; forward + backward in training, with the gradients of x and of all p
 GROWTH = """M = N/4, d = {}. **copy** reads arrays as large as the operation takes and writes as large ones as it gives: what
 memory costs at least. Above 32 MB (N = 200,704) the C library takes every array anew from the system, page by page: the
 exponents of the copy show what that costs."""
+NETWORK = """{}, the conventions of PySlowFast, the same weights for all. **plain** is Flax with `nn.Conv` in three dimensions
+and all pairs, **torch** the faster of its two memory formats. A training step is forward, backward and SGD with momentum."""
 EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
 EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
@@ -71,6 +74,9 @@ def markdown(results: Results, picture: str) -> str:
         "### Blocks",
         f"{BLOCKS.format(_disagreement(results))} {MMCV_CONCATENATION}",
         _blocks(results),
+        "### Network",
+        NETWORK.format(NETWORK_CASE.where),
+        _network(results),
         "### Growth",
         GROWTH.format(GROWTH_WIDTH),
         f"![Time and memory against N]({picture})",
@@ -206,6 +212,29 @@ def _blocks(results: Results) -> str:
         numbers = [cell for show in (milliseconds, megabytes) for cell in _side_by_side(results, of, names, show)]
         rows.append([OPERATIONS[of.instantiation], f"{of.n} / {of.m} / {of.d}", of.where, *numbers])
     return table(["", "N / M / d", "where", *_head(("ours", "torch", "mmcv"))], rows, 3)
+
+
+def _network(results: Results) -> str:
+    names = ("auto", "plain", "torch")
+    rows = []
+    for direction, words in (("forward", "inference"), ("both", "training step")):
+        found = [results.find(name, direction, section="network") for name in names]
+        if any(found):
+            shows: tuple[Format, ...] = (
+                lambda record: number(record.seconds),
+                lambda record: number(record.temporary_bytes, 1e-6),
+                lambda record: number(record.compile_seconds),
+                lambda record: number(record.error, 1e7),
+            )
+            rows.append([words, *(" · ".join("–" if r is None else show(r) for r in found) for show in shows)])
+    head = [
+        "",
+        *(
+            f"{what}: ours · plain · torch"
+            for what in ("seconds", "MB", "compilation, s", "difference of logits from ours, 1e-7")
+        ),
+    ]
+    return table(head, rows, 1) if rows else ""
 
 
 def _growth(results: Results) -> str:

@@ -43,6 +43,7 @@ def targets(results: Results) -> list[Target]:
         *_growth(results),
         *_errors(results),
         *_auto(results),
+        *_network(results),
     ]
 
 
@@ -173,3 +174,12 @@ def _against_dense(
             measured = ratio(results, "auto", "dense", record.direction, value, **case)
             if measured is not None:
                 yield measured
+
+
+def _network(results: Results) -> Iterator[Target]:
+    for direction, words, bound in (("forward", "inference", 1.2), ("both", "training step", 1.0)):
+        torch, plain = (ratio(results, peer, "auto", direction, seconds, section="network") for peer in ("torch", "plain"))
+        yield Target(f"I3D R50 with 5 blocks, {words}: torch's time over ours", torch, bound, True)
+        yield Target(f"I3D R50 with 5 blocks, {words}: plain Flax's time over ours", plain, 2, True)
+    ours = results.find("auto", "both", section="network")
+    yield Target("I3D R50 with 5 blocks, training step: compilation", ours.compile_seconds if ours else None, 20, False, " s")

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from benchmarks import cases
 from benchmarks.cases import Case, Floats, Job
+from benchmarks.torch_network import VideoResNet
 from benchmarks.worker import serve
 from nonlocal_jax.types import Instantiation
 
@@ -24,6 +25,8 @@ class Torch:
     backend = "gpu" if DEVICE == "cuda" else "cpu"
 
     def prepare(self, job: Job) -> Callable[[], Sequence[Any]]:
+        if job.case.section == "network":
+            return _network(job)
         function, inputs = build(job)
         if job.direction == "forward":
             return lambda: _forward(function, inputs)
@@ -159,8 +162,32 @@ def _mmcv_state(case: Case) -> dict[str, Any]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
 
 
+def _network(job: Job) -> Callable[[], Sequence[Any]]:
+    """One run: the logits of a batch of clips, or those of a training step that goes on where the last one ended."""
+    model = VideoResNet(nonlocal_blocks={"res3": (1, 3), "res4": (1, 3, 5)})
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    shared = {name: torch.from_numpy(cases.network_weight(name, tuple(tensor.shape))) for name, tensor in state.items()}
+    model.load_state_dict(shared, strict=False)
+    model = model.to(DEVICE, memory_format=_memory_format(job)).train(job.direction == "both")
+    clips = _channels_second(_tensor(cases.clips(job.case)), job)
+    if job.direction == "forward":
+        return lambda: _forward(model, [clips])
+    optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
+    labels = torch.arange(len(clips), device=DEVICE)
+
+    def step() -> Sequence[Any]:
+        optimiser.zero_grad()
+        logits = model(clips)
+        functional.cross_entropy(logits, labels).backward()
+        optimiser.step()
+        _wait()
+        return [logits.detach()]
+
+    return step
+
+
 def _memory_format(job: Job) -> Any:
-    return torch.channels_last_3d if job.competitor == "mmcv channels_last" else torch.contiguous_format
+    return torch.channels_last_3d if job.competitor.endswith("channels_last") else torch.contiguous_format
 
 
 def _channels_second(x: Any, job: Job) -> Any:

@@ -1,11 +1,12 @@
 """Linen modules: they own parameters and call `nonlocal_jax.ops`."""
 
 from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
+from nonlocal_jax.layers.conv import VideoConv, video_conv
 from nonlocal_jax.layers.describe import BlockDescription, describe
 from nonlocal_jax.layers.instantiations import Concatenation, DotProduct, EmbeddedGaussian, Gaussian
 from nonlocal_jax.layers.norm import Affine, BatchNorm, freeze_batch_norm
 from nonlocal_jax.layers.plan import BlockPlan, plan
-from nonlocal_jax.layers.pooling import max_pool, pool_mask
+from nonlocal_jax.layers.pooling import max_pool, pool_mask, strided_max_pool
 
 __all__ = [
     "Affine",
@@ -17,10 +18,13 @@ __all__ = [
     "EmbeddedGaussian",
     "Gaussian",
     "NonLocalBlock",
+    "VideoConv",
     "describe",
     "freeze_batch_norm",
     "max_pool",
     "nonlocal_block",
     "plan",
     "pool_mask",
+    "strided_max_pool",
+    "video_conv",
 ]

@@ -3,7 +3,8 @@
 import functools
 import itertools
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,18 @@ from nonlocal_jax.ops.machine import backend
 from nonlocal_jax.types import Array, Video
 
 Triple = tuple[int, int, int]
-Lowering = Literal["product", "taps", "temporal", "planes"]
+Lowered = Callable[[Array, Array, Triple, int], Array]  # of x, kernel, strides and groups
+TILE = 64  # positions along a row, and features, that XLA's convolution on CPU takes at once; tiles are shared among cores
+
+
+class Lowering(NamedTuple):
+    """How one convolution is computed: y itself, and its linear parts by x and by the kernel, whose transposes are the
+    gradients. All are equal; each is the fastest where it is used.
+    """
+
+    value: Lowered
+    by_input: Lowered
+    by_kernel: Lowered
 
 
 def dot_over_positions(x: Array, kernel: Array, dimension_numbers: lax.DotDimensionNumbers, **options: Any) -> Array:
@@ -34,18 +46,26 @@ def dot_over_positions(x: Array, kernel: Array, dimension_numbers: lax.DotDimens
 def lowering(kernel: tuple[int, ...], groups: int = 1) -> Lowering:
     """How a kernel (t, h, w, C / groups, features) is computed. The one place that chooses.
 
-    - "product": 1×1×1, one matrix product.
-    - "taps": all taps side by side in the channels, one matrix product. XLA's convolution is slower at small widths and,
-      on CPU, runs on one thread inside `jax.lax.scan`.
-    - "temporal": t×1×1, a 2-D convolution (t, 1) over (T, H·W).
-    - "planes": a 2-D convolution of every frame, the taps in time side by side in the channels.
+    On CPU, by measurement with JAX 0.10 and 0.12 on two cores: XLA's convolutions are as fast as its products, but for
+
+    - small widths, and inside `jax.lax.scan`, where they run on one thread: all taps side by side, one product;
+    - 64 features and fewer over narrow maps, one thread again (JAX 0.10): frames are joined side by side;
+    - the gradient of the kernel of t×1×1, four times as slow: one product, then shifts;
+    - the gradient of the kernel of the first layer, three times as slow: products, frame by frame.
+
+    Elsewhere what is a product is one, and what is a 2-D convolution is one; this was not measured.
     """
-    taps = math.prod(kernel[:3])
+    taps, cpu = math.prod(kernel[:3]), backend() == "cpu"
     if groups == 1 and taps == 1:
-        return "product"
-    if groups == 1 and taps <= 27 and kernel[3] <= 32:
-        return "taps"
-    return "temporal" if groups == 1 and kernel[1:3] == (1, 1) else "planes"
+        return Lowering(_product, _product, _product)
+    if cpu and groups == 1 and taps <= 27 and kernel[3] <= 32:
+        return Lowering(_side_by_side, _side_by_side, _side_by_side)
+    if groups == 1 and kernel[1:3] == (1, 1):
+        return Lowering(_temporal, _temporal, _shifted_products if cpu else _temporal)
+    if not cpu:
+        return Lowering(_planes, _planes, _planes)
+    value = _joined_planes if groups == 1 and kernel[4] <= TILE else _planes
+    return Lowering(value, _planes, _frame_by_frame if groups == 1 and kernel[3] <= 4 else _planes)
 
 
 def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int = 1) -> Array:
@@ -64,17 +84,130 @@ def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int
     >>> video_conv(jnp.ones((1, 3, 1, 1, 1)), jnp.ones((3, 1, 1, 1, 1))).ravel()
     Array([2., 3., 2.], dtype=float32)
     """
-    match lowering(kernel.shape, groups):
-        case "product":
-            x = x[:, :: strides[0], :: strides[1], :: strides[2]]
-            return dot_over_positions(x, kernel[0, 0, 0], (((x.ndim - 1,), (0,)), ((), ())))
-        case "taps":
-            x = jnp.concatenate(_taps(x, kernel.shape[:3], strides), axis=-1)
-            return dot_over_positions(x, kernel.reshape(-1, kernel.shape[-1]), (((x.ndim - 1,), (0,)), ((), ())))
-        case "temporal":
-            return _temporal(x[:, :, :: strides[1], :: strides[2]], kernel[:, 0, 0], strides[0])
-        case _:
-            return _planes(x, kernel, strides, groups)
+    return _convolve(x, kernel, strides, groups)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolve(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    return lowering(kernel.shape, groups).value(x, kernel, strides, groups)
+
+
+@functools.partial(_convolve.defjvp, symbolic_zeros=True)
+def _convolve_jvp(strides: Triple, groups: int, primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    chosen, zero = lowering(kernel.shape, groups), jax.custom_derivatives.SymbolicZero
+    y = _convolve(x, kernel, strides, groups)
+    parts = [] if isinstance(dx, zero) else [chosen.by_input(dx, kernel, strides, groups)]
+    parts += [] if isinstance(dkernel, zero) else [chosen.by_kernel(x, dkernel, strides, groups)]
+    return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
+
+
+def _product(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """1×1×1."""
+    return _dot(x[:, :: strides[0], :: strides[1], :: strides[2]], kernel[0, 0, 0])
+
+
+def _side_by_side(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """All taps in the channels, one product."""
+    return _dot(jnp.concatenate(_taps(x, kernel.shape[:3], strides), axis=-1), kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _temporal(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """t×1×1, a 2-D convolution (t, 1) over (T, H·W)."""
+    x = x[:, :, :: strides[1], :: strides[2]]
+    y = _conv2d(x.reshape(*x.shape[:2], -1, x.shape[-1]), kernel[:, :, 0], (strides[0], 1))
+    return y.reshape(x.shape[0], -1, *x.shape[2:4], kernel.shape[-1])
+
+
+def _shifted_products(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """t×1×1, one product with all taps, whose parts are shifted and summed."""
+    taps, _, _, channels, features = kernel.shape
+    x = x[:, :, :: strides[1], :: strides[2]]
+    products = _dot(x, jnp.moveaxis(kernel[:, 0, 0], 0, 1).reshape(channels, taps * features))
+    shifted = _taps(products, (taps, 1, 1), (strides[0], 1, 1))
+    return functools.reduce(jnp.add, (part[..., i * features : (i + 1) * features] for i, part in enumerate(shifted)))
+
+
+def _planes(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """A 2-D convolution of every frame, the taps in time in the channels."""
+    x, kernel = _time_in_channels(x, kernel, strides[0], groups)
+    y = _conv2d(x.reshape(-1, *x.shape[2:]), kernel, strides[1:], groups)
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _joined_planes(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """The same with several frames side by side, zeros between them, so that there is width enough for all cores."""
+    frames, (height, width) = x.shape[0] * -(-x.shape[1] // strides[0]), x.shape[2:4]
+    out = -(-width // strides[2])
+    joined = next((m for m in range(1, frames) if frames % m == 0 and m * out >= 3.5 * TILE), frames)
+    if out > TILE or joined <= 1:
+        return _planes(x, kernel, strides, groups)
+    batch = x.shape[0]
+    x, kernel = _time_in_channels(x, kernel, strides[0], groups)
+    gap = kernel.shape[1] // 2
+    gap += -(width + gap) % strides[2]
+    x = x.reshape(-1, joined, height, width, x.shape[-1]).transpose(0, 2, 1, 3, 4)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, gap), (0, 0)))
+    y = _conv2d(x.reshape(*x.shape[:2], -1, x.shape[-1]), kernel, strides[1:])
+    y = y.reshape(*y.shape[:2], joined, -1, y.shape[-1])[:, :, :, :out].transpose(0, 2, 1, 3, 4)
+    return y.reshape(batch, -1, *y.shape[2:])
+
+
+def _frame_by_frame(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """Of each frame, all that the taps in space see, as the columns of a matrix; its products go to several frames of y.
+
+    The transpose by the kernel takes products of a frame's matrix and frames of ȳ, which are contiguous, and makes the
+    matrix only when it is wanted.
+    """
+    batch, length, *size, _ = x.shape
+    t, h, w, channels, features = kernel.shape
+    stride = strides[0]
+    rows, columns = (-(-n // s) for n, s in zip(size, strides[1:], strict=True))
+    frames = _phases(x, (h, w), (rows, columns), strides[1:])
+    flat = kernel.reshape(t, h * w * channels, features)
+    taps = range(t)
+    # Frame stride · i + p meets tap k in frame i + (p + t // 2 − k) / stride of y.
+    steps = -(-length // stride)
+    padding = t // 2 // stride + 1
+    y = jnp.zeros((batch, steps + 2 * padding, rows * columns, features), x.dtype)
+    for phase in range(stride):
+        to = {(phase + t // 2 - k) // stride: k for k in taps if (phase + t // 2 - k) % stride == 0}
+        first, in_order = min(to, default=0), [to[at] for at in sorted(to)]
+        count = len(range(phase, length, stride))
+        if not in_order or not count:
+            continue
+
+        @jax.checkpoint
+        def step(y: Array, i: Array, phase: int = phase, first: int = first, in_order: Any = in_order, n: int = count) -> Any:
+            clip, at = i // n, i % n
+            frame = lax.dynamic_index_in_dim(frames, clip * length + at * stride + phase, keepdims=False)
+            matrix = jnp.concatenate(
+                [
+                    frame[r % strides[1], c % strides[2], :, r // strides[1] :, c // strides[2] :][:, :rows, :columns]
+                    for r, c in itertools.product(range(h), range(w))
+                ]
+            ).reshape(h * w * channels, -1)
+            seen = jnp.stack([lax.dot_general(matrix, flat[k], (((0,), (0,)), ((), ()))) for k in in_order])
+            return y + lax.dynamic_update_slice(jnp.zeros_like(y), seen[None], (clip, at + padding + first, 0, 0)), None
+
+        y, _ = lax.scan(step, y, jnp.arange(batch * count))
+    return y[:, padding : padding + steps].reshape(batch, steps, rows, columns, features)
+
+
+def _phases(x: Array, taps: tuple[int, int], out: tuple[int, int], strides: tuple[int, ...]) -> Array:
+    """Frames (B·T, stride, stride, C, rows, columns) of padded x: each tap of a strided kernel sees a slice of them."""
+    sizes = [-(-(tap + (n - 1) * stride) // stride) for tap, n, stride in zip(taps, out, strides, strict=True)]
+    around = [
+        (tap // 2, size * stride - n - tap // 2, 0)
+        for tap, size, stride, n in zip(taps, sizes, strides, x.shape[2:4], strict=True)
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *around, (0, 0, 0)])
+    x = x.reshape(-1, sizes[0], strides[0], sizes[1], strides[1], x.shape[-1])
+    return x.transpose(0, 2, 4, 5, 1, 3)
+
+
+def _dot(x: Array, kernel: Array) -> Array:
+    return dot_over_positions(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def _taps(x: Array, taps: tuple[int, ...], strides: Triple) -> list[Array]:
@@ -88,20 +221,23 @@ def _taps(x: Array, taps: tuple[int, ...], strides: Triple) -> list[Array]:
     ]
 
 
-def _planes(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+def _time_in_channels(x: Array, kernel: Array, stride: int, groups: int) -> tuple[Array, Array]:
+    """The taps in time in the channels; each group keeps its own together."""
     taps, features = kernel.shape[0], kernel.shape[-1]
-    frames = _taps(x, (taps, 1, 1), (strides[0], 1, 1))
-    if groups == 1:
-        x, kernel = jnp.concatenate(frames, axis=-1), jnp.concatenate(list(kernel), axis=2)
-    else:  # each group keeps its taps together
-        x = jnp.stack([frame.reshape(*frame.shape[:-1], groups, -1) for frame in frames], axis=-2)
-        x = x.reshape(*x.shape[:4], -1)
-        kernel = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, features)
-    y = _conv2d(x.reshape(-1, *x.shape[2:]), kernel, strides[1:], groups)
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+    if taps == 1:
+        return x[:, ::stride], kernel[0]
+    zero, length = jnp.zeros((), x.dtype), x.shape[1]
+    frames = []
+    for k in range(taps):
+        before = taps // 2 - k
+        after = (-(-length // stride) - 1) * stride + 1 - length - before
+        shifted = lax.pad(x, zero, [(0, 0, 0), (before, after, 0), *[(0, 0, 0)] * 3])[:, ::stride]
+        frames.append(shifted.reshape(*shifted.shape[:-1], groups, -1))
+    x = jnp.stack(frames, axis=-2)
+    return x.reshape(*x.shape[:4], -1), jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, features)
 
 
-def _conv2d(x: Array, kernel: Array, strides: tuple[int, int], groups: int = 1) -> Array:
+def _conv2d(x: Array, kernel: Array, strides: tuple[int, ...], groups: int = 1) -> Array:
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -110,38 +246,6 @@ def _conv2d(x: Array, kernel: Array, strides: tuple[int, int], groups: int = 1) 
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _temporal(x: Array, kernel: Array, stride: int) -> Array:
-    """Kernel (t, C, features) over the frames of x."""
-    rows = x.reshape(*x.shape[:2], -1, x.shape[-1])
-    y = _conv2d(rows, kernel[:, None], (stride, 1))
-    return y.reshape(x.shape[0], -1, *x.shape[2:4], kernel.shape[-1])
-
-
-@functools.partial(_temporal.defjvp, symbolic_zeros=True)
-def _temporal_jvp(stride: int, primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-    """Linear in both. By the kernel, y is written as a product with all taps at once, then shifted and summed: the gradient
-    of the kernel is one product then, where XLA's convolution on CPU takes four times as long.
-    """
-    (x, kernel), (dx, dkernel) = primals, tangents
-    y = _temporal(x, kernel, stride)
-    parts = []
-    if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-        parts.append(_temporal(dx, kernel, stride))
-    if not isinstance(dkernel, jax.custom_derivatives.SymbolicZero):
-        parts.append(_products_then_shifts(x, dkernel, stride))
-    return y, functools.reduce(jnp.add, parts, jnp.zeros_like(y))
-
-
-def _products_then_shifts(x: Array, kernel: Array, stride: int) -> Array:
-    taps, channels, features = kernel.shape
-    products = dot_over_positions(
-        x, jnp.moveaxis(kernel, 0, 1).reshape(channels, taps * features), (((x.ndim - 1,), (0,)), ((), ()))
-    )
-    shifted = _taps(products, (taps, 1, 1), (stride, 1, 1))
-    return functools.reduce(jnp.add, (part[..., i * features : (i + 1) * features] for i, part in enumerate(shifted)))
 
 
 class VideoConv(nn.Module):

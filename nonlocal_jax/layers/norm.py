@@ -1,6 +1,5 @@
 """Batch normalisation as the references have it, and the affine map that it becomes when it is frozen."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,74 @@ import jax.numpy as jnp
 
 from nonlocal_jax.types import Array, Features
 
-# Running statistics keep 0.9 of themselves at each step; PyTorch writes the same as momentum 0.1.
-BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5)
+
+class BatchNorm(nn.BatchNorm):
+    """Flax's, with the references' constants, written so that its gradient keeps one array.
+
+    y = x · s + (β − mean · s) with s = γ / √(var + ε), where Flax has (x − mean) · s + β: of the two only the second keeps
+    x − mean beside x for the gradient. A training step of an I3D on CPU is faster by what is then neither written nor
+    read again.
+
+    Attributes:
+        momentum: what running statistics keep of themselves at each step; PyTorch writes the same 0.9 as 0.1.
+        epsilon: ε.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> y, _ = BatchNorm(use_running_average=False).init_with_output(jax.random.key(0), x)
+    >>> y.round(3)
+    Array([[-1.],
+           [ 1.]], dtype=float32)
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Features, use_running_average: bool | None = None, *, mask: Any = None) -> Features:
+        """Normalise each channel.
+
+        Args:
+            x: (..., C).
+            use_running_average: whether the running statistics are used, not those of this batch.
+            mask: of bool, the shape of x or broadcast to it: False does not count.
+        """
+        if self.axis != -1:
+            raise ValueError(f"axis must be -1, channels last; got {self.axis}.")
+        running = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        channels = (x.shape[-1],)
+        mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(channels, jnp.float32))
+        var = self.variable("batch_stats", "var", lambda: jnp.ones(channels, jnp.float32))
+        if running:
+            m, v = mean.value, var.value
+        else:
+            m, v = self._statistics(x, mask)
+            if not self.is_initializing():
+                mean.value = self.momentum * mean.value + (1 - self.momentum) * m
+                var.value = self.momentum * var.value + (1 - self.momentum) * v
+        scale = jax.lax.rsqrt(v + self.epsilon)
+        if self.use_scale:
+            scale = scale * self.param("scale", self.scale_init, channels, self.param_dtype).astype(jnp.float32)
+        shift = -m * scale
+        if self.use_bias:
+            shift = shift + self.param("bias", self.bias_init, channels, self.param_dtype).astype(jnp.float32)
+        outer = range(x.ndim - 1)
+        y = _at_least_float32(x) * jnp.expand_dims(scale, outer) + jnp.expand_dims(shift, outer)
+        return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
+
+    def _statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
+        """Mean and biased variance of each channel, over all devices of `axis_name`."""
+        x = _at_least_float32(x)
+        over = tuple(range(x.ndim - 1))
+        moments = jnp.stack([jnp.mean(a, over, where=mask) for a in (x, jax.lax.square(x))])
+        if self.axis_name is not None and not self.is_initializing():
+            moments = jax.lax.pmean(moments, self.axis_name, axis_index_groups=self.axis_index_groups)
+        mean, square = moments
+        return mean, jnp.maximum(square - jax.lax.square(mean), 0)
+
+
+def _at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Affine(nn.Module):

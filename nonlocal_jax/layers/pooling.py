@@ -143,7 +143,7 @@ def _max_along_jvp(
     axis: int, size: int, stride: int, padding: int, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
     largest = _max_along(*primals, axis, size, stride, padding)
-    dx = _places(*tangents, 0, axis, size, stride, padding)
+    dx = _places(*tangents, 0.0, axis, size, stride, padding)
     derivative = dx[-1]
     for place, dplace in reversed(list(zip(_places(*primals, -jnp.inf, axis, size, stride, padding), dx, strict=True))[:-1]):
         derivative = jnp.where(place == largest, dplace, derivative)

@@ -82,16 +82,19 @@ def cost(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> Cost:
     '43.2 M, 34.2 B'
     """
     rows: list[LayerCost] = []
+    pairs: dict[tuple[str, ...], int] = {}
 
     def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         out = call(*args, **kwargs)
         module, method = context.module, context.method_name
-        if method not in ("__call__", "_respond"):
+        if method == "_respond":
+            pairs[module.path] = _of_pairs(module, *args[:3])
+        if method != "__call__":
             return out
         shape = tuple(jax.tree.leaves(out)[0].shape)
-        multiplies = _multiply_adds(module, method, args, shape)
+        multiplies = pairs.get(module.path, 0) if isinstance(module, NonLocalOperation) else _of_layer(module, args[0], shape)
         own = sum(math.prod(leaf.shape) for leaf in module.variables.get("params", {}).values() if hasattr(leaf, "shape"))
-        if multiplies or (method == "__call__" and own):
+        if multiplies or own:
             place = "/".join(module.path) or type(module).__name__
             rows.append(LayerCost(place, type(module).__name__, shape, own, multiplies))
         return out
@@ -110,20 +113,17 @@ def cost(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> Cost:
     )
 
 
-def _multiply_adds(module: nn.Module, method: str, args: tuple[Any, ...], out: tuple[int, ...]) -> int:
-    if isinstance(module, NonLocalOperation):
-        if method != "_respond":
-            return 0
-        theta, phi, g = args[:3]
-        pairs = math.prod(theta.shape[:-1]) * phi.shape[-2]
-        if isinstance(module, Concatenation):
-            return (math.prod(theta.shape) + math.prod(phi.shape)) + pairs * g.shape[-1]
-        return pairs * (theta.shape[-1] + g.shape[-1])
-    if method != "__call__":
-        return 0
+def _of_pairs(module: nn.Module, theta: Array, phi: Array, g: Array) -> int:
+    """Multiply-adds of f over all pairs and of the sum of g."""
+    pairs = math.prod(theta.shape[:-1]) * phi.shape[-2]
+    if isinstance(module, Concatenation):
+        return math.prod(theta.shape) + math.prod(phi.shape) + pairs * g.shape[-1]
+    return pairs * (theta.shape[-1] + g.shape[-1])
+
+
+def _of_layer(module: nn.Module, x: Array, out: tuple[int, ...]) -> int:
     if isinstance(module, nn.Dense):
-        return math.prod(out) * args[0].shape[-1]
+        return math.prod(out) * x.shape[-1]
     if isinstance(module, VideoConv | nn.Conv):
-        kernel = module.variables["params"]["kernel"].shape
-        return math.prod(out) * math.prod(kernel[:-1])
+        return math.prod(out) * math.prod(module.variables["params"]["kernel"].shape[:-1])
     return 0

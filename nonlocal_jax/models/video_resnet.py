@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -148,8 +149,8 @@ class VideoResNet(nn.Module):
             None, or a map no larger than that, or training: one average over all positions.
         window_average: of several windows, "softmax" averages the softmaxes and gives their logarithm, as the paper's
             fully convolutional testing; "logits" averages the logits.
-        stride_at: the convolution of a residual block that has the stride of its stage; every published network here has it
-            on the 3×3, "conv_b". With "conv_a", as in the first ResNets, C2D R101 has the 34.2 B FLOPs of Table 2e.
+        stride_at: the convolution of a residual block that has the stride of its stage; every network released with or
+            after the paper has it on the 3×3, "conv_b"; the first ResNets on the 1×1, "conv_a".
         groups, width_per_group: of ResNeXt; 1 and 64 are a ResNet.
         remat: whether residual blocks are computed again in the backward pass instead of kept; a policy of
             `jax.checkpoint_policies` says what is kept.
@@ -352,7 +353,7 @@ def video_resnet(
         taps=_taps(kind, blocks),
         conv1_frames=1 if kind == "c2d" else 5,
         layout=LAYOUTS[preset][clip in ("32x2", "128x1")],
-        nonlocal_blocks=_positions(nonlocal_blocks, blocks, preset),
+        nonlocal_blocks=flax.core.FrozenDict(_positions(nonlocal_blocks, blocks, preset)),  # hashable
         make_block=make_block,
         norm=norm,
         num_classes=num_classes,

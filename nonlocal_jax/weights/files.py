@@ -4,7 +4,6 @@ import io
 import math
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,8 +47,8 @@ class Checkpoint:
 
     path: Path
     format: Format
-    arrays: Mapping[str, np.ndarray]
-    ignored: Mapping[str, str]
+    arrays: dict[str, np.ndarray]
+    ignored: dict[str, str]
 
 
 Contents = tuple[Format, dict[str, np.ndarray], dict[str, str]]
@@ -81,7 +80,7 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Checkpoin
     try:
         form, arrays, ignored = _read_folder(path, max_bytes) if path.is_dir() else _read_file(path, max_bytes)
         if not arrays:
-            some = ", ".join(f"{name:.40} ({why})" for name, why in list(ignored.items())[:8]) or "nothing"
+            some = ", ".join(f"{name!a:.40} ({why})" for name, why in list(ignored.items())[:8]) or "nothing"
             raise FileFormatError(f"it holds no weights, but {some}.")
     except (FileFormatError, UnsafeFileError) as error:
         raise type(error)(f"{path}: {error}") from error
@@ -115,14 +114,16 @@ def _looks_like(head: bytes) -> str:
     text = head.decode("utf-8", "replace")
     if not head:
         return "is empty"
-    if all(letter.isprintable() or letter.isspace() for letter in text[:200]):
+    if all((letter.isprintable() or letter.isspace()) and letter != "\ufffd" for letter in text[:200]):
         return f"looks like text that starts with {text[:40]!r}"
     return f"is of an unknown kind that starts with the bytes {head[:8].hex(' ')}"
 
 
 def _within(nbytes: int, max_bytes: int, what: str) -> None:
     if nbytes > max_bytes:
-        raise UnsafeFileError(f"{what} take {nbytes} bytes, over max_bytes={max_bytes}. If that is meant, pass a larger one.")
+        raise UnsafeFileError(
+            f"{what} would take {nbytes} bytes, over max_bytes={max_bytes}. If that is meant, pass a larger one."
+        )
 
 
 def _named(tree: dict[Any, Any]) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def _safetensors(path: Path, head: bytes, size: int, max_bytes: int) -> Contents
             names = file.offset_keys()
             for name in names:
                 if (dtype := file.get_slice(name).get_dtype()) not in SAFETENSORS:
-                    raise FileFormatError(f"{name:.80} is of {dtype}, which is not read. Convert it before saving.")
+                    raise FileFormatError(f"{name!a:.80} is of {dtype}, which is not read. Convert it before saving.")
             arrays = {name: file.get_tensor(name) for name in names}
             ignored = {"__metadata__": f"not weights: {kind(file.metadata())}"} if file.metadata() else {}
     except (SafetensorError, OverflowError, TypeError) as error:

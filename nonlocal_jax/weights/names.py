@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy.typing as npt
 
 Weights = npt.NDArray[Any]
@@ -147,3 +148,27 @@ def _compiled(template: str, words: tuple[tuple[str, tuple[str, ...]], ...]) -> 
 
 def _fill(template: str, words: Mapping[str, str]) -> str:
     return template.format_map(words)
+
+
+def variable_path(name: str) -> str:
+    """The path in `variables` of a name of ours."""
+    collection = "batch_stats" if name.rsplit("/", 1)[-1] in ("mean", "var") else "params"
+    return f"{collection}/{name}"
+
+
+def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of variables by path, "params/res2_0/conv_a/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *outer, last = path.split("/")
+        inner = tree
+        for name in outer:
+            inner = inner.setdefault(name, {})
+        inner[last] = leaf
+    return tree

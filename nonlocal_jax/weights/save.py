@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from nonlocal_jax.weights.load import NATIVE, flatten
-from nonlocal_jax.weights.names import Weights
+from nonlocal_jax.weights.entries import NATIVE
+from nonlocal_jax.weights.names import Weights, flatten
 from nonlocal_jax.weights.sources import SOURCES
 
 
@@ -39,7 +39,7 @@ def save(path: str | os.PathLike[str], variables: Mapping[str, Any], names: str 
     arrays = export(variables, names)
     path = Path(path)
     contents = to_bytes(
-        {name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata={"names": names, "format": "np"}
+        {name: np.asarray(a, order="C") for name, a in arrays.items()}, metadata={"names": names, "format": "np"}
     )
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
@@ -77,5 +77,7 @@ def export(variables: Mapping[str, Any], names: str = NATIVE) -> dict[str, Weigh
         if found is None:
             raise ValueError(f"{names} has no name for {path}.")
         theirs, row = found
+        if theirs in arrays:
+            raise ValueError(f"{path} would be a second {theirs} of {names}.")
         arrays[theirs] = row.transform.to_theirs(leaf)
     return arrays

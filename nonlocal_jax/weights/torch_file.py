@@ -81,11 +81,13 @@ class Tensor:
 
 def _storage(known: dict[str, Storage], pid: object) -> Storage:
     match pid:
-        case ("storage", np.dtype() as dtype, str() as key, str(), int() as size, *view) if size >= 0 and view in ([], [None]):
-            storage = Storage(key, dtype, size)
+        case ("storage", np.dtype() as dtype, str() as key, str(), size, *view) if view in ([], [None]):
+            storage = Storage(key, dtype, *integers((size,)))
             if known.setdefault(key, storage).nbytes == storage.nbytes:
                 return storage
-            raise FileFormatError(f"storage {key:.40} is said to have {known[key].nbytes} bytes and to have {storage.nbytes}.")
+            raise FileFormatError(
+                f"storage {key!a:.40} is said to have {known[key].nbytes} bytes and to have {storage.nbytes}."
+            )
     raise FileFormatError(f"its pickle refers to {kind(pid)} outside it; expected a whole storage of real numbers.")
 
 
@@ -181,16 +183,16 @@ class _Zip:
     def read(self, name: str, at_most: int) -> bytes:
         member = self.members.get(name)
         if member is None:
-            raise FileFormatError(f"its zip archive lacks {name:.100}.")
+            raise FileFormatError(f"its zip archive lacks {name!a:.100}.")
         if member.file_size > at_most:
-            raise UnsafeFileError(f"{name:.100} has {member.file_size} bytes in its zip archive; expected at most {at_most}.")
+            raise UnsafeFileError(f"{name!a:.100} has {member.file_size} bytes in its zip archive; expected at most {at_most}.")
         try:
             with self.archive.open(member) as stream:
                 data = stream.read(member.file_size)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise FileFormatError(f"{name:.100} is damaged in its zip archive ({error!s:.100}). Fetch it again.") from error
+            raise FileFormatError(f"{name!a:.100} is damaged in its zip archive ({error!s:.100}). Fetch it again.") from error
         if len(data) != member.file_size:
-            raise FileFormatError(f"{name:.100} has {len(data)} bytes of {member.file_size} in its zip archive.")
+            raise FileFormatError(f"{name!a:.100} has {len(data)} bytes of {member.file_size} in its zip archive.")
         return data
 
 
@@ -212,19 +214,19 @@ def _check_member(file: io.BufferedIOBase, member: zipfile.ZipInfo, end: int) ->
     """It lies before `end`, and becomes as large as it says."""
     name = member.orig_filename
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
-        raise UnsafeFileError(f"its zip archive has a member outside it, {name!r:.100}.")
+        raise UnsafeFileError(f"its zip archive has a member outside it, {name!a:.100}.")
     if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise FileFormatError(f"{name:.100} in its zip archive is encrypted, or compressed otherwise than torch can read.")
+        raise FileFormatError(f"{name!a:.100} in its zip archive is encrypted, or compressed otherwise than torch can read.")
     stored = member.compress_type == zipfile.ZIP_STORED
     if member.file_size > member.compress_size * (1 if stored else MAX_RATIO):
         raise UnsafeFileError(
-            f"{name:.100} in its zip archive expands from {member.compress_size} to {member.file_size} bytes."
+            f"{name!a:.100} in its zip archive expands from {member.compress_size} to {member.file_size} bytes."
         )
     file.seek(max(0, member.header_offset))
     header = file.read(30).ljust(30, b"\0")
     start = member.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     if member.header_offset < 0 or header[:4] != b"PK\3\4" or start + member.compress_size > end:
-        raise UnsafeFileError(f"{name:.100} overlaps what follows it in its zip archive, or is not where it should be.")
+        raise UnsafeFileError(f"{name!a:.100} overlaps what follows it in its zip archive, or is not where it should be.")
 
 
 @dataclass(frozen=True)
@@ -243,17 +245,17 @@ def _read_zip(file: io.BufferedIOBase, size: int) -> TorchFile:
         raise FileFormatError("it is a TorchScript archive, a program with weights; save its state_dict() instead.")
     if f"{root}/data.pkl" not in zipped.members:
         some = ", ".join(list(zipped.members)[:3])
-        raise FileFormatError(f"it is a zip archive that torch.save did not write: it has no data.pkl, but {some!r:.100}.")
+        raise FileFormatError(f"it is a zip archive that torch.save did not write: it has no data.pkl, but {some!a:.100}.")
     order = zipped.read(f"{root}/byteorder", 8).decode("latin1") if f"{root}/byteorder" in zipped.members else "little"
     if order not in ("little", "big"):
-        raise FileFormatError(f"its byte order must be little or big; got {order!r}.")
+        raise FileFormatError(f"its byte order must be little or big; got {order!a}.")
     pickled = zipped.read(f"{root}/data.pkl", MAX_PICKLE)
     tree = load(Source(io.BytesIO(pickled), len(pickled)), TORCH_NAMES, functools.partial(_storage, {}))
 
     def content(storage: Storage) -> bytes:
         data = zipped.read(f"{root}/data/{storage.key}", storage.nbytes)
         if len(data) != storage.nbytes:
-            raise FileFormatError(f"storage {storage.key:.40} must have {storage.nbytes} bytes; it has {len(data)}.")
+            raise FileFormatError(f"storage {storage.key!a:.40} must have {storage.nbytes} bytes; it has {len(data)}.")
         return data
 
     return TorchFile(tree, content, order)
@@ -274,12 +276,12 @@ def _read_legacy(file: io.BufferedIOBase, size: int) -> TorchFile:
     for key in keys:
         count = int.from_bytes(source.read(8), "little")
         if count != storages[key].size:
-            raise FileFormatError(f"storage {key:.40} must have {storages[key].size} elements; it has {count}.")
+            raise FileFormatError(f"storage {key!a:.40} must have {storages[key].size} elements; it has {count}.")
         starts[key] = source.skip(storages[key].nbytes)
 
     def content(storage: Storage) -> bytes:
         if storage.key not in starts:
-            raise FileFormatError(f"it lacks storage {storage.key:.40}.")
+            raise FileFormatError(f"it lacks storage {storage.key!a:.40}.")
         file.seek(starts[storage.key])
         return file.read(storage.nbytes)
 

@@ -20,10 +20,7 @@ import numpy as np
 
 MAX_STEPS = 5_000_000  # reads in one pickle, about two for each opcode; ResNet-152 with its optimiser takes 100,000
 MAX_AXES = 32
-NOTHING_RAN = (
-    "It was refused and nothing was run. If you trust the file, open it with what wrote it and save its plain arrays "
-    "(in torch, the state dict)."
-)
+NOTHING_RAN = "Nothing was run. If you trust the file, load it with what wrote it and save plain arrays, in torch a state dict."
 OPCODES = (  # those whose code in the standard library is left as it is
     "PROTO STOP MARK POP POP_MARK PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID "
     "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
@@ -132,16 +129,16 @@ def kind(value: object) -> str:
 
 
 def integers(value: object) -> tuple[int, ...]:
-    """As in a shape or in strides: few, none negative."""
-    if not isinstance(value, tuple) or len(value) > MAX_AXES or any(type(n) is not int or n < 0 for n in value):
-        raise FileFormatError(f"shapes and strides must be up to {MAX_AXES} integers, none negative; got {kind(value)}.")
-    return value
+    """As in a shape or in strides: few, none negative, none beyond what can be addressed."""
+    if isinstance(value, tuple) and len(value) <= MAX_AXES and all(type(n) is int and 0 <= n <= sys.maxsize for n in value):
+        return value
+    raise FileFormatError(f"sizes and strides must be up to {MAX_AXES} integers from 0 to {sys.maxsize}; got {kind(value)}.")
 
 
 def size_of(shape: tuple[int, ...], itemsize: int) -> int:
     """Bytes of an array, which NumPy must be able to address even where one axis is empty."""
     if math.prod(n or 1 for n in shape) * itemsize > sys.maxsize:
-        raise FileFormatError(f"the shape {shape!s:.80} is beyond what can be addressed.")
+        raise FileFormatError(f"the shape {shape} is beyond what can be addressed.")
     return math.prod(shape) * itemsize
 
 
@@ -150,8 +147,8 @@ def insert(target: Any, items: list[Any]) -> Any:
     if type(target) not in (dict, OrderedDict) or len(items) % 2:
         raise FileFormatError(f"keys and values do not pair up, or belong to no dict but {kind(target)}.")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | bytes | int | float | None):
-            raise FileFormatError(f"a key of a dict must be text or a number; got {kind(key)}.")
+        if not isinstance(key, str | bytes | int | float | None) or (isinstance(key, int) and key.bit_length() > 64):
+            raise FileFormatError(f"a key of a dict must be text or a number of 64 bits; got {kind(key)}.")
         target[key] = value
     return target
 
@@ -183,8 +180,8 @@ def _scalar(dtype: object, data: object) -> NumpyArray:
 
 def _dtype(name: object, align: object = False, copy: object = False) -> DType:
     if not isinstance(name, str) or name not in NUMBERS:
-        what = f"{name:.40}" if isinstance(name, str) else kind(name)
-        raise UnsafeFileError(f"it asks for numpy.dtype({what!r}); only arrays of real numbers and bools are read.")
+        what = name if isinstance(name, str) else kind(name)
+        raise UnsafeFileError(f"it asks for numpy.dtype({what!a:.40}); only arrays of real numbers and bools are read.")
     return DType(name)
 
 
@@ -235,7 +232,7 @@ class _Unpickler(_Base):
     def find_class(self, module: str, name: str) -> object:
         found = self.names.get((module, name))
         if found is None:
-            raise UnsafeFileError(f"it asks for {f'{module}.{name}':.100}, which weights never need. {NOTHING_RAN}")
+            raise UnsafeFileError(f"it asks for {f'{module}.{name}'!a:.100}, which weights never need. {NOTHING_RAN}")
         if isinstance(found, str):
             raise FileFormatError(f"it holds {found} ({module}.{name}), which are not read. Convert them before saving.")
         return found

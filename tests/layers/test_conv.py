@@ -1,4 +1,4 @@
-"""A 1×1×1 convolution as one matrix product."""
+"""Every convolution against XLA's in three dimensions, values and derivatives."""
 
 import chex
 import jax
@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from nonlocal_jax.layers import conv
+from nonlocal_jax.layers.conv import VideoConv, lowering, video_conv
+
+POINT, TEMPORAL, SPATIAL, CUBE, STEM, FLAT_STEM = (1, 1, 1), (3, 1, 1), (1, 3, 3), (3, 3, 3), (5, 7, 7), (1, 7, 7)
 
 
 @pytest.mark.parametrize("machine", ["cpu", "gpu"])
@@ -29,3 +32,104 @@ def test_dot_over_positions_is_the_product_over_channels_with_its_gradients(mach
     chex.assert_trees_all_close(pull(y), pull_expected(y), rtol=1e-5, atol=1e-5)
     tangents = jax.jvp(ours, (x, kernel), (dx, dkernel))
     chex.assert_trees_all_close(tangents, jax.jvp(expected, (x, kernel), (dx, dkernel)), rtol=1e-6, atol=1e-6)
+
+
+def xla(x, kernel, strides, groups=1):
+    padding = [(size // 2, size // 2) for size in kernel.shape[:3]]
+    names = ("NTHWC", "THWIO", "NTHWC")
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=names, feature_group_count=groups)
+
+
+def arrays(kernel, channels, features, groups=1, positions=(5, 7, 11)):
+    x = jax.random.normal(jax.random.key(0), (2, *positions, channels))
+    return x, jax.random.normal(jax.random.key(1), (*kernel, channels // groups, features))
+
+
+def derivatives(function, x, kernel):
+    """Values, both gradients, and a directional derivative."""
+    y, pull = jax.vjp(function, x, kernel)
+    return y, pull(jnp.sin(y)), jax.jvp(function, (x, kernel), (jnp.cos(x), jnp.cos(kernel)))[1]
+
+
+EVERY_WAY = [
+    (POINT, 34, 6, 1), (TEMPORAL, 34, 6, 1), (SPATIAL, 3, 6, 1), (SPATIAL, 34, 6, 1), (SPATIAL, 34, 66, 1), (SPATIAL, 6, 9, 3),
+    (CUBE, 34, 6, 1), (CUBE, 6, 9, 3), (STEM, 3, 6, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("machine", "kernel", "channels", "features", "groups", "strides"),
+    [("cpu", *case, strides) for case in EVERY_WAY for strides in ((1, 1, 1), (2, 1, 2))]
+    + [("cpu", STEM, 3, 66, 1, (3, 2, 2)), ("cpu", FLAT_STEM, 3, 6, 1, (2, 2, 2))]
+    + [("gpu", *case, (1, 2, 2)) for case in EVERY_WAY if case[0] != SPATIAL],
+)
+def test_equals_xla_in_three_dimensions(kernel, channels, features, groups, strides, machine, monkeypatch):
+    monkeypatch.setattr(conv, "backend", lambda: machine)
+    inputs = arrays(kernel, channels, features, groups)
+
+    @jax.jit
+    def both(x, kernel):
+        ours = derivatives(lambda *args: video_conv(*args, strides, groups), x, kernel)
+        return ours, derivatives(lambda *args: xla(*args, strides, groups), x, kernel)
+
+    chex.assert_trees_all_close(*both(*inputs), rtol=1e-4, atol=1e-3)
+
+
+def test_every_way_to_compute_one_is_taken_on_cpu(monkeypatch):
+    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    kernels = [(*POINT, 34, 6), (*SPATIAL, 3, 6), (*TEMPORAL, 64, 6), (*SPATIAL, 64, 64), (*SPATIAL, 64, 65), (*STEM, 3, 64)]
+    taken = {function.__name__ for kernel in kernels for function in lowering(kernel)}
+    assert taken == {
+        "_product", "_side_by_side", "_temporal", "_shifted_products", "_planes", "_joined_planes", "_frame_by_frame",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1, 2, 6, 7])
+def test_frames_are_joined_whatever_their_number(length, monkeypatch):
+    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    inputs = arrays(SPATIAL, 34, 6, positions=(length, 5, 9))
+    for strides in ((1, 1, 1), (2, 1, 2)):
+        chex.assert_trees_all_close(video_conv(*inputs, strides), xla(*inputs, strides), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "channels"), [(TEMPORAL, 34), (STEM, 3), (SPATIAL, 34)])
+def test_second_derivatives_and_vmap(kernel, channels, monkeypatch):
+    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    x, weights = arrays(kernel, channels, 4, positions=(3, 4, 5))
+
+    @jax.jit
+    def run(x, weights):
+        results = []
+        for function in (video_conv, xla):
+
+            def loss(weights, x, function=function):
+                return jnp.sum(jnp.sin(function(x, weights, (1, 2, 2))))
+
+            by_both = jax.grad(lambda x: jnp.sum(jnp.cos(jax.grad(loss)(weights, x))))(x)
+            by_example = jax.vmap(jax.grad(loss), (None, 0))(weights, x[:, None])
+            results.append((by_both, by_example))
+        return results
+
+    ours, expected = run(x, weights)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16():
+    x, weights = arrays(SPATIAL, 34, 6)
+    y = VideoConv(6, SPATIAL, dtype=jnp.bfloat16).apply({"params": {"kernel": weights}}, x)
+    assert y.dtype == jnp.bfloat16
+    expected = xla(x, weights, (1, 1, 1))
+    assert jnp.linalg.norm(y - expected) < 1e-2 * jnp.linalg.norm(expected)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": (1, 2, 2)}, r"kernel_size must be odd along every axis; got \(1, 2, 2\)"),
+        ({"groups": 3}, "groups must divide the input's channels and features, 3 and 4; got 3"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        VideoConv(4, **options).init(jax.random.key(0), jnp.ones((1, 3, 4, 4, 3)))

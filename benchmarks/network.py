@@ -1,0 +1,81 @@
+"""The whole network, I3D with five non-local blocks, as this library runs it and as plain Flax does."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import nonlocal_jax as nl
+from benchmarks import cases
+from benchmarks.cases import Job
+from benchmarks.plain_flax import PlainI3D
+from nonlocal_jax.weights.names import flatten, unflatten
+from nonlocal_jax.weights.sources import SLOWFAST
+
+OPTIMISER = optax.sgd(0.01, momentum=0.9, nesterov=True)
+
+
+def prepare(job: Job) -> Callable[[], Sequence[Any]]:
+    """One run: the logits of a batch of clips, or those of a training step that goes on where the last one ended."""
+    state: list[Any] = [weights()]
+    if job.direction == "both":
+        state.append(OPTIMISER.init(state[0]["params"]))
+    clips = jnp.asarray(cases.clips(job.case))
+    compiled = function(job).lower(*state, clips).compile()
+
+    def run() -> Sequence[Any]:
+        if job.direction == "forward":
+            return [jax.block_until_ready(compiled(*state, clips))]
+        *state[:], logits = compiled(*state, clips)
+        return [jax.block_until_ready(logits)]
+
+    return run
+
+
+def lowered(job: Job) -> Any:
+    """What `prepare` compiles."""
+    state: list[Any] = [jax.eval_shape(weights)]
+    if job.direction == "both":
+        state.append(jax.eval_shape(OPTIMISER.init, state[0]["params"]))
+    return function(job).lower(*state, jnp.asarray(cases.clips(job.case)))
+
+
+def function(job: Job) -> Any:
+    """Of variables and clips; in training of variables, the optimiser's state and clips, the first two taken over."""
+    model = _model() if job.competitor == "auto" else PlainI3D()
+    if job.direction == "forward":
+        return jax.jit(model.apply)
+
+    def step(variables: Any, state: Any, clips: jax.Array) -> Any:
+        labels = jnp.arange(len(clips))
+
+        def loss(params: Any) -> Any:
+            logits, updated = model.apply({**variables, "params": params}, clips, train=True, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, updated)
+
+        gradients, (logits, updated) = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, state = OPTIMISER.update(gradients, state)
+        return {"params": optax.apply_updates(variables["params"], updates), **updated}, state, logits
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def weights() -> dict[str, Any]:
+    """Those that all competitors share, under our names."""
+    model = _model()
+    leaves = {}
+    for path, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0), model.example)).items():
+        found = SLOWFAST.to_theirs(path.split("/", 1)[1])
+        assert found, path
+        theirs, row = found
+        shape = row.transform.to_theirs(np.broadcast_to(np.float32(0), leaf.shape)).shape
+        leaves[path] = jnp.asarray(row.transform.to_ours(cases.network_weight(theirs, shape)))
+    return unflatten(leaves)
+
+
+def _model() -> nn.Module:
+    return nl.models.video_resnet(50, "i3d_3x1x1", 5, "8x8", "slowfast", dropout=0.0)
