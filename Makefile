@@ -39,8 +39,9 @@ $(READY): requirements.txt pyproject.toml Makefile
 	@touch $@
 
 # CPU builds of torch do: on Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes.
-$(PARITY_READY): requirements.txt requirements-parity.txt pyproject.toml Makefile
+$(PARITY_READY): requirements.txt requirements-parity.txt requirements-parity-peers.txt pyproject.toml Makefile
 	$(PYTHON) -m venv --clear $(PARITY)
 	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --requirement requirements.txt --requirement requirements-parity.txt
+	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --no-deps --requirement requirements-parity-peers.txt
 	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --no-deps --editable .
 	@touch $@

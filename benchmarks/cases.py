@@ -189,9 +189,15 @@ def clips(case: Case) -> Floats:
 
 
 def network_weight(name: str, shape: tuple[int, ...]) -> Floats:
-    """Of a network, by PySlowFast's names: He's kernels, and norms and statistics away from 0 and 1."""
+    """Of a network, by PySlowFast's names: norms and statistics away from 0 and 1, residuals small, logits of about 1."""
     random = np.random.default_rng(zlib.crc32(name.encode()))
     if len(shape) > 1:
-        return (random.standard_normal(shape, np.float32) * math.sqrt(2 / math.prod(shape[1:]))).astype(np.float32)
-    low, high = (0.5, 1.0) if name.endswith(("bn.weight", "running_var")) else (-0.2, 0.2)
+        gain = 0.5 if "conv_theta" in name or "conv_phi" in name else 2.0
+        return (random.standard_normal(shape, np.float32) * math.sqrt(gain / math.prod(shape[1:]))).astype(np.float32)
+    if name.endswith("running_var"):
+        low, high = 0.8, 1.2
+    elif name.endswith("bn.weight"):
+        low, high = (0.1, 0.3) if "c_bn" in name or "nonlocal" in name else (0.5, 1.0)
+    else:
+        low, high = -0.1, 0.1
     return random.uniform(low, high, shape).astype(np.float32)
