@@ -4,18 +4,37 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+import nonlocal_jax as nl
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
+TEN_LINES, NETWORKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 def test_the_ten_lines_run():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names = {}
-    exec(code, names)
+    exec(TEN_LINES, names)
     assert (names["z"] == names["x"]).all()
     (affinity,) = names["state"]["intermediates"]["operation"]["affinity"]
     assert affinity.shape == (2, 1568, 392)
     assert jax.tree.structure(names["variables"]).num_leaves == 8
+
+
+def test_published_weights_are_loaded_as_it_says(tmp_path, monkeypatch, capsys):
+    """From a file of that name, with random weights, and a small clip."""
+    monkeypatch.chdir(tmp_path)
+    model = nl.models.video_resnet(50, "i3d_3x1x1", nonlocal_blocks=5, clip="8x8", preset="slowfast")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example)
+    weights = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), shapes)
+    nl.weights.save("I3D_NLN_8x8_R50.pyth", weights, names="slowfast")
+    names = {"nl": nl, "clip": jnp.ones((1, 8, 32, 32, 3))}
+    exec(NETWORKS, names)
+    assert names["logits"].shape == (1, 400)
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("35,401,936 parameters")
 
 
 def test_it_is_short_and_its_picture_is_there():

@@ -79,7 +79,7 @@ def plan(input_shape: tuple[int, ...], blocks: nn.Module, *, dtype: Any = jnp.fl
         module = context.module
         if isinstance(module, NonLocalOperation) and context.method_name == "_respond":
             place = module.path[:-1] if isinstance(module.parent, NonLocalBlock) else module.path
-            found.setdefault(place, _plan_operation("/".join(place), module, *args, **kwargs))
+            found.setdefault(place, _plan_operation("/".join(place), module, *args[:4]))
         return call(*args, **kwargs)
 
     def run(x: Any) -> Any:

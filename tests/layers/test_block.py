@@ -275,7 +275,8 @@ def test_presets_differ_exactly_where_the_sources_do(preset):
 
     assert block.operation.use_scale is SCALED[preset]
     assert (block.operation.pool_order if block.operation.subsample else None) == POOLED[preset]
-    assert block.norm.keywords == {"momentum": 0.9, "epsilon": EPSILON.get(preset, 1e-5)}
+    norm = block.norm()
+    assert (norm.momentum, norm.epsilon) == (0.9, EPSILON.get(preset, 1e-5))
 
 
 @pytest.mark.parametrize("preset", ["paper", "non_local_pytorch", "mmcv"])
