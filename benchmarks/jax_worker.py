@@ -28,7 +28,11 @@ class Jax:
         return lambda: jax.tree.leaves(jax.block_until_ready(function(*arguments)))
 
     def facts(self, job: Job) -> dict[str, Any]:
-        lowered = network.lowered(job) if job.case.section == "network" else _lowered(*build(job))
+        if job.case.section == "network":
+            lowered = network.lowered(job)
+        else:
+            function, arguments = build(job)
+            lowered = function.lower(*arguments)
         start = time.perf_counter()
         analysis: Any = lowered.compile().memory_analysis()
         seconds, temporary = time.perf_counter() - start, int(analysis.temp_size_in_bytes)
@@ -44,10 +48,6 @@ class Jax:
     def versions(self) -> dict[str, str]:
         names = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         return names if self.backend == "cpu" else names | {"device": jax.devices()[0].device_kind}
-
-
-def _lowered(function: Any, arguments: tuple[Any, ...]) -> Any:
-    return function.lower(*arguments)
 
 
 def chosen(job: Job) -> str | None:

@@ -46,11 +46,11 @@ def dot_over_positions(x: Array, kernel: Array, dimension_numbers: lax.DotDimens
 def lowering(kernel: tuple[int, ...], groups: int = 1) -> Lowering:
     """How a kernel (t, h, w, C / groups, features) is computed. The one place that chooses.
 
-    On CPU, by measurement with JAX 0.10 and 0.12 on two cores: XLA's convolutions are as fast as its products, but for
+    On CPU, by measurement with JAX 0.10 on two cores: XLA's convolutions are as fast as its products, but for
 
     - small widths, and inside `jax.lax.scan`, where they run on one thread: all taps side by side, one product;
-    - 64 features and fewer over narrow maps, one thread again (JAX 0.10): frames are joined side by side;
-    - the gradient of the kernel of t×1×1, four times as slow: one product, then shifts;
+    - 64 features and fewer over narrow maps, one thread again (not so with JAX 0.12): frames are joined side by side;
+    - the gradient of the kernel of t×1×1, two to four times as slow: one product, then shifts;
     - the gradient of the kernel of the first layer, three times as slow: products, frame by frame.
 
     Elsewhere what is a product is one, and what is a 2-D convolution is one; this was not measured.
@@ -165,13 +165,12 @@ def _frame_by_frame(x: Array, kernel: Array, strides: Triple, groups: int) -> Ar
     rows, columns = (-(-n // s) for n, s in zip(size, strides[1:], strict=True))
     frames = _phases(x, (h, w), (rows, columns), strides[1:])
     flat = kernel.reshape(t, h * w * channels, features)
-    taps = range(t)
     # Frame stride · i + p meets tap k in frame i + (p + t // 2 − k) / stride of y.
     steps = -(-length // stride)
     padding = t // 2 // stride + 1
     y = jnp.zeros((batch, steps + 2 * padding, rows * columns, features), x.dtype)
     for phase in range(stride):
-        to = {(phase + t // 2 - k) // stride: k for k in taps if (phase + t // 2 - k) % stride == 0}
+        to = {(phase + t // 2 - k) // stride: k for k in range(t) if (phase + t // 2 - k) % stride == 0}
         first, in_order = min(to, default=0), [to[at] for at in sorted(to)]
         count = len(range(phase, length, stride))
         if not in_order or not count:

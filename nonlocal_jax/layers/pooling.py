@@ -1,4 +1,4 @@
-"""Subsampling of the keys: max pooling over windows that do not overlap."""
+"""Max pooling: of the keys, over windows that do not overlap, and of networks, over windows that may."""
 
 import functools
 import math
