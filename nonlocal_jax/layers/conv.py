@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nonlocal_jax.layers.winograd import tiled
 from nonlocal_jax.ops.machine import backend
 from nonlocal_jax.types import Array, Video
 
 Triple = tuple[int, int, int]
 Lowered = Callable[[Array, Array, Triple, int], Array]  # of x, kernel, strides and groups
-TILE = 64  # positions along a row, and features, that XLA's convolution on CPU takes at once; tiles are shared among cores
+BLOCK = 64  # positions along a row, and features, that XLA's convolution on CPU takes at once; blocks are shared among cores
+JOINED = 32 * BLOCK  # positions of a row that has enough blocks
 
 
 class Lowering(NamedTuple):
@@ -43,13 +45,15 @@ def dot_over_positions(x: Array, kernel: Array, dimension_numbers: lax.DotDimens
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def lowering(kernel: tuple[int, ...], groups: int = 1) -> Lowering:
-    """How a kernel (t, h, w, C / groups, features) is computed. The one place that chooses.
+def lowering(
+    x: tuple[int, ...], kernel: tuple[int, ...], strides: Triple = (1, 1, 1), groups: int = 1, dtype: Any = None
+) -> Lowering:
+    """How x (B, T, H, W, C) and a kernel (t, h, w, C / groups, features) are convolved. The one place that chooses.
 
     On CPU, by measurement with JAX 0.10 on two cores: XLA's convolutions are as fast as its products, but for
 
     - small widths, and inside `jax.lax.scan`, where they run on one thread: all taps side by side, one product;
-    - 64 features and fewer over narrow maps, one thread again (not so with JAX 0.12): frames are joined side by side;
+    - three taps and a stride of 1, which need a half to a fourth of the products in tiles (`winograd`);
     - the gradient of the kernel of t×1×1, two to four times as slow: one product, then shifts;
     - the gradient of the kernel of the first layer, three times as slow: products, frame by frame.
 
@@ -60,12 +64,34 @@ def lowering(kernel: tuple[int, ...], groups: int = 1) -> Lowering:
         return Lowering(_product, _product, _product)
     if cpu and groups == 1 and taps <= 27 and kernel[3] <= 32:
         return Lowering(_side_by_side, _side_by_side, _side_by_side)
+    if cpu and groups == 1 and (in_tiles := _in_tiles_where_faster(x, kernel, strides, dtype)):
+        return in_tiles
     if groups == 1 and kernel[1:3] == (1, 1):
         return Lowering(_temporal, _temporal, _shifted_products if cpu else _temporal)
-    if not cpu:
-        return Lowering(_planes, _planes, _planes)
-    value = _joined_planes if groups == 1 and kernel[4] <= TILE else _planes
-    return Lowering(value, _planes, _frame_by_frame if groups == 1 and kernel[3] <= 4 else _planes)
+    return Lowering(_planes, _planes, _frame_by_frame if cpu and groups == 1 and kernel[3] <= 4 else _planes)
+
+
+def _in_tiles_where_faster(x: tuple[int, ...], kernel: tuple[int, ...], strides: Triple, dtype: Any) -> Lowering | None:
+    """Tiles save products, and cost sums over x and y, and a larger kernel that is made anew each time.
+
+    So they pay where a position has many products, by the harmonic mean of channels and features, and where there are
+    many positions: each product has a row for each tile. The numbers are measured.
+    """
+    (t, h, w, channels, features), (batch, *positions) = kernel, x[:-1]
+    if {t, h, w} - {1, 3} or h != w or dtype in (jnp.bfloat16, jnp.float16):  # half precision has no digits to spare
+        return None
+    if h == 1:
+        positions = [-(-n // stride) for n, stride in zip(positions, strides, strict=True)]
+        strides = (strides[0], 1, 1)
+    length, height, width = positions
+    over_space = (1, 1) if h == 1 else (4, 1) if features <= BLOCK else (2, 2)
+    tiles = (4 if t == 3 else 1, *over_space)
+    rows = batch * math.prod(-(-n // tile) for n, tile in zip(positions, tiles, strict=True))
+    width_of_products = channels * features / (channels + features)
+    enough = 30 if h == 3 else 100 if length == 4 else 150
+    if width_of_products < enough or rows < 64 or strides != (1, 1, 1) or length % tiles[0] or min(height, width) < h:
+        return None
+    return Lowering(*[functools.partial(_in_tiles, tiles)] * 3)
 
 
 def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int = 1) -> Array:
@@ -89,13 +115,13 @@ def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _convolve(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
-    return lowering(kernel.shape, groups).value(x, kernel, strides, groups)
+    return lowering(x.shape, kernel.shape, strides, groups, x.dtype).value(x, kernel, strides, groups)
 
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
 def _convolve_jvp(strides: Triple, groups: int, primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    chosen, zero = lowering(kernel.shape, groups), jax.custom_derivatives.SymbolicZero
+    chosen, zero = lowering(x.shape, kernel.shape, strides, groups, x.dtype), jax.custom_derivatives.SymbolicZero
     y = _convolve(x, kernel, strides, groups)
     parts = [] if isinstance(dx, zero) else [chosen.by_input(dx, kernel, strides, groups)]
     parts += [] if isinstance(dkernel, zero) else [chosen.by_kernel(x, dkernel, strides, groups)]
@@ -135,22 +161,24 @@ def _planes(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _joined_planes(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
-    """The same with several frames side by side, zeros between them, so that there is width enough for all cores."""
-    frames, (height, width) = x.shape[0] * -(-x.shape[1] // strides[0]), x.shape[2:4]
-    out = -(-width // strides[2])
-    joined = next((m for m in range(1, frames) if frames % m == 0 and m * out >= 3.5 * TILE), frames)
-    if out > TILE or joined <= 1:
-        return _planes(x, kernel, strides, groups)
-    batch = x.shape[0]
-    x, kernel = _time_in_channels(x, kernel, strides[0], groups)
-    gap = kernel.shape[1] // 2
-    gap += -(width + gap) % strides[2]
-    x = x.reshape(-1, joined, height, width, x.shape[-1]).transpose(0, 2, 1, 3, 4)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, gap), (0, 0)))
-    y = _conv2d(x.reshape(*x.shape[:2], -1, x.shape[-1]), kernel, strides[1:])
-    y = y.reshape(*y.shape[:2], joined, -1, y.shape[-1])[:, :, :, :out].transpose(0, 2, 1, 3, 4)
-    return y.reshape(batch, -1, *y.shape[2:])
+def _in_tiles(tiles: tuple[int, ...], x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """Three taps in tiles of so many outputs along (T, H, W); 1 is no tile. Along H and W the stride is 1."""
+    if kernel.shape[1:3] == (1, 1) and strides[1:] != (1, 1):
+        x, strides = x[:, :, :: strides[1], :: strides[2]], (strides[0], 1, 1)
+    for axis, tile in enumerate(tiles):
+        if tile > 1:
+            along_others = functools.partial(_in_tiles, (*tiles[:axis], 1, *tiles[axis + 1 :]), strides=strides, groups=groups)
+            return tiled(x, kernel, axis, tile, along_others)
+    return (_product if kernel.shape[2] == 1 else _joined_rows)(x, kernel, strides, groups)
+
+
+def _joined_rows(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """1×1×w: rows side by side, zeros between them, so that there is width enough for all cores."""
+    rows, width, between = math.prod(x.shape[:3]), x.shape[3], kernel.shape[2] // 2
+    joined = next((m for m in range(1, rows) if rows % m == 0 and m * (width + between) >= JOINED), rows)
+    apart = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, between), (0, 0)))
+    y = _conv2d(apart.reshape(rows // joined, 1, -1, x.shape[-1]), kernel[0], (1, 1))
+    return y.reshape(*apart.shape[:-1], -1)[:, :, :, :width]
 
 
 def _frame_by_frame(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:

@@ -20,6 +20,9 @@ class BatchNorm(nn.BatchNorm):
     Attributes:
         momentum: what running statistics keep of themselves at each step; PyTorch writes the same 0.9 as 0.1.
         epsilon: ε.
+        use_fast_variance: whether the variance is E[x²] − mean², which is quick and loses as many digits as mean² has more
+            than the variance; otherwise it is E[(x − mean)²], as in PyTorch. What comes out of a softmax over many
+            positions varies little around its mean.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[1.0], [3.0]])
@@ -31,6 +34,7 @@ class BatchNorm(nn.BatchNorm):
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+    use_fast_variance: bool = False
 
     @nn.compact
     def __call__(self, x: Features, use_running_average: bool | None = None, *, mask: Any = None) -> Features:
@@ -71,11 +75,17 @@ class BatchNorm(nn.BatchNorm):
         """Mean and biased variance of each channel, over all devices of `axis_name`."""
         x = _at_least_float32(x)
         over = tuple(range(x.ndim - 1))
-        moments = jnp.stack([jnp.mean(a, over, where=mask) for a in (x, jax.lax.square(x))])
-        if self.axis_name is not None and not self.is_initializing():
-            moments = jax.lax.pmean(moments, self.axis_name, axis_index_groups=self.axis_index_groups)
-        mean, square = moments
-        return mean, jnp.maximum(square - jax.lax.square(mean), 0)
+
+        def mean(a: Array) -> Array:
+            moment = jnp.mean(a, over, where=mask)
+            if self.axis_name is None or self.is_initializing():
+                return moment
+            return jax.lax.pmean(moment, self.axis_name, axis_index_groups=self.axis_index_groups)
+
+        m = mean(x)
+        if self.use_fast_variance:
+            return m, jnp.maximum(mean(jax.lax.square(x)) - jax.lax.square(m), 0)
+        return m, mean(jax.lax.square(x - jnp.expand_dims(m, over)))
 
 
 def _at_least_float32(x: Array) -> Array:

@@ -1,5 +1,7 @@
 """Every convolution against XLA's in three dimensions, values and derivatives."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -75,27 +77,76 @@ def test_equals_xla_in_three_dimensions(kernel, channels, features, groups, stri
     chex.assert_trees_all_close(*both(*inputs), rtol=1e-4, atol=1e-3)
 
 
+IN_TILES = [
+    # kernel, channels, features, positions, tiles along (T, H, W)
+    (TEMPORAL, 192, 256, (4, 5, 7), (4, 1, 1)),
+    (TEMPORAL, 320, 320, (8, 5, 7), (4, 1, 1)),
+    (SPATIAL, 64, 64, (3, 13, 7), (1, 4, 1)),
+    (SPATIAL, 66, 66, (3, 13, 7), (1, 2, 2)),
+    (CUBE, 64, 64, (4, 13, 9), (4, 4, 1)),
+    (CUBE, 66, 66, (4, 13, 11), (4, 2, 2)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "channels", "features", "positions", "tiles"), IN_TILES)
+def test_tiles_equal_xla_in_three_dimensions(kernel, channels, features, positions, tiles, monkeypatch):
+    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    x, weights = arrays(kernel, channels, features, positions=positions)
+    weights /= math.sqrt(math.prod(kernel) * channels)
+    assert lowering(x.shape, weights.shape).value.args == (tiles,)
+
+    @jax.jit
+    def both(x, weights):
+        functions = (lambda *args: video_conv(*args, (1, 1, 1)), lambda *args: xla(*args, (1, 1, 1)))
+        return [derivatives(function, x, weights) for function in functions]
+
+    chex.assert_trees_all_close(*both(x, weights), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "channels", "positions", "strides", "dtype"),
+    [
+        (SPATIAL, 66, (3, 13, 7), (1, 2, 2), jnp.float32),
+        (SPATIAL, 66, (3, 13, 7), (1, 1, 1), jnp.bfloat16),
+        (SPATIAL, 66, (3, 13, 2), (1, 1, 1), jnp.float32),  # smaller than the kernel
+        (SPATIAL, 66, (1, 13, 7), (1, 1, 1), jnp.float32),  # few products
+        (TEMPORAL, 320, (6, 5, 7), (1, 1, 1), jnp.float32),  # no whole tiles
+        (TEMPORAL, 320, (4, 5, 7), (2, 1, 1), jnp.float32),
+        (STEM, 66, (8, 13, 7), (1, 1, 1), jnp.float32),
+    ],
+)
+def test_no_tiles_where_they_do_not_pay(kernel, channels, positions, strides, dtype, monkeypatch):
+    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    chosen = lowering((2, *positions, channels), (*kernel, channels, channels), strides, 1, dtype)
+    assert "_in_tiles" not in map(name, chosen)
+
+
+def name(function):
+    return getattr(function, "func", function).__name__
+
+
 def test_every_way_to_compute_one_is_taken_on_cpu(monkeypatch):
     monkeypatch.setattr(conv, "backend", lambda: "cpu")
-    kernels = [(*POINT, 34, 6), (*SPATIAL, 3, 6), (*TEMPORAL, 64, 6), (*SPATIAL, 64, 64), (*SPATIAL, 64, 65), (*STEM, 3, 64)]
-    taken = {function.__name__ for kernel in kernels for function in lowering(kernel)}
+    kernels = [(*POINT, 34, 6), (*SPATIAL, 3, 6), (*TEMPORAL, 64, 6), (*SPATIAL, 64, 65), (*STEM, 3, 64), (*SPATIAL, 34, 6)]
+    taken = {name(function) for kernel in kernels for function in lowering((2, 8, 28, 28, kernel[3]), kernel)}
     assert taken == {
-        "_product", "_side_by_side", "_temporal", "_shifted_products", "_planes", "_joined_planes", "_frame_by_frame",
+        "_product", "_side_by_side", "_temporal", "_shifted_products", "_planes", "_in_tiles", "_frame_by_frame",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("length", [1, 2, 6, 7])
-def test_frames_are_joined_whatever_their_number(length, monkeypatch):
+def test_rows_are_joined_whatever_their_number(length, monkeypatch):
     monkeypatch.setattr(conv, "backend", lambda: "cpu")
-    inputs = arrays(SPATIAL, 34, 6, positions=(length, 5, 9))
-    for strides in ((1, 1, 1), (2, 1, 2)):
-        chex.assert_trees_all_close(video_conv(*inputs, strides), xla(*inputs, strides), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(conv, "JOINED", 90)
+    x, weights = arrays((1, 1, 3), 5, 6, positions=(length, 5, 9))
+    chex.assert_trees_all_close(conv._joined_rows(x, weights, (1, 1, 1), 1), xla(x, weights, (1, 1, 1)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kernel", "channels"), [(TEMPORAL, 34), (STEM, 3), (SPATIAL, 34)])
 def test_second_derivatives_and_vmap(kernel, channels, monkeypatch):
     monkeypatch.setattr(conv, "backend", lambda: "cpu")
     x, weights = arrays(kernel, channels, 4, positions=(3, 4, 5))
+    weights /= math.sqrt(math.prod(kernel))
 
     @jax.jit
     def run(x, weights):

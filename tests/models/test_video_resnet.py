@@ -31,6 +31,13 @@ def random(model):
     return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(model.init, jax.random.key(0), model.example))
 
 
+@pytest.mark.parametrize(("clip", "group_size"), [("8x8", {"res3": 3}), ("32x2", {"res3": 5, "res4": 4}), ("8x8", 80)])
+def test_the_example_makes_whole_groups(clip, group_size):
+    model = small(clip=clip, group_size=group_size, nonlocal_blocks={"res3": (0,), "res4": (0,)})
+    assert model.example.shape[1] >= 64
+    jax.eval_shape(model.init, jax.random.key(0), model.example)
+
+
 def run(model, variables, clip=CLIP):
     return jax.jit(model.apply)(variables, clip)
 
@@ -105,7 +112,8 @@ def test_how_far_in_time_a_frame_sees(kind, reach):
     def first(clip):
         return model.apply(variables, clip, mutable=["intermediates"])[1]["intermediates"]["res2"][0][:, 0].sum()
 
-    seen = np.abs(jax.jit(jax.grad(first))(CLIP)).sum((0, 2, 3, 4)) > 0
+    effect = np.abs(jax.jit(jax.grad(first))(CLIP)).sum((0, 2, 3, 4))
+    seen = effect > 1e-6 * effect.max()  # what cancels in tiles leaves rounding errors
     assert list(seen) == [t <= reach for t in range(8)]
 
 
