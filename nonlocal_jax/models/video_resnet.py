@@ -181,8 +181,11 @@ class VideoResNet(nn.Module):
 
     @property
     def example(self) -> jax.ShapeDtypeStruct:
-        """An input, for who wants the shapes of the variables."""
-        return jax.ShapeDtypeStruct((1, 64, 64, 64, 3), jnp.float32)
+        """An input, for who wants the shapes of the variables: 64 frames, or as many more as make whole temporal groups."""
+        operations = [getattr(self.make_block(stage), "operation", None) for stage in self.nonlocal_blocks]
+        groups = math.lcm(*(getattr(operation, "group_size", None) or 1 for operation in operations))
+        whole = groups * self.layout.conv1_stride * self.layout.pool1.strides[0] * self.layout.pool2.strides[0]
+        return jax.ShapeDtypeStruct((1, -(-64 // whole) * whole, 64, 64, 3), jnp.float32)
 
     @nn.compact
     def __call__(self, clip: Video, *, train: bool = False) -> Logits:
@@ -341,7 +344,7 @@ def video_resnet(
     blocks = DEPTHS[depth] if isinstance(depth, int) else tuple(depth)
     if len(blocks) != 4 or min(blocks) < 1:
         raise ValueError(f"depth must have the residual blocks of res2 to res5, each at least 1; got {depth}.")
-    norm = Affine if frozen_bn else CONVENTIONS[preset].norm
+    norm: Callable[..., nn.Module] = Affine if frozen_bn else CONVENTIONS[preset].norm
     make_block = functools.partial(_make_block, instantiation, preset, {"norm": norm, **(block_options or {})}, group_size)
     make_block("res3")  # raises what is wrong with the options
     defaults: dict[str, Any] = {
@@ -355,7 +358,8 @@ def video_resnet(
         layout=LAYOUTS[preset][clip in ("32x2", "128x1")],
         nonlocal_blocks=flax.core.FrozenDict(_positions(nonlocal_blocks, blocks, preset)),  # hashable
         make_block=make_block,
-        norm=norm,
+        # Large maps, of which x − mean would be one more; after a convolution no mean is many deviations from 0.
+        norm=norm if frozen_bn else functools.partial(norm, use_fast_variance=True),
         num_classes=num_classes,
         **defaults | options,
     )
