@@ -33,7 +33,7 @@ from benchmarks.records import Record
 SAMPLE = 0.005  # seconds that a sample lasts at least
 PAUSE = 0.01  # seconds between competitors, until the threads of the last one sleep
 SHORT = 0.5  # seconds of a run up to which the state of the caches may matter
-SLOW, VERY_SLOW = 2.0, 5.0  # seconds of a run from which 3 rounds do, and from which torch's first run is the only one
+SLOW, VERY_SLOW = 2.0, 10.0  # seconds of a run from which 3 rounds do, and from which torch's first run is the only one
 ROUNDS = (9, 31)
 GRADIENT_ERRORS = (3136, 784, 256)
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
