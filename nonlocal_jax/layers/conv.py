@@ -22,12 +22,11 @@ JOINED = 32 * BLOCK  # positions of a row that has enough blocks
 
 
 class Lowering(NamedTuple):
-    """How one convolution is computed: y itself, and its linear parts by x and by the kernel, whose transposes are the
-    gradients. All are equal; each is the fastest where it is used.
+    """How one convolution is computed: y, which is linear in x, and the linear part by the kernel, whose transpose is the
+    kernel's gradient. They are equal; each is the fastest where it is used.
     """
 
     value: Lowered
-    by_input: Lowered
     by_kernel: Lowered
 
 
@@ -61,20 +60,20 @@ def lowering(
     """
     taps, cpu = math.prod(kernel[:3]), backend() == "cpu"
     if groups == 1 and taps == 1:
-        return Lowering(_product, _product, _product)
+        return Lowering(_product, _product)
     if cpu and groups == 1 and taps <= 27 and kernel[3] <= 32:
-        return Lowering(_side_by_side, _side_by_side, _side_by_side)
+        return Lowering(_side_by_side, _side_by_side)
     if cpu and groups == 1 and (in_tiles := _in_tiles_where_faster(x, kernel, strides, dtype)):
         return in_tiles
     if groups == 1 and kernel[1:3] == (1, 1):
-        return Lowering(_temporal, _temporal, _shifted_products if cpu else _temporal)
-    return Lowering(_planes, _planes, _frame_by_frame if cpu and groups == 1 and kernel[3] <= 4 else _planes)
+        return Lowering(_temporal, _shifted_products if cpu else _temporal)
+    return Lowering(_planes, _frame_by_frame if cpu and groups == 1 and kernel[3] <= 4 else _planes)
 
 
 def _in_tiles_where_faster(x: tuple[int, ...], kernel: tuple[int, ...], strides: Triple, dtype: Any) -> Lowering | None:
     """Tiles save products, and cost sums over x and y, and a larger kernel that is made anew each time.
 
-    So they pay where a position has many products, by the harmonic mean of channels and features, and where there are
+    So they pay where a position has many products, by half the harmonic mean of channels and features, and where there are
     many positions: each product has a row for each tile. The numbers are measured.
     """
     (t, h, w, channels, features), (batch, *positions) = kernel, x[:-1]
@@ -91,7 +90,7 @@ def _in_tiles_where_faster(x: tuple[int, ...], kernel: tuple[int, ...], strides:
     enough = 30 if h == 3 else 100 if length == 4 else 150
     if width_of_products < enough or rows < 64 or strides != (1, 1, 1) or length % tiles[0] or min(height, width) < h:
         return None
-    return Lowering(*[functools.partial(_in_tiles, tiles)] * 3)
+    return Lowering(*[functools.partial(_in_tiles, tiles)] * 2)
 
 
 def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int = 1) -> Array:
@@ -123,7 +122,7 @@ def _convolve_jvp(strides: Triple, groups: int, primals: tuple[Array, Array], ta
     (x, kernel), (dx, dkernel) = primals, tangents
     chosen, zero = lowering(x.shape, kernel.shape, strides, groups, x.dtype), jax.custom_derivatives.SymbolicZero
     y = _convolve(x, kernel, strides, groups)
-    parts = [] if isinstance(dx, zero) else [chosen.by_input(dx, kernel, strides, groups)]
+    parts = [] if isinstance(dx, zero) else [chosen.value(dx, kernel, strides, groups)]
     parts += [] if isinstance(dkernel, zero) else [chosen.by_kernel(x, dkernel, strides, groups)]
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 

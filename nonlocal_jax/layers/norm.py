@@ -14,8 +14,8 @@ class BatchNorm(nn.BatchNorm):
     """Flax's, with the references' constants, written so that its gradient keeps one array.
 
     y = x · s + (β − mean · s) with s = γ / √(var + ε), where Flax has (x − mean) · s + β: of the two only the second keeps
-    x − mean beside x for the gradient. A training step of I3D R50 with five blocks, 2 clips of 8×224×224, needs 1.24 GB of
-    temporaries this way, with Flax's 1.75 GB.
+    x − mean beside x for the gradient. A training step of I3D R50 with five blocks, 2 clips of 8×224×224, needed 1.24 GB of
+    temporaries this way, with Flax's 1.75 GB, both with direct convolutions.
 
     Attributes:
         momentum: what running statistics keep of themselves at each step; PyTorch writes the same 0.9 as 0.1.
