@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from nonlocal_jax.layers.block import CONVENTIONS, Preset, nonlocal_block
 from nonlocal_jax.layers.conv import VideoConv
 from nonlocal_jax.layers.norm import BatchNorm
+from nonlocal_jax.layers.residual import relu_of_sum
 from nonlocal_jax.types import Array, Features, Image, Instantiation, Logits
 
 STAGES = ("res1", "res2", "res3")
@@ -39,7 +40,7 @@ class BasicBlock(nn.Module):
         y = VideoConv(self.features, (1, 3, 3), name="conv_b", **options)(nn.relu(norm(name="norm_a")(y)))
         x = x[:, :, :: self.stride, :: self.stride]
         x = jnp.pad(x, (*[(0, 0)] * 4, (0, self.features - x.shape[-1])))
-        return nn.relu(x + norm(name="norm_b")(y))
+        return relu_of_sum(x, norm(name="norm_b")(y))
 
 
 class CifarResNet(nn.Module):

@@ -8,6 +8,7 @@ import jax
 
 from nonlocal_jax.layers import BatchNorm
 from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers.residual import relu_of_sum
 from nonlocal_jax.types import Features, Logits, Video
 
 Kind = Literal["c2d", "i3d"]
@@ -31,7 +32,7 @@ class Bottleneck(nn.Module):
         y = nn.relu(norm(name="norm1")(VideoConv(self.inner_features, (self.frames, 1, 1), name="conv1")(x)))
         y = nn.relu(norm(name="norm2")(VideoConv(self.inner_features, (1, 3, 3), name="conv2")(y)))
         y = norm(name="norm3", scale_init=nn.initializers.zeros)(VideoConv(x.shape[-1], name="conv3")(y))
-        return nn.relu(x + y)
+        return relu_of_sum(x, y)
 
 
 class LocalBlock(nn.Module):

@@ -15,6 +15,7 @@ from nonlocal_jax.layers.block import CONVENTIONS, Preset, nonlocal_block
 from nonlocal_jax.layers.conv import VideoConv
 from nonlocal_jax.layers.norm import Affine
 from nonlocal_jax.layers.pooling import strided_max_pool
+from nonlocal_jax.layers.residual import relu_of_sum
 from nonlocal_jax.types import Array, Features, Instantiation, Logits, Video
 
 Kind = Literal["c2d", "i3d_3x1x1", "i3d_3x3x3"]
@@ -107,7 +108,7 @@ class Bottleneck(nn.Module):
         y = norm("norm_c", **last)(conv(self.features, name="conv_c")(y))
         if self.stride != 1 or x.shape[-1] != self.features:
             x = norm("shortcut_norm")(conv(self.features, strides=strides, name="shortcut")(x))
-        return nn.relu(x + y)
+        return relu_of_sum(x, y)
 
 
 def _norm(make: Callable[..., nn.Module], name: str, *, train: bool, **options: Any) -> Callable[[Array], Array]:
