@@ -11,8 +11,9 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 demo: $(READY)  ## train the control and the non-local network on toy videos, offline, about 3 minutes on 2 cores
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
 
-test: $(READY)  ## the tests and the doctests
+test: $(READY)  ## the tests and the doctests, then `make parity`
 	$(VENV)/bin/python -m pytest
+	$(MAKE) parity
 
 check: $(READY)  ## format, lint, types
 	$(VENV)/bin/ruff format --check .
