@@ -32,10 +32,9 @@ exponents of the copy show what that costs."""
 NETWORK = """{}, the conventions of PySlowFast, the same weights for all. **plain** is Flax with `nn.Conv` in three dimensions
 and all pairs, **torch** the faster of its two memory formats. A training step is forward, backward and SGD with momentum.
 
-Inference has 115 GFLOP in products as we run it, 0.55 to 0.7 s at the 160 to 210 GFLOP/s of XLA's matrix products of these
-sizes on two cores; that is why it is not 1.2 times as fast as torch. JAX takes its temporaries anew on every call, page by
-page: with the large pages of `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` (Linux) a training step took 2.5 s where it took 2.8 s,
-in one process without pauses."""
+What bounds it on two CPU cores: inference has 115 GFLOP in products as we run it, 0.55 to 0.72 s at the 160 to 210 GFLOP/s
+of XLA's matrix products of these sizes. JAX takes its temporaries anew on every call, page by page: with the large pages of
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` (Linux) a training step took 2.5 s where it took 2.8 s, in one process without pauses."""
 EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
 EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
