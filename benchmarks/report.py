@@ -34,7 +34,8 @@ and all pairs, **torch** the faster of its two memory formats. A training step i
 
 What bounds it on two CPU cores: inference has 115 GFLOP in products as we run it, 0.55 to 0.72 s at the 160 to 210 GFLOP/s
 of XLA's matrix products of these sizes. JAX takes its temporaries anew on every call, page by page: with the large pages of
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` (Linux) a training step took 2.5 s where it took 2.8 s, in one process without pauses."""
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=1` (Linux) a training step took 2.5 s where it took 2.8 s, in one process without
+pauses."""
 EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
 EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
