@@ -19,8 +19,9 @@ MAY_IMPORT = {
     "weights": {"types", "ops", "layers", "models"},
     "data": {"types", "ops"},
     "visualize": {"types", "ops"},
+    "training": {"types", "ops"},
 }
-HEAVY = ("tensorflow", "tensorflow_datasets", "torch", "matplotlib", "av", "grain", "sklearn", "optax")
+HEAVY = ("tensorflow", "tensorflow_datasets", "torch", "matplotlib", "av", "grain", "sklearn", "optax", "orbax", "tensorboard")
 
 
 def imported_parts(file):

@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Features, *, train: bool = False) -> Array:
+    def __call__(self, x: Features, train: bool = False) -> Array:
         """X (B, 1, H, W, C) -> (B, 1, H / stride, W / stride, features)."""
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(BatchNorm, use_running_average=not train, **options)
@@ -51,6 +51,7 @@ class CifarResNet(nn.Module):
         num_classes: of the logits.
         nonlocal_blocks: after which residual blocks of which stage ("res1", "res2", "res3"), counted from 0.
         instantiation, preset, block_options: of the non-local blocks.
+        remat: whether residual blocks are computed again in the backward pass instead of kept.
         dtype: of the computation; None is that of the input and parameters.
         param_dtype: of the parameters.
     """
@@ -61,6 +62,7 @@ class CifarResNet(nn.Module):
     instantiation: Instantiation = "embedded_gaussian"
     preset: Preset = "paper"
     block_options: Mapping[str, Any] | None = None
+    remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -76,10 +78,11 @@ class CifarResNet(nn.Module):
         of_block = {"norm": CONVENTIONS[self.preset].norm, **options, **(self.block_options or {})}
         x: Any = VideoConv(16, (1, 3, 3), name="conv1", **options)(image[:, None])
         x = nn.relu(BatchNorm(use_running_average=not train, name="conv1_norm", **options)(x))
+        residual_block: Any = nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
         for stage, name in enumerate(STAGES):
             for i in range(self.blocks):
                 stride = 2 if stage and i == 0 else 1
-                x = BasicBlock(16 * 2**stage, stride, name=f"{name}_{i}", **options)(x, train=train)
+                x = residual_block(16 * 2**stage, stride, name=f"{name}_{i}", **options)(x, train)
                 if i in (self.nonlocal_blocks or {}).get(name, ()):
                     block = nonlocal_block(self.instantiation, self.preset, name=f"nonlocal_{name}_{i}", **of_block)
                     x = block(x, train=train)
@@ -95,6 +98,7 @@ def cifar_resnet(
     instantiation: Instantiation = "embedded_gaussian",
     preset: Preset = "paper",
     block_options: Mapping[str, Any] | None = None,
+    remat: bool = False,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> CifarResNet:
@@ -107,6 +111,7 @@ def cifar_resnet(
         instantiation: the pairwise function.
         preset: whose conventions the blocks follow.
         block_options: overrides of `nonlocal_block`.
+        remat: whether residual blocks are computed again in the backward pass instead of kept.
         dtype: of the computation; None is that of the input and parameters.
         param_dtype: of the parameters.
 
@@ -132,6 +137,4 @@ def cifar_resnet(
         if wrong := [i for i in at if not 0 <= i < blocks]:
             raise ValueError(f"{name} has residual blocks 0 to {blocks - 1}; got {wrong[0]} in nonlocal_blocks.")
     nonlocal_block(instantiation, preset, **(block_options or {}))  # raises what is wrong with them
-    return CifarResNet(
-        blocks, num_classes, nonlocal_blocks, instantiation, preset, block_options, dtype=dtype, param_dtype=param_dtype
-    )
+    return CifarResNet(blocks, num_classes, nonlocal_blocks, instantiation, preset, block_options, remat, dtype, param_dtype)
