@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PARITY_READY := $(PARITY)/.ready
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test check parity bench lock clean
+.PHONY: demo test test-faults check parity bench lock clean
 
 demo: $(READY)  ## train the control and the non-local network on toy videos, offline, about 3 minutes on 2 cores
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
@@ -14,6 +14,9 @@ demo: $(READY)  ## train the control and the non-local network on toy videos, of
 test: $(READY)  ## the tests and the doctests, then `make parity`
 	$(VENV)/bin/python -m pytest
 	$(MAKE) parity
+
+test-faults: $(READY)  ## runs killed again and again, in training and in saving
+	$(VENV)/bin/python -m pytest -m faults tests
 
 check: $(READY)  ## format, lint, types
 	$(VENV)/bin/ruff format --check .

@@ -156,7 +156,8 @@ def prepare(
     of_input: Input, mixup: float, num_classes: int, batch: Mapping[str, Any], key: jax.Array | None
 ) -> Mapping[str, Any]:
     """On the device: normalise; in training, crop, flip and mix first."""
-    images = (batch["inputs"].astype(jnp.float32) - jnp.array(of_input.mean)) / jnp.array(of_input.std)
+    mean, std = (jnp.array(numbers)[None, None, None] for numbers in (of_input.mean, of_input.std))
+    images = (batch["inputs"].astype(jnp.float32) - mean) / std
     if key is not None:
         keys = augment.example_keys(key, batch["position"])
         images = augment.random_crop(images, keys, of_input.padding)

@@ -19,9 +19,9 @@ def random_crop(images: Image, keys: ExampleKeys, padding: int) -> Image:
 
     >>> image = jnp.arange(9.0).reshape(1, 3, 3, 1)
     >>> random_crop(image, example_keys(jax.random.key(1), jnp.zeros(1, jnp.uint32)), 1)[0, :, :, 0]
-    Array([[0., 0., 1.],
-           [0., 3., 4.],
-           [0., 6., 7.]], dtype=float32)
+    Array([[0., 0., 0.],
+           [1., 2., 0.],
+           [4., 5., 0.]], dtype=float32)
     """
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corners = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * padding + 1))(keys)

@@ -108,11 +108,14 @@ class _ReadInOrder:
 
 
 def _ahead(batches: Any, workers: int) -> Any:
+    import absl.flags
     import grain
 
     if workers < 0:
         raise ValueError(f"workers must be at least 0; got {workers}.")
     if workers:
+        if not absl.flags.FLAGS.is_parsed():
+            absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, which only absl's own programs parse
         options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(options)
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD))

@@ -11,6 +11,7 @@ checkpoint. It does not notice a byte that changed on the disk afterwards; the d
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,8 @@ class Checkpoints:
         if mode not in ("max", "min"):
             raise ValueError(f"mode must be 'max' or 'min'; got {mode!r}.")
         self.folder = folder.absolute()
+        # Of a checkpoint that was not evaluated: Orbax warns each time when there is none.
+        self._unknown = {} if best is None else {best: -math.inf if mode == "max" else math.inf}
         policies: list[Any] = [preservation_policy.LatestN(keep)]
         if best is not None:
             sign = 1 if mode == "max" else -1
@@ -91,7 +94,8 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
-                save_decision_policy=None,
+                best_fn=None if best is None else lambda metrics: metrics[best],  # else Orbax does not write metrics
+                best_mode=mode,
             ),
             item_names=("state", "record"),
         )
@@ -122,7 +126,7 @@ class Checkpoints:
         sealed = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(sealed))
         try:
-            self._manager.save(step, args=items, metrics=None if metrics is None else dict(metrics), force=True)
+            self._manager.save(step, args=items, metrics={**self._unknown, **(metrics or {})} or None, force=True)
         except Exception as error:
             raise CheckpointError(f"the checkpoint of step {step} could not be written to {self.folder}: {error}") from error
 

@@ -113,13 +113,20 @@ class Run:
         self._events.add_event(restart)  # TensorBoard drops what it has of later steps
 
     def log(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """One row; `kind` is "train" or "evaluation"."""
+        """One row; `kind` is "train" or "evaluation".
+
+        Raises:
+            RunError: it cannot be written.
+        """
         if not self.writes:
             return
         if self._rows is None:
             self.open_log(step - 1)
-        self._rows.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._rows.flush()
+        try:
+            self._rows.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._rows.flush()
+        except OSError as error:
+            raise RunError(f"the log in {self.folder} cannot be written: {error.strerror}.") from error
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 

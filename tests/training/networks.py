@@ -39,7 +39,7 @@ def make_batches(count, size=16, seed=0, classes=CLASSES):
     rng = np.random.default_rng(seed)
     for step in range(count):
         labels = rng.integers(0, classes, size).astype(np.int32)
-        images = rng.normal(size=(size, 6, 5, 2)).astype(np.float32) + labels[:, None, None, None] * 0.5
+        images = (rng.normal(size=(size, 6, 5, 2)) + 0.5 * labels[:, None, None, None]).astype(np.float32)
         yield {"inputs": images, "labels": labels, "position": np.arange(step * size, (step + 1) * size, dtype=np.uint32)}
 
 

@@ -100,9 +100,7 @@ def test_statistics_by_device_are_others(alone, by_device):
 @pytest.mark.parametrize(
     ("options", "devices"),
     [
-        ({"accumulate": 4}, 1),
         ({"accumulate": 2}, 4),
-        ({"batch_norm": "device"}, 4),
         ({"batch_norm": "device", "accumulate": 2}, 4),
     ],
     ids=str,

@@ -1,0 +1,137 @@
+"""The official archives' format, from a small file of it, read without TensorFlow."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import http.server
+import io
+import socket
+import sys
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from nonlocal_jax.data import cifar
+from nonlocal_jax.data.cifar import ARCHIVES, DataError
+
+EACH = 7  # records of a file
+
+
+def make_archive(folder, name="cifar10", each=EACH, cut=0, missing=()):
+    """An archive of the official layout with random images; gives what it is and the records of each split."""
+    archive = ARCHIVES[name]
+    rng = np.random.default_rng(0)
+    records = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / archive.name, "w:gz") as tar:
+        for split, names in archive.files.items():
+            for file in names:
+                table = rng.integers(0, 256, (each, archive.label_bytes + cifar.PIXELS), dtype=np.uint8)
+                table[:, : archive.label_bytes] = rng.integers(0, 10, (each, archive.label_bytes))
+                records.setdefault(split, []).append(table)
+                if file not in missing:
+                    content = table.tobytes()[: table.nbytes - cut]
+                    info = tarfile.TarInfo(file)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    content = (folder / archive.name).read_bytes()
+    archive = dataclasses.replace(archive, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return archive, {split: np.concatenate(tables) for split, tables in records.items()}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_pixel_and_label(name, split, tmp_path):
+    archive, records = make_archive(tmp_path, name)
+    images = cifar.load(name, split, tmp_path, archive)
+    table = records[split]
+    assert images.num_classes == {"cifar10": 10, "cifar100": 100}[name]
+    assert images.images.shape == (len(table), 32, 32, 3)
+    np.testing.assert_array_equal(images.labels, table[:, archive.label_bytes - 1])  # the fine one of CIFAR-100
+    pixels = table[:, archive.label_bytes :]
+    for n, y, x, c in ((0, 0, 0, 0), (3, 31, 0, 1), (5, 4, 17, 2), (6, 31, 31, 0)):
+        assert images.images[n, y, x, c] == pixels[n, 1024 * c + 32 * y + x]  # red, green, blue planes, row by row
+
+
+def test_the_records_are_read_again_without_the_archive(tmp_path):
+    archive, _ = make_archive(tmp_path)
+    first = cifar.load("cifar10", "train", tmp_path, archive)
+    (tmp_path / archive.name).unlink()
+    again = cifar.load("cifar10", "train", tmp_path, archive)
+    np.testing.assert_array_equal(again.images, first.images)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cifar10-test.array_record", "cifar10-train.array_record"]
+    assert "tensorflow" not in sys.modules
+
+
+def test_the_official_checksums_are_those_of_tensorflow_datasets():
+    from tensorflow_datasets.core.download import checksums
+    from tensorflow_datasets.core.utils import resource_utils
+
+    for name, archive in ARCHIVES.items():
+        infos = checksums.load_url_infos(resource_utils.tfds_path(f"url_checksums/{name}.txt"))
+        assert (infos[archive.url].checksum, infos[archive.url].size) == (archive.sha256, archive.size)
+
+
+def test_another_archive_is_refused(tmp_path):
+    archive, _ = make_archive(tmp_path)
+    with pytest.raises(DataError, match=r"must be the official archive, 170,052,171 bytes; it has"):
+        cifar.load("cifar10", "train", tmp_path)
+    file = tmp_path / archive.name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=f"must have the SHA-256 {archive.sha256}; it has"):
+        cifar.load("cifar10", "train", tmp_path, archive)
+    assert [file.name for file in tmp_path.iterdir()] == [archive.name]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"cut": 5}, "ends within a record of 3073 bytes"),
+        ({"missing": ("cifar-10-batches-bin/test_batch.bin",)}, "cannot be read"),
+    ],
+)
+def test_a_damaged_archive_leaves_no_half_split(damage, message, tmp_path):
+    archive, _ = make_archive(tmp_path, **damage)
+    with pytest.raises(DataError, match=message):
+        cifar.load("cifar10", "test", tmp_path, archive)
+    assert not [*tmp_path.glob("*test*"), *tmp_path.glob(".*")]
+
+
+def test_offline_it_fails_at_once_and_says_what_to_do(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"www.cs.toronto.edu cannot be reached .* put cifar-10-binary.tar.gz, from https://"):
+        cifar.load("cifar10", "train", tmp_path / "data")
+    assert time.monotonic() - begun < 10
+
+
+@contextlib.contextmanager
+def served(folder):
+    """A real server of a folder; gives its address."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    handler.func.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_online_it_is_fetched_by_tensorflow_datasets_and_checked(tmp_path):
+    archive, records = make_archive(tmp_path / "server")
+    with served(tmp_path / "server") as address:
+        there = dataclasses.replace(archive, url=f"{address}/{archive.name}")
+        images = cifar.load("cifar10", "test", tmp_path / "data", there)
+        np.testing.assert_array_equal(images.labels, records["test"][:, 0])
+        other = dataclasses.replace(there, sha256="0" * 64)
+        with pytest.raises(DataError, match="could not be fetched"):
+            cifar.load("cifar10", "test", tmp_path / "other", other)
+    assert not list((tmp_path / "other").glob("*.array_record"))

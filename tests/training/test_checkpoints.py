@@ -1,0 +1,240 @@
+"""A checkpoint is restored bit for bit, or is known to be damaged and the one before is taken."""
+
+import os
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training.networks import make_batches, make_trainer, run_steps
+
+from nonlocal_jax import training
+from nonlocal_jax.training import checkpoints as module
+from nonlocal_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
+
+DEVICES = jax.devices()
+# What Orbax leaves behind when it finds a damaged file itself.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def tree(scale=1.0):
+    rng = np.random.default_rng(7)
+    return {
+        "kernel": jnp.asarray(scale * rng.normal(size=(30, 50, 7)), jnp.float32),
+        "half": jnp.asarray(rng.normal(size=11), jnp.bfloat16),
+        "mask": jnp.asarray(rng.integers(0, 2, 13), bool),
+        "step": jnp.asarray(4, jnp.int32),
+        "nested": {"key": jax.random.key_data(jax.random.key(3))},
+    }
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens the folder of this test; what was opened is closed at the end."""
+    every = []
+
+    def open_(**options):
+        every.append(Checkpoints(tmp_path / "checkpoints", **options))
+        return every[-1]
+
+    yield open_
+    for one in every:
+        one.close()
+
+
+def save(checkpoints, *steps, state=None, metrics=None):
+    for step in steps:
+        checkpoints.save(step, state or tree(step), {"seconds": step / 2}, metrics and metrics(step))
+    checkpoints.wait()
+
+
+def test_what_was_saved_comes_back(opened):
+    checkpoints = opened()
+    assert checkpoints.restore(tree()) is None
+    save(checkpoints, 5)
+    step, state, record = opened().restore(jax.eval_shape(tree))
+    assert (step, record) == (5, {"seconds": 2.5})
+    chex.assert_trees_all_equal(state, tree(5))
+    chex.assert_trees_all_equal_dtypes(state, tree(5))
+
+
+def test_arrays_given_away_after_the_save(opened):
+    """The step that follows donates its state, and the save goes on in the background."""
+    checkpoints = opened()
+    state = {"kernel": jnp.arange(1 << 20, dtype=jnp.float32)}
+    consume = jax.jit(lambda t: jax.tree.map(lambda x: -x, t), donate_argnums=0)
+    for step in range(1, 4):
+        expected = np.asarray(state["kernel"]).copy()
+        checkpoints.save(step, state, {})
+        state = consume(consume(state))
+        state = jax.tree.map(lambda x: x + 1, state)
+        checkpoints.wait()
+        np.testing.assert_array_equal(checkpoints.restore(state).state["kernel"], expected)
+
+
+def test_the_last_and_the_best_are_kept(opened):
+    checkpoints = opened(keep=2, best="accuracy")
+    scores = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2, 5: 0.4}
+    save(checkpoints, *scores, metrics=lambda step: {"accuracy": scores[step]})
+    assert checkpoints.steps == [2, 4, 5]
+    save(opened(keep=2, best="accuracy"), 6, 7)  # without an evaluation
+    assert opened().steps == [2, 6, 7]
+
+
+def test_the_smallest_may_be_the_best(opened):
+    checkpoints = opened(keep=1, best="loss", mode="min")
+    save(checkpoints, 1, 2, 3, metrics=lambda step: {"loss": [0.0, 3.0, 1.0, 2.0][step]})
+    assert checkpoints.steps == [2, 3]
+
+
+@pytest.mark.skipif(len(DEVICES) < 4, reason="four devices are absent")
+def test_another_number_of_devices(opened, monkeypatch):
+    """Saved from one, split over four, saved again, back to two: the same numbers, and the same digests."""
+    monkeypatch.setattr(training.mesh, "SMALLEST_SHARDED", 16)
+    trainer = make_trainer(average=0.9)
+    state, _ = run_steps(trainer, training.make_mesh(devices=DEVICES[:1]), make_batches(2))
+    checkpoints = opened()
+    original = jax.device_get(state)
+    for step, devices in ((1, 4), (2, 2)):
+        save(checkpoints, step, state=state)
+        mesh = training.make_mesh(devices=DEVICES[:devices])
+        shardings = training.state_sharding(mesh, state, "sharded")
+        state = checkpoints.restore(state, shardings).state
+        assert state.params["conv"]["kernel"].sharding.mesh.size == devices
+        chex.assert_trees_all_equal(jax.device_get(state), original)
+
+
+def test_the_digest_sees_every_bit():
+    """Each bit of each leaf, and two words that change places."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree())]
+    before = module._digests(leaves)
+    for i, leaf in enumerate(leaves):
+        if leaf.dtype == bool:
+            continue
+        raw = leaf.tobytes()
+        for place in range(0, 8 * len(raw), 41 if len(raw) < 1000 else 4001):
+            flipped = bytearray(raw)
+            flipped[place // 8] ^= 1 << place % 8
+            changed = np.frombuffer(bytes(flipped), leaf.dtype).reshape(leaf.shape)
+            assert module._digests([changed])[0] != before[i]
+    swapped = leaves[1].copy()
+    swapped.flat[[0, 1]] = swapped.flat[[1, 0]]
+    assert module._digests([swapped])[0] != before[1]
+    assert module._digests([leaves[1].T])[0] != before[1]
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def flip(file, seed=0):
+    content = bytearray(file.read_bytes())
+    content[np.random.default_rng(seed).integers(len(content))] ^= 0x40
+    file.write_bytes(bytes(content))
+
+
+def test_a_flipped_byte_anywhere_is_found_or_does_no_harm(opened, tmp_path):
+    """Orbax restores a flipped byte of an array in silence."""
+    save(opened(), 1, 2)
+    intact = tmp_path / "intact"
+    shutil.copytree(tmp_path / "checkpoints", intact)
+    found = 0
+    for number in range(len(files(intact / "2"))):
+        for seed in range(2):
+            shutil.rmtree(tmp_path / "checkpoints")
+            shutil.copytree(intact, tmp_path / "checkpoints")
+            flip(files(tmp_path / "checkpoints" / "2")[number], seed)
+            step, state, record = opened().restore(tree())
+            assert step in (1, 2)
+            chex.assert_trees_all_equal(state, tree(step))
+            assert record == {"seconds": step / 2}
+            found += step == 1
+    assert found >= 3
+
+
+def test_orbax_alone_does_not_see_it(opened, tmp_path, monkeypatch):
+    """If this fails, the digests may go."""
+    big = {"kernel": jnp.asarray(np.random.default_rng(0).integers(0, 2**31, (64, 1024)), jnp.int32)}
+    save(opened(), 1, state=big)
+    largest = max(files(tmp_path / "checkpoints"), key=lambda file: file.stat().st_size)
+    flip(largest)
+    with pytest.raises(CheckpointError, match="1 of its arrays changed on the disk, the first kernel"):
+        opened().restore(big)
+    monkeypatch.setattr(module, "_digests", lambda tree: [leaf["digest"] for leaf in saved["leaves"].values()])
+    saved = {"leaves": {}}
+
+    def remember(leaves, wanted, step):
+        saved["leaves"] = leaves
+
+    monkeypatch.setattr(module, "_compare", remember)
+    assert not np.array_equal(opened().restore(big).state["kernel"], big["kernel"])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "emptied"])
+def test_a_damaged_file(damage, opened, tmp_path, caplog):
+    save(opened(), 1, 2)
+    largest = max(files(tmp_path / "checkpoints" / "2"), key=lambda file: file.stat().st_size)
+    match damage:
+        case "truncated":
+            os.truncate(largest, largest.stat().st_size // 2)
+        case "deleted":
+            largest.unlink()
+        case "emptied":
+            os.truncate(largest, 0)
+    checkpoints = opened()
+    assert checkpoints.restore(tree()).step == 1
+    assert "the checkpoint of step 2 is damaged" in caplog.text
+    assert (tmp_path / "checkpoints" / "corrupt-2").is_dir()
+    save(checkpoints, 2)  # its place is free again
+    assert opened().restore(tree()).step == 2
+
+
+def test_all_damaged_is_an_error_and_nothing_is_moved(opened, tmp_path):
+    save(opened(), 1, 2)
+    for step in (1, 2):
+        for file in files(tmp_path / "checkpoints" / str(step) / "state"):
+            os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be trusted \(step 2: .*; step 1: "):
+        opened().restore(tree())
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_left_over_temporary_folders_go(opened, tmp_path):
+    save(opened(), 1)
+    left = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-123"
+    shutil.copytree(tmp_path / "checkpoints" / "1", left)
+    (left / "commit_success.txt").unlink(missing_ok=True)
+    checkpoints = opened()
+    assert checkpoints.steps == [1]
+    assert not left.exists()
+    save(checkpoints, 2)
+    assert checkpoints.restore(tree()).step == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t | {"kernel": jnp.zeros((30, 50, 8))},
+            r"kernel is float32 \(30, 50, 7\) in it, and float32 \(30, 50, 8\) here",
+        ),
+        (lambda t: t | {"half": jnp.zeros(11)}, r"half is bfloat16 \(11,\) in it, and float32 \(11,\) here"),
+        (lambda t: t | {"nested": {"other": jnp.zeros(2)}}, r"it has nested/key, which this one has not \(1 such\)"),
+        (lambda t: t | {"new": jnp.zeros(2)}, r"it lacks new \(1 such\)"),
+    ],
+)
+def test_another_model_is_an_error_that_names_the_leaf(change, message, opened):
+    save(opened(), 3)
+    with pytest.raises(MismatchError, match=f"the checkpoint of step 3 is of another model or optimiser: {message}"):
+        opened().restore(change(tree()))
+    assert opened().steps == [3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"keep": 0}, "keep must be at least 1; got 0"), ({"mode": "avg"}, "mode must be")]
+)
+def test_bad_options(options, message, opened):
+    with pytest.raises(ValueError, match=message):
+        opened(**options)

@@ -1,0 +1,98 @@
+"""The folder of a run has one owner, one configuration, and a log in which each step is once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nonlocal_jax.training import Run, RunError
+
+CONFIG = {"learning_rate": 0.1, "model": {"depth": 20, "blocks": ["res2_1"]}, "workers": 2}
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_second_process_is_refused(tmp_path):
+    code = "import pathlib, sys; from nonlocal_jax.training import Run; Run(pathlib.Path(sys.argv[1]), {}).__enter__()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with Run(tmp_path / "run", {}):
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert second.returncode == 1
+        assert f"another process is training in {tmp_path / 'run'}; wait for it, or take another folder." in second.stderr
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+
+
+def test_a_run_in_this_process_is_refused_too(tmp_path):
+    with Run(tmp_path, {}), pytest.raises(RunError, match="another process is training"), Run(tmp_path, {}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.2}, "learning_rate is 0.2 now, and was 0.1 when the run in .* started"),
+        ({"model": {"depth": 32, "blocks": ["res2_1"]}}, "model.depth is 32 now, and was 20"),
+        ({"model": {"depth": 20, "blocks": []}}, r"model.blocks is \[\] now, and was \['res2_1'\]"),
+        ({"new": 1}, "new is 1 now, and was None"),
+    ],
+)
+def test_another_configuration_is_refused_and_nothing_is_changed(change, message, tmp_path):
+    with Run(tmp_path, CONFIG):
+        pass
+    with pytest.raises(RunError, match=message), Run(tmp_path, CONFIG | change):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    with Run(tmp_path, CONFIG | {"workers": 5}, may_differ=("workers",)):  # the folder is free again
+        pass
+
+
+def test_a_configuration_that_is_no_json(tmp_path):
+    (tmp_path / "config.json").write_text('{"learning')
+    with pytest.raises(RunError, match=r"config.json is not JSON"), Run(tmp_path, CONFIG):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RunError, match=r"must be a folder that can be written: Not a directory"),
+        Run(tmp_path / "file" / "a", {}),
+    ):
+        pass
+
+
+def test_each_step_is_once_in_the_log_however_it_ended(tmp_path):
+    with Run(tmp_path, CONFIG) as run:
+        run.open_log(0)
+        for step in range(1, 8):
+            run.log(step, "train", {"loss": 1 / step})
+        run.log(4, "evaluation", {"accuracy": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 8, "kind": "tr')  # killed while it wrote
+    with Run(tmp_path, CONFIG) as run:  # the checkpoint was of step 5
+        run.open_log(5)
+        for step in (6, 7):
+            run.log(step, "train", {"loss": 10.0 + step})
+    assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["loss"] for row in rows(tmp_path) if row["step"] > 5] == [16.0, 17.0]
+    assert {"step": 4, "kind": "evaluation", "accuracy": 0.5} in rows(tmp_path)
+
+
+def test_tensorboard_reads_the_same(tmp_path):
+    with Run(tmp_path, CONFIG) as run:
+        run.open_log(0)
+        for step in range(1, 6):
+            run.log(step, "train", {"loss": 1 / step})
+        run.log(5, "evaluation", {"accuracy": 0.5})
+    with Run(tmp_path, CONFIG) as run:
+        run.open_log(3)
+        run.log(4, "train", {"loss": 40.0})
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "evaluation/accuracy"}
+    loss = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert loss == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)), (4, 40.0)]
