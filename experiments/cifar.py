@@ -65,7 +65,10 @@ INPUTS: dict[Dataset, Input] = {
         (129.3, 124.1, 112.4), (68.2, 65.4, 70.4), 4, True, steps=64_000, boundaries=(32_000, 48_000), evaluate_every=2000
     ),
 }
-MAY_DIFFER = ("data_dir", "output", "workers", "profile", "save_every", "keep")
+MAY_DIFFER = (
+    "data_dir", "output", "workers", "profile", "save_every", "keep",
+    "distributed", "coordinator", "processes", "process_id", "timeout",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,11 @@ class Config:
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # of the latest checkpoints, beside the best
     workers: int = 0  # processes that read data; 0 reads in threads
+    distributed: bool = False  # one of many processes; TPU pods, SLURM and Open MPI say which, elsewhere the next three do
+    coordinator: str | None = None  # host:port of process 0
+    processes: int | None = None  # how many
+    process_id: int | None = None  # which one this is, from 0
+    timeout: int = 120  # seconds to wait for the other processes, at the start and when one gives no sign of life
     profile: int = 0  # steps to profile, into <output>/profile
     dry_run: bool = False  # print model, blocks, parameters, multiply-adds, memory and sharding, and stop
     output: Path = Path("runs/cifar")  # folder of the run
@@ -185,6 +193,8 @@ def main(config: Config) -> training.Result | None:
     """Train, or say what would be trained."""
     console = Console()
     try:
+        if config.distributed:
+            training.initialize(config.coordinator, config.processes, config.process_id, timeout=config.timeout)
         train, test = load(config)
         trainer = make_trainer(config, train.num_classes)
         mesh = training.make_mesh()

@@ -4,6 +4,7 @@ Wants `pip install nonlocal_jax[experiments]`: optax, filelock and tensorboard b
 """
 
 from nonlocal_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
+from nonlocal_jax.training.distributed import initialize
 from nonlocal_jax.training.dry_run import dry_run
 from nonlocal_jax.training.loop import NonFiniteError, Options, Result, fit
 from nonlocal_jax.training.mesh import (
@@ -48,6 +49,7 @@ __all__ = [
     "cross_entropy",
     "dry_run",
     "fit",
+    "initialize",
     "local_rows",
     "make_mesh",
     "mixup",

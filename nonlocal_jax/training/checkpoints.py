@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -209,9 +210,11 @@ class Checkpoints:
             raise _DamagedError(f"{type(error).__name__}: {error}".splitlines()[0][:300]) from error
 
     def _put_aside(self, step: int) -> None:
+        multihost_utils.sync_global_devices(f"put aside {step}")  # all have read it
         if jax.process_index() == 0:
             names = (self.folder / f"corrupt-{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(1, 1000))))
             (self.folder / str(step)).rename(next(name for name in names if not name.exists()))
+        multihost_utils.sync_global_devices(f"put {step} aside")
         self._manager.reload()
 
 

@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -122,16 +121,20 @@ def fit(
         CheckpointError, MismatchError: as `Checkpoints` raises them.
     """
     loop = _Loop(trainer, options, run, mesh, data, evaluation)
-    example = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in next(data(0)).items()}
-    init = functools.partial(trainer.init, variables=variables)
-    shapes = jax.eval_shape(init, key, example)
+    example = {name: np.zeros((1, *x.shape[1:]), x.dtype) for name, x in next(data(0)).items()}
+    numbers = np.asarray(jax.random.key_data(key))  # NumPy's arrays are the same on every process, JAX's are of one
+
+    def init(numbers: Any, example: Batch) -> TrainState:
+        return trainer.init(jax.random.wrap_key_data(numbers), example, variables)
+
+    shapes = jax.eval_shape(init, numbers, example)
     shardings = state_sharding(mesh, shapes, options.placement)
     best = options.best if evaluation else None
     checkpoints = Checkpoints(run.folder / "checkpoints", options.keep, best, options.best_mode)
     with contextlib.closing(checkpoints), StopSignals() as stop:
         restored = checkpoints.restore(shapes, shardings)
         if restored is None:
-            state, step = jax.jit(init, out_shardings=shardings)(key, example), 0
+            state, step = jax.jit(init, out_shardings=shardings)(numbers, example), 0
         else:
             state, step = restored.state, restored.step
             loop.clock.seconds = restored.record["seconds"]
@@ -202,7 +205,7 @@ class _Loop:
                 pending = this
                 finished = step == options.steps
                 saves = finished or step % options.save_every == 0
-                if not (saves or stop.requested or step % options.evaluate_every == 0):
+                if not (stop.after(step) or saves or step % options.evaluate_every == 0):
                     continue
                 self._look(pending)  # what is not finite is not saved
                 pending = None

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
+from nonlocal_jax.training.distributed import tell_all
+
 
 class RunError(Exception):
     """A folder cannot be used for this run; says why."""
@@ -58,20 +60,25 @@ class Run:
         Raises:
             RunError: another process has it, it is of another configuration, or it cannot be written.
         """
-        if not self.writes:
-            return self
+        problem = tell_all(self._take() if self.writes else None)
+        if problem:
+            raise RunError(problem)
+        return self
+
+    def _take(self) -> str | None:
+        """Lock and check the folder; gives what is wrong."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             self._check_config()
-        except Timeout as error:
-            raise RunError(f"another process is training in {self.folder}; wait for it, or take another folder.") from error
+        except Timeout:
+            return f"another process is training in {self.folder}; wait for it, or take another folder."
         except OSError as error:
-            raise RunError(f"{self.folder} must be a folder that can be written: {error.strerror or error}.") from error
-        except RunError:
+            return f"{self.folder} must be a folder that can be written: {error.strerror or error}."
+        except RunError as error:
             self._lock.release()
-            raise
-        return self
+            return str(error)
+        return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for file in (self._rows, self._events):

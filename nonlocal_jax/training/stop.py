@@ -4,6 +4,9 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 SAVED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 
@@ -23,11 +26,14 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Within `with`, SIGTERM and SIGINT only set `requested`.
+    """Within `with`, SIGTERM and SIGINT only set `requested`; of many processes all stop after the same step.
 
     Another SIGTERM changes nothing: schedulers and launchers often send two, and the save is on its way. Another SIGINT, from
     someone who presses Ctrl-C again, raises KeyboardInterrupt at once; the save that it interrupts leaves the checkpoints
     before it whole.
+
+    Of many processes any one's SIGTERM stops all: JAX's preemption service takes the signal, and agrees on a step. SIGINT is
+    then left alone.
     """
 
     def __init__(self) -> None:
@@ -35,7 +41,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:  # not in the main thread, where no signal arrives
@@ -45,6 +51,12 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked after each, once."""
+        if jax.process_count() > 1:
+            self.requested = self.requested or multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested:

@@ -34,17 +34,16 @@ def test_digits_are_learnt(tmp_path):
     assert results["data"] == "digits"
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_the_whole_path_from_the_official_archive(dataset, tmp_path):
-    archive, _ = make_archive(tmp_path / "data", dataset)
+def test_the_whole_path_from_the_official_archive(tmp_path):
+    archive, _ = make_archive(tmp_path / "data", "cifar10")
     config = dataclasses.replace(
-        SMALL, dataset=dataset, data_dir=tmp_path / "data", archive_sha256=archive.sha256, output=tmp_path / "run", workers=1,
+        SMALL, dataset="cifar10", data_dir=tmp_path / "data", archive_sha256=archive.sha256, output=tmp_path / "run", workers=1,
         mixup=0.2, label_smoothing=0.1, average=0.9, schedule="cosine", warmup=1, clip_norm=1.0, accumulate=2,
     )  # fmt: skip
     result = cifar.main(config)
     assert int(result.state.step) == 4
     assert result.metrics["count"] == 7
-    assert result.state.params["head"]["kernel"].shape == (64, {"cifar10": 10, "cifar100": 100}[dataset])
+    assert result.state.params["head"]["kernel"].shape == (64, 10)
 
 
 def test_augmentation_is_of_the_example_alone():

@@ -67,30 +67,40 @@ def wait_for(condition, process, what):
 
 
 def logged(folder):
+    """The last step in the log."""
     file = folder / "metrics.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+    rows = file.read_text().split("\n")[:-1] if file.exists() else []
+    return json.loads(rows[-1])["step"] if rows else 0
+
+
+def saved(folder):
+    """The step of the latest whole checkpoint."""
+    return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
 
 
 def saving(folder):
-    return any("tmp" in path.name for path in (folder / "checkpoints").glob("*")) if folder.exists() else False
+    return any("tmp" in path.name for path in (folder / "checkpoints").glob("*"))
 
 
 def kill_often(folder, kills, seed):
-    """SIGKILL so many times, every other time while a checkpoint is being written; then let it end. Gives the steps it
-    resumed at, and how many kills there were.
+    """SIGKILL so many times, some steps after the checkpoint that the start went on from, every other time while one is
+    being written; then let it end. Gives what it printed at the end, and how many kills there were.
     """
     rng = np.random.default_rng(seed)
     done = 0
     for number in range(kills):
+        target = saved(folder) + rng.integers(1, 20)
         process = start(folder)
-        before = logged(folder)
-        alive = wait_for(lambda before=before: logged(folder) != before, process, "step")
+        begun = time.time()
+
+        def far_enough(target=target, begun=begun):
+            log = folder / "metrics.jsonl"
+            return log.exists() and log.stat().st_mtime > begun and logged(folder) >= target
+
+        alive = wait_for(far_enough, process, "step")
         if alive and number % 2:
-            time.sleep(rng.uniform(0, 0.3))
-            alive = wait_for(lambda: saving(folder), process, "save")
-            time.sleep(rng.uniform(0, 0.02))
-        else:
-            time.sleep(rng.uniform(0, 0.5))
+            wait_for(lambda: saving(folder), process, "save")
+        time.sleep(rng.uniform(0, 0.1))
         process.kill()
         done += process.wait(PATIENCE) == -signal.SIGKILL
         process.stdout.close()
