@@ -24,6 +24,7 @@ Keys = Float[Array, "*b m d"]  # φ(x_j)
 Values = Float[Array, "*b m e"]  # g(x_j)
 Responses = Float[Array, "*b n e"]  # y_i
 Affinity = Float[Array, "*b n m"]  # f(x_i, x_j) / C(x)
+AffinityToAll = Float[Array, "*b n all_m"]  # where keys are split over devices, to those of all
 KeyMask = Bool[Array, "*b m"]
 ConcatenationWeights = Float[Array, " two_d"]  # w_f, first for θ, then for φ
 
@@ -35,6 +36,7 @@ Logits = Float[Array, "b classes"]
 
 __all__ = [
     "Affinity",
+    "AffinityToAll",
     "Array",
     "ConcatenationWeights",
     "Embedded",

@@ -113,21 +113,30 @@ class NonLocalBlock(nn.Module):
         if mask is not None:
             residual = jnp.where(mask[..., None], residual, 0)
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
-            self.sow("intermediates", "residual_ratio", _residual_ratio(residual, x, mask))
+            self.sow("intermediates", "residual_ratio", _residual_ratio(residual, x, mask, self.operation.axis_name))
         z = (x + residual).astype(x.dtype)
         return (z, affinity) if return_map else z
 
     def _normalise(self, norm: Callable[..., nn.Module], x: Array, mask: Array | None, train: bool) -> Array:
-        identity = {"scale_init": nn.initializers.zeros} if self.zero_init else {}
-        module = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="out_norm", **identity)
+        options: dict[str, Any] = {"scale_init": nn.initializers.zeros} if self.zero_init else {}
+        kind = norm.func if isinstance(norm, functools.partial) else norm
+        axis_name = None if self.is_initializing() else self.operation.axis_name
+        if axis_name is not None and isinstance(kind, type) and issubclass(kind, nn.BatchNorm | nn.GroupNorm):
+            options["axis_name"] = getattr(norm, "keywords", {}).get("axis_name", axis_name)
+        module = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="out_norm", **options)
         if isinstance(module, nn.BatchNorm):
-            return module(x, use_running_average=not train, mask=_never_empty(mask, x, 0))
+            return module(x, use_running_average=not train, mask=_never_empty(mask, x, 0, axis_name))
         if isinstance(module, nn.GroupNorm | nn.InstanceNorm):
+            if mask is not None and axis_name is not None:
+                raise ValueError(
+                    "GroupNorm must have no mask where positions are split over devices: Flax averages the devices' means "
+                    "whatever their counts. Take BatchNorm or LayerNorm."
+                )
             return module(x, mask=_never_empty(mask, x, 1))
         return module(x)  # by position: padding cannot reach the others
 
 
-def _never_empty(mask: Array | None, x: Array, first_axis: int) -> Array | None:
+def _never_empty(mask: Array | None, x: Array, first_axis: int, axis_name: str | None = None) -> Array | None:
     """The mask for a norm over the axes from `first_axis` on, of the shape of x.
 
     Statistics of no position at all would be NaN, and so would gradients; where all is padding, all counts, and still
@@ -135,14 +144,18 @@ def _never_empty(mask: Array | None, x: Array, first_axis: int) -> Array | None:
     """
     if mask is None:
         return None
-    empty = ~mask.any(axis=tuple(range(first_axis, mask.ndim)), keepdims=True)
+    real = mask.any(axis=tuple(range(first_axis, mask.ndim)), keepdims=True)
+    empty = ~real if axis_name is None else jax.lax.pmax(real.astype(jnp.int32), axis_name) == 0
     return jnp.broadcast_to((mask | empty)[..., None], x.shape)
 
 
-def _residual_ratio(residual: Array, x: Array, mask: Array | None) -> Scalar:
-    """‖W_z y‖ / ‖x‖ over the real positions: 0 as long as the block is the identity."""
+def _residual_ratio(residual: Array, x: Array, mask: Array | None, axis_name: str | None) -> Scalar:
+    """‖W_z y‖ / ‖x‖ over the real positions, of all devices of `axis_name`: 0 as long as the block is the identity."""
     x = x if mask is None else jnp.where(mask[..., None], x, 0)
-    norm, of_x = (jnp.linalg.norm(a.astype(jnp.float32)) for a in (residual, x))
+    squares = [jnp.sum(jnp.square(a.astype(jnp.float32))) for a in (residual, x)]
+    if axis_name is not None:
+        squares = jax.lax.psum(squares, axis_name)
+    norm, of_x = map(jnp.sqrt, squares)
     return norm / jnp.where(of_x == 0, 1, of_x)
 
 

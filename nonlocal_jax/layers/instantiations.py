@@ -45,6 +45,8 @@ class NonLocalOperation(nn.Module):
         dtype: of the computation; None is that of the input and parameters. Logits and sums stay float32.
         param_dtype: of the parameters.
         implementation: passed to `nonlocal_jax.ops`.
+        axis_name: under `jax.shard_map` or `jax.pmap`, the mapped axis over whose devices the first position axis is split
+            (the frames of a video); keys of all devices are summed, and each holds the response of its own positions.
     """
 
     inner_features: int | None = None
@@ -58,6 +60,7 @@ class NonLocalOperation(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     implementation: ops.Implementation = "auto"
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -124,6 +127,9 @@ class NonLocalOperation(nn.Module):
         """Y, and the affinity for who asks for it, be it with `mutable=["intermediates"]`: (B, ..., N, M)."""
         name, parameters, options = self._pairwise(theta)
         options["key_mask"] = key_mask
+        # Parameters are made outside the map; and over space, or within groups, all keys of a query are on its device.
+        if not self.is_initializing() and self.axes != "space" and self.group_size is None:
+            options["axis_name"] = self.axis_name
         sown = self.is_mutable_collection("intermediates") and not self.is_initializing()
         affinity = ops.affinity(name, theta, phi, *parameters, **options) if sown or return_map else None
         if sown:
@@ -182,6 +188,11 @@ class NonLocalOperation(nn.Module):
             raise ValueError(f"subsample must have {len(positions)} sizes of at least 1; got {window}.")
         if any(size > length for size, length in zip(window, positions, strict=True)):
             raise ValueError(f"the subsampling window {window} must not be larger than the map {positions}; use a smaller one.")
+        if self.axis_name is not None and not self.is_initializing() and positions[0] % window[0]:
+            raise ValueError(
+                f"the subsampling window {window} must divide the part of the first position axis that each device of "
+                f"{self.axis_name!r} holds; got {positions[0]}."
+            )
         if self.axes == "space" and window[0] > 1:
             raise ValueError(f"axes='space' sums over one frame, so its window must be 1 in time; got {window}.")
         if self.axes == "time" and max(window[1:]) > 1:

@@ -77,10 +77,13 @@ class BatchNorm(nn.BatchNorm):
         over = tuple(range(x.ndim - 1))
 
         def mean(a: Array) -> Array:
-            moment = jnp.mean(a, over, where=mask)
             if self.axis_name is None or self.is_initializing():
-                return moment
-            return jax.lax.pmean(moment, self.axis_name, axis_index_groups=self.axis_index_groups)
+                return jnp.mean(a, over, where=mask)
+            across = {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
+            if mask is None:
+                return jax.lax.pmean(jnp.mean(a, over), **across)
+            real = jnp.broadcast_to(mask, a.shape)  # more of it on some devices than on others
+            return jax.lax.psum(jnp.sum(a, over, where=real), **across) / jax.lax.psum(jnp.sum(real, over), **across)
 
         m = mean(x)
         if self.use_fast_variance:

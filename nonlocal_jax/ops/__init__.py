@@ -14,7 +14,8 @@ implementations agree with `ops/definition.py`, which is called "dense":
 | "sorted" | the concatenation | (N + M)·(log M + e) | (N + M)·e |
 
 "auto" takes the one that `ops/cost.py` forecasts to be the fastest; `explain` tells which and why. All have gradients;
-forward-mode differentiation (`jax.jvp`) wants "dense" or "reassociated".
+forward-mode differentiation (`jax.jvp`) wants "dense" or "reassociated". With `axis_name`, positions are split over devices
+(`ops/sharded.py`).
 """
 
 import math
@@ -22,12 +23,13 @@ from typing import Any
 
 import jax
 
-from nonlocal_jax.ops import arguments, cost, definition, machine, softmax
+from nonlocal_jax.ops import arguments, cost, definition, machine, sharded, softmax
 from nonlocal_jax.ops import concatenation as sorted_keys
 from nonlocal_jax.ops.cost import Explanation, Implementation
 from nonlocal_jax.ops.dot_product import reassociated
 from nonlocal_jax.types import (
     Affinity,
+    AffinityToAll,
     Array,
     ConcatenationWeights,
     Instantiation,
@@ -59,6 +61,7 @@ def gaussian(
     *,
     key_mask: KeyMask | None = None,
     implementation: Implementation = "auto",
+    axis_name: str | None = None,
 ) -> Responses:
     """Gaussian: the response of each position by the similarity of the features themselves.
 
@@ -71,6 +74,8 @@ def gaussian(
         key_mask: (..., M) of bool. A key that is False is in neither the sum nor C(x), whatever it holds; as a query, the
             same position still needs finite features.
         implementation: how it is computed, never what.
+        axis_name: the mapped axis over whose devices the positions are split; queries, keys, values and mask are then
+            this device's, and the keys of all are summed.
 
     Returns:
         (..., N, e) in g's dtype. A query whose keys are all masked gets 0.
@@ -89,7 +94,7 @@ def gaussian(
     """
     x, keys, key_mask = arguments.check_pairs("x", x, "keys", keys, key_mask)
     g = arguments.check_values(g, keys, key_mask)
-    return _run("gaussian", x, keys, g, key_mask, implementation)
+    return _run("gaussian", x, keys, g, key_mask, implementation, axis_name)
 
 
 def embedded_gaussian(
@@ -100,6 +105,7 @@ def embedded_gaussian(
     scale: float | Array = 1.0,
     key_mask: KeyMask | None = None,
     implementation: Implementation = "auto",
+    axis_name: str | None = None,
 ) -> Responses:
     """Embedded Gaussian: softmax attention.
 
@@ -112,6 +118,8 @@ def embedded_gaussian(
         scale: multiplies the logits. The paper has 1; video-nonlocal-net and PySlowFast have d^-0.5.
         key_mask: (..., M) of bool. A key that is False is in neither the sum nor C(x).
         implementation: how it is computed, never what.
+        axis_name: the mapped axis over whose devices the positions are split; queries, keys, values and mask are then
+            this device's, and the keys of all are summed.
 
     Returns:
         (..., N, e) in g's dtype. A query whose keys are all masked gets 0.
@@ -131,7 +139,7 @@ def embedded_gaussian(
     arguments.check_scale(scale)
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     g = arguments.check_values(g, phi, key_mask)
-    return _run("embedded_gaussian", theta, phi, g, key_mask, implementation, scale=scale)
+    return _run("embedded_gaussian", theta, phi, g, key_mask, implementation, axis_name, scale=scale)
 
 
 def dot_product(
@@ -141,6 +149,7 @@ def dot_product(
     *,
     key_mask: KeyMask | None = None,
     implementation: Implementation = "auto",
+    axis_name: str | None = None,
 ) -> Responses:
     """Dot product: the embedded similarity itself, without a softmax.
 
@@ -152,6 +161,8 @@ def dot_product(
         g: (..., M, e), the values.
         key_mask: (..., M) of bool. A key that is False is neither summed nor counted in N.
         implementation: how it is computed, never what.
+        axis_name: the mapped axis over whose devices the positions are split; queries, keys, values and mask are then
+            this device's, and the keys of all are summed.
 
     Returns:
         (..., N, e) in g's dtype. A query whose keys are all masked gets 0.
@@ -168,7 +179,7 @@ def dot_product(
     """
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     g = arguments.check_values(g, phi, key_mask)
-    return _run("dot_product", theta, phi, g, key_mask, implementation)
+    return _run("dot_product", theta, phi, g, key_mask, implementation, axis_name)
 
 
 def concatenation(
@@ -179,6 +190,7 @@ def concatenation(
     *,
     key_mask: KeyMask | None = None,
     implementation: Implementation = "auto",
+    axis_name: str | None = None,
 ) -> Responses:
     """Concatenation: a learned projection of each pair, as in Relation Networks.
 
@@ -191,6 +203,8 @@ def concatenation(
         w_f: (2d,), the projection of a pair to a number; the first half meets θ, the second φ.
         key_mask: (..., M) of bool. A key that is False is neither summed nor counted in N.
         implementation: how it is computed, never what.
+        axis_name: the mapped axis over whose devices the positions are split; queries, keys, values and mask are then
+            this device's, and the keys of all are summed.
 
     Returns:
         (..., N, e) in g's dtype. A query whose keys are all masked gets 0.
@@ -209,7 +223,7 @@ def concatenation(
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     w_f = arguments.check_w_f(w_f, theta)
     g = arguments.check_values(g, phi, key_mask)
-    return _run("concatenation", theta, phi, g, key_mask, implementation, w_f=w_f)
+    return _run("concatenation", theta, phi, g, key_mask, implementation, axis_name, w_f=w_f)
 
 
 def affinity(
@@ -220,7 +234,8 @@ def affinity(
     *,
     scale: float | Array = 1.0,
     key_mask: KeyMask | None = None,
-) -> Affinity:
+    axis_name: str | None = None,
+) -> Affinity | AffinityToAll:
     """The map f(x_i, x_j) / C(x): how much each position i takes from each position j.
 
     y = affinity @ g is Eq. 1. Rows of the two Gaussians are non-negative and sum to 1; those of the dot product are signed;
@@ -233,6 +248,8 @@ def affinity(
         w_f: (2d,), for the concatenation only.
         scale: multiplies the logits of the embedded Gaussian.
         key_mask: (..., M) of bool. The column of a key that is False is 0.
+        axis_name: the mapped axis over whose devices the positions are split; rows are then of this device's queries, columns
+            of the keys of all.
 
     Returns:
         (..., N, M), float32 or wider.
@@ -256,6 +273,8 @@ def affinity(
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     if instantiation == "concatenation":
         w_f = arguments.check_w_f(w_f, theta)
+    if axis_name is not None:
+        key_mask, phi = sharded.gather(axis_name, key_mask, phi)
     return _affinity(instantiation, theta, phi, key_mask, scale, w_f)
 
 
@@ -314,23 +333,40 @@ def _run(
     g: Values,
     key_mask: KeyMask | None,
     implementation: Implementation,
+    axis_name: str | None,
     *,
     scale: float | Array = 1.0,
     w_f: Any = None,
 ) -> Responses:
-    batch, sizes = theta.shape[:-2], _sizes(theta, phi, g, key_mask is not None)
+    batch, devices = theta.shape[:-2], 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    sizes = _sizes(theta, phi, g, key_mask is not None)
+    sizes = sizes._replace(m=devices * sizes.m)
     if sizes.batch == 1:  # matrix products without a batch are faster on CPU
         theta, phi, g = (x.reshape(x.shape[-2:]) for x in (theta, phi, g))
         key_mask = None if key_mask is None else key_mask.reshape(-1)
-    match cost.choose(instantiation, sizes, implementation, machine.backend()).implementation:
+    chosen: str = cost.choose(instantiation, sizes, implementation, machine.backend()).implementation
+    if axis_name is not None:
+        if instantiation == "dot_product" and implementation != "dense":
+            chosen = "reassociated"  # one small sum crosses between devices, whatever is fastest on one
+        elif chosen == "streaming" and sharded.takes_ring(phi, g, axis_name):
+            chosen = "ring"
+        elif chosen != "sorted":
+            key_mask, phi, g = sharded.gather(axis_name, key_mask, phi, g)
+    match chosen:
         case "streaming":
             y = softmax.streaming(theta, phi, g, scale, key_mask)
+        case "ring":
+            y = sharded.ring(theta, phi, g, scale, key_mask, str(axis_name))
         case "cudnn":
             y = softmax.cudnn(theta, phi, g, scale, key_mask)
         case "reassociated":
-            y = reassociated(theta, phi, g, key_mask)
+            y = reassociated(theta, phi, g, key_mask, axis_name)
         case "sorted":
-            y = sorted_keys.respond(*definition.project(theta, phi, w_f), definition.widen(g), key_mask)
+            a, b = definition.project(theta, phi, w_f)
+            if axis_name is not None:
+                key_mask, b, g = sharded.gather(axis_name, key_mask, b[..., None], g)
+                b = b[..., 0]
+            y = sorted_keys.respond(a, b, definition.widen(g), key_mask)
         case _:
             y = definition.respond(_affinity(instantiation, theta, phi, key_mask, scale, w_f), g)
     return y.reshape(*batch, *y.shape[-2:]).astype(g.dtype)

@@ -89,20 +89,30 @@ def streaming(theta: Queries, phi: Keys, g: Values, scale: float | Array, key_ma
 
 @jax.custom_vjp
 def _streaming(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> Array:
-    return _in_tiles(theta, phi, g, scale, mask)[0]
+    return in_tiles(theta, phi, g, scale, mask)[0]
 
 
 def _forward(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
     if _keeps(theta, phi):
         y, *kept = over_samples(partial(_respond_keeping, scale=scale), 1, theta, phi, g, mask)
     else:
-        y, *kept = _in_tiles(theta, phi, g, scale, mask)
+        y, *kept = in_tiles(theta, phi, g, scale, mask)
     return y, (theta, phi, g, scale, mask, y, *kept)
 
 
-def _in_tiles(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, Array]:
+def in_tiles(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, Array]:
+    """The responses (B, N, e) and λ (B, N); for a query without keys both are 0."""
     tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
     return over_samples(partial(_respond, scale=scale, tiles=tiles), tiles.samples, theta, phi, g, mask)
+
+
+def differentiate(
+    theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None, dy: Array, mean: Array, lse: Array
+) -> tuple[Array, Array, Array]:
+    """θ̄ / scale, φ̄ / scale and ḡ, given ȳ, Σ_j p_ij ȳ_i·g_j and λ."""
+    tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
+    of_sample = partial(_differentiate, scale=scale, tiles=tiles)
+    return over_samples(of_sample, tiles.samples, theta, phi, g, mask, dy, mean, lse)
 
 
 def _keeps(theta: Array, phi: Array) -> bool:
@@ -115,9 +125,7 @@ def _backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array | None, ...]
     if _keeps(theta, phi):
         dtheta, dphi, dg = over_samples(_differentiate_kept, 1, theta, phi, g, dy, mean, *kept)
     else:
-        tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
-        differentiate = partial(_differentiate, scale=scale, tiles=tiles)
-        dtheta, dphi, dg = over_samples(differentiate, tiles.samples, theta, phi, g, mask, dy, mean, *kept)
+        dtheta, dphi, dg = differentiate(theta, phi, g, scale, mask, dy, mean, *kept)
     return scale * dtheta, scale * dphi, dg, jnp.sum(dtheta * theta), None
 
 
