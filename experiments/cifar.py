@@ -13,7 +13,8 @@ Recipe (He, Zhang, Ren, Sun, CVPR 2016, section 4.2): SGD, momentum 0.9 (here Ne
 Expected on CIFAR-10 without blocks, by that paper: 91.25% with 20 layers, 92.49% with 32, 93.03% with 56. Not run here on
 CIFAR itself. On the digits, which are not CIFAR and much easier: about 99% of the 450 that are held out.
 
-Hardware and time: on 2 CPU cores a step of ResNet-20 takes about a third of a second, so CIFAR wants an accelerator.
+Hardware and time: on 2 CPU cores a step of ResNet-20 on CIFAR's 32×32 images takes 0.66 s, with a block 0.78 s (medians of 11):
+CIFAR wants an accelerator.
 """
 
 import dataclasses
@@ -52,18 +53,13 @@ class Input:
     padding: int  # pixels around an image before it is cropped
     flip: bool
     steps: int
-    boundaries: tuple[int, ...]  # steps at which the learning rate falls to a tenth
     evaluate_every: int
 
 
 INPUTS: dict[Dataset, Input] = {
-    "digits": Input((4.9,), (6.0,), padding=1, flip=False, steps=400, boundaries=(200, 300), evaluate_every=100),
-    "cifar10": Input(
-        (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), 4, True, steps=64_000, boundaries=(32_000, 48_000), evaluate_every=2000
-    ),
-    "cifar100": Input(
-        (129.3, 124.1, 112.4), (68.2, 65.4, 70.4), 4, True, steps=64_000, boundaries=(32_000, 48_000), evaluate_every=2000
-    ),
+    "digits": Input((4.9,), (6.0,), padding=1, flip=False, steps=400, evaluate_every=100),
+    "cifar10": Input((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), 4, True, steps=64_000, evaluate_every=2000),
+    "cifar100": Input((129.3, 124.1, 112.4), (68.2, 65.4, 70.4), 4, True, steps=64_000, evaluate_every=2000),
 }
 MAY_DIFFER = (
     "data_dir", "output", "workers", "profile", "save_every", "keep",
@@ -118,21 +114,24 @@ class Config:
             raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
         if not 0 <= self.mixup < math.inf:
             raise ValueError(f"mixup must be at least 0 and finite; got {self.mixup}.")
+        self.places()
+
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """After which residual blocks of which stage the non-local ones stand."""
+        found: dict[str, tuple[int, ...]] = {}
         for place in self.nonlocal_blocks:
             stage, _, i = place.partition("_")
             if stage not in STAGES or not i.isdecimal():
                 raise ValueError(f"nonlocal_blocks must be like res2_1, stages {', '.join(STAGES)}; got {place!r}.")
+            found[stage] = (*found.get(stage, ()), int(i))
+        return found
 
 
 def build(config: Config, num_classes: int) -> CifarResNet:
     """The network."""
-    places: dict[str, tuple[int, ...]] = {}
-    for place in config.nonlocal_blocks:
-        stage, _, i = place.partition("_")
-        places[stage] = (*places.get(stage, ()), int(i))
     return nl.models.cifar_resnet(
-        config.depth, places, num_classes, instantiation=config.instantiation, preset=config.preset, remat=config.remat,
-        dtype=jnp.dtype(config.dtype),
+        config.depth, config.places(), num_classes, instantiation=config.instantiation, preset=config.preset,
+        remat=config.remat, dtype=jnp.dtype(config.dtype),
     )  # fmt: skip
 
 
@@ -143,8 +142,7 @@ def make_trainer(config: Config, num_classes: int) -> training.Trainer:
     if config.schedule == "cosine":
         schedule = training.cosine_schedule(config.learning_rate, steps, warmup=config.warmup)
     else:
-        boundaries = of_input.boundaries if config.steps is None else (steps // 2, 3 * steps // 4)
-        schedule = training.step_schedule(config.learning_rate, boundaries, warmup=config.warmup)
+        schedule = training.step_schedule(config.learning_rate, (steps // 2, 3 * steps // 4), warmup=config.warmup)
     optimiser = training.sgd(
         schedule, weight_decay=config.weight_decay, decay_biases=config.decay_biases, clip_norm=config.clip_norm
     )

@@ -20,7 +20,6 @@ import functools
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -39,6 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import nonlocal_jax as nl
+from experiments.report import hardware
 from nonlocal_jax.data.toy_video import Clips, Scans, Scene, Task, load_scans, make_clips, num_classes
 from nonlocal_jax.models.toy_video import Kind, LocalBlock, ToyVideoNet
 from nonlocal_jax.types import Instantiation
@@ -300,13 +300,6 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
     seeds = ", ".join(f"{task}: {n}" for task, n in {row["task"]: len(row["accuracies"]) for row in rows}.items())
     lines += ["", f"Mean ± standard deviation over seeds ({seeds}); chance is 50. `{command}`, {hardware()}."]
     return "\n".join(lines)
-
-
-def hardware() -> str:
-    """What it ran on."""
-    device = jax.devices()[0]
-    place = f"{os.cpu_count()} CPU cores ({platform.machine()})" if device.platform == "cpu" else device.device_kind
-    return f"{place}, Python {platform.python_version()}, JAX {jax.__version__}"
 
 
 def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, Scans], file: Path) -> None:

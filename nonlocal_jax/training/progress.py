@@ -22,7 +22,6 @@ class Bar:
         self.console = console
         self._progress = Progress(*columns, console=console, disable=jax.process_index() != 0, speed_estimate_period=60)
         self._task: TaskID = self._progress.add_task("training", total=steps, completed=step, metrics="")
-        self._text = ""
 
     def __enter__(self) -> "Bar":
         self._progress.start()
@@ -34,8 +33,8 @@ class Bar:
     def step(self, step: int, metrics: dict[str, float], rate: float) -> None:
         """After a step: `rate` in examples a second."""
         shown = ", ".join(f"{name.replace('_', ' ')} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
-        self._text = f"{shown}, {rate:,.0f} examples/s"
-        self._progress.update(self._task, completed=step, description="training", metrics=self._text)
+        text = f"{shown}, {rate:,.0f} examples/s"
+        self._progress.update(self._task, completed=step, description="training", metrics=text)
 
     def doing(self, what: str) -> None:
         """Something else than a step goes on."""

@@ -270,10 +270,14 @@ def pmap_step(trainer: Trainer, axis_name: str = "data") -> Callable[[TrainState
         A function of a state replicated by `flax.jax_utils.replicate`, which it consumes, and of a batch whose arrays are
         (devices, B / devices, ...); it gives the state and the metrics, one of each for every device.
 
-    >>> from flax.jax_utils import replicate, unreplicate
-    >>> trainer = Trainer(nn.Sequential([nn.Dense(3)]), optax.sgd(0.1))  # doctest: +SKIP
-    >>> step = pmap_step(trainer)  # doctest: +SKIP
-    >>> state, metrics = step(replicate(state), batch)  # doctest: +SKIP
+    >>> from flax.jax_utils import replicate
+    >>> from nonlocal_jax.models import cifar_resnet
+    >>> trainer = Trainer(cifar_resnet(8), optax.sgd(0.1))
+    >>> batch = {"inputs": jnp.ones((2, 8, 8, 3)), "labels": jnp.array([0, 1])}
+    >>> state, devices = trainer.init(jax.random.key(0), batch), jax.local_device_count()
+    >>> state, metrics = pmap_step(trainer)(replicate(state), jax.tree.map(lambda x: jnp.stack(devices * [x]), batch))
+    >>> metrics["loss"].shape == (devices,)
+    True
     """
     step = functools.partial(train_step, trainer, axis_name=axis_name)
     return jax.pmap(step, axis_name, donate_argnums=0)

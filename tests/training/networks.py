@@ -34,11 +34,11 @@ class Small(nn.Module):
         return nn.Dense(CLASSES, name="head")(x)
 
 
-def make_batches(count, size=16, seed=0, classes=CLASSES):
+def make_batches(count, size=16, seed=0):
     """Images 6×5×2 whose mean says their class, as float32."""
     rng = np.random.default_rng(seed)
     for step in range(count):
-        labels = rng.integers(0, classes, size).astype(np.int32)
+        labels = rng.integers(0, CLASSES, size).astype(np.int32)
         images = (rng.normal(size=(size, 6, 5, 2)) + 0.5 * labels[:, None, None, None]).astype(np.float32)
         yield {"inputs": images, "labels": labels, "position": np.arange(step * size, (step + 1) * size, dtype=np.uint32)}
 

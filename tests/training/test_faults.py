@@ -11,6 +11,8 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from training import processes
+from training.processes import PATIENCE, finish
 
 STEPS = 60
 OPTIONS = (
@@ -18,23 +20,10 @@ OPTIONS = (
     "--average 0.9"
 )
 DEADLINE = 60.0  # seconds to save after a signal, on a busy machine
-PATIENCE = 240.0  # for anything else
-ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}  # one device, as on a laptop
 
 
-def start(folder, *more):
-    command = [sys.executable, "-m", "experiments.cifar", *OPTIONS.split(), "--output", str(folder), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
-
-
-def finish(process, code=0):
-    """Wait for it; gives what it printed."""
-    try:
-        printed, _ = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    assert process.returncode == code, printed
-    return printed
+def start(folder):
+    return processes.start(OPTIONS, folder)
 
 
 def outcome(folder):
@@ -219,9 +208,9 @@ def test_a_disk_that_fills_up(whole, tmp_path):
         pytest.skip("mount namespaces are absent")
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = [sys.executable, "-m", "experiments.cifar", *OPTIONS.split(), "--output", str(disk / "run")]
+    command = processes.command(OPTIONS, disk / "run")
     filled = ["unshare", "-rm", sys.executable, "-c", FULL_DISK, str(disk), *command]
-    done = subprocess.run(filled, capture_output=True, text=True, timeout=2 * PATIENCE, env=ENVIRONMENT)
+    done = subprocess.run(filled, capture_output=True, text=True, timeout=2 * PATIENCE, env=processes.environment(1))
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = done.stdout.split("second:")
     assert first.startswith("first: 1 "), first
@@ -235,7 +224,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     if not in_namespace():
         pytest.skip("mount namespaces are absent")
     (tmp_path / "run").mkdir()
-    command = [sys.executable, "-m", "experiments.cifar", *OPTIONS.split(), "--output", str(tmp_path / "run")]
+    command = processes.command(OPTIONS, tmp_path / "run")
     script = f"mount -t tmpfs -o ro tmpfs {tmp_path / 'run'} && exec " + " ".join(command)
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1

@@ -1,17 +1,15 @@
 """Two real processes with two devices each, on loopback, train as one process does, and end together."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import chex
 import jax
 import numpy as np
 import pytest
+from training.processes import PATIENCE, finish, start
 
 from experiments import cifar
 from nonlocal_jax import training
@@ -20,7 +18,6 @@ OPTIONS = (
     "--depth 8 --nonlocal-blocks res2_0 --steps 10 --batch-size 16 --save-every 4 --evaluate-every 5 --precise-bn 2 "
     "--learning-rate 0.01"
 )
-PATIENCE = 240.0  # seconds
 
 
 def free_port():
@@ -29,25 +26,9 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def start(folder, devices, *more):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, "-m", "experiments.cifar", *OPTIONS.split(), "--output", str(folder), *more]
-    environment = {**os.environ, "XLA_FLAGS": flags}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
 def start_two(folder, *more):
     joint = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", *more]
-    return [start(folder, 2, *joint, "--process-id", str(i)) for i in range(2)]
-
-
-def finish(process, code=0):
-    try:
-        printed, _ = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    assert process.returncode == code, printed
-    return printed
+    return [start(OPTIONS, folder, *joint, "--process-id", str(i), devices=2) for i in range(2)]
 
 
 def state_of(folder):
@@ -64,7 +45,7 @@ def state_of(folder):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
-    finish(start(folder, 4))
+    finish(start(OPTIONS, folder, devices=4))
     return state_of(folder)
 
 
@@ -130,7 +111,7 @@ def test_one_that_never_comes_is_not_waited_for_for_ever(tmp_path):
         "5",
     ]
     begun = time.monotonic()
-    process = start(tmp_path, 1, *joint)
+    process = start(OPTIONS, tmp_path, *joint)
     printed, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert time.monotonic() - begun < 60

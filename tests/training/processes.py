@@ -1,0 +1,32 @@
+"""Real runs of `experiments.cifar` in processes of their own."""
+
+import os
+import subprocess
+import sys
+
+PATIENCE = 240.0  # seconds for anything without a deadline of its own
+
+
+def command(options, folder, *more):
+    return [sys.executable, "-m", "experiments.cifar", *options.split(), "--output", str(folder), *more]
+
+
+def environment(devices):
+    """Of a process with so many simulated devices."""
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def start(options, folder, *more, devices=1):
+    return subprocess.Popen(
+        command(options, folder, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(devices)
+    )
+
+
+def finish(process, code=0):
+    """Wait for it; gives what it printed."""
+    try:
+        printed, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == code, printed
+    return printed
