@@ -20,7 +20,7 @@ from nonlocal_jax.layers.instantiations import (
     he_normal,
     zero_bias,
 )
-from nonlocal_jax.layers.norm import BatchNorm
+from nonlocal_jax.layers.norm import BatchNorm, across_devices
 from nonlocal_jax.types import Affinity, Array, Features, Instantiation, PositionMask, Scalar
 
 Preset = Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"]
@@ -119,10 +119,8 @@ class NonLocalBlock(nn.Module):
 
     def _normalise(self, norm: Callable[..., nn.Module], x: Array, mask: Array | None, train: bool) -> Array:
         options: dict[str, Any] = {"scale_init": nn.initializers.zeros} if self.zero_init else {}
-        kind = norm.func if isinstance(norm, functools.partial) else norm
         axis_name = None if self.is_initializing() else self.operation.axis_name
-        if axis_name is not None and isinstance(kind, type) and issubclass(kind, nn.BatchNorm | nn.GroupNorm):
-            options["axis_name"] = getattr(norm, "keywords", {}).get("axis_name", axis_name)
+        options |= across_devices(norm, axis_name)
         module = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="out_norm", **options)
         if isinstance(module, nn.BatchNorm):
             return module(x, use_running_average=not train, mask=_never_empty(mask, x, 0, axis_name))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nonlocal_jax.layers.halo import local_windows, with_halo
 from nonlocal_jax.layers.winograd import tiled
 from nonlocal_jax.ops.machine import backend
 from nonlocal_jax.types import Array, Video
@@ -45,9 +46,16 @@ def dot_over_positions(x: Array, kernel: Array, dimension_numbers: lax.DotDimens
 
 
 def lowering(
-    x: tuple[int, ...], kernel: tuple[int, ...], strides: Triple = (1, 1, 1), groups: int = 1, dtype: Any = None
+    x: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: Triple = (1, 1, 1),
+    groups: int = 1,
+    dtype: Any = None,
+    has_halo: bool = False,
 ) -> Lowering:
     """How x (B, T, H, W, C) and a kernel (t, h, w, C / groups, features) are convolved. The one place that chooses.
+
+    With its halo x has the frames around it already, and is not padded in time.
 
     On CPU, by measurement with JAX 0.10 on two cores: XLA's convolutions are as fast as its products, but for
 
@@ -59,6 +67,9 @@ def lowering(
     Elsewhere what is a product is one, and what is a 2-D convolution is one; this was not measured.
     """
     taps, cpu = math.prod(kernel[:3]), backend() == "cpu"
+    if has_halo:
+        chosen = functools.partial(_temporal if groups == 1 and kernel[1:3] == (1, 1) else _planes, padding=0)
+        return Lowering(chosen, chosen)
     if groups == 1 and taps == 1:
         return Lowering(_product, _product)
     if cpu and groups == 1 and taps <= 27 and kernel[3] <= 32:
@@ -93,7 +104,7 @@ def _in_tiles_where_faster(x: tuple[int, ...], kernel: tuple[int, ...], strides:
     return Lowering(*[functools.partial(_in_tiles, tiles)] * 2)
 
 
-def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int = 1) -> Array:
+def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int = 1, axis_name: str | None = None) -> Array:
     """y[p] = Σ_tap x[strides · p + tap] W[tap], zeros beyond the borders, as `jax.lax.conv_general_dilated` in 3-D.
 
     Args:
@@ -101,27 +112,38 @@ def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int
         kernel: (t, h, w, C / groups, features), t, h and w odd; x is padded by half of them on both sides.
         strides: along (T, H, W).
         groups: output channels of one group see the input channels of that group alone.
+        axis_name: under `jax.shard_map` or `jax.pmap`, the mapped axis over whose devices T is split; frames at the borders
+            go to the neighbours.
 
     Returns:
         (B, T / stride, H / stride, W / stride, features), rounded up.
+
+    Raises:
+        ValueError: T is split, and the stride does not divide what each device holds.
 
     >>> import jax.numpy as jnp
     >>> video_conv(jnp.ones((1, 3, 1, 1, 1)), jnp.ones((3, 1, 1, 1, 1))).ravel()
     Array([2., 3., 2.], dtype=float32)
     """
-    return _convolve(x, kernel, strides, groups)
+    if axis_name is None:
+        return _convolve(x, kernel, strides, groups, False)
+    taps = kernel.shape[0]
+    halo = local_windows(x.shape[1], taps, strides[0], taps // 2, axis_name)
+    return _convolve(with_halo(x, axis_name, *halo), kernel, strides, groups, taps > 1)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _convolve(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
-    return lowering(x.shape, kernel.shape, strides, groups, x.dtype).value(x, kernel, strides, groups)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _convolve(x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool) -> Array:
+    return lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo).value(x, kernel, strides, groups)
 
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
-def _convolve_jvp(strides: Triple, groups: int, primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+def _convolve_jvp(
+    strides: Triple, groups: int, has_halo: bool, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    chosen, zero = lowering(x.shape, kernel.shape, strides, groups, x.dtype), jax.custom_derivatives.SymbolicZero
-    y = _convolve(x, kernel, strides, groups)
+    chosen, zero = lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo), jax.custom_derivatives.SymbolicZero
+    y = _convolve(x, kernel, strides, groups, has_halo)
     parts = [] if isinstance(dx, zero) else [chosen.value(dx, kernel, strides, groups)]
     parts += [] if isinstance(dkernel, zero) else [chosen.by_kernel(x, dkernel, strides, groups)]
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
@@ -137,10 +159,10 @@ def _side_by_side(x: Array, kernel: Array, strides: Triple, groups: int) -> Arra
     return _dot(jnp.concatenate(_taps(x, kernel.shape[:3], strides), axis=-1), kernel.reshape(-1, kernel.shape[-1]))
 
 
-def _temporal(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
-    """t×1×1, a 2-D convolution (t, 1) over (T, H·W)."""
+def _temporal(x: Array, kernel: Array, strides: Triple, groups: int, padding: int | None = None) -> Array:
+    """t×1×1, a 2-D convolution (t, 1) over (T, H·W); the padding is in time, None is half of the taps."""
     x = x[:, :, :: strides[1], :: strides[2]]
-    y = _conv2d(x.reshape(*x.shape[:2], -1, x.shape[-1]), kernel[:, :, 0], (strides[0], 1))
+    y = _conv2d(x.reshape(*x.shape[:2], -1, x.shape[-1]), kernel[:, :, 0], (strides[0], 1), padding=padding)
     return y.reshape(x.shape[0], -1, *x.shape[2:4], kernel.shape[-1])
 
 
@@ -153,9 +175,9 @@ def _shifted_products(x: Array, kernel: Array, strides: Triple, groups: int) -> 
     return functools.reduce(jnp.add, (part[..., i * features : (i + 1) * features] for i, part in enumerate(shifted)))
 
 
-def _planes(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
-    """A 2-D convolution of every frame, the taps in time in the channels."""
-    x, kernel = _time_in_channels(x, kernel, strides[0], groups)
+def _planes(x: Array, kernel: Array, strides: Triple, groups: int, padding: int | None = None) -> Array:
+    """A 2-D convolution of every frame, the taps in time in the channels; the padding is in time, None is half of the taps."""
+    x, kernel = _time_in_channels(x, kernel, strides[0], groups, kernel.shape[0] // 2 if padding is None else padding)
     y = _conv2d(x.reshape(-1, *x.shape[2:]), kernel, strides[1:], groups)
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
@@ -247,28 +269,31 @@ def _taps(x: Array, taps: tuple[int, ...], strides: Triple) -> list[Array]:
     ]
 
 
-def _time_in_channels(x: Array, kernel: Array, stride: int, groups: int) -> tuple[Array, Array]:
+def _time_in_channels(x: Array, kernel: Array, stride: int, groups: int, padding: int) -> tuple[Array, Array]:
     """The taps in time in the channels; each group keeps its own together."""
     taps, features = kernel.shape[0], kernel.shape[-1]
     if taps == 1:
         return x[:, ::stride], kernel[0]
     zero, length = jnp.zeros((), x.dtype), x.shape[1]
+    steps = (length + 2 * padding - taps) // stride
     frames = []
     for k in range(taps):
-        before = taps // 2 - k
-        after = (-(-length // stride) - 1) * stride + 1 - length - before
+        before = padding - k
+        after = steps * stride + 1 - length - before
         shifted = lax.pad(x, zero, [(0, 0, 0), (before, after, 0), *[(0, 0, 0)] * 3])[:, ::stride]
         frames.append(shifted.reshape(*shifted.shape[:-1], groups, -1))
     x = jnp.stack(frames, axis=-2)
     return x.reshape(*x.shape[:4], -1), jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, features)
 
 
-def _conv2d(x: Array, kernel: Array, strides: tuple[int, ...], groups: int = 1) -> Array:
+def _conv2d(x: Array, kernel: Array, strides: tuple[int, ...], groups: int = 1, padding: int | None = None) -> Array:
+    of_rows, of_columns = (size // 2 for size in kernel.shape[:2])
+    of_rows = of_rows if padding is None else padding
     return lax.conv_general_dilated(
         x,
         kernel,
         strides,
-        [(size // 2, size // 2) for size in kernel.shape[:2]],
+        [(of_rows, of_rows), (of_columns, of_columns)],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
@@ -285,6 +310,7 @@ class VideoConv(nn.Module):
         kernel_init: initialiser of the kernel.
         dtype: of the computation; None is that of the input and parameters.
         param_dtype: of the kernel, whose shape is (*kernel_size, C / groups, features).
+        axis_name: the mapped axis over whose devices T is split.
 
     >>> import jax, jax.numpy as jnp
     >>> conv = VideoConv(7, kernel_size=(1, 3, 3), strides=(1, 2, 2))
@@ -299,6 +325,7 @@ class VideoConv(nn.Module):
     kernel_init: Any = nn.initializers.he_normal(in_axis=(0, 1, 2, 3))
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Video) -> Array:
@@ -312,4 +339,4 @@ class VideoConv(nn.Module):
         shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        return video_conv(x, kernel, self.strides, self.groups)
+        return video_conv(x, kernel, self.strides, self.groups, None if self.is_initializing() else self.axis_name)

@@ -1,6 +1,7 @@
 """Batch normalisation as the references have it, and the affine map that it becomes when it is frozen."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -122,6 +123,17 @@ class Affine(nn.Module):
         x, scale, bias = nn.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
         outer = range(x.ndim - 1)
         return x * jnp.expand_dims(scale, outer) + jnp.expand_dims(bias, outer)
+
+
+def across_devices(norm: Callable[..., nn.Module], axis_name: str | None) -> dict[str, Any]:
+    """Options for a norm whose positions are split over the devices of a mapped axis, so that its statistics are of all.
+
+    A norm that names axes of its own (`functools.partial(BatchNorm, axis_name=...)`) keeps them.
+    """
+    kind = norm.func if isinstance(norm, functools.partial) else norm
+    if axis_name is None or not (isinstance(kind, type) and issubclass(kind, nn.BatchNorm | nn.GroupNorm)):
+        return {}
+    return {"axis_name": getattr(norm, "keywords", {}).get("axis_name", axis_name)}
 
 
 def freeze_batch_norm(variables: Mapping[str, Any], epsilon: float = 1e-5) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nonlocal_jax.layers.halo import local_windows, with_halo
 from nonlocal_jax.types import Array, Features, Pooled, PooledMask, PositionMask
 
 
@@ -39,7 +40,9 @@ def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = N
     return jnp.where(pool_mask(mask, window)[..., None], pooled, 0)
 
 
-def strided_max_pool(x: Features, window: tuple[int, ...], strides: tuple[int, ...], padding: tuple[int, ...]) -> Pooled:
+def strided_max_pool(
+    x: Features, window: tuple[int, ...], strides: tuple[int, ...], padding: tuple[int, ...], axis_name: str | None = None
+) -> Pooled:
     """The largest value of each window, the windows `strides` apart; padding is never the largest.
 
     Of several that are the largest the first has the gradient, as in the references.
@@ -49,17 +52,21 @@ def strided_max_pool(x: Features, window: tuple[int, ...], strides: tuple[int, .
         window: its size along each position axis.
         strides: from one window to the next.
         padding: positions added on both sides of each axis, fewer than a window.
+        axis_name: under `jax.shard_map` or `jax.pmap`, the mapped axis over whose devices the first position axis is split.
 
     Returns:
         (B, *pooled, C), along each axis (positions + 2 · padding − window) / stride + 1, rounded down.
 
     Raises:
-        ValueError: a window that is larger than a padded axis.
+        ValueError: a window that is larger than a padded axis, or windows that do not split equally over the devices.
 
     >>> import jax.numpy as jnp
     >>> strided_max_pool(jnp.array([[1.0, 3.0, 2.0, 0.0, 9.0]])[..., None], (3,), (2,), (1,))[0, :, 0]
     Array([3., 3., 9.], dtype=float32)
     """
+    if axis_name is not None:
+        halo = local_windows(x.shape[1], window[0], strides[0], padding[0], axis_name)
+        x, padding = with_halo(x, axis_name, *halo, beyond=-math.inf), (0, *padding[1:])
     if window == strides and not any(padding):
         return max_pool(x, window)
     for axis, (size, stride, pad) in enumerate(zip(window, strides, padding, strict=True), start=1):

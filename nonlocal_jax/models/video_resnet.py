@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from nonlocal_jax.layers.block import CONVENTIONS, Preset, nonlocal_block
 from nonlocal_jax.layers.conv import VideoConv
-from nonlocal_jax.layers.norm import Affine
+from nonlocal_jax.layers.norm import Affine, across_devices
 from nonlocal_jax.layers.pooling import strided_max_pool
 from nonlocal_jax.layers.residual import relu_of_sum
 from nonlocal_jax.types import Array, Features, Instantiation, Logits, Video
@@ -81,6 +81,7 @@ class Bottleneck(nn.Module):
         norm: makes a norm.
         zero_init: whether the scale of the last norm starts at 0.
         dtype, param_dtype: of the convolutions and norms.
+        axis_name: the mapped axis over whose devices T is split.
     """
 
     features: int
@@ -93,12 +94,15 @@ class Bottleneck(nn.Module):
     zero_init: bool
     dtype: Any
     param_dtype: Any
+    axis_name: str | None
 
     @nn.compact
     def __call__(self, x: Features, train: bool = False) -> Array:
         """X (B, T, H, W, C) -> (B, T, H / stride, W / stride, features)."""
-        conv = functools.partial(VideoConv, dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = functools.partial(_norm, self.norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = functools.partial(VideoConv, dtype=self.dtype, param_dtype=self.param_dtype, axis_name=self.axis_name)
+        norm = functools.partial(
+            _norm, self.norm, train=train, axis_name=self.axis_name, dtype=self.dtype, param_dtype=self.param_dtype
+        )
         strides, none = (1, self.stride, self.stride), (1, 1, 1)
         of_a, of_b = (strides, none) if self.stride_at == "conv_a" else (none, strides)
         (t, k), inner = self.taps, self.inner_features
@@ -111,8 +115,10 @@ class Bottleneck(nn.Module):
         return relu_of_sum(x, y)
 
 
-def _norm(make: Callable[..., nn.Module], name: str, *, train: bool, **options: Any) -> Callable[[Array], Array]:
-    module = make(name=name, **options)
+def _norm(
+    make: Callable[..., nn.Module], name: str, *, train: bool, axis_name: str | None, **options: Any
+) -> Callable[[Array], Array]:
+    module = make(name=name, **options, **across_devices(make, axis_name))
     if isinstance(module, nn.BatchNorm):
         return functools.partial(module, use_running_average=not train)
     return module
@@ -157,6 +163,9 @@ class VideoResNet(nn.Module):
             `jax.checkpoint_policies` says what is kept.
         dtype: of the computation, except norms' statistics and logits; None is that of the input and parameters.
         param_dtype: of the parameters.
+        axis_name: under `jax.shard_map`, the mapped axis over whose devices T is split, for clips that one device cannot
+            hold; parameters are made outside of it. Windows take frames from the neighbours, and BatchNorm's statistics are
+            of all devices of this axis.
 
     Source: Table 1.
     """
@@ -179,13 +188,14 @@ class VideoResNet(nn.Module):
     remat: bool | Callable[..., bool] = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    axis_name: str | None = None
 
     @property
     def example(self) -> jax.ShapeDtypeStruct:
         """An input, for who wants the shapes of the variables: 64 frames, or as many more as make whole temporal groups."""
         operations = [getattr(self.make_block(stage), "operation", None) for stage in self.nonlocal_blocks]
         groups = math.lcm(*(getattr(operation, "group_size", None) or 1 for operation in operations))
-        whole = groups * self.layout.conv1_stride * self.layout.pool1.strides[0] * self.layout.pool2.strides[0]
+        whole = groups * self._stride_in_time
         return jax.ShapeDtypeStruct((1, -(-64 // whole) * whole, 64, 64, 3), jnp.float32)
 
     @nn.compact
@@ -203,19 +213,21 @@ class VideoResNet(nn.Module):
         Raises:
             ValueError: a clip of another rank or channel count, or too short or small for the strides.
         """
-        self._check(clip)
-        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        axis_name = None if self.is_initializing() else self.axis_name
+        self._check(clip, axis_name)
+        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "axis_name": axis_name}
         x: Any = VideoConv(64, (self.conv1_frames, 7, 7), (self.layout.conv1_stride, 2, 2), name="conv1", **options)(clip)
         x = nn.relu(_norm(self.norm, "conv1_norm", train=train, **options)(x))
-        x = self._keep("pool1", strided_max_pool(x, *self.layout.pool1))
+        x = self._keep("pool1", strided_max_pool(x, *self.layout.pool1, axis_name))
         for stage in range(4):
-            x = self._stage(stage, x, train)
+            x = self._stage(stage, x, train, axis_name)
             if stage == 0:
-                x = self._keep("pool2", strided_max_pool(x, *self.layout.pool2))
-        return self._head(x, train)
+                x = self._keep("pool2", strided_max_pool(x, *self.layout.pool2, axis_name))
+        return self._head(x, train, axis_name)
 
-    def _stage(self, stage: int, x: Array, train: bool) -> Array:
+    def _stage(self, stage: int, x: Array, train: bool, axis_name: str | None) -> Array:
         name, width = STAGES[stage], 2**stage
+        of_block = {} if axis_name is None else {"axis_name": axis_name}
         residual_block: Any = Bottleneck
         if self.remat:
             policy = self.remat if callable(self.remat) else None
@@ -232,20 +244,22 @@ class VideoResNet(nn.Module):
                 zero_init=self.zero_init_residual,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
+                axis_name=axis_name,
                 name=f"{name}_{i}",
             )(x, train)
             if i in self.nonlocal_blocks.get(name, ()):
-                x = self.make_block(name, name=f"nonlocal_{name}_{i}")(x, train=train)
+                x = self.make_block(name, name=f"nonlocal_{name}_{i}", **of_block)(x, train=train)
         return self._keep(name, x)
 
-    def _head(self, x: Array, train: bool) -> Array:
+    def _head(self, x: Array, train: bool, axis_name: str | None) -> Array:
         window = self.head_window
         slides = not train and window is not None and any(n > size for n, size in zip(x.shape[2:4], window, strict=True))
         x = x.astype(jnp.float32)
-        if window is None or not slides:
-            x = x.mean(axis=(1, 2, 3))
-        else:
-            x = nn.avg_pool(x.mean(axis=1), tuple(map(min, window, x.shape[2:4])))
+        x = x.mean(axis=1 if slides else (1, 2, 3))
+        if axis_name is not None:
+            x = jax.lax.pmean(x, axis_name)
+        if slides and window is not None:
+            x = nn.avg_pool(x, tuple(map(min, window, x.shape[1:3])))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = nn.Dense(
             self.num_classes,
@@ -265,9 +279,18 @@ class VideoResNet(nn.Module):
         self.sow("intermediates", name, x)
         return x
 
-    def _check(self, clip: Array) -> None:
+    @property
+    def _stride_in_time(self) -> int:
+        return self.layout.conv1_stride * self.layout.pool1.strides[0] * self.layout.pool2.strides[0]
+
+    def _check(self, clip: Array, axis_name: str | None) -> None:
         if clip.ndim != 5 or clip.shape[-1] != 3:
             raise ValueError(f"clip must have shape (B, T, H, W, 3), three colour channels last; got {clip.shape}.")
+        if axis_name is not None and clip.shape[1] % self._stride_in_time:
+            raise ValueError(
+                f"each device of {axis_name!r} must hold a multiple of {self._stride_in_time} frames, for the strides of this "
+                f"layout; got {clip.shape[1]}."
+            )
         smallest = [next(n for n in range(1, 64) if self._survives(n, axis)) for axis in range(3)]
         if any(n < least for n, least in zip(clip.shape[1:4], smallest, strict=True)):
             t, h, w = smallest
@@ -320,7 +343,7 @@ def video_resnet(
         block_options: overrides of `nonlocal_block`, such as `subsample` or `axes`.
         frozen_bn: whether every BatchNorm is a fixed affine map (`freeze_batch_norm` makes its weights).
         **options: more attributes of `VideoResNet`: `dropout`, `zero_init_residual`, `groups`, `width_per_group`, `remat`,
-            `stride_at`, `head_window`, `window_average`, `dtype`, `param_dtype`.
+            `stride_at`, `head_window`, `window_average`, `dtype`, `param_dtype`, `axis_name`.
 
     Returns:
         The network. `model.apply(variables, clip (B, T, H, W, 3), train=False)` gives logits (B, num_classes).

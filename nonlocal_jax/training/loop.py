@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -184,6 +184,8 @@ class _Loop:
         saved = step if checkpoints.steps else -1
         state = self._evaluation_if_due(state, step, stop)  # if it was interrupted
         if step == options.steps:
+            if stop.requested:
+                self._say_stopped(step)
             return state
         profiler = Profiler(self.run.folder / "profile", step, options.profile)
         batches = self.data(step)
@@ -219,11 +221,14 @@ class _Loop:
                 if finished or asked:
                     checkpoints.wait()
                 if asked:
-                    self.bar.say(f"stopped by a signal; step {step} is saved, and the same command goes on from there")
-                    raise Stopped(step)
+                    self._say_stopped(step)
                 if finished:
                     return state
                 self.clock.go()
+
+    def _say_stopped(self, step: int) -> NoReturn:
+        self.bar.say(f"stopped by a signal; step {step} is saved, and the same command goes on from there")
+        raise Stopped(step)
 
     def _compile(self, state: TrainState, batch: Batch, shardings: Tree) -> Any:
         self.bar.doing("compiling")

@@ -1,5 +1,6 @@
 """Which devices hold what: a mesh with the axes `data` and `positions`, and the step compiled for it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from nonlocal_jax.training.step import Batch, Metrics, Trainer, TrainState, eval
 
 Tree = Any
 Placement = Literal["replicated", "sharded"]
+INPUTS = PartitionSpec("data", "positions")
 SMALLEST_SHARDED = 1 << 12  # numbers of a leaf; a smaller one is replicated
 
 
@@ -21,7 +23,7 @@ def make_mesh(positions: int = 1, devices: Sequence[jax.Device] | None = None) -
     """All devices as (data, positions).
 
     Args:
-        positions: devices among which the positions of one example are split.
+        positions: devices among which the positions of one example are split, for models that can (`Trainer.model`).
         devices: None is all.
 
     Raises:
@@ -68,9 +70,25 @@ def state_sharding(mesh: Mesh, state: Tree, placement: Placement = "replicated")
 
 
 def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch on its devices, of which this process has the rows that `local_rows` says."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+    """A batch on its devices, of which this process has the rows that `local_rows` says; "inputs" are also split over
+    `positions`, along the axis after the examples, of which every process has all.
+
+    Raises:
+        ValueError: the positions do not split over the mesh.
+    """
+    sharding, parts = batch_sharding(mesh), mesh.shape["positions"]
+    length = batch["inputs"].shape[1]
+    if length % parts:
+        raise ValueError(f"the positions of an example must split over {parts} devices; got {length} of them.")
+
+    def place(name: str, x: Any) -> jax.Array:
+        x = np.asarray(x)
+        if name != "inputs" or parts == 1:
+            return jax.make_array_from_process_local_data(sharding, x)
+        examples = jax.make_array_from_process_local_data(sharding, np.arange(len(x))).shape[0]
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, INPUTS), x, (examples, *x.shape[1:]))
+
+    return {name: place(name, x) for name, x in batch.items()}
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> range:
@@ -101,29 +119,62 @@ def sharded_step(trainer: Trainer, mesh: Mesh, shardings: Tree) -> Any:
     Returns:
         A jitted function of a state and of a batch of all devices, which gives the state after and the metrics.
     """
-    step: Any = functools.partial(train_step, trainer, shards=mesh.shape["data"])
+    trainer, axes = _of_mesh(trainer, mesh)
     if trainer.batch_norm == "device":
-        step = _on_each_device(functools.partial(train_step, trainer, axis_name="data"), mesh, 2)
-    replicated, batch = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, replicated), donate_argnums=0)
+        step: Any = functools.partial(train_step, trainer, axis_name="data")
+    else:
+        step = functools.partial(train_step, trainer, shards=mesh.shape["data"])
+    step, replicated = _on_each_device(step, mesh, axes), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, in_shardings=(shardings, None), out_shardings=(shardings, replicated), donate_argnums=0)
 
 
 def sum_of_evaluations(trainer: Trainer, mesh: Mesh) -> Callable[[Tree, Iterable[tuple[Batch]]], Metrics]:
     """`evaluation_step` summed over the batches of a mesh: a function of variables and of tuples (batch,)."""
-    return _sum(functools.partial(evaluation_step, trainer), mesh)
+    trainer, axes = _of_mesh(trainer, mesh)
+    return _sum(_on_each_device(functools.partial(evaluation_step, trainer), mesh, axes - {"data"}), mesh)
 
 
 def sum_of_moments(trainer: Trainer, mesh: Mesh) -> Callable[[TrainState, Iterable[tuple[Batch, int]]], Tree]:
     """`precise_bn.moments` summed over the batches of a mesh: a function of the state and of pairs (batch, step)."""
-    if trainer.batch_norm == "device":
-        return _sum(_on_each_device(functools.partial(moments, trainer, axis_name="data"), mesh, 3), mesh)
-    return _sum(functools.partial(moments, trainer), mesh)
+    trainer, axes = _of_mesh(trainer, mesh)
+    axis_name = "data" if trainer.batch_norm == "device" else None
+    return _sum(_on_each_device(functools.partial(moments, trainer, axis_name=axis_name), mesh, axes), mesh)
 
 
-def _on_each_device(function: Callable[..., Tree], mesh: Mesh, arguments: int) -> Any:
-    """`function` of its second argument, a batch, on each device of `data` by itself."""
-    specs = tuple(PartitionSpec("data") if i == 1 else PartitionSpec() for i in range(arguments))
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+def _of_mesh(trainer: Trainer, mesh: Mesh) -> tuple[Trainer, set[str]]:
+    """The trainer, its model as it runs on this mesh, and the axes along which each device works by itself.
+
+    Along the others XLA splits the work.
+    """
+    parts = mesh.shape["positions"]
+    if trainer.positions not in (None, "positions") or (parts > 1 and trainer.positions is None):
+        raise ValueError(
+            f"the model must split positions over the mesh's axis 'positions', of {parts} device(s), by its attribute "
+            f"axis_name='positions'; got {trainer.positions!r}."
+        )
+    if trainer.positions and parts == 1:
+        model: Any = trainer.model
+        trainer = dataclasses.replace(trainer, model=model.clone(axis_name=None))
+    of_norms = {"data"} if trainer.batch_norm == "device" else set()
+    return trainer, of_norms | ({"positions"} if trainer.positions else set())
+
+
+def _on_each_device(function: Callable[..., Tree], mesh: Mesh, axes: set[str]) -> Callable[..., Tree]:
+    """`function`, whose second argument is a batch, on each device by itself along some axes."""
+    if not axes:
+        return function
+    axes = axes | {name for name, size in mesh.shape.items() if size == 1}
+
+    def kept(spec: PartitionSpec) -> PartitionSpec:
+        return PartitionSpec(*(axis if axis in axes else None for axis in spec))
+
+    def on_each(first: Any, batch: Batch, *rest: Any) -> Tree:
+        of_batch = {name: kept(INPUTS if name == "inputs" else PartitionSpec("data")) for name in batch}
+        specs = (PartitionSpec(), of_batch, *[PartitionSpec()] * len(rest))
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names=axes, check_vma=False)
+        return mapped(first, batch, *rest)
+
+    return on_each
 
 
 def _sum(function: Callable[..., Tree], mesh: Mesh) -> Callable[[Any, Iterable[tuple[Any, ...]]], Tree]:

@@ -113,7 +113,8 @@ class Trainer:
     """What a step needs to know; nothing of it is changed by training.
 
     Attributes:
-        model: `model.apply(variables, inputs, train=...)` gives logits.
+        model: `model.apply(variables, inputs, train=...)` gives logits. One that can split the positions of each example over
+            devices has an attribute `axis_name`, which is "positions" if it shall, as `video_resnet(axis_name="positions")`.
         optimiser: of optax.
         schedule: the optimiser's learning rate by step, for the log alone; None does not log it.
         loss: of each example, from logits and labels.
@@ -144,6 +145,11 @@ class Trainer:
             raise ValueError(f"batch_norm must be 'global' or 'device'; got {self.batch_norm!r}.")
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average must be between 0 and 1, or None; got {self.average}.")
+
+    @property
+    def positions(self) -> str | None:
+        """The mapped axis over which the model splits the positions of each example."""
+        return getattr(self.model, "axis_name", None)
 
     def init(self, key: PRNGKeyArray, batch: Batch, variables: Mapping[str, Any] | None = None) -> TrainState:
         """The state before the first step.
@@ -176,7 +182,9 @@ def train_step(
         trainer: what to do.
         state: before.
         batch: of this device where `axis_name` is given, else of all.
-        axis_name: the mapped axis over which gradients, statistics and metrics are averaged (`jax.pmap`, `jax.shard_map`).
+        axis_name: the mapped axis over which gradients, statistics and metrics are averaged (`jax.pmap`, `jax.shard_map`);
+            where the model splits positions, they are averaged over that axis too, since each device's gradient is of
+            its own positions, times the devices.
         shards: into how many parts the batch is split over devices, which the parts of `accumulate` then respect.
 
     Returns:
@@ -217,8 +225,8 @@ def train_step(
         # XLA on CPU runs a loop's body on one core.
         total, _ = jax.lax.scan(add, zeros, (parts, keys), unroll=k if backend() == "cpu" else 1)
         (_, (batch_stats, metrics)), gradient = jax.tree.map(lambda x: x / k, total)
-    if axis_name is not None:
-        gradient, batch_stats, metrics = jax.lax.pmean((gradient, batch_stats, metrics), axis_name)
+    if axes := [name for name in (axis_name, trainer.positions) if name]:
+        gradient, batch_stats, metrics = jax.lax.pmean((gradient, batch_stats, metrics), axes)
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     if trainer.schedule is not None:
         metrics["learning_rate"] = jnp.asarray(trainer.schedule(state.step), jnp.float32)

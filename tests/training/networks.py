@@ -1,4 +1,4 @@
-"""The smallest network that has what training must keep: convolutions, BatchNorm, a non-local block, dropout by option."""
+"""The smallest networks that have what training must keep: convolutions, BatchNorm, a non-local block, dropout by option."""
 
 import functools
 
@@ -34,12 +34,31 @@ class Small(nn.Module):
         return nn.Dense(CLASSES, name="head")(x)
 
 
-def make_batches(count, size=16, seed=0):
-    """Images 6×5×2 whose mean says their class, as float32."""
+class SmallVideo(nn.Module):
+    """The same of rows as if they were frames, which `axis_name` splits over devices."""
+
+    dropout: float = 0.0
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        axis_name = None if self.is_initializing() else self.axis_name
+        x = nl.layers.VideoConv(8, (3, 1, 3), axis_name=axis_name, name="conv")(x[:, :, None])
+        x = nn.relu(nl.layers.BatchNorm(use_running_average=not train, axis_name=axis_name, name="norm")(x))
+        x = nl.layers.nonlocal_block("embedded_gaussian", subsample=False, axis_name=axis_name, name="nonlocal")(x, train=train)
+        x = x.mean((1, 2, 3))
+        if axis_name is not None:
+            x = jax.lax.pmean(x, axis_name)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(CLASSES, name="head")(x)
+
+
+def make_batches(count, size=16, seed=0, rows=6):
+    """Images rows×5×2 whose mean says their class, as float32."""
     rng = np.random.default_rng(seed)
     for step in range(count):
         labels = rng.integers(0, CLASSES, size).astype(np.int32)
-        images = (rng.normal(size=(size, 6, 5, 2)) + 0.5 * labels[:, None, None, None]).astype(np.float32)
+        images = (rng.normal(size=(size, rows, 5, 2)) + 0.5 * labels[:, None, None, None]).astype(np.float32)
         yield {"inputs": images, "labels": labels, "position": np.arange(step * size, (step + 1) * size, dtype=np.uint32)}
 
 

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+TESTS = Path(__file__).parent.parent
 PATIENCE = 240.0  # seconds for anything without a deadline of its own
 
 
@@ -13,13 +15,15 @@ def command(options, folder, *more):
 
 def environment(devices):
     """Of a process with so many simulated devices."""
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(TESTS)}
 
 
 def start(options, folder, *more, devices=1):
-    return subprocess.Popen(
-        command(options, folder, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(devices)
-    )
+    return start_command(command(options, folder, *more), devices)
+
+
+def start_command(arguments, devices):
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(devices))
 
 
 def finish(process, code=0):

@@ -1,15 +1,18 @@
 """Two real processes with two devices each, on loopback, train as one process does, and end together."""
 
 import json
+import shutil
 import signal
 import socket
+import sys
 import time
 
 import chex
 import jax
 import numpy as np
 import pytest
-from training.processes import PATIENCE, finish, start
+from training.processes import PATIENCE, command, finish, start, start_command
+from training.split_over_hosts import rows as rows_of_split_training
 
 from experiments import cifar
 from nonlocal_jax import training
@@ -49,10 +52,9 @@ def alone(tmp_path_factory):
     return state_of(folder)
 
 
-@pytest.mark.parametrize("placement", ["replicated", "sharded"])
-def test_two_processes_equal_one(placement, alone, tmp_path):
+def test_two_processes_equal_one(alone, tmp_path):
     folder = tmp_path / "run"
-    printed = [finish(process) for process in start_two(folder, "--placement", placement)]
+    printed = [finish(process) for process in start_two(folder, "--placement", "sharded")]
     assert "step 10: accuracy" in printed[0]
     assert "step 10: accuracy" not in printed[1]  # one writer
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -61,6 +63,28 @@ def test_two_processes_equal_one(placement, alone, tmp_path):
     chex.assert_trees_all_close(state, alone[0], rtol=1e-5, atol=1e-6)
     assert metrics["count"] == alone[1]["count"] == 450
     assert metrics["accuracy"] == pytest.approx(alone[1]["accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize("positions", [2, 4])
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="four devices are absent")
+def test_positions_are_split_over_two_processes(positions):
+    """Within each process, and over both."""
+    address = f"127.0.0.1:{free_port()}"
+    arguments = [sys.executable, "-m", "training.split_over_hosts", address, "2"]
+    processes = [start_command([*arguments, str(i), str(positions)], devices=2) for i in range(2)]
+    first, second = (json.loads(finish(process).splitlines()[-1]) for process in processes)
+    assert first == second
+    chex.assert_trees_all_close(first, rows_of_split_training(positions), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="Open MPI is absent")
+def test_mpirun_needs_no_addresses(alone, tmp_path):
+    folder = tmp_path / "run"
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    finish(start_command([*mpirun, *command(OPTIONS, folder, "--distributed")], devices=2))
+    state, metrics = state_of(folder)
+    chex.assert_trees_all_close(state, alone[0], rtol=1e-5, atol=1e-6)
+    assert metrics["count"] == 450
 
 
 def wait_for_steps(folder, processes, count):

@@ -138,12 +138,24 @@ def test_a_signal_saves_the_step_and_says_so(number, at, whole, tmp_path):
     chex.assert_trees_all_equal(resumed.state, whole[1].state)
 
 
-def test_a_signal_in_an_evaluation_leaves_it_to_the_next_start(whole, tmp_path):
-    def interrupted():
-        yield from itertools.islice(evaluation(), 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        yield from itertools.islice(evaluation(), 1, None)
+def interrupted():
+    yield from itertools.islice(evaluation(), 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield from itertools.islice(evaluation(), 1, None)
 
+
+def test_a_signal_in_the_last_evaluation_is_a_stop_at_every_start(whole, tmp_path):
+    last = dataclasses.replace(OPTIONS, evaluate_every=12)
+    for _ in range(2):
+        with pytest.raises(Stopped) as stop:
+            run_fit(tmp_path, options=last, evaluation=interrupted)
+        assert stop.value.step == 12
+    result, _ = run_fit(tmp_path, options=last)
+    assert result.metrics == whole[1].metrics
+    assert [row["step"] for row in log(tmp_path, "evaluation")] == [12]
+
+
+def test_a_signal_in_an_evaluation_leaves_it_to_the_next_start(whole, tmp_path):
     with pytest.raises(Stopped) as stop:
         run_fit(tmp_path, evaluation=interrupted)
     assert stop.value.step == 4

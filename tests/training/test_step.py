@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax.jax_utils import replicate, unreplicate
-from training.networks import CLASSES, Small, make_batches, make_trainer, run_steps
+from training.networks import CLASSES, Small, SmallVideo, make_batches, make_trainer, run_steps
 
 from nonlocal_jax import training
 from nonlocal_jax.data import augment
@@ -120,6 +120,47 @@ def test_parts_take_rows_of_every_device():
     x = jnp.arange(16)
     parts = training.step._split(x, parts=2, shards=4)
     np.testing.assert_array_equal(parts, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]])
+
+
+def dimmed(batch, key):
+    """An augmentation with a random number of each example, the same for all its positions."""
+    if key is None:
+        return batch
+    share = jax.vmap(jax.random.uniform)(augment.example_keys(key, batch["position"]))
+    return {**batch, "inputs": batch["inputs"] * (0.5 + 0.5 * share[:, None, None, None])}
+
+
+@needs_four
+@pytest.mark.parametrize("options", [{}, {"batch_norm": "device"}, {"batch_norm": "device", "accumulate": 2}], ids=str)
+@pytest.mark.parametrize("positions", [1, 2])
+def test_split_positions_equal_whole_ones(options, positions, monkeypatch):
+    """Training, precise BN and evaluation; two devices of `data` in both."""
+    monkeypatch.setattr(training.mesh, "SMALLEST_SHARDED", 16)
+
+    def run(model, positions, **placement):
+        mesh = training.make_mesh(positions, jax.devices()[: 2 * positions])
+        trainer = make_trainer(model=model, prepare=dimmed, **options)
+        state, rows = run_steps(trainer, mesh, make_batches(STEPS), **placement)
+        batch = next(make_batches(1, seed=1))
+        moments = training.mesh.sum_of_moments(trainer, mesh)(state, [(batch, 3)])
+        masked = {**batch, "mask": np.arange(16) < 11}
+        return jax.device_get((state, rows, moments, training.sum_of_evaluations(trainer, mesh)(state.variables, [(masked,)])))
+
+    split = run(SmallVideo(dropout=0.2, axis_name="positions"), positions, placement="sharded")
+    whole = run(SmallVideo(dropout=0.2), 1)
+    chex.assert_trees_all_close(split, whole, **CLOSE)
+    assert int(whole[3]["count"]) == 11
+
+
+@needs_four
+@pytest.mark.usefixtures("as_users_see_it")
+def test_positions_that_cannot_be_split():
+    mesh = training.make_mesh(2, jax.devices()[:4])
+    for model in (Small(), SmallVideo(axis_name="frames")):
+        with pytest.raises(ValueError, match=r"must split positions .* 'positions', of 2 device.*; got (None|'frames')"):
+            training.sharded_step(make_trainer(model=model), mesh, None)
+    with pytest.raises(ValueError, match="the positions of an example must split over 4 devices; got 6 of them"):
+        training.put(next(make_batches(1)), training.make_mesh(4, jax.devices()[:4]))
 
 
 def test_dropout_of_a_step_is_always_the_same():

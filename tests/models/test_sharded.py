@@ -1,0 +1,82 @@
+"""Video networks whose frames are split over devices equal those on one: logits, statistics, gradients."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from nonlocal_jax.models import video_resnet
+
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 2, reason="two devices are absent")
+SMALL = {"depth": (1, 1, 2, 1), "nonlocal_blocks": 1, "num_classes": 5, "dropout": 0.5, "width_per_group": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "clip", "preset", "train", "options"),
+    [
+        ("i3d_3x1x1", "32x2", "paper", True, {"block_options": {"zero_init": False}, "remat": True}),
+        ("i3d_3x3x3", "8x8", "caffe2", False, {"head_window": (1, 1), "instantiation": "dot_product", "frozen_bn": True}),
+    ],
+)
+def test_equals_one_device(kind, clip, preset, train, options):
+    """In double precision: in single, a rounding turns a ReLU or the winner of a pooling, and 3% of a gradient with it."""
+    with jax.enable_x64(True):
+        check_equal(kind, clip, preset, train, options)
+
+
+def check_equal(kind, clip, preset, train, options):
+    make = functools.partial(
+        video_resnet, **SMALL, kind=kind, clip=clip, preset=preset, **options, dtype=jnp.float64, param_dtype=jnp.float64
+    )
+    alone, split = make(), make(axis_name="positions")
+    x = jax.random.normal(jax.random.key(0), (2, 16, 64, 64, 3), jnp.float64)
+    shapes = jax.eval_shape(alone.init, jax.random.key(1), x)
+    chex.assert_trees_all_equal(jax.eval_shape(split.init, jax.random.key(1), x), shapes)  # outside the map
+    rng = np.random.default_rng(2)
+
+    def fill(path, leaf):
+        """Every branch counts, and no logit is large."""
+        fan_in = np.prod(leaf.shape[:-1])
+        noise = rng.normal(size=leaf.shape) * (fan_in**-0.5 if leaf.ndim > 1 else 0.1)
+        return jnp.asarray(noise + (path[-1].key in ("scale", "var")), leaf.dtype)
+
+    variables = jax.tree_util.tree_map_with_path(fill, shapes)
+
+    def gradient(model, variables, x):
+        def loss(params, x):
+            logits, changed = model.apply(
+                {**variables, "params": params}, x, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(3)}
+            )
+            return jnp.sum(jnp.sin(logits)), (logits, changed)
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+
+    def on_each(variables, x):
+        """The loss is on every device, so what is differentiated is their sum."""
+        (of_params, of_x), rest = gradient(split, variables, x)
+        return (jax.lax.pmean(of_params, "positions"), of_x / jax.lax.axis_size("positions")), rest
+
+    mesh, rows = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("positions",)), P(None, "positions")
+    specs = {"in_specs": (P(), rows), "out_specs": ((P(), rows), P())}
+    got = jax.jit(jax.shard_map(on_each, mesh=mesh, **specs, check_vma=False))(variables, x)
+    expected = jax.jit(functools.partial(gradient, alone))(variables, x)
+    chex.assert_tree_all_finite(expected)
+    chex.assert_trees_all_equal_structs(got, expected)
+    for of_split, of_one in ((got[1], expected[1]), *zip(got[0], expected[0], strict=True)):
+        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(of_one))
+        chex.assert_trees_all_close(of_split, of_one, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_frames_that_do_not_split_are_refused():
+    model = video_resnet(**SMALL, clip="32x2", axis_name="positions")
+    x = jnp.ones((1, 12, 64, 64, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    mesh, rows = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("positions",)), P(None, "positions")
+    apply = jax.shard_map(model.apply, mesh=mesh, in_specs=(P(), rows), out_specs=P(), check_vma=False)
+    with pytest.raises(ValueError, match=r"each device of 'positions' must hold a multiple of 8 frames.*got 6"):
+        jax.eval_shape(apply, variables, x)
