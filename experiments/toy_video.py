@@ -7,6 +7,8 @@ Why the control cannot: averaged over all positions, features that each depend o
 a sum u(first) + u(second). Cross-entropy is convex in u and the classes are drawn alike, so the best u is the same for
 every class, and the answer is chance.
 
+A run that was stopped goes on with the same command, and what is finished is not trained again.
+
 Recipe, the same for every network: the trunk learns single scanned digits (for `moving_pair` then single moving ones);
 a block is inserted, right before the last residual block, and is the identity; the stem is frozen and all the rest is
 trained on clips. Adam, warm-up and cosine decay.
@@ -17,14 +19,14 @@ on scans held out from training: about 96% with the embedded Gaussian, 50% for t
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -34,25 +36,27 @@ import numpy as np
 import optax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import nonlocal_jax as nl
+from experiments import report
 from experiments.report import hardware
-from nonlocal_jax.data.toy_video import Clips, Scans, Scene, Task, load_scans, make_clips, num_classes
+from nonlocal_jax import training
+from nonlocal_jax.data.toy_video import Scans, Scene, Task, load_scans, make_clips, num_classes
 from nonlocal_jax.models.toy_video import Kind, LocalBlock, ToyVideoNet
 from nonlocal_jax.types import Instantiation
 
 Network = Literal["control"] | Instantiation
 INSTANTIATIONS: tuple[Instantiation, ...] = get_args(Instantiation)
 NETWORKS: tuple[Network, ...] = ("control", *INSTANTIATIONS)
-CHUNK = 50  # training steps in one compiled scan
 EVALUATION_BATCH = 256
+SAVE_EVERY = 400  # steps
 TEST_KEY = 2018  # seed of the test clips, the same for every network and seed
 PRETRAINING: dict[Task, tuple[Task, ...]] = {
     "same_digit": ("single_digit",),
     "moving_pair": ("single_digit", "moving_digit"),
 }
+OF_ALL_RUNS = ("networks", "seeds", "all", "test_clips", "output", "readme")  # what one run's own results do not depend on
 README_MARKS = ("<!-- toy_video: begin -->", "<!-- toy_video: end -->")
 
 
@@ -79,18 +83,15 @@ class Config:
     warmup: int = 100  # steps of linear warm-up
     evaluate_every: int = 200  # steps between two points of the learning curve, each of 1,024 test clips at most
     test_clips: int = 4096  # of the final accuracy
-    output: Path = Path("runs/toy_video")  # folder of config.json, metrics.jsonl, results.json, results.md, toy_video.png
+    output: Path = Path("runs/toy_video")  # folder of results.json, results.md, toy_video.png, and of each run's own
     readme: Path = Path("README.md")  # with --all: the file whose results table is written, where it has the marks for it
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "pretrain_batch_size", "batch_size", "evaluate_every", "test_clips"):
+        for name in (
+            "seeds", "pretrain_steps", "pretrain_batch_size", "steps", "batch_size", "evaluate_every", "test_clips",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("pretrain_steps", "steps", "evaluate_every"):
-            if getattr(self, name) < CHUNK or getattr(self, name) % CHUNK:
-                raise ValueError(
-                    f"{name} must be a multiple of {CHUNK}, the steps of one compiled scan; got {getattr(self, name)}."
-                )
         if self.warmup < 0:
             raise ValueError(f"warmup must be at least 0; got {self.warmup}.")
         for name in ("pretrain_learning_rate", "learning_rate"):
@@ -106,18 +107,6 @@ class Config:
         return dataclasses.replace(self, task=task, kind=self.kind or ("i3d" if moving else "c2d"), scene=scene)
 
 
-class State(NamedTuple):
-    """What training changes."""
-
-    params: Any
-    batch_stats: Any
-    optimiser: Any
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        return {"params": self.params, "batch_stats": self.batch_stats}
-
-
 class Result(NamedTuple):
     """One network, trained with one seed."""
 
@@ -125,9 +114,6 @@ class Result(NamedTuple):
     curve: list[tuple[int, float]]  # step, accuracy on test clips
     seconds: float
     variables: dict[str, Any]
-
-
-Report = Callable[..., None]
 
 
 def build(network: Network | None, config: Config, task: Task | None = None) -> ToyVideoNet:
@@ -142,70 +128,74 @@ def build(network: Network | None, config: Config, task: Task | None = None) -> 
     return ToyVideoNet(num_classes(task), block, "c2d" if image else config.kind or "c2d", freeze_stem=not image)
 
 
-class Trainer:
-    """Training and evaluation of one network on one task, compiled once for all seeds."""
+_make_clips = jax.jit(make_clips, static_argnums=(0, 3, 4))
 
-    def __init__(self, model: ToyVideoNet, task: Task, config: Config, scans: dict[str, Scans]) -> None:
-        pretraining = task == "single_digit"
-        self.steps = config.pretrain_steps if pretraining else config.steps
-        peak = config.pretrain_learning_rate if pretraining else config.learning_rate
-        batch_size = config.pretrain_batch_size if pretraining else config.batch_size
-        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(config.warmup, self.steps // 2), self.steps)
-        self.model, self.task, self.config, self.scans = model, task, config, scans
-        self.optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
-        def loss(params: Any, batch_stats: Any, clips: Clips) -> Any:
-            variables = {"params": params, "batch_stats": batch_stats}
-            logits, updated = model.apply(variables, clips.video, train=True, mutable=["batch_stats"])
-            cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, clips.labels).mean()
-            return cross_entropy, (updated["batch_stats"], (logits.argmax(-1) == clips.labels).mean())
+def make_batch(task: Task, key: jax.Array, scans: Scans, batch_size: int, scene: Scene) -> dict[str, Any]:
+    """Clips as NumPy arrays; the same key gives the same ones."""
+    clips = _make_clips(task, key, scans, batch_size, scene)
+    return {"inputs": np.asarray(clips.video), "labels": np.asarray(clips.labels)}
 
-        def step(state: State, key: jax.Array) -> tuple[State, tuple[jax.Array, jax.Array]]:
-            clips = make_clips(task, key, scans["train"], batch_size, config.scene)
-            value_and_grad = jax.value_and_grad(loss, has_aux=True)
-            (value, (batch_stats, accuracy)), gradient = value_and_grad(state.params, state.batch_stats, clips)
-            updates, optimiser = self.optimiser.update(gradient, state.optimiser, state.params)
-            return State(optax.apply_updates(state.params, updates), batch_stats, optimiser), (value, accuracy)
 
-        def hits(variables: Any, key: jax.Array) -> jax.Array:
-            clips = make_clips(task, key, scans["test"], EVALUATION_BATCH, config.scene)
-            logits: Any = model.apply(variables, clips.video)
-            return jnp.sum(logits.argmax(-1) == clips.labels)
+def make_trainer(network: Network | None, config: Config, task: Task) -> tuple[training.Trainer, int, int]:
+    """What a step does, how many there are, and of how many clips."""
+    steps, batch_size, peak = config.steps, config.batch_size, config.learning_rate
+    if task == "single_digit":
+        steps, batch_size, peak = config.pretrain_steps, config.pretrain_batch_size, config.pretrain_learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(config.warmup, steps // 2), steps)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    return training.Trainer(build(network, config, task), optimiser, schedule), steps, batch_size
 
-        self._chunk = jax.jit(lambda state, key: jax.lax.scan(step, state, jax.random.split(key, CHUNK)))
-        self._hits = jax.jit(hits)
 
-    def accuracy(self, variables: Any, clips: int) -> float:
-        """On the first `clips` test clips, rounded up to whole batches."""
+def train(
+    name: str,
+    network: Network | None,
+    task: Task,
+    seed: int,
+    start: Any,
+    config: Config,
+    scans: dict[str, Scans],
+    console: Console,
+) -> Result:
+    """Train one network from `start`, where it has the leaves, else from the initial values."""
+    trainer, steps, batch_size = make_trainer(network, config, task)
+    mesh = training.make_mesh()
+    key = jax.random.key(seed)
+    first = make_batch(task, key, scans["train"], 2, config.scene)["inputs"]
+    if not np.isfinite(first).all():
+        raise ValueError("the clips must be finite; got NaN or infinity. Look at the scans and at --scene.")
+    variables = jax.jit(trainer.model.init)(jax.random.fold_in(key, 1), first)
+    if start is not None:
+        variables = insert(start, variables)
+
+    def of_this_process(batch: Mapping[str, Any]) -> dict[str, Any]:
+        rows = training.local_rows(len(batch["labels"]), mesh)
+        return {name: x[rows.start : rows.stop] for name, x in batch.items()}
+
+    def data(step: int) -> Iterator[dict[str, Any]]:
+        for i in itertools.count(step):
+            of_step = jax.random.fold_in(jax.random.fold_in(key, 2), i)
+            yield of_this_process(make_batch(task, of_step, scans["train"], batch_size, config.scene))
+
+    def test(clips: int) -> Iterator[dict[str, Any]]:
+        """The first test clips, rounded up to whole batches."""
         batches = -(-clips // EVALUATION_BATCH)
-        keys = jax.random.split(jax.random.key(TEST_KEY), batches)
-        return sum(int(self._hits(variables, key)) for key in keys) / (batches * EVALUATION_BATCH)
+        for of_batch in jax.random.split(jax.random.key(TEST_KEY), batches):
+            batch = make_batch(task, of_batch, scans["test"], EVALUATION_BATCH, config.scene)
+            yield of_this_process({**batch, "mask": np.ones(EVALUATION_BATCH, bool)})
 
-    def run(self, seed: int, start: dict[str, Any] | None, report: Report) -> Result:
-        """Train from `start`, where it has the leaves, else from the initial values."""
-        begun = time.perf_counter()
-        key = jax.random.key(seed)
-        example = make_clips(self.task, key, self.scans["train"], 2, self.config.scene).video
-        if not bool(jnp.isfinite(example).all()):
-            raise ValueError("the clips must be finite; got NaN or infinity. Look at the scans and at --scene.")
-        variables = self.model.init(jax.random.fold_in(key, 1), example)
-        if start is not None:
-            variables = insert(start, variables)
-        state = State(variables["params"], variables["batch_stats"], self.optimiser.init(variables["params"]))
-        curve = []
-        for step in range(CHUNK, self.steps + 1, CHUNK):
-            state, (losses, accuracies) = self._chunk(state, jax.random.fold_in(key, step + 1))
-            row = {"step": step, "loss": float(losses.mean()), "train_accuracy": float(accuracies.mean())}
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {row['loss']} at step {step} of seed {seed}; try a smaller learning rate."
-                )
-            if step % self.config.evaluate_every == 0 or step == self.steps:
-                row["test_accuracy"] = self.accuracy(state.variables, min(1024, self.config.test_clips))
-                curve.append((step, row["test_accuracy"]))
-            report(**row, seconds=round(time.perf_counter() - begun, 2))
-        accuracy = self.accuracy(state.variables, self.config.test_clips)
-        return Result(accuracy, curve, time.perf_counter() - begun, state.variables)
+    options = training.Options(
+        steps, evaluate_every=min(config.evaluate_every, steps), save_every=SAVE_EVERY, keep=1, best=None
+    )
+    own = {name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ALL_RUNS}
+    console.print(f"{name}, seed {seed}", highlight=False)
+    with training.Run(config.output / config.task / f"{name}-{seed}", {**own, "network": name, "seed": seed}) as run:
+        evaluation = functools.partial(test, min(1024, config.test_clips))
+        result = training.fit(trainer, options, run, mesh, data, evaluation, key=key, variables=variables, console=console)
+        report.record(run.folder, task, command(), result)
+        curve = [(row["step"], row["accuracy"]) for row in report.read_log(run.folder, "evaluation")]
+    sums = training.sum_of_evaluations(trainer, mesh)(result.state.variables, ((batch,) for batch in test(config.test_clips)))
+    return Result(float(sums["accuracy"] / sums["count"]), curve, result.seconds, result.state.variables)
 
 
 def insert(trained: Any, fresh: Any) -> Any:
@@ -217,36 +207,16 @@ def insert(trained: Any, fresh: Any) -> Any:
     return {name: insert(trained[name], leaf) if name in trained and name != "head" else leaf for name, leaf in fresh.items()}
 
 
-def train_all(config: Config, scans: dict[str, Scans], console: Console, log: Any) -> dict[Network, list[Result]]:
+def train_all(config: Config, scans: dict[str, Scans], console: Console) -> dict[Network, list[Result]]:
     """Every network of one task with every seed."""
-    columns = (
-        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-
-        def train(name: str, trainer: Trainer, seed: int, start: Any = None) -> Result:
-            bar = progress.add_task(f"{name}, seed {seed}", total=trainer.steps, metrics="compiling")
-
-            def report(step: int, loss: float, train_accuracy: float, **row: Any) -> None:
-                metrics = f"loss {loss:.3f}, training {train_accuracy:5.1%}"
-                progress.update(bar, completed=step, metrics=metrics)
-                row = {"step": step, "loss": loss, "train_accuracy": train_accuracy, **row}
-                print(json.dumps({"task": trainer.task, "network": name, "seed": seed, **row}), file=log, flush=True)
-
-            result = trainer.run(seed, start, report)
-            progress.update(bar, metrics=f"test accuracy {result.accuracy:.1%} in {result.seconds:.0f} s")
-            return result
-
-        trunks: list[Any] = [None] * config.seeds
-        for task in PRETRAINING[config.task]:
-            trainer = Trainer(build(None, config, task), task, config, scans)
-            trunks = [train(f"trunk, {task}", trainer, seed, trunk).variables for seed, trunk in enumerate(trunks)]
-        results: dict[Network, list[Result]] = {}
-        for network in config.networks:
-            trainer = Trainer(build(network, config), config.task, config, scans)
-            results[network] = [train(network, trainer, seed, trunks[seed]) for seed in range(config.seeds)]
-        return results
+    trunks: list[Any] = [None] * config.seeds
+    for task in PRETRAINING[config.task]:
+        name = f"trunk_{task}"
+        trunks = [train(name, None, task, i, trunk, config, scans, console).variables for i, trunk in enumerate(trunks)]
+    return {
+        network: [train(network, network, config.task, i, trunk, config, scans, console) for i, trunk in enumerate(trunks)]
+        for network in config.networks
+    }
 
 
 def cost(network: Network, config: Config) -> tuple[int, int]:
@@ -362,8 +332,7 @@ def prepare(config: Config) -> None:
         raise SystemExit(f"error: {error}") from error
     try:
         config.output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-        (config.output / "config.json").write_text(text + "\n")
+        (config.output / "results.json").touch()
     except OSError as error:
         raise SystemExit(f"error: --output must be a folder that can be written; {config.output}: {error.strerror}.") from error
     if config.all and config.readme.exists() and not (config.readme.is_file() and os.access(config.readme, os.R_OK | os.W_OK)):
@@ -380,29 +349,35 @@ def tasks(config: Config) -> Iterator[Config]:
     yield dataclasses.replace(moving, seeds=min(config.seeds, 3))
 
 
+def command() -> str:
+    """What was asked for."""
+    return shlex.join(["python", "-m", "experiments.toy_video", *sys.argv[1:]])
+
+
 def main(config: Config) -> list[dict[str, Any]]:
     """Run it; return the rows of the table."""
     prepare(config)
     scans: dict[str, Scans] = {"train": load_scans("train"), "test": load_scans("test")}
     console = Console()
     rows: list[dict[str, Any]] = []
-    command = shlex.join(["python", "-m", "experiments.toy_video", *sys.argv[1:]])
-    with (config.output / "metrics.jsonl").open("w") as log:
-        for one in tasks(config):
-            results = train_all(one, scans, console, log)
-            rows += summarise(one, results)
-            record = {"command": command, "hardware": hardware(), "rows": rows}
-            (config.output / "results.json").write_text(json.dumps(record, indent=2) + "\n")
-            picture = config.output / ("toy_video.png" if one.task == "same_digit" or not config.all else "moving_pair.png")
-            draw(one, results, scans, picture)
+    for one in tasks(config):
+        try:
+            results = train_all(one, scans, console)
+        except (training.RunError, training.CheckpointError, training.MismatchError, training.NonFiniteError) as error:
+            raise SystemExit(f"error: {error}") from error
+        rows += summarise(one, results)
+        record = {"command": command(), "hardware": hardware(), "rows": rows}
+        training.write_whole(config.output / "results.json", json.dumps(record, indent=2) + "\n")
+        picture = config.output / ("toy_video.png" if one.task == "same_digit" or not config.all else "moving_pair.png")
+        draw(one, results, scans, picture)
 
     table = Table(*HEADER, title="accuracy on clips of scans held out from training")
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
-    (config.output / "results.md").write_text(markdown(rows, command) + "\n")
+    (config.output / "results.md").write_text(markdown(rows, command()) + "\n")
     if config.all:
-        write_readme(config.readme, markdown(rows, command))
+        write_readme(config.readme, markdown(rows, command()))
     console.print(f"picture, table and logs: {config.output}")
     return rows
 
