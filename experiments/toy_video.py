@@ -42,7 +42,7 @@ import nonlocal_jax as nl
 from experiments import report
 from experiments.report import hardware
 from nonlocal_jax import training
-from nonlocal_jax.data.toy_video import Scans, Scene, Task, load_scans, make_clips, num_classes
+from nonlocal_jax.data.toy_video import Clips, Scans, Scene, Task, load_scans, make_clips, num_classes
 from nonlocal_jax.models.toy_video import Kind, LocalBlock, ToyVideoNet
 from nonlocal_jax.types import Instantiation
 
@@ -131,10 +131,10 @@ def build(network: Network | None, config: Config, task: Task | None = None) -> 
 _make_clips = jax.jit(make_clips, static_argnums=(0, 3, 4))
 
 
-def make_batch(task: Task, key: jax.Array, scans: Scans, batch_size: int, scene: Scene) -> dict[str, Any]:
-    """Clips as NumPy arrays; the same key gives the same ones."""
-    clips = _make_clips(task, key, scans, batch_size, scene)
-    return {"inputs": np.asarray(clips.video), "labels": np.asarray(clips.labels)}
+def test_clips(task: Task, number: int, scans: dict[str, Scans], scene: Scene) -> Clips:
+    """A batch of those that every network and seed is tested with."""
+    key = jax.random.fold_in(jax.random.key(TEST_KEY), number)
+    return jax.device_get(_make_clips(task, key, scans["test"], EVALUATION_BATCH, scene))
 
 
 def make_trainer(network: Network | None, config: Config, task: Task) -> tuple[training.Trainer, int, int]:
@@ -161,12 +161,6 @@ def train(
     trainer, steps, batch_size = make_trainer(network, config, task)
     mesh = training.make_mesh()
     key = jax.random.key(seed)
-    first = make_batch(task, key, scans["train"], 2, config.scene)["inputs"]
-    if not np.isfinite(first).all():
-        raise ValueError("the clips must be finite; got NaN or infinity. Look at the scans and at --scene.")
-    variables = jax.jit(trainer.model.init)(jax.random.fold_in(key, 1), first)
-    if start is not None:
-        variables = insert(start, variables)
 
     def of_this_process(batch: Mapping[str, Any]) -> dict[str, Any]:
         rows = training.local_rows(len(batch["labels"]), mesh)
@@ -175,15 +169,22 @@ def train(
     def data(step: int) -> Iterator[dict[str, Any]]:
         for i in itertools.count(step):
             of_step = jax.random.fold_in(jax.random.fold_in(key, 2), i)
-            yield of_this_process(make_batch(task, of_step, scans["train"], batch_size, config.scene))
+            clips = jax.device_get(_make_clips(task, of_step, scans["train"], batch_size, config.scene))
+            yield of_this_process({"inputs": clips.video, "labels": clips.labels})
 
     def test(clips: int) -> Iterator[dict[str, Any]]:
         """The first test clips, rounded up to whole batches."""
-        batches = -(-clips // EVALUATION_BATCH)
-        for of_batch in jax.random.split(jax.random.key(TEST_KEY), batches):
-            batch = make_batch(task, of_batch, scans["test"], EVALUATION_BATCH, config.scene)
-            yield of_this_process({**batch, "mask": np.ones(EVALUATION_BATCH, bool)})
+        for i in range(-(-clips // EVALUATION_BATCH)):
+            clips_of_batch = test_clips(task, i, scans, config.scene)
+            batch = {"inputs": clips_of_batch.video, "labels": clips_of_batch.labels, "mask": np.ones(EVALUATION_BATCH, bool)}
+            yield of_this_process(batch)
 
+    first = next(data(0))["inputs"]
+    if not np.isfinite(first).all():
+        raise ValueError("the clips must be finite; got NaN or infinity. Look at the scans and at --scene.")
+    variables = jax.jit(trainer.model.init)(jax.random.fold_in(key, 1), first[:1])
+    if start is not None:
+        variables = insert(start, variables)
     options = training.Options(
         steps, evaluate_every=min(config.evaluate_every, steps), save_every=SAVE_EVERY, keep=1, best=None
     )
@@ -301,14 +302,14 @@ def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, 
 
 def draw_arrows(rows: list[Any], config: Config, network: Network, result: Result, scans: dict[str, Scans]) -> None:
     """From a position on the first digit to its 20 highest-weighted ones, in test clips that no one chose."""
-    clips = make_clips(config.task, jax.random.key(TEST_KEY), scans["test"], len(rows), config.scene)
+    clips = jax.tree.map(lambda x: x[: len(rows)], test_clips(config.task, 0, scans, config.scene))
     apply = jax.jit(functools.partial(build(network, config).apply, mutable=["intermediates"]))
     logits, state = apply(result.variables, clips.video)
     side = -(-config.scene.size // 4)  # the stem strides by 4
     grid = (config.scene.frames, side, side)
     maps = state["intermediates"]["block"]["operation"]["affinity"][0].reshape(len(rows), *grid, *grid)
     for row, video, label, places, answer, affinity in zip(
-        rows, clips.video, clips.labels, np.asarray(clips.places), logits.argmax(-1), maps, strict=True
+        rows, clips.video, clips.labels, clips.places, logits.argmax(-1), maps, strict=True
     ):
         words = ["different", "same"]
         row.suptitle(f"truth: {words[int(label)]}, answer: {words[int(answer)]} ({network.replace('_', ' ')})", fontsize=10)
