@@ -17,25 +17,26 @@ def describe(workers: Workers, command: str) -> dict[str, Any]:
         "backend": jax["backend"],
         "torch backend": torch["backend"],
         "versions": {"python": platform.python_version()} | jax["versions"] | torch["versions"],
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "load": os.getloadavg()[0],
-        "commit": _commit(),
+        "commit": git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """As the system calls it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
 
 
-def _commit() -> str | None:
+def git_commit() -> str | None:
     """Of the working copy; "+" says that it has changes."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)

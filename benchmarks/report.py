@@ -1,9 +1,11 @@
 """The report: README.md and growth.png from the JSON of every backend."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import plot
 from benchmarks.cases import GROWTH_WIDTH, INSTANTIATIONS, MMCV_CONCATENATION, Competitor, Section
@@ -57,6 +59,9 @@ def write(folder: Path, readme: Path, project: Path) -> None:
         picture = folder / ("growth.png" if path.stem == "cpu" else f"growth_{path.stem}.png")
         plot.draw(results, picture)
         parts.append(markdown(results, picture.relative_to(readme.parent).as_posix()))
+        of_training = folder / "training" / path.name
+        if of_training.exists():
+            parts.append(training(json.loads(of_training.read_text())))
     readme.write_text("\n".join(parts))
     begin, end = EXCERPT_MARKS
     text = project.read_text() if project.is_file() else ""
@@ -89,6 +94,25 @@ def markdown(results: Results, picture: str) -> str:
         _failures(results),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def training(results: dict[str, Any]) -> str:
+    """What `benchmarks.training` measured on one backend."""
+    seconds, where = results["seconds"], results["environment"]
+    found = [
+        Target("the loop's step over the bare one", results["loop_over_bare_step"], 1.03, at_least=False),
+        Target("what a checkpoint adds, in steps", results["stall_in_steps"], 1, at_least=False, unit=" steps"),
+        Target("batches that the pipeline reads in a step", results["pipeline_over_step"], 3, at_least=True, unit=""),
+        Target("torch's step over the bare one", results["torch_over_step"], 1, at_least=True),
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    origin = (
+        f"ResNet-20, batches of {results['batch_size']} images of 32×32 pixels; {where['cpu']}, {where['cores']} cores; "
+        f"{versions}; commit {where['commit']}; {where['date']}, `{where['command']}`."
+    )
+    aims = table(("", "measured", "aim", "met"), [_target_cells(target) for target in found], 1)
+    times = table(("a step, or batch", "ms"), [[name, number(value, 1e3)] for name, value in seconds.items()], 1)
+    return "\n\n".join(["### Training", origin, aims, times]) + "\n"
 
 
 def excerpt(results: Results) -> str:

@@ -20,6 +20,7 @@ Triple = tuple[int, int, int]
 Lowered = Callable[[Array, Array, Triple, int], Array]  # of x, kernel, strides and groups
 BLOCK = 64  # positions along a row, and features, that XLA's convolution on CPU takes at once; blocks are shared among cores
 JOINED = 32 * BLOCK  # positions of a row that has enough blocks
+CACHED = 1 << 22  # bytes that are written and read again without going far
 
 
 class Lowering(NamedTuple):
@@ -59,8 +60,9 @@ def lowering(
 
     On CPU, by measurement with JAX 0.10 on two cores: XLA's convolutions are as fast as its products, but for
 
-    - small widths, and inside `jax.lax.scan`, where they run on one thread: all taps side by side, one product;
     - three taps and a stride of 1, which need a half to a fourth of the products in tiles (`winograd`);
+    - small arrays, and inside `jax.lax.scan`, where they run on one thread: all taps side by side, one product, as long as
+      all of it stays in the cache (16 to 16 channels of 128·32·32 positions take 52 ms this way, directly 6);
     - the gradient of the kernel of t×1×1, two to four times as slow: one product, then shifts;
     - the gradient of the kernel of the first layer, three times as slow: products, frame by frame.
 
@@ -72,10 +74,11 @@ def lowering(
         return Lowering(chosen, chosen)
     if groups == 1 and taps == 1:
         return Lowering(_product, _product)
-    if cpu and groups == 1 and taps <= 27 and kernel[3] <= 32:
-        return Lowering(_side_by_side, _side_by_side)
     if cpu and groups == 1 and (in_tiles := _in_tiles_where_faster(x, kernel, strides, dtype)):
         return in_tiles
+    seen = x[0] * math.prod(-(-n // stride) for n, stride in zip(x[1:4], strides, strict=True)) * taps * kernel[3]
+    if cpu and groups == 1 and taps <= 27 and kernel[3] <= BLOCK and seen * 4 <= CACHED:
+        return Lowering(_side_by_side, _side_by_side)
     if groups == 1 and kernel[1:3] == (1, 1):
         return Lowering(_temporal, _shifted_products if cpu else _temporal)
     return Lowering(_planes, _frame_by_frame if cpu and groups == 1 and kernel[3] <= 4 else _planes)
@@ -98,10 +101,15 @@ def _in_tiles_where_faster(x: tuple[int, ...], kernel: tuple[int, ...], strides:
     tiles = (4 if t == 3 else 1, *over_space)
     rows = batch * math.prod(-(-n // tile) for n, tile in zip(positions, tiles, strict=True))
     width_of_products = channels * features / (channels + features)
-    enough = 30 if h == 3 else 100 if length == 4 else 150
+    enough = (30 if t == 3 else 16) if h == 3 else 100 if length == 4 else 150
     if width_of_products < enough or rows < 64 or strides != (1, 1, 1) or length % tiles[0] or min(height, width) < h:
         return None
-    return Lowering(*[functools.partial(_in_tiles, tiles)] * 2)
+    of_value = of_kernel = functools.partial(_in_tiles, tiles)
+    if t == 1 and over_space == (4, 1):
+        of_kernel = functools.partial(_in_tiles, (1, 4, 4))
+        if math.prod(x) * 4 <= 1.5 * CACHED:
+            of_value = of_kernel
+    return Lowering(of_value, of_kernel)
 
 
 def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int = 1, axis_name: str | None = None) -> Array:

@@ -123,3 +123,19 @@ def test_slow_jobs_get_fewer_rounds():
     assert plan({"quick": SAMPLE, "slow": 3.0}, budget=1.0) == {"quick": 9, "slow": 3}
     assert plan({"quick": SAMPLE}, budget=60.0) == {"quick": 31}
     assert plan({}, budget=1.0) == {}
+
+
+def test_training_is_reported_against_its_aims():
+    results = {
+        "environment": {
+            "cpu": "a CPU", "cores": 2, "versions": {"jax": "0.10"}, "commit": "abc", "date": "a day", "command": "a command",
+        },
+        "batch_size": 128,
+        "seconds": {"loop": 0.41, "bare": 0.4},
+        "loop_over_bare_step": 1.025, "pipeline_over_step": 170.0, "torch_over_step": 0.5, "stall_in_steps": 1.5,
+    }  # fmt: skip
+    text = report.training(results)
+    assert "| the loop's step over the bare one | 1.02× | ≤ 1.03× | yes |" in text
+    assert "| what a checkpoint adds, in steps | 1.50 steps | ≤ 1 steps | no |" in text
+    assert "| torch's step over the bare one | 0.500× | ≥ 1× | no |" in text
+    assert "| bare | 400 |" in text

@@ -78,22 +78,25 @@ def test_equals_xla_in_three_dimensions(kernel, channels, features, groups, stri
 
 
 IN_TILES = [
-    # kernel, channels, features, positions, tiles along (T, H, W)
-    (TEMPORAL, 192, 256, (4, 5, 7), (4, 1, 1)),
-    (TEMPORAL, 320, 320, (8, 5, 7), (4, 1, 1)),
-    (SPATIAL, 64, 64, (3, 13, 7), (1, 4, 1)),
-    (SPATIAL, 66, 66, (3, 13, 7), (1, 2, 2)),
-    (CUBE, 64, 64, (4, 13, 9), (4, 4, 1)),
-    (CUBE, 66, 66, (4, 13, 11), (4, 2, 2)),
+    # kernel, channels, features, positions, whether x is small, tiles along (T, H, W) for the value and the kernel's gradient
+    (TEMPORAL, 192, 256, (4, 5, 7), True, (4, 1, 1), (4, 1, 1)),
+    (TEMPORAL, 320, 320, (8, 5, 7), True, (4, 1, 1), (4, 1, 1)),
+    (SPATIAL, 64, 64, (3, 13, 7), True, (1, 4, 4), (1, 4, 4)),
+    (SPATIAL, 32, 32, (3, 13, 14), False, (1, 4, 1), (1, 4, 4)),
+    (SPATIAL, 66, 66, (3, 13, 7), True, (1, 2, 2), (1, 2, 2)),
+    (CUBE, 64, 64, (4, 13, 9), True, (4, 4, 1), (4, 4, 1)),
+    (CUBE, 66, 66, (4, 13, 11), True, (4, 2, 2), (4, 2, 2)),
 ]
 
 
-@pytest.mark.parametrize(("kernel", "channels", "features", "positions", "tiles"), IN_TILES)
-def test_tiles_equal_xla_in_three_dimensions(kernel, channels, features, positions, tiles, monkeypatch):
+@pytest.mark.parametrize(("kernel", "channels", "features", "positions", "small", "of_value", "of_kernel"), IN_TILES)
+def test_tiles_equal_xla_in_three_dimensions(kernel, channels, features, positions, small, of_value, of_kernel, monkeypatch):
     monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    if not small:
+        monkeypatch.setattr(conv, "CACHED", 0)
     x, weights = arrays(kernel, channels, features, positions=positions)
     weights /= math.sqrt(math.prod(kernel) * channels)
-    assert lowering(x.shape, weights.shape).value.args == (tiles,)
+    assert [function.args for function in lowering(x.shape, weights.shape)] == [(of_value,), (of_kernel,)]
 
     @jax.jit
     def both(x, weights):
