@@ -77,9 +77,10 @@ def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
         ValueError: the positions do not split over the mesh.
     """
     sharding, parts = batch_sharding(mesh), mesh.shape["positions"]
-    length = batch["inputs"].shape[1]
-    if length % parts:
-        raise ValueError(f"the positions of an example must split over {parts} devices; got {length} of them.")
+    if parts > 1 and batch["inputs"].shape[1] % parts:
+        raise ValueError(
+            f"the positions of an example must split over {parts} devices; got {batch['inputs'].shape[1]} of them."
+        )
 
     def place(name: str, x: Any) -> jax.Array:
         x = np.asarray(x)
