@@ -131,8 +131,9 @@ def dimmed(batch, key):
 
 
 @needs_four
-@pytest.mark.parametrize("options", [{}, {"batch_norm": "device"}, {"batch_norm": "device", "accumulate": 2}], ids=str)
-@pytest.mark.parametrize("positions", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "positions"), [({}, 2), ({"batch_norm": "device", "accumulate": 2}, 2), ({"batch_norm": "device"}, 1)], ids=str
+)
 def test_split_positions_equal_whole_ones(options, positions, monkeypatch):
     """Training, precise BN and evaluation; two devices of `data` in both."""
     monkeypatch.setattr(training.mesh, "SMALLEST_SHARDED", 16)
