@@ -17,9 +17,10 @@ from training.split_over_hosts import rows as rows_of_split_training
 from experiments import cifar
 from nonlocal_jax import training
 
+# With seed 0 a rounding turns a ReLU in step 6, on four devices of one process against one device too: 2e-5 at once.
 OPTIONS = (
     "--depth 8 --nonlocal-blocks res2_0 --steps 10 --batch-size 16 --save-every 4 --evaluate-every 5 --precise-bn 2 "
-    "--learning-rate 0.01"
+    "--learning-rate 0.01 --seed 1"
 )
 
 
