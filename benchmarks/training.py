@@ -10,6 +10,7 @@ machine; numbers are medians over the rounds.
 
 import dataclasses
 import functools
+import importlib.metadata
 import io
 import json
 import os
@@ -147,7 +148,7 @@ def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
             "torch, contiguous": lambda: torch.seconds("contiguous", STEPS),
             "torch, channels_last": lambda: torch.seconds("channels_last", STEPS),
         }
-        turn = len(seconds["bare"])
+        turn = len(seconds["bare"])  # all four in turns 1, 5, 9, ..., and in turns 5, 13, ... the other way round
         for name in (list(rounds) if turn % 4 == 1 else ["bare"])[:: -1 if turn % 8 > 3 else 1]:
             seconds[name].append(rounds[name]())
         batch = next(read(start=0))
@@ -227,8 +228,6 @@ def main(config: Config) -> None:
 
 
 def _version(package: str) -> str:
-    import importlib.metadata
-
     return importlib.metadata.version(package)
 
 

@@ -52,8 +52,10 @@ def _hops(rows: int, length: int) -> list[tuple[int, int]]:
 
 def _from(x: Array, axis_name: str, hop: int, rows: int, beyond: float) -> Array:
     """The last rows of the device `hop` places ahead, or the first ones of one that is behind, where hop is negative."""
-    size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    size = lax.axis_size(axis_name)
     part = lax.slice_in_dim(x, x.shape[1] - rows, None, axis=1) if hop > 0 else lax.slice_in_dim(x, 0, rows, axis=1)
     received = lax.ppermute(part, axis_name, [(i, i + hop) for i in range(size) if 0 <= i + hop < size])
-    is_there = (index >= hop) & (index < size + hop)
-    return received if beyond == 0 else jnp.where(is_there, received, beyond)
+    if beyond == 0:  # which is what a device without such a neighbour receives
+        return received
+    index = lax.axis_index(axis_name)
+    return jnp.where((index >= hop) & (index < size + hop), received, beyond)

@@ -82,7 +82,7 @@ def test_equals_one_device(name, shape, options, masked):
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5 * largest)
 
 
-def equal_with_gradients(apply, x, *parameters, parts=4):
+def assert_equal_with_gradients(apply, x, *parameters, parts=4):
     """`apply` of x, parameters and the name of an axis, x split over devices, against the same on one."""
     mesh, rows = jax.sharding.Mesh(np.array(jax.devices()[:parts]), ("positions",)), P(None, "positions")
     specs = (rows, *[P()] * len(parameters))
@@ -111,7 +111,7 @@ def equal_with_gradients(apply, x, *parameters, parts=4):
 def test_a_convolution_takes_frames_from_its_neighbours(kernel, strides, groups):
     x = jax.random.normal(jax.random.key(0), (2, 8, 5, 4, kernel[3] * groups))
     w = jax.random.normal(jax.random.key(1), kernel)
-    equal_with_gradients(lambda x, w, axis_name: nl.layers.video_conv(x, w, strides, groups, axis_name), x, w)
+    assert_equal_with_gradients(lambda x, w, axis_name: nl.layers.video_conv(x, w, strides, groups, axis_name), x, w)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_pooling_takes_frames_from_its_neighbours(window, strides, padding):
     x = (
         jax.random.normal(jax.random.key(0), (2, 8, 5, 6, 3)) - 4
     )  # below 0, which is what a device without a neighbour receives
-    equal_with_gradients(lambda x, axis_name: nl.layers.strided_max_pool(x, window, strides, padding, axis_name), x)
+    assert_equal_with_gradients(lambda x, axis_name: nl.layers.strided_max_pool(x, window, strides, padding, axis_name), x)
 
 
 @pytest.mark.usefixtures("as_users_see_it")
@@ -138,9 +138,9 @@ def test_windows_that_do_not_split_are_refused():
     message = r"'positions' must be a multiple of the stride.*got 2 positions, window 3, stride {}, padding {}"
     x, w = jnp.ones((2, 8, 3, 3, 2)), jnp.ones((3, 1, 1, 2, 2))
     with pytest.raises(ValueError, match=message.format(4, 1)):
-        equal_with_gradients(lambda x, w, axis_name: nl.layers.video_conv(x, w, (4, 1, 1), axis_name=axis_name), x, w)
+        assert_equal_with_gradients(lambda x, w, axis_name: nl.layers.video_conv(x, w, (4, 1, 1), axis_name=axis_name), x, w)
     with pytest.raises(ValueError, match=message.format(1, 0)):
-        equal_with_gradients(lambda x, name: nl.layers.strided_max_pool(x, (3, 1, 1), (1, 1, 1), (0, 0, 0), name), x)
+        assert_equal_with_gradients(lambda x, name: nl.layers.strided_max_pool(x, (3, 1, 1), (1, 1, 1), (0, 0, 0), name), x)
 
 
 def test_a_device_of_nothing_but_padding():
