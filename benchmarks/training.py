@@ -1,11 +1,12 @@
 """What the training loop costs beyond its step, and its step beside torch's.
 
-    python -m benchmarks.training        # results/training/<backend>.json, 7 minutes on 2 CPU cores
+    python -m benchmarks.training        # results/training/<backend>.json, about 10 minutes on 2 CPU cores
 
 ResNet-20 on random images of CIFAR's shape, batches of 128, through the whole loop: pipeline, log, TensorBoard, bar,
 checkpoints. While the loop pauses, every few steps, the others have their turn: the bare jitted step on a batch that lies
-on the device, and in every fourth round the pipeline by itself and torch in a process of its own. So all see the same
-machine; numbers are medians over the rounds.
+on the device, and in every fourth round the pipeline by itself, torch in a process of its own, the convolutions of the step,
+and the matrix products that these are, from what each position sees, made beforehand. So all see the same machine; numbers
+are medians over the rounds.
 """
 
 import dataclasses
@@ -20,12 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -37,11 +39,22 @@ from experiments.report import read_log
 from nonlocal_jax import training
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.pipeline import training_batches
+from nonlocal_jax.layers.conv import video_conv
 
 STEPS = 6  # of each competitor in a round; the first two of them find the caches as the competitor before left them
 WARM = 2
 SAVE_EVERY = 12
 BATCHES = 400  # of the pipeline in a round: many more than it reads ahead
+CONVOLUTIONS = {  # (channels, features, rows and columns of the input, stride): how many ResNet-20 has
+    (3, 16, 32, 1): 1,
+    (16, 16, 32, 1): 6,
+    (16, 32, 32, 2): 1,
+    (32, 32, 16, 1): 5,
+    (32, 64, 16, 2): 1,
+    (64, 64, 8, 1): 5,
+}
+PARTS = ("bare, its 3×3 convolutions alone", "bare, their products alone")
+Timed = tuple[Callable[..., Any], tuple[Any, ...], int]  # a function, its arguments, how often it counts
 FOLDER = Path(__file__).parent / "results" / "training"
 
 
@@ -132,23 +145,60 @@ class Bare:
         return (time.perf_counter() - begun) / (steps - WARM)
 
 
+class Convolutions:
+    """The 3×3 convolutions of ResNet-20 by themselves: y, and the gradients of the kernel and of x, which the images lack."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._whole: list[Timed] = []
+        self._products: list[Timed] = []
+        for (channels, features, size, stride), count in CONVOLUTIONS.items():
+            convolve = functools.partial(video_conv, strides=(1, stride, stride))
+            x, kernel = jnp.ones((batch_size, 1, size, size, channels)), jnp.ones((1, 3, 3, channels, features))
+            y, pull = jax.vjp(convolve, x, kernel)
+            rows, taps, around = y.size // features, 9 * channels, 9 * features // stride**2
+            shapes = [((rows, taps), (taps, features)), ((taps, rows), (rows, features))]
+            whole: list[Any] = [(convolve, (x, kernel)), (lambda pull, y: pull(y)[1], (pull, y))]
+            if channels > 3:
+                whole.append((lambda pull, y: pull(y)[0], (pull, y)))
+                shapes.append(((x.size // channels, around), (around, channels)))
+            self._whole += [(jax.jit(function), arguments, count) for function, arguments in whole]
+            self._products += [(jax.jit(jnp.matmul), tuple(map(jnp.ones, pair)), count) for pair in shapes]
+        self.seconds()
+        self.seconds(products=True)
+
+    def seconds(self, products: bool = False) -> float:
+        """Of all, or of the matrix products that they are, from what each position sees, made beforehand."""
+        total = 0.0
+        for function, arguments, count in self._products if products else self._whole:
+            times = []
+            for _ in range(WARM + 3):
+                begun = time.perf_counter()
+                jax.block_until_ready(function(*arguments))
+                times.append(time.perf_counter() - begun)
+            total += count * statistics.median(times[WARM:])
+        return total
+
+
 def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
     """Seconds of one step, or batch, by competitor and round."""
     images = make_images()
-    names = ("bare", "pipeline", "torch, contiguous", "torch, channels_last")
+    names = ("bare", "pipeline", *PARTS, "torch, contiguous", "torch, channels_last")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     read = functools.partial(training_batches, images, config.batch_size, seed=0)
     bare, torch, pipeline = Bare(next(read(start=0))), Torch(config.batch_size), read(start=0)
+    convolutions = Convolutions(config.batch_size)
 
     def others() -> Iterator[Any]:
         """In the place of an evaluation, for which the loop waits and stops its clock."""
         rounds = {
             "bare": lambda: bare.seconds(STEPS),
             "pipeline": lambda: _batches(pipeline, BATCHES) / BATCHES,
+            PARTS[0]: convolutions.seconds,
+            PARTS[1]: lambda: convolutions.seconds(products=True),
             "torch, contiguous": lambda: torch.seconds("contiguous", STEPS),
             "torch, channels_last": lambda: torch.seconds("channels_last", STEPS),
         }
-        turn = len(seconds["bare"])  # all four in turns 1, 5, 9, ..., and in turns 5, 13, ... the other way round
+        turn = len(seconds["bare"])  # all in turns 1, 5, 9, ..., and in turns 5, 13, ... the other way round
         for name in (list(rounds) if turn % 4 == 1 else ["bare"])[:: -1 if turn % 8 > 3 else 1]:
             seconds[name].append(rounds[name]())
         batch = next(read(start=0))
