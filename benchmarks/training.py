@@ -53,8 +53,8 @@ CONVOLUTIONS = {  # (channels, features, rows and columns of the input, stride):
     (32, 64, 16, 2): 1,
     (64, 64, 8, 1): 5,
 }
-PARTS = ("bare, its 3×3 convolutions alone", "bare, their products alone")
-Timed = tuple[Callable[..., Any], tuple[Any, ...], int]  # a function, its arguments, how often it counts
+PARTS = ("convolutions", "products", "lesser")  # of the bare step, by themselves; the last is the lesser of both for each
+Timed = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 FOLDER = Path(__file__).parent / "results" / "training"
 
 
@@ -146,37 +146,51 @@ class Bare:
 
 
 class Convolutions:
-    """The 3×3 convolutions of ResNet-20 by themselves: y, and the gradients of the kernel and of x, which the images lack."""
+    """The 3×3 convolutions of ResNet-20 by themselves: y, and the gradients of the kernel and of x, which the images lack.
+
+    Beside each, the matrix product that it is, from what each position sees, made beforehand.
+    """
 
     def __init__(self, batch_size: int) -> None:
-        self._whole: list[Timed] = []
-        self._products: list[Timed] = []
+        self._both: list[tuple[Timed, Timed, int]] = []
         for (channels, features, size, stride), count in CONVOLUTIONS.items():
             convolve = functools.partial(video_conv, strides=(1, stride, stride))
             x, kernel = jnp.ones((batch_size, 1, size, size, channels)), jnp.ones((1, 3, 3, channels, features))
             y, pull = jax.vjp(convolve, x, kernel)
             rows, taps, around = y.size // features, 9 * channels, 9 * features // stride**2
-            shapes = [((rows, taps), (taps, features)), ((taps, rows), (rows, features))]
-            whole: list[Any] = [(convolve, (x, kernel)), (lambda pull, y: pull(y)[1], (pull, y))]
-            if channels > 3:
-                whole.append((lambda pull, y: pull(y)[0], (pull, y)))
-                shapes.append(((x.size // channels, around), (around, channels)))
-            self._whole += [(jax.jit(function), arguments, count) for function, arguments in whole]
-            self._products += [(jax.jit(jnp.matmul), tuple(map(jnp.ones, pair)), count) for pair in shapes]
+            convolutions: Any = (
+                (convolve, x, kernel),
+                (lambda pull, y: pull(y)[1], pull, y),
+                (lambda pull, y: pull(y)[0], pull, y),
+            )
+            shapes = (
+                ((rows, taps), (taps, features)),
+                ((taps, rows), (rows, features)),
+                ((x.size // channels, around), (around, channels)),
+            )
+            for (function, *arguments), pair in list(zip(convolutions, shapes, strict=True))[: 2 if channels == 3 else 3]:
+                product = jax.jit(jnp.matmul), tuple(map(jnp.ones, pair))
+                self._both.append(((jax.jit(function), tuple(arguments)), product, count))
         self.seconds()
-        self.seconds(products=True)
 
-    def seconds(self, products: bool = False) -> float:
-        """Of all, or of the matrix products that they are, from what each position sees, made beforehand."""
-        total = 0.0
-        for function, arguments, count in self._products if products else self._whole:
-            times = []
-            for _ in range(WARM + 3):
-                begun = time.perf_counter()
-                jax.block_until_ready(function(*arguments))
-                times.append(time.perf_counter() - begun)
-            total += count * statistics.median(times[WARM:])
-        return total
+    def seconds(self) -> tuple[float, float, float]:
+        """Of all convolutions, of all products, and of the lesser of the two for each."""
+        times = [(_median(convolution), _median(product), count) for convolution, product, count in self._both]
+        return (
+            sum(count * convolution for convolution, _, count in times),
+            sum(count * product for _, product, count in times),
+            sum(count * min(convolution, product) for convolution, product, count in times),
+        )
+
+
+def _median(timed: Timed) -> float:
+    function, arguments = timed
+    times = []
+    for _ in range(WARM + 3):
+        begun = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[WARM:])
 
 
 def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
@@ -193,14 +207,15 @@ def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
         rounds = {
             "bare": lambda: bare.seconds(STEPS),
             "pipeline": lambda: _batches(pipeline, BATCHES) / BATCHES,
-            PARTS[0]: convolutions.seconds,
-            PARTS[1]: lambda: convolutions.seconds(products=True),
             "torch, contiguous": lambda: torch.seconds("contiguous", STEPS),
             "torch, channels_last": lambda: torch.seconds("channels_last", STEPS),
         }
         turn = len(seconds["bare"])  # all in turns 1, 5, 9, ..., and in turns 5, 13, ... the other way round
         for name in (list(rounds) if turn % 4 == 1 else ["bare"])[:: -1 if turn % 8 > 3 else 1]:
             seconds[name].append(rounds[name]())
+        if turn % 4 == 1:
+            for name, value in zip(PARTS, convolutions.seconds(), strict=True):
+                seconds[name].append(value)
         batch = next(read(start=0))
         yield {**batch, "mask": np.ones(config.batch_size, bool)}
 
@@ -212,8 +227,8 @@ def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
         torch.close()
     clock = [row["seconds"] for row in read_log(folder, "train")]
     spans = zip(clock[STEPS + WARM - 1 :: STEPS], clock[2 * STEPS - 1 :: STEPS], strict=True)
-    of_loop = [(after - before) / (STEPS - WARM) for before, after in spans]
-    return {**seconds, "loop": of_loop, "bare": seconds["bare"][1:]}  # the first round warms up
+    seconds["loop"] = [(after - before) / (STEPS - WARM) for before, after in spans]
+    return {**seconds, "bare": seconds["bare"][1:]}  # the first round warms up
 
 
 def _batches(pipeline: Iterator[Any], count: int) -> float:
@@ -263,7 +278,8 @@ def main(config: Config) -> None:
             "command": shlex.join(["python", "-m", "benchmarks.training", *sys.argv[1:]]),
         },
         "batch_size": config.batch_size,
-        "seconds": median,
+        "seconds": {name: value for name, value in median.items() if name not in PARTS},
+        "parts": {name: median[name] for name in PARTS},
         "rounds": seconds,
         "loop_over_bare_step": statistics.median(a / b for a, b in zip(seconds["loop"], seconds["bare"], strict=True)),
         "pipeline_over_step": median["bare"] / median["pipeline"],

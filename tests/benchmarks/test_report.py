@@ -131,7 +131,8 @@ def test_training_is_reported_against_its_aims():
             "cpu": "a CPU", "cores": 2, "versions": {"jax": "0.10"}, "commit": "abc", "date": "a day", "command": "a command",
         },
         "batch_size": 128,
-        "seconds": {"loop": 0.41, "bare": 0.4},
+        "seconds": {"loop": 0.41, "bare": 0.4, "torch, contiguous": 0.25, "torch, channels_last": 0.2},
+        "parts": {"convolutions": 0.3, "products": 0.2, "lesser": 0.15},
         "loop_over_bare_step": 1.025, "pipeline_over_step": 170.0, "torch_over_step": 0.5, "stall_in_steps": 1.5,
     }  # fmt: skip
     text = report.training(results)
@@ -139,3 +140,6 @@ def test_training_is_reported_against_its_aims():
     assert "| what a checkpoint adds, in steps | 1.50 steps | ≤ 1 steps | no |" in text
     assert "| torch's step over the bare one | 0.500× | ≥ 1× | no |" in text
     assert "| bare | 400 |" in text
+    assert "take 150 ms; the rest, what the bare step\ntakes beyond its convolutions alone, 100 ms. That is 250 ms" in text
+    results["seconds"]["torch, channels_last"] = results["seconds"]["torch, contiguous"] = 0.3
+    assert "XLA's products" not in report.training(results)  # torch's step is longer
