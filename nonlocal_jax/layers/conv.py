@@ -142,7 +142,7 @@ def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _convolve(x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool) -> Array:
-    return lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo).value(x, kernel, strides, groups)
+    return _lowered(x, kernel, strides, groups, has_halo, backend())
 
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
@@ -150,11 +150,18 @@ def _convolve_jvp(
     strides: Triple, groups: int, has_halo: bool, primals: tuple[Array, Array], tangents: tuple[Any, Any]
 ) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    chosen, zero = lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo), jax.custom_derivatives.SymbolicZero
+    zero = jax.custom_derivatives.SymbolicZero
     y = _convolve(x, kernel, strides, groups, has_halo)
-    parts = [] if isinstance(dx, zero) else [chosen.value(dx, kernel, strides, groups)]
-    parts += [] if isinstance(dkernel, zero) else [chosen.by_kernel(x, dkernel, strides, groups)]
+    parts = [] if isinstance(dx, zero) else [_lowered(dx, kernel, strides, groups, has_halo, backend())]
+    parts += [] if isinstance(dkernel, zero) else [_lowered(x, dkernel, strides, groups, has_halo, backend(), True)]
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6), inline=True)
+def _lowered(x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool, on: str, by_kernel: bool = False) -> Array:
+    """As `lowering` chose on this backend; traced once for all convolutions of one shape."""
+    chosen = lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo)
+    return (chosen.by_kernel if by_kernel else chosen.value)(x, kernel, strides, groups)
 
 
 def _product(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
