@@ -9,6 +9,7 @@ and the matrix products that these are, from what each position sees, made befor
 are medians over the rounds.
 """
 
+import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -53,7 +54,6 @@ CONVOLUTIONS = {  # (channels, features, rows and columns of the input, stride):
     (32, 64, 16, 2): 1,
     (64, 64, 8, 1): 5,
 }
-PARTS = ("convolutions", "products", "lesser")  # of the bare step, by themselves; the last is the lesser of both for each
 Timed = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 FOLDER = Path(__file__).parent / "results" / "training"
 
@@ -62,7 +62,7 @@ FOLDER = Path(__file__).parent / "results" / "training"
 class Config:
     """The training loop beside its bare step, its pipeline, and torch."""
 
-    rounds: int = 48  # of the loop, the bare step, the pipeline and torch
+    rounds: int = 48  # of the loop and the bare step; every fourth one has all else
     saves: int = 8  # checkpoints whose cost is measured
     batch_size: int = 128
     output: Path = FOLDER  # folder of the JSON
@@ -148,7 +148,7 @@ class Bare:
 class Convolutions:
     """The 3×3 convolutions of ResNet-20 by themselves: y, and the gradients of the kernel and of x, which the images lack.
 
-    Beside each, the matrix product that it is, from what each position sees, made beforehand.
+    Beside each, one matrix product with as many multiplications, from what each position sees, made beforehand.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -157,7 +157,8 @@ class Convolutions:
             convolve = functools.partial(video_conv, strides=(1, stride, stride))
             x, kernel = jnp.ones((batch_size, 1, size, size, channels)), jnp.ones((1, 3, 3, channels, features))
             y, pull = jax.vjp(convolve, x, kernel)
-            rows, taps, around = y.size // features, 9 * channels, 9 * features // stride**2
+            rows, taps = y.size // features, 9 * channels
+            around = 9 * features // stride**2  # with a stride of 2, positions of x meet 1, 2, 2 and 4 taps
             convolutions: Any = (
                 (convolve, x, kernel),
                 (lambda pull, y: pull(y)[1], pull, y),
@@ -173,14 +174,14 @@ class Convolutions:
                 self._both.append(((jax.jit(function), tuple(arguments)), product, count))
         self.seconds()
 
-    def seconds(self) -> tuple[float, float, float]:
-        """Of all convolutions, of all products, and of the lesser of the two for each."""
+    def seconds(self) -> dict[str, float]:
+        """Of all convolutions, of all products, and of all by the lesser of the two for each."""
         times = [(_median(convolution), _median(product), count) for convolution, product, count in self._both]
-        return (
-            sum(count * convolution for convolution, _, count in times),
-            sum(count * product for _, product, count in times),
-            sum(count * min(convolution, product) for convolution, product, count in times),
-        )
+        return {
+            "convolutions": sum(count * convolution for convolution, _, count in times),
+            "products": sum(count * product for _, product, count in times),
+            "lesser": sum(count * min(convolution, product) for convolution, product, count in times),
+        }
 
 
 def _median(timed: Timed) -> float:
@@ -196,25 +197,23 @@ def _median(timed: Timed) -> float:
 def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
     """Seconds of one step, or batch, by competitor and round."""
     images = make_images()
-    names = ("bare", "pipeline", *PARTS, "torch, contiguous", "torch, channels_last")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = collections.defaultdict(list)
     read = functools.partial(training_batches, images, config.batch_size, seed=0)
     bare, torch, pipeline = Bare(next(read(start=0))), Torch(config.batch_size), read(start=0)
     convolutions = Convolutions(config.batch_size)
 
     def others() -> Iterator[Any]:
         """In the place of an evaluation, for which the loop waits and stops its clock."""
-        rounds = {
-            "bare": lambda: bare.seconds(STEPS),
-            "pipeline": lambda: _batches(pipeline, BATCHES) / BATCHES,
-            "torch, contiguous": lambda: torch.seconds("contiguous", STEPS),
-            "torch, channels_last": lambda: torch.seconds("channels_last", STEPS),
-        }
+        measures: list[Callable[[], dict[str, float]]] = [
+            lambda: {"bare": bare.seconds(STEPS)},
+            lambda: {"pipeline": _batches(pipeline, BATCHES) / BATCHES},
+            convolutions.seconds,
+            lambda: {"torch, contiguous": torch.seconds("contiguous", STEPS)},
+            lambda: {"torch, channels_last": torch.seconds("channels_last", STEPS)},
+        ]
         turn = len(seconds["bare"])  # all in turns 1, 5, 9, ..., and in turns 5, 13, ... the other way round
-        for name in (list(rounds) if turn % 4 == 1 else ["bare"])[:: -1 if turn % 8 > 3 else 1]:
-            seconds[name].append(rounds[name]())
-        if turn % 4 == 1:
-            for name, value in zip(PARTS, convolutions.seconds(), strict=True):
+        for measure in (measures if turn % 4 == 1 else measures[:1])[:: -1 if turn % 8 > 3 else 1]:
+            for name, value in measure().items():
                 seconds[name].append(value)
         batch = next(read(start=0))
         yield {**batch, "mask": np.ones(config.batch_size, bool)}
@@ -278,8 +277,7 @@ def main(config: Config) -> None:
             "command": shlex.join(["python", "-m", "benchmarks.training", *sys.argv[1:]]),
         },
         "batch_size": config.batch_size,
-        "seconds": {name: value for name, value in median.items() if name not in PARTS},
-        "parts": {name: median[name] for name in PARTS},
+        "seconds": median,
         "rounds": seconds,
         "loop_over_bare_step": statistics.median(a / b for a, b in zip(seconds["loop"], seconds["bare"], strict=True)),
         "pipeline_over_step": median["bare"] / median["pipeline"],

@@ -70,7 +70,7 @@ def lowering(
     """
     taps, cpu = math.prod(kernel[:3]), backend() == "cpu"
     if has_halo:
-        chosen = functools.partial(_temporal if groups == 1 and kernel[1:3] == (1, 1) else _planes, padding=0)
+        chosen = _of(_temporal if groups == 1 and kernel[1:3] == (1, 1) else _planes, padding=0)
         return Lowering(chosen, chosen)
     if groups == 1 and taps == 1:
         return Lowering(_product, _product)
@@ -104,9 +104,9 @@ def _in_tiles_where_faster(x: tuple[int, ...], kernel: tuple[int, ...], strides:
     enough = (30 if t == 3 else 16) if h == 3 else 100 if length == 4 else 150
     if width_of_products < enough or rows < 64 or strides != (1, 1, 1) or length % tiles[0] or min(height, width) < h:
         return None
-    of_value = of_kernel = functools.partial(_in_tiles, tiles)
+    of_value = of_kernel = _of(_in_tiles, tiles=tiles)
     if t == 1 and over_space == (4, 1):
-        of_kernel = functools.partial(_in_tiles, (1, 4, 4))
+        of_kernel = _of(_in_tiles, tiles=(1, 4, 4))
         if math.prod(x) * 4 <= 1.5 * CACHED:
             of_value = of_kernel
     return Lowering(of_value, of_kernel)
@@ -133,6 +133,7 @@ def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int
     >>> video_conv(jnp.ones((1, 3, 1, 1, 1)), jnp.ones((3, 1, 1, 1, 1))).ravel()
     Array([2., 3., 2.], dtype=float32)
     """
+    strides = (int(strides[0]), int(strides[1]), int(strides[2]))
     if axis_name is None:
         return _convolve(x, kernel, strides, groups, False)
     taps = kernel.shape[0]
@@ -142,7 +143,7 @@ def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _convolve(x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool) -> Array:
-    return _lowered(x, kernel, strides, groups, has_halo, backend())
+    return _lowered(lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo).value, x, kernel, strides, groups)
 
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
@@ -150,18 +151,23 @@ def _convolve_jvp(
     strides: Triple, groups: int, has_halo: bool, primals: tuple[Array, Array], tangents: tuple[Any, Any]
 ) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    zero = jax.custom_derivatives.SymbolicZero
+    chosen, zero = lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo), jax.custom_derivatives.SymbolicZero
     y = _convolve(x, kernel, strides, groups, has_halo)
-    parts = [] if isinstance(dx, zero) else [_lowered(dx, kernel, strides, groups, has_halo, backend())]
-    parts += [] if isinstance(dkernel, zero) else [_lowered(x, dkernel, strides, groups, has_halo, backend(), True)]
+    parts = [] if isinstance(dx, zero) else [_lowered(chosen.value, dx, kernel, strides, groups)]
+    parts += [] if isinstance(dkernel, zero) else [_lowered(chosen.by_kernel, x, dkernel, strides, groups)]
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6), inline=True)
-def _lowered(x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool, on: str, by_kernel: bool = False) -> Array:
-    """As `lowering` chose on this backend; traced once for all convolutions of one shape."""
-    chosen = lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo)
-    return (chosen.by_kernel if by_kernel else chosen.value)(x, kernel, strides, groups)
+@functools.partial(jax.jit, static_argnums=(0, 3, 4), inline=True)
+def _lowered(chosen: Lowered, x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    """Traced once for all convolutions of the same shapes, types and options, and then a part of what calls it."""
+    return chosen(x, kernel, strides, groups)
+
+
+@functools.cache
+def _of(lowered: Callable[..., Array], **options: Any) -> Lowered:
+    """With its options, the same object each time: what is traced is found again by it."""
+    return functools.partial(lowered, **options)
 
 
 def _product(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
@@ -197,13 +203,14 @@ def _planes(x: Array, kernel: Array, strides: Triple, groups: int, padding: int 
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _in_tiles(tiles: tuple[int, ...], x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+def _in_tiles(x: Array, kernel: Array, strides: Triple, groups: int, tiles: tuple[int, ...]) -> Array:
     """Three taps in tiles of so many outputs along (T, H, W); 1 is no tile. Along H and W the stride is 1."""
     if kernel.shape[1:3] == (1, 1) and strides[1:] != (1, 1):
         x, strides = x[:, :, :: strides[1], :: strides[2]], (strides[0], 1, 1)
     for axis, tile in enumerate(tiles):
         if tile > 1:
-            along_others = functools.partial(_in_tiles, (*tiles[:axis], 1, *tiles[axis + 1 :]), strides=strides, groups=groups)
+            others = (*tiles[:axis], 1, *tiles[axis + 1 :])
+            along_others = functools.partial(_in_tiles, strides=strides, groups=groups, tiles=others)
             return tiled(x, kernel, axis, tile, along_others)
     return (_product if kernel.shape[2] == 1 else _joined_rows)(x, kernel, strides, groups)
 
