@@ -125,7 +125,7 @@ def cifar_resnet(
 
     >>> import jax, jax.numpy as jnp
     >>> model = cifar_resnet(20, {"res2": (1,)}, num_classes=100)
-    >>> model.init_with_output(jax.random.key(0), jnp.ones((2, 32, 32, 3)))[0].shape
+    >>> jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.ones((2, 32, 32, 3)))[0].shape
     (2, 100)
     """
     if depth < 8 or (depth - 2) % 6:
