@@ -39,15 +39,13 @@ What bounds it on two CPU cores: inference has 115 GFLOP in products as we run i
 of XLA's matrix products of these sizes. JAX takes its temporaries anew on every call, page by page: with the large pages of
 `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` (Linux) a training step took 2.5 s where it took 2.8 s, in one process without
 pauses."""
+LIMIT = """Neither the library's convolutions nor XLA's products bring the step to torch's. Take for each convolution the lesser
+of the library's own and of one XLA product with as many multiplications, from all that each position sees, made beforehand for
+nothing: {} ms. The rest, what the bare step takes beyond its convolutions alone, is {} ms. Both take {} ms, {}× torch's
+whole step of {} ms (each the median of {} rounds)."""
 PARTS = ("convolutions", "products", "lesser")  # of the bare step
 EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
 EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
-
-
-LIMIT = """What XLA has for these convolutions does not bring the step to torch's. Take for each the lesser of the library's own
-and of one XLA product with as many multiplications, from all that each position sees, made beforehand for nothing: {} ms. The
-rest, what the bare step takes beyond its convolutions alone, is {} ms. That is {} ms, {}× torch's whole step of {} ms
-(medians of {} rounds)."""
 
 
 def write(folder: Path, readme: Path, project: Path) -> None:
@@ -126,16 +124,12 @@ def training(results: dict[str, Any]) -> str:
 def _limit(rounds: dict[str, list[float]], backend: str) -> Iterator[str]:
     """What is said on CPU where, in three of four rounds, the lesser of both and the rest of the step exceed torch's step."""
     of_torch = map(min, rounds["torch, contiguous"], rounds["torch, channels_last"])
-    found = [
-        (lesser, bare - convolutions, lesser + bare - convolutions, (lesser + bare - convolutions) / torch, torch)
-        for bare, convolutions, lesser, torch in zip(
-            rounds["bare"][::4], rounds["convolutions"], rounds["lesser"], of_torch, strict=True
-        )
-    ]
-    lesser, rest, both, ratio, torch = (statistics.median(values) for values in zip(*found, strict=True))
-    if backend == "cpu" and sum(one[3] > 1 for one in found) >= 0.75 * len(found):
-        milliseconds = (number(value, 1e3) for value in (lesser, rest, both))
-        yield LIMIT.format(*milliseconds, number(ratio), number(torch, 1e3), len(found))
+    together = zip(rounds["bare"][::4], rounds["convolutions"], rounds["lesser"], of_torch, strict=True)
+    found = [(lesser, bare - alone, lesser + bare - alone, torch) for bare, alone, lesser, torch in together]
+    if backend == "cpu" and sum(both > torch for _, _, both, torch in found) >= 0.75 * len(found):
+        lesser, rest, both, torch = (number(statistics.median(values), 1e3) for values in zip(*found, strict=True))
+        ratio = number(statistics.median(both / torch for _, _, both, torch in found))
+        yield LIMIT.format(lesser, rest, both, ratio, torch, len(found))
 
 
 def excerpt(results: Results) -> str:

@@ -1,12 +1,12 @@
 """What the training loop costs beyond its step, and its step beside torch's.
 
-    python -m benchmarks.training        # results/training/<backend>.json, about 10 minutes on 2 CPU cores
+    python -m benchmarks.training        # results/training/<backend>.json, 12 minutes on 2 CPU cores
 
 ResNet-20 on random images of CIFAR's shape, batches of 128, through the whole loop: pipeline, log, TensorBoard, bar,
 checkpoints. While the loop pauses, every few steps, the others have their turn: the bare jitted step on a batch that lies
 on the device, and in every fourth round the pipeline by itself, torch in a process of its own, the convolutions of the step,
-and the matrix products that these are, from what each position sees, made beforehand. So all see the same machine; numbers
-are medians over the rounds.
+and for each a matrix product with as many multiplications. So all see the same machine; numbers are medians over the
+rounds.
 """
 
 import collections

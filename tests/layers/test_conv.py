@@ -168,6 +168,23 @@ def test_second_derivatives_and_vmap(kernel, channels, monkeypatch):
     chex.assert_trees_all_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("as_users_see_it")
+def test_convolutions_of_one_shape_are_traced_once_however_strides_are_written(monkeypatch):
+    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    x, weights = arrays(SPATIAL, 5, 5, positions=(2, 5, 7))
+    assert lowering(x.shape, weights.shape).value is conv._side_by_side
+    traced, side_by_side = [], conv._side_by_side
+    monkeypatch.setattr(conv, "_side_by_side", lambda *args: traced.append(args) or side_by_side(*args))
+    first = video_conv(x, weights, (1, 1, 1))
+    chex.assert_trees_all_equal(video_conv(x, weights, [1, 1, 1]), first)
+    jax.make_jaxpr(lambda x, weights: video_conv(video_conv(x, weights), weights))(x, weights)
+    assert len(traced) == 1
+
+    in_tiles = [lowering((2, 3, 13, 14, 32), (*SPATIAL, 32, 32)) for _ in range(2)]
+    assert in_tiles[0] == in_tiles[1]  # the same objects, by which the trace is found
+    assert in_tiles[0].value.keywords == {"tiles": (1, 4, 4)}
+
+
 def test_bfloat16():
     x, weights = arrays(SPATIAL, 34, 6)
     y = VideoConv(6, SPATIAL, dtype=jnp.bfloat16).apply({"params": {"kernel": weights}}, x)
