@@ -1,9 +1,12 @@
 """Real runs of `experiments.cifar` in processes of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 TESTS = Path(__file__).parent.parent
 PATIENCE = 240.0  # seconds for anything without a deadline of its own
@@ -23,14 +26,21 @@ def start(options, folder, *more, devices=1):
 
 
 def start_command(arguments, devices):
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(devices))
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(devices), process_group=0
+    )
 
 
 def finish(process, code=0):
-    """Wait for it; gives what it printed."""
+    """Wait for it; gives what it printed. One that does not end is killed with all that it started, and its words are shown."""
     try:
         printed, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        printed, _ = process.communicate()
+        pytest.fail(f"no end within {PATIENCE:.0f} s of {process.args}, which printed:\n{printed}")
     finally:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code, printed
     return printed

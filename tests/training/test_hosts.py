@@ -81,7 +81,7 @@ def test_positions_are_split_over_two_processes(positions):
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="Open MPI is absent")
 def test_mpirun_needs_no_addresses(alone, tmp_path):
     folder = tmp_path / "run"
-    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]
     finish(start_command([*mpirun, *command(OPTIONS, folder, "--distributed")], devices=2))
     state, metrics = state_of(folder)
     chex.assert_trees_all_close(state, alone[0], rtol=1e-5, atol=1e-6)
