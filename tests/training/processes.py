@@ -1,11 +1,11 @@
 """Real runs of `experiments.cifar` in processes of their own."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 TESTS = Path(__file__).parent.parent
@@ -26,9 +26,7 @@ def start(options, folder, *more, devices=1):
 
 
 def start_command(arguments, devices):
-    return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(devices), process_group=0
-    )
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(devices))
 
 
 def finish(process, code=0):
@@ -36,11 +34,12 @@ def finish(process, code=0):
     try:
         printed, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for child in psutil.Process(process.pid).children(recursive=True):  # mpirun's are in groups of their own
+            child.kill()
+        process.kill()
         printed, _ = process.communicate()
         pytest.fail(f"no end within {PATIENCE:.0f} s of {process.args}, which printed:\n{printed}")
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
     assert process.returncode == code, printed
     return printed
