@@ -34,7 +34,7 @@ from rich.console import Console
 import nonlocal_jax as nl
 from experiments import report
 from nonlocal_jax import training
-from nonlocal_jax.data import augment, cifar
+from nonlocal_jax.data import DataError, augment, cifar
 from nonlocal_jax.data.images import Images, load_digits
 from nonlocal_jax.data.pipeline import evaluation_batches, training_batches
 from nonlocal_jax.layers.block import Preset
@@ -181,7 +181,7 @@ def load(config: Config) -> tuple[Images, Images]:
     if config.archive_sha256 is not None:
         file = config.data_dir / archive.name
         if not file.exists():
-            raise cifar.DataError(f"--archive-sha256 is that of {file}, which is not there.")
+            raise DataError(f"--archive-sha256 is that of {file}, which is not there.")
         archive = dataclasses.replace(archive, sha256=config.archive_sha256, size=file.stat().st_size)
     train, test = (cifar.load(config.dataset, split, config.data_dir, archive) for split in ("train", "test"))
     return train, test
@@ -206,7 +206,7 @@ def main(config: Config) -> training.Result | None:
             profile=config.profile,
             placement=config.placement,
         )
-    except cifar.DataError as error:
+    except DataError as error:
         raise SystemExit(f"error: {error} Or train on --dataset digits, which comes with scikit-learn.") from error
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error

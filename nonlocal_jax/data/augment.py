@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Key, UInt32
+from jaxtyping import Key, Shaped, UInt32
 
 from nonlocal_jax.types import Array, Image, PRNGKeyArray
 
 ExampleKeys = Key[Array, " b"]
+Pixels = Shaped[Array, "b *t h w c"]  # of images or videos, floating point or as they come
 
 
 def example_keys(key: PRNGKeyArray, position: UInt32[Array, " b"]) -> ExampleKeys:
@@ -32,7 +33,7 @@ def random_crop(images: Image, keys: ExampleKeys, padding: int) -> Image:
     return jax.vmap(crop)(padded, corners)
 
 
-def random_flip(images: Image, keys: ExampleKeys) -> Image:
-    """Each image (B, H, W, C) or its mirror image, with equal chances."""
+def random_flip(images: Pixels, keys: ExampleKeys) -> Pixels:
+    """Each image (B, H, W, C), or video (B, T, H, W, C), or its mirror image, with equal chances."""
     flips = jax.vmap(jax.random.bernoulli)(keys)
-    return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
+    return jnp.where(jnp.expand_dims(flips, tuple(range(1, images.ndim))), images[..., ::-1, :], images)

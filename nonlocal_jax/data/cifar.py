@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from nonlocal_jax.data import DataError
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.toy_video import Split
 
@@ -76,10 +77,6 @@ ARCHIVES: dict[Name, Archive] = {
         num_classes=100,
     ),
 }
-
-
-class DataError(Exception):
-    """The data is not there, or not what it should be; says what to do."""
 
 
 def load(name: Name, split: Split, folder: Path, archive: Archive | None = None) -> Images:

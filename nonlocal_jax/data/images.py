@@ -32,7 +32,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Some of them, as "inputs" and "labels"."""
         return {"inputs": self.images[indices], "labels": self.labels[indices]}
 

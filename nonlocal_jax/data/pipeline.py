@@ -4,7 +4,7 @@ The batch of a step is the same whatever the number of worker processes, of host
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,8 +20,14 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The examples, stacked, by name: "inputs" (B, ...) and "labels" (B,)."""
+    def read(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The examples, stacked, by name: "inputs" (B, ...) and "labels" (B,), and in evaluation "mask" where not all are real.
+
+        Args:
+            indices: (B,), of the examples.
+            epochs: (B,), which time it is that each is read in training, for a source with random numbers of its own; None in
+                evaluation.
+        """
         ...
 
 
@@ -83,6 +89,24 @@ def evaluation_batches(
     return iter(_ahead(batches.map(_ReadInOrder(source, batch_size, rows or range(batch_size))), workers))
 
 
+def read_ahead(read: Callable[[int], Any], indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """Pairs of an index and what is read, in order, by some threads that are a few ahead.
+
+    Args:
+        read: reads one.
+        indices: what to read.
+
+    >>> list(read_ahead(lambda index: index**2, [3, 1, 2]))
+    [(3, 9), (1, 1), (2, 4)]
+    """
+    import grain
+
+    if not len(indices):
+        return iter(())
+    pairs = grain.MapDataset.source(list(indices)).map(lambda index: (index, read(index)))
+    return iter(pairs.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Read:
     source: Source
@@ -92,7 +116,7 @@ class _Read:
     def __call__(self, step: int, indices: np.ndarray) -> dict[str, np.ndarray]:
         rows = np.asarray(self.rows)
         position = (step * self.batch_size + rows).astype(np.uint32)
-        return {**self.source.read(np.asarray(indices)[rows]), "position": position}
+        return {**self.source.read(np.asarray(indices)[rows], position // len(self.source)), "position": position}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +128,8 @@ class _ReadInOrder:
     def __call__(self, batch: int) -> dict[str, np.ndarray]:
         position = batch * self.batch_size + np.asarray(self.rows)
         mask = position < len(self.source)
-        return {**self.source.read(np.where(mask, position, 0)), "position": position.astype(np.uint32), "mask": mask}
+        read = self.source.read(np.where(mask, position, 0))
+        return {**read, "position": position.astype(np.uint32), "mask": mask & read.get("mask", True)}
 
 
 def _ahead(batches: Any, workers: int) -> Any:

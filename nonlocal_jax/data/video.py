@@ -1,0 +1,409 @@
+"""Frames of video files by their number, by PyAV (FFmpeg): exact, and without decoding what no wanted frame needs.
+
+Frame i is the i-th that a decoder of the whole file puts out, whatever the frame rate does, and equals it bit for bit. To
+get there quickly: the index of the file, or its packets undecoded, tells when each frame is shown; decoding starts at the
+last keyframe before a wanted frame; frames that are not wanted, and that no other is predicted from, are not decoded. Memory
+does not grow with the length of the video, but for a few numbers for each frame.
+
+A file is hostile until it is read: only containers of `FORMATS` are opened, only by the protocol `file`, only frames of at most
+`LARGEST` pixels.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nonlocal_jax.data import DataError
+
+FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf", "image2", "jpeg_pipe", "png_pipe")
+LARGEST = 1 << 26  # pixels of a frame, 8192 × 8192
+SKIPPING = ("h264", "hevc")  # decoders that can leave out frames from which no other is predicted, and whose others stay exact
+QUARTER = 90  # degrees
+
+
+class VideoError(DataError):
+    """A file that cannot be decoded as a video: which, and why."""
+
+
+class Window(NamedTuple):
+    """What of each frame is wanted, and how large.
+
+    Attributes:
+        top, left, height, width: of the part, pixels of the frame as it is shown; it begins with a whole chroma sample, so
+            where colours have half the resolution, as in most files, up to a pixel above or left of this.
+        size: (height, width) that the part is scaled to.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    size: tuple[int, int]
+
+
+Crop = Callable[[int, int], Window]  # from height and width of a frame as it is shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """When the frames of a file are shown.
+
+    Attributes:
+        times: of each frame, ascending, in the units of the stream; None where the file does not say, and frames are counted.
+        keyframes: times of those that decoding can start at, ascending.
+        count: of the frames.
+    """
+
+    times: Sequence[int] | None
+    keyframes: Sequence[int]
+    count: int
+
+
+class Video:
+    """A video file, from `with` to the end of it.
+
+    >>> import tempfile
+    >>> from nonlocal_jax.data import stand_in
+    >>> file = Path(tempfile.mkdtemp()) / "up.mp4"
+    >>> stand_in.write(file, np.zeros((7, 48, 64, 3), np.uint8), rate=25)
+    >>> with Video(file) as video:
+    ...     len(video), float(video.rate), video.read([6, 0]).shape
+    (7, 25.0, (2, 48, 64, 3))
+    """
+
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            path: of the file.
+            threads: of the decoder; 1 where many files are decoded side by side, 0 to let it take all cores.
+        """
+        self.path = path
+        self._threads = threads
+
+    def __enter__(self) -> "Video":
+        """Open the file.
+
+        Raises:
+            VideoError: there is no such file, or it is none of the containers that are read, or has no video in it.
+        """
+        if not self.path.is_file():
+            raise VideoError(f"{self.path}: there is no such file.")
+        if not self.path.stat().st_size:
+            raise VideoError(f"{self.path}: the file is empty.")
+        self._open()
+        return self
+
+    def _open(self) -> None:
+        import av
+
+        options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
+        try:
+            self._container = av.open(f"file:{self.path}", options=options, metadata_errors="replace")
+        except (av.FFmpegError, ValueError) as error:
+            raise VideoError(f"{self.path}: no video that can be read ({_words(error)}).") from error
+        try:
+            if not self._container.streams.video:
+                kinds = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
+                raise VideoError(f"{self.path}: no video stream, only {kinds}.")
+            self._stream = self._container.streams.video[0]
+            codec = self._stream.codec_context
+            if codec is None:
+                raise VideoError(f"{self.path}: its video is of no codec that can be decoded.")
+            _check_size(self.path, codec.width, codec.height)
+            codec.thread_count = self._threads
+            if self._threads != 1:
+                codec.thread_type = "AUTO"
+        except BaseException:
+            self._container.close()
+            raise
+        self._at_start = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._container.close()
+
+    def __len__(self) -> int:
+        """How many frames there are."""
+        return self.timeline.count
+
+    @property
+    def rate(self) -> float:
+        """Frames a second, on average."""
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        if rate:
+            return float(rate)
+        times = self.timeline.times
+        if times is None or len(times) < 2:
+            return 25.0  # as FFmpeg takes for what does not say
+        return float((len(times) - 1) / ((times[-1] - times[0]) * self.time_base))
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds of a unit of the times of frames, `pts`."""
+        return self._stream.time_base or Fraction(1, 1000)
+
+    def seconds(self, indices: np.ndarray) -> np.ndarray:
+        """When frames are shown, from that of the first one on."""
+        times = self.timeline.times
+        if times is None:
+            return np.asarray(indices) / self.rate
+        return (np.asarray(times)[indices] - times[0]) * float(self.time_base)
+
+    @functools.cached_property
+    def timeline(self) -> Timeline:
+        """When each frame is shown.
+
+        Raises:
+            VideoError: no frame.
+        """
+        import av
+
+        try:
+            timeline = self._from_index() or self._from_packets() or self._by_counting()
+        except av.FFmpegError as error:
+            raise VideoError(f"{self.path}: cannot be read ({_words(error)}).") from error
+        if not timeline.count:
+            raise VideoError(f"{self.path}: its video stream has no frame.")
+        return timeline
+
+    def read(self, indices: Sequence[int] | np.ndarray, crop: Crop | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Frames, or a part of each, by their number.
+
+        Args:
+            indices: of the frames, in any order, repeated or not; each is decoded once.
+            crop: says what part is wanted, and of what size; it is given height and width of the frame as it is shown, that is
+                after the rotation that the file asks for. None is the whole frame as it is.
+            out: an array to write to; None makes one.
+
+        Returns:
+            (n, height, width, 3), uint8, red, green, blue.
+
+        Raises:
+            IndexError: a frame that there is not.
+            VideoError: a frame that cannot be decoded, or is of another size than the others.
+        """
+        indices = np.asarray(indices)
+        convert = _Convert(self.path, crop)
+        places: dict[int, list[int]] = {}
+        for place, index in enumerate(indices.tolist()):
+            places.setdefault(index, []).append(place)
+        for index, frame in self.decode(places):
+            pixels = convert(frame)
+            if out is None:
+                out = np.empty((len(indices), *pixels.shape), np.uint8)
+            if pixels.shape != out.shape[1:]:
+                raise VideoError(f"{self.path}: frame {index} is {pixels.shape[:2]}, others are {out.shape[1:3]}.")
+            for place in places[index]:
+                out[place] = pixels
+        if out is None or not len(indices):
+            raise IndexError("indices must name at least one frame; got none.")
+        return out
+
+    def decode(self, indices: Iterable[int]) -> Iterator[tuple[int, Any]]:
+        """Pairs of a number and its frame, `av.VideoFrame`, as it is stored; each of `indices` once, mostly ascending.
+
+        Raises:
+            IndexError, VideoError: as `read`.
+        """
+        import av
+
+        wanted = sorted(set(indices))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < len(self):
+            raise IndexError(f"{self.path} has frames 0 to {len(self) - 1}; got {wanted[0]} to {wanted[-1]}.")
+        left = set(wanted)
+        # A stream that does not keep to the rules is decoded again, as a whole.
+        ways = (self._seeking, self._in_order) if self.timeline.keyframes else (self._in_order,)
+        reason = "its packets end before"
+        for way in ways:
+            try:
+                for index, frame in way(sorted(left)):
+                    if index in left:
+                        left.remove(index)
+                        yield index, frame
+            except av.FFmpegError as error:
+                reason = _words(error)
+            if not left:
+                return
+        raise VideoError(f"{self.path}: frame {min(left)} of {len(self)} cannot be decoded ({reason}).")
+
+    def _seeking(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """From keyframe to keyframe; what is neither wanted nor needed is skipped."""
+        times, keyframes = self.timeline.times, self.timeline.keyframes
+        assert times is not None
+        numbers = {times[index]: index for index in wanted}
+        groups: dict[int, set[int]] = {}  # the wanted times by the keyframe before them
+        for time in numbers:
+            groups.setdefault(max(bisect.bisect_right(keyframes, time) - 1, 0), set()).add(time)
+        for keyframe, group in groups.items():
+            for frame in self._decode_from(keyframe, group):
+                if frame.pts in numbers:
+                    yield numbers[frame.pts], frame
+
+    def _decode_from(self, keyframe: int, wanted: set[int]) -> Iterator[Any]:
+        """Frames from a keyframe on, until all the wanted ones have been in a packet."""
+        packets, codec = self._packets_from(keyframe, min(wanted)), self._stream.codec_context
+        for packet in packets:
+            if codec.name in SKIPPING:
+                codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
+            yield from packet.decode()
+            wanted.discard(packet.pts)
+            if not wanted and packet.dts is not None:
+                yield from codec.decode(None)  # what it holds back; no later packet changes it
+                return
+
+    def _packets_from(self, keyframe: int, time: int) -> Iterator[Any]:
+        """From a keyframe on, or from one before it where that one turns out to be shown after `time`."""
+        for seek_to in reversed(self.timeline.keyframes[: keyframe + 1]):
+            self._container.seek(seek_to, stream=self._stream, backward=True)
+            self._stream.codec_context.flush_buffers()
+            self._at_start = False
+            packets = itertools.dropwhile(lambda packet: not packet.is_keyframe, self._container.demux(self._stream))
+            first = next(packets, None)
+            if first is not None and first.pts is not None and first.pts <= time:
+                return itertools.chain([first], packets)
+        self._rewind()
+        return self._container.demux(self._stream)
+
+    def _in_order(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """From the start, all of it, as anyone's decoder does."""
+        numbers = None if self.timeline.times is None else {time: i for i, time in enumerate(self.timeline.times)}
+        for count, frame in enumerate(self._all()):
+            index = count if numbers is None else numbers.get(frame.pts, -1)
+            yield index, frame
+            if index >= wanted[-1]:
+                return
+
+    def _all(self) -> Iterator[Any]:
+        self._rewind()
+        for packet in self._container.demux(self._stream):
+            yield from packet.decode()
+
+    def _rewind(self) -> None:
+        """To the first packet, which not every file can be asked for: so it is opened again."""
+        if not self._at_start:
+            self._container.close()
+            self._open()
+        self._at_start = False
+
+    def _from_index(self) -> Timeline | None:
+        """From the sample table of an MP4 file, whose times are those of decoding: a constant frame rate tells the rest."""
+        stream = self._stream
+        if "mp4" not in self._container.format.name or not stream.frames or stream.start_time is None:
+            return None
+        entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries]
+        decoded = [time for time, _, _ in entries]
+        steps = set(np.diff(decoded).tolist())
+        if len(entries) != stream.frames or len(steps) > 1 or any(discard for _, _, discard in entries):
+            return None
+        if not steps:
+            return None
+        step = steps.pop()
+        if step <= 0:
+            return None
+        times = range(stream.start_time, stream.start_time + step * len(entries), step)
+        # A keyframe is shown when it is decoded, or as much later as the first one is.
+        keyframes = [time + stream.start_time - decoded[0] for time, is_keyframe, _ in entries if is_keyframe]
+        return Timeline(times, keyframes, len(times)) if keyframes else None
+
+    def _from_packets(self) -> Timeline | None:
+        """From all packets, undecoded; those of an AVI file say when they are decoded, which tells only without B-frames."""
+        if self._container.format.name == "avi" and self._stream.codec_context.has_b_frames:
+            return None
+        times, keyframes = [], []
+        self._rewind()
+        for packet in self._container.demux(self._stream):
+            if packet.size == 0 or packet.is_discard:
+                continue
+            if packet.pts is None:
+                return None
+            times.append(packet.pts)
+            if packet.is_keyframe:
+                keyframes.append(packet.pts)
+        if len(set(times)) < len(times):
+            return None
+        return Timeline(sorted(times), sorted(keyframes), len(times))
+
+    def _by_counting(self) -> Timeline:
+        return Timeline(None, (), sum(1 for _ in self._all()))
+
+
+class _Convert:
+    """From frames as they are stored to pixels as they are shown."""
+
+    def __init__(self, path: Path, crop: Crop | None) -> None:
+        self._path, self._crop = path, crop
+        self._graphs: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        _check_size(self._path, frame.width, frame.height)
+        turns = round(frame.rotation / QUARTER) % 4  # counterclockwise
+        kind = (frame.width, frame.height, frame.format.name, turns)
+        if kind not in self._graphs:
+            self._graphs[kind] = None if self._crop is None else _graph(frame, self._crop, turns)
+        graph = self._graphs[kind]
+        if graph is None:
+            pixels = frame.to_ndarray(format="rgb24")
+        else:
+            graph.push(frame)
+            pixels = _pixels(graph.pull())
+        return np.rot90(pixels, turns)
+
+
+def _pixels(frame: Any) -> np.ndarray:
+    """A view of a frame in rgb24, whose lines may be longer than its pixels."""
+    plane = frame.planes[0]
+    lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : 3 * frame.width]
+    return lines.reshape(frame.height, frame.width, 3)
+
+
+def _graph(frame: Any, crop: Crop, turns: int) -> Any:
+    """FFmpeg's filters: the part is cut out before it is scaled and before its colours are converted; None for all of it."""
+    import av
+
+    height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+    window = crop(height, width)
+    inside = window.top >= 0 and window.left >= 0 and window.height > 0 and window.width > 0
+    if not inside or window.top + window.height > height or window.left + window.width > width:
+        raise ValueError(f"a window must lie inside the frame of {height}×{width} pixels; got {window}.")
+    top, left, rows, columns = _as_stored(window, height, width, turns)
+    size = window.size[::-1] if turns % 2 else window.size
+    whole = (rows, columns) == (frame.height, frame.width)
+    if whole and size == (rows, columns):
+        return None
+    graph = av.filter.Graph()
+    graph.threads = 1  # threads of its own cost more than they bring, and other clips want the cores
+    filters = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))]
+    if not whole:
+        across, down = 4 // frame.format.chroma_width(4), 4 // frame.format.chroma_height(4)  # pixels of a chroma sample
+        filters.append(graph.add("crop", f"{columns}:{rows}:{left - left % across}:{top - top % down}:exact=1"))
+    if size != (rows, columns):
+        filters.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"))
+    filters += [graph.add("format", "rgb24"), graph.add("buffersink")]
+    graph.link_nodes(*filters).configure()
+    return graph
+
+
+def _as_stored(window: Window, height: int, width: int, turns: int) -> tuple[int, int, int, int]:
+    """The window (top, left, height, width) of a frame before it is turned counterclockwise."""
+    top, left, rows, columns = window[:4]
+    for _ in range(turns):  # undo one turn: what is at (row, column) was at (column, width - row) of the frame before it
+        top, left, rows, columns = left, height - top - rows, columns, rows
+        height, width = width, height
+    return top, left, rows, columns
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > LARGEST:
+        raise VideoError(f"{path}: frames must have at most {LARGEST:,} pixels; they have {width}×{height}.")
+
+
+def _words(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,116 @@
+"""Frames and windows, against the sources' own rules written out again."""
+
+import numpy as np
+import pytest
+
+from nonlocal_jax.data.sampling import InSpace, InTime, crops, whole
+
+
+def test_consecutive_frames_cover_every_start_equally():
+    starts = [InTime(4, 2).clip(10, 30.0, share)[0] for share in np.linspace(0, 0.9999, 400)]
+    assert np.bincount(starts).tolist() == [100, 100, 100, 100]
+    for share in (0.0, 0.4, 1.0):
+        np.testing.assert_array_equal(np.diff(InTime(4, 2).clip(10, 30.0, share)), 2)
+
+
+def slowfast(count, fps, frames, rate, share, target=30.0):
+    """PySlowFast's rule for Kinetics: so many frames between the ends of a span, which are kept inside the video."""
+    span = rate * frames / target * fps
+    start = share * max(count - span, 0)
+    return np.clip(np.linspace(start, start + span - 1, frames), 0, count - 1).astype(int)
+
+
+@pytest.mark.parametrize("count", [300, 70, 63, 20, 1])
+@pytest.mark.parametrize("fps", [30.0, 25.0, 59.94])
+def test_rule_of_pyslowfast(count, fps):
+    for share in (0.0, 0.3, 0.999):
+        found = InTime(8, 8, fps=30.0, rule="slowfast", short="hold").clip(count, fps, share)
+        np.testing.assert_array_equal(found, slowfast(count, fps, 8, 8, share))
+
+
+def test_short_videos_loop_or_hold():
+    np.testing.assert_array_equal(InTime(6, 1).clip(4, 30.0, 0.9), [0, 1, 2, 3, 0, 1])
+    np.testing.assert_array_equal(InTime(6, 1, short="hold").clip(4, 30.0, 0.9), [0, 1, 2, 3, 3, 3])
+    np.testing.assert_array_equal(InTime(3, 5).clip(1, 30.0, 0.5), [0, 0, 0])
+
+
+def test_stride_in_seconds():
+    np.testing.assert_array_equal(InTime(4, 2, fps=30.0).clip(100, 60.0, 0.0), [0, 4, 8, 12])
+    np.testing.assert_array_equal(InTime(4, 2, fps=30.0).clip(100, 15.0, 0.0), [0, 1, 2, 3])
+
+
+def test_clips_of_a_test_go_from_the_start_to_the_end():
+    clips = InTime(32, 2).clips(300, 30.0, 10)
+    assert clips.shape == (10, 32)
+    assert clips[0, 0] == 0
+    assert clips[-1, -1] == 299
+    gaps = np.diff(clips[:, 0])
+    assert gaps.max() - gaps.min() <= 1
+    middle = InTime(32, 2).clips(300, 30.0, 1)[0]
+    assert abs(middle[0] - (299 - middle[-1])) <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 340), (340, 256), (240, 320), (1, 1), (3, 7), (4320, 7680)])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_windows_lie_inside_and_scale_as_asked(height, width, inverse):
+    space, rng = InSpace(224, (256, 320), inverse), np.random.default_rng(0)
+    sides = []
+    for _ in range(300):
+        window = space.window(height, width, rng.random(3))
+        assert 0 <= window.top <= height - window.height
+        assert 0 <= window.left <= width - window.width
+        assert window.height == window.width
+        assert window.size == (224, 224)
+        sides.append(window.height)
+    short = min(height, width)
+    assert min(sides) >= max(int(short * 224 / 320), 1)
+    assert max(sides) <= max(round(short * 224 / 256), 1)
+    if short >= 240:  # both ends of the range are reached, and more large windows where 1 / length is uniform
+        assert max(sides) - min(sides) > 0.9 * short * (224 / 256 - 224 / 320)
+
+
+def test_inverse_lengths_are_uniform():
+    rng = np.random.default_rng(0)
+    shares = [rng.random(3) for _ in range(4000)]
+    lengths = {
+        inverse: [2560 * 224 / InSpace(224, (256, 320), inverse).window(2560, 2560, s).height for s in shares]
+        for inverse in (False, True)
+    }
+    assert abs(np.mean(lengths[False]) - 288) < 1.5
+    assert abs(1 / np.mean(1 / np.array(lengths[True])) - 2 / (1 / 256 + 1 / 320)) < 1.5
+
+
+def test_windows_are_placed_evenly():
+    rng = np.random.default_rng(0)
+    lefts = [InSpace(4, (4, 4)).window(4, 8, rng.random(3)).left for _ in range(2000)]
+    assert np.bincount(lefts).min() > 330  # five places
+
+
+@pytest.mark.parametrize("shape", [(256, 340), (340, 256), (256, 256)])
+def test_three_crops(shape):
+    """PySlowFast's: start, middle rounded up, end of the longer side; the middle of the shorter one."""
+    height, width = shape
+    frames = np.arange(height * width).reshape(1, height, width, 1)
+    for i, part in enumerate(crops(frames, 256, "three")):
+        assert part.shape == (1, 256, 256, 1)
+        row, column = divmod(int(part[0, 0, 0, 0]), width)
+        assert (row, column) == (int(np.ceil(i / 2 * (height - 256))), int(np.ceil(i / 2 * (width - 256))))
+    assert int(crops(frames, 256, "centre")[0][0, 0, 0, 0]) == int(crops(frames, 256, "three")[1][0, 0, 0, 0])
+    assert crops(frames, 256, "full")[0].shape == frames.shape
+
+
+def test_whole_frames_keep_their_shape():
+    assert whole(240, 320, 256).size == (256, 341)
+    assert whole(320, 240, 256).size == (341, 256)
+    assert whole(1, 1, 256).size == (256, 256)
+
+
+def test_wrong_numbers(as_users_see_it):
+    with pytest.raises(ValueError, match="frames must be at least 1; got 0"):
+        InTime(0)
+    with pytest.raises(ValueError, match="fps must be positive and finite, or None; got nan"):
+        InTime(fps=float("nan"))
+    with pytest.raises(ValueError, match="1 ≤ size ≤ least ≤ greatest; got 300 of"):
+        InSpace(300)
+    with pytest.raises(ValueError, match="clips must be at least 1; got 0"):
+        InTime().clips(10, 30.0, 0)

@@ -1,0 +1,286 @@
+"""Frames by their number equal PyAV's own decode of the whole file, bit for bit, and no more is decoded than is needed."""
+
+import tracemalloc
+
+import av
+import numpy as np
+import pytest
+
+from nonlocal_jax.data import stand_in
+from nonlocal_jax.data import video as module
+from nonlocal_jax.data.video import Video, VideoError, Window
+
+RNG = np.random.default_rng(0)
+
+
+def scene(count, height, width):
+    """Something that moves over something that does not, and noise, so that no two frames are equal."""
+    rng = np.random.default_rng(count)
+    frames = rng.integers(0, 40, (count, height, width, 3)) + np.linspace(0, 120, width)[:, None].astype(int)
+    for t in range(count):
+        frames[t, : height // 2, (3 * t) % width : (3 * t) % width + 9] += 90
+    return frames.astype(np.uint8)
+
+
+def other_codec(file, frames, codec, pix_fmt="yuv420p", options=None):
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+IRREGULAR = np.cumsum(np.random.default_rng(1).uniform(0.01, 0.12, 50)).tolist()
+FILES = {
+    "long_gop.mp4": lambda f: stand_in.write(f, scene(70, 48, 64)),
+    "no_b_frames.mp4": lambda f: stand_in.write(f, scene(40, 48, 64), options={"bf": "0", "g": "15"}),
+    "open_gop.mp4": lambda f: stand_in.write(
+        f, scene(60, 48, 64), options={"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"}
+    ),
+    "all_key.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), options={"g": "1"}),
+    "every_other_key.mp4": lambda f: stand_in.write(f, scene(21, 48, 64), options={"g": "2", "bf": "1"}),
+    "intra_refresh.mp4": lambda f: stand_in.write(f, scene(50, 48, 64), options={"x264-params": "intra-refresh=1:keyint=12"}),
+    "odd.mp4": lambda f: stand_in.write(f, scene(30, 45, 67), options={"g": "8"}),
+    "irregular.mp4": lambda f: stand_in.write(f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}),
+    "irregular.mkv": lambda f: stand_in.write(f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}),
+    "turned.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=90),
+    "upside_down.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=180),
+    "turned_back.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=-90),
+    "stream.ts": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
+    "b_frames.avi": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
+    "mpeg4.avi": lambda f: other_codec(f, scene(40, 48, 64), "mpeg4", options={"g": "12"}),
+    "mpeg2.mpg": lambda f: other_codec(f, scene(40, 48, 64), "mpeg2video", options={"g": "12", "bf": "2"}),
+    "odd.webm": lambda f: other_codec(f, scene(30, 45, 67), "libvpx-vp9", options={"g": "10", "deadline": "realtime"}),
+    "tiny.mkv": lambda f: other_codec(f, scene(5, 1, 1), "ffv1", "bgr0"),
+    "one.mp4": lambda f: stand_in.write(f, scene(1, 48, 64)),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("videos")
+
+
+def made(folder, name):
+    file = folder / name
+    if not file.exists():
+        FILES[name](file)
+    return file
+
+
+def decoded(file):
+    """By PyAV, from the first packet to the last, turned as the file asks."""
+    with av.open(str(file)) as container:
+        return [np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90)) for f in container.decode(video=0)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_frames_equal_a_whole_decode(folder, name):
+    file = made(folder, name)
+    frames = decoded(file)
+    for threads in (1, 0):
+        with Video(file, threads=threads) as video:
+            assert len(video) == len(frames)
+            for start in (0, len(frames) // 3, len(frames) - 1):  # strided, looped at the end
+                indices = (start + 2 * np.arange(5)) % len(frames)
+                np.testing.assert_array_equal(video.read(indices), np.stack([frames[i] for i in indices]))
+            shuffled = RNG.permutation(len(frames))
+            np.testing.assert_array_equal(video.read(shuffled), np.stack([frames[i] for i in shuffled]))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if not name.endswith((".avi", ".mpg")) and name != "intra_refresh.mp4"]
+)
+def test_files_with_keyframes_and_times_are_not_decoded_from_the_start(folder, name, monkeypatch):
+    monkeypatch.setattr(Video, "_in_order", lambda *_: pytest.fail("decoded from the start"))
+    with Video(made(folder, name)) as video:
+        video.read(np.arange(len(video))[::3])
+
+
+def test_only_what_is_needed_is_decoded(folder):
+    """From the keyframe before the first wanted frame, without the frames that no other is predicted from, to the last one."""
+    file = made(folder, "irregular.mkv")  # a keyframe every 10 frames
+    seen = []
+
+    class Counting(Video):
+        def _decode_from(self, *arguments):
+            for frame in super()._decode_from(*arguments):
+                seen.append(frame.pts)
+                yield frame
+
+    with Counting(file) as video:
+        times, keyframes = video.timeline.times, video.timeline.keyframes
+        key = times.index(keyframes[4])
+        assert keyframes[3] < times[key] < times[key + 7] < keyframes[5]
+        video.read([key + 1, key + 3, key + 5])
+        assert set(seen) >= {times[key + 1], times[key + 3], times[key + 5]}
+        assert min(seen) >= times[key]
+        assert max(seen) <= times[key + 7]
+        assert len(seen) == len(set(seen)) < 8
+
+
+def test_each_frame_is_decoded_once_for_many_clips(folder):
+    file, seen = made(folder, "open_gop.mp4"), []
+
+    class Counting(Video):
+        def decode(self, indices):
+            for index, frame in super().decode(indices):
+                seen.append(index)
+                yield index, frame
+
+    with Counting(file) as video:
+        clips = np.stack([start + 2 * np.arange(8) for start in (0, 5, 10, 44)])
+        frames = video.read(clips.ravel())
+    assert sorted(seen) == sorted(set(clips.ravel().tolist()))
+    assert len(frames) == clips.size
+
+
+@pytest.mark.parametrize("name", ["long_gop.mp4", "odd.mp4", "turned.mp4", "turned_back.mp4", "upside_down.mp4"])
+def test_a_window_is_a_part_of_the_frame_as_it_is_shown(folder, name):
+    frames = np.stack(decoded(made(folder, name)))
+    height, width = frames.shape[1:3]
+    window = Window(8, 4, height - 20, width - 16, (height - 20, width - 16))  # on both axes even from either end
+    with Video(made(folder, name)) as video:
+        part = video.read([3, 1], lambda *size: window if size == (height, width) else None)
+    np.testing.assert_array_equal(part, frames[[3, 1], 8 : height - 12, 4 : width - 12])
+
+
+def test_scaling_is_of_the_window_alone(tmp_path):
+    """Of four quarters, one colour each, the window sees one and the edges of two."""
+    quarters = np.zeros((3, 64, 96, 3), np.uint8)
+    for i, (rows, columns) in enumerate(((0, 0), (0, 48), (32, 0), (32, 48))):
+        quarters[:, rows : rows + 32, columns : columns + 48] = 60 * (i + 1)
+    stand_in.write(tmp_path / "quarters.mp4", quarters, rotation=90, options={"crf": "1"})
+    shown = np.rot90(quarters, 1, (1, 2))  # (96, 64)
+    with Video(tmp_path / "quarters.mp4") as video:
+        large = video.read([1], lambda h, w: Window(4, 4, 60, 24, (180, 72)))[0]
+    assert large.shape == (180, 72, 3)
+    for row, column in ((20, 36), (100, 36), (125, 36), (150, 36), (170, 60)):
+        expected = shown[1, 4 + row // 3, 4 + column // 3].astype(int)
+        assert np.abs(large[row, column].astype(int) - expected).max() <= 3
+
+
+def test_rate_and_times(folder):
+    with Video(made(folder, "long_gop.mp4")) as video:
+        assert video.rate == 25
+        np.testing.assert_allclose(video.seconds(np.array([0, 10])), [0, 0.4])
+    for name in ("irregular.mp4", "irregular.mkv"):
+        with Video(made(folder, name)) as video:
+            np.testing.assert_allclose(video.seconds(np.arange(50)), np.subtract(IRREGULAR, IRREGULAR[0]), atol=2e-3)
+    with Video(made(folder, "b_frames.avi")) as video:
+        np.testing.assert_allclose(video.seconds(np.array([5])), [0.2])
+
+
+def test_memory_does_not_grow_with_the_length(tmp_path):
+    """64 frames and 640 of them: reading eight takes the same."""
+
+    def peak(count):
+        stand_in.write(tmp_path / f"{count}.mp4", np.tile(scene(64, 48, 64), (count // 64, 1, 1, 1)), options={"g": "32"})
+        tracemalloc.start()
+        with Video(tmp_path / f"{count}.mp4") as video:
+            video.read(count - 16 + 2 * np.arange(8))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(64)
+    short, long = peak(64), peak(640)
+    assert long < short + 200 * (640 - 64)  # the index's few numbers for each frame; a frame has 9,216
+
+
+BAD = {
+    "missing.mp4": (None, "there is no such file"),
+    "empty.mp4": (b"", "the file is empty"),
+    "text.mp4": (b"this is no video, it only says so\n" * 30, "no video that can be read"),
+    "playlist.mp4": (b"ffconcat version 1.0\nfile /etc/passwd\n", "no video that can be read"),
+    "stream.m3u8": (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/passwd\n", "no video that can be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_video(tmp_path, name):
+    content, message = BAD[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(VideoError, match=f"{name}: {message}"), Video(tmp_path / name):
+        pass
+
+
+def test_sound_alone(tmp_path):
+    stand_in.write_sound(tmp_path / "sound.mp4")
+    with pytest.raises(VideoError, match="no video stream, only audio"), Video(tmp_path / "sound.mp4"):
+        pass
+
+
+def test_no_frames(tmp_path):
+    with av.open(str(tmp_path / "none.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = 16
+        container.start_encoding()
+    with pytest.raises(VideoError, match=r"none\.mkv: "), Video(tmp_path / "none.mkv") as video:
+        len(video)
+
+
+def test_a_file_that_was_cut_off(folder, tmp_path):
+    whole = made(folder, "open_gop.mp4").read_bytes()
+    (tmp_path / "start.mp4").write_bytes(whole[: len(whole) // 2])  # without its index
+    with pytest.raises(VideoError, match="no video that can be read"), Video(tmp_path / "start.mp4"):
+        pass
+    stand_in.write(tmp_path / "long.ts", scene(60, 48, 64), options={"g": "10"})
+    with Video(tmp_path / "long.ts") as video:
+        count = len(video)
+    (tmp_path / "cut.ts").write_bytes((tmp_path / "long.ts").read_bytes()[:20_000])
+    frames = decoded(tmp_path / "cut.ts")
+    with Video(tmp_path / "cut.ts") as video:  # what there is can be read
+        assert len(video) < count
+        np.testing.assert_array_equal(video.read([0, 3]), np.stack([frames[0], frames[3]]))
+
+
+def test_frames_that_the_index_promises_and_the_file_lacks(tmp_path):
+    stand_in.write(tmp_path / "fast.mp4", scene(60, 48, 64), options={"g": "10"})
+    with (
+        av.open(str(tmp_path / "fast.mp4")) as old,
+        av.open(str(tmp_path / "front.mp4"), "w", options={"movflags": "+faststart"}) as new,
+    ):
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    whole = (tmp_path / "front.mp4").read_bytes()
+    (tmp_path / "front.mp4").write_bytes(whole[: 2 * len(whole) // 3])
+    with Video(tmp_path / "front.mp4") as video:
+        assert len(video) == 60
+        video.read([0, 5])
+        with pytest.raises(VideoError, match=r"frame \d+ of 60 cannot be decoded"):
+            video.read([0, 59])
+
+
+def test_frames_outside(folder):
+    with Video(made(folder, "one.mp4")) as video:
+        for indices in ([1], [-1, 0]):
+            with pytest.raises(IndexError, match="has frames 0 to 0; got"):
+                video.read(indices)
+        with pytest.raises(IndexError, match="at least one frame"):
+            video.read([])
+        with pytest.raises(ValueError, match="must lie inside the frame of 48×64 pixels"):
+            video.read([0], lambda h, w: Window(0, 8, h, w, (8, 8)))
+
+
+def test_8k_frames_are_scaled_as_they_come(tmp_path):
+    large = np.zeros((2, 4320, 7680, 3), np.uint8)
+    large[:, :, 3840:] = 200
+    stand_in.write(tmp_path / "8k.mp4", large, options={"preset": "ultrafast"})
+    with Video(tmp_path / "8k.mp4") as video:
+        small = video.read([1], lambda h, w: Window(0, 0, h, w, (27, 48)))
+    assert small.shape == (1, 27, 48, 3)
+    assert small[0, :, :20].max() < 5
+    assert small[0, :, 28:].min() > 190
+
+
+def test_frames_that_are_too_large(folder, monkeypatch):
+    monkeypatch.setattr(module, "LARGEST", 48 * 64 - 1)
+    with pytest.raises(VideoError, match="at most 3,071 pixels; they have 64×48"), Video(made(folder, "one.mp4")):
+        pass
