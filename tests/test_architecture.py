@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "weights": {"types", "ops", "layers", "models"},
     "data": {"types", "ops"},
     "visualize": {"types", "ops"},
-    "training": {"types", "ops"},
+    "evaluation": {"types", "ops"},
+    "training": {"types", "ops", "evaluation"},
 }
 HEAVY = ("tensorflow", "tensorflow_datasets", "torch", "matplotlib", "av", "grain", "sklearn", "optax", "orbax", "tensorboard")
 
