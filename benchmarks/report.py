@@ -43,6 +43,7 @@ LIMIT = """Neither the library's convolutions nor XLA's products bring the step 
 of the library's own and of one XLA product with as many multiplications, from all that each position sees, made beforehand for
 nothing: {} ms. The rest, what the bare step takes beyond its convolutions alone, is {} ms. Both take {} ms, {}× torch's
 whole step of {} ms (each the median of {} rounds)."""
+MEMORY = "The last clip of a video, at the peak of memory beyond what one of 300 frames takes:"
 PARTS = ("convolutions", "products", "lesser")  # of the bare step
 EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
 EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
@@ -68,6 +69,9 @@ def write(folder: Path, readme: Path, project: Path) -> None:
         of_training = folder / "training" / path.name
         if of_training.exists():
             parts.append(training(json.loads(of_training.read_text())))
+        of_video = folder / "video" / path.name
+        if of_video.exists():
+            parts.append(video(json.loads(of_video.read_text())))
     readme.write_text("\n".join(parts))
     begin, end = EXCERPT_MARKS
     text = project.read_text() if project.is_file() else ""
@@ -119,6 +123,31 @@ def training(results: dict[str, Any]) -> str:
     aims = table(("", "measured", "aim", "met"), [_target_cells(target) for target in found], 1)
     times = table(("a step, or batch", "ms"), [[name, number(seconds[name], 1e3)] for name in seconds if name not in PARTS], 1)
     return "\n\n".join(["### Training", origin, aims, times, *_limit(results["rounds"], where["backend"])]) + "\n"
+
+
+def video(results: dict[str, Any]) -> str:
+    """What `benchmarks.video` measured."""
+    where, encodings = results["environment"], results["encodings"]
+    found = []
+    for encoding, of in encodings.items():
+        faster, alone = of["ratios"]["over the faster library"], 1 + of["ratios"]["beyond the decoder"]
+        found += [
+            Target(f"{encoding}: clips a second over the faster library's", faster, 1.2, at_least=True),
+            Target(f"{encoding}: time over the decoder's alone", alone, 1.15, at_least=False),
+        ]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    origin = (
+        f"32×2 frames, 224×224 of H.264 with a shorter side of 256, batches of 8; {where['cpu']}, {where['cores']} cores; "
+        f"{versions}; commit {where['commit']}; {where['date']}, `{where['command']}`."
+    )
+    aims = table(("", "measured", "aim", "met"), [_target_cells(target) for target in found], 1)
+    names = list(next(iter(encodings.values()))["clips_per_second"])
+    rows = [[name, *(number(of["clips_per_second"][name]) for of in encodings.values())] for name in names]
+    times = table(("clips a second", *encodings), rows, 1)
+    peaks = "; ".join(f"{name} {number(value)}" for name, value in results["peak_megabytes"].items())
+    memory = f"{MEMORY} {peaks} MB."
+    missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
+    return "\n\n".join(["### Video", origin, aims, times, memory, *([f"Not there: {missing}."] if missing else [])]) + "\n"
 
 
 def _limit(rounds: dict[str, list[float]], backend: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Real runs of `experiments.cifar` in processes of their own."""
+"""Real runs of experiments in processes of their own."""
 
 import os
 import subprocess
@@ -12,8 +12,8 @@ TESTS = Path(__file__).parent.parent
 PATIENCE = 240.0  # seconds for anything without a deadline of its own
 
 
-def command(options, folder, *more):
-    return [sys.executable, "-m", "experiments.cifar", *options.split(), "--output", str(folder), *more]
+def command(options, folder, *more, module="experiments.cifar"):
+    return [sys.executable, "-m", module, *options.split(), "--output", str(folder), *more]
 
 
 def environment(devices):
@@ -21,8 +21,8 @@ def environment(devices):
     return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(TESTS)}
 
 
-def start(options, folder, *more, devices=1):
-    return start_command(command(options, folder, *more), devices)
+def start(options, folder, *more, devices=1, module="experiments.cifar"):
+    return start_command(command(options, folder, *more, module=module), devices)
 
 
 def start_command(arguments, devices):

@@ -1,0 +1,162 @@
+"""One competitor of `benchmarks.video`: reads how many batches, answers how many seconds they took."""
+
+import functools
+import itertools
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nonlocal_jax.data.annotations import Annotations, Record
+from nonlocal_jax.data.clips import TrainingClips, cores
+from nonlocal_jax.data.pipeline import training_batches
+from nonlocal_jax.data.sampling import InSpace, InTime
+from nonlocal_jax.data.video import Video, Window
+
+BATCH = 8
+IN_TIME, IN_SPACE, SEED = InTime(32, 2), InSpace(), 0
+FRAMES, RATE, HEIGHT, WIDTH = 300, 30.0, 256, 340
+
+
+class Clip(NamedTuple):
+    """What of which file."""
+
+    file: Path
+    frames: np.ndarray
+    window: Window
+
+
+def clips(videos: Annotations) -> Iterator[Clip]:
+    """Those of `TrainingClips`, in the order of the list, epoch by epoch."""
+    for epoch in itertools.count():
+        for index, record in enumerate(videos.records):
+            shares = np.random.default_rng([SEED, epoch, index]).random(4)
+            window = IN_SPACE.window(HEIGHT, WIDTH, shares[1:])
+            yield Clip(record.path, IN_TIME.clip(FRAMES, RATE, shares[0]), window)
+
+
+def pipeline(videos: Annotations) -> Iterator[Any]:
+    """This library's, grain and all."""
+    return training_batches(TrainingClips(videos, IN_TIME, IN_SPACE, seed=SEED), BATCH, seed=SEED)
+
+
+def side_by_side(read: Callable[[Clip], Any], stack: Callable[[list[Any]], Any], videos: Annotations) -> Iterator[Any]:
+    """Batches of what `read` gives, a thread for each core."""
+    order = clips(videos)
+    with ThreadPoolExecutor(cores()) as pool:
+        while True:
+            yield stack(list(pool.map(read, itertools.islice(order, BATCH))))
+
+
+def decoder(colours: bool, clip: Clip) -> None:
+    """PyAV's, from the keyframe before the clip to its last frame; nothing is done with the frames, or they become RGB."""
+    import av
+
+    with av.open(str(clip.file)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        assert stream.time_base
+        unit = round(1 / (RATE * float(stream.time_base)))
+        wanted = set((clip.frames * unit).tolist())
+        container.seek(int(clip.frames[0]) * unit, stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts in wanted:
+                wanted.remove(frame.pts)
+                if colours:
+                    frame.to_ndarray(format="rgb24")
+                if not wanted:
+                    return
+    raise RuntimeError(f"{clip.file}: {len(wanted)} frames were not there.")
+
+
+def opencv(clip: Clip) -> np.ndarray:
+    """Every frame is decoded; those that are not wanted are not converted."""
+    import cv2  # type: ignore[import-not-found]
+
+    capture = cv2.VideoCapture(str(clip.file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    capture.set(cv2.CAP_PROP_POS_FRAMES, int(clip.frames[0]))
+    top, left, height, width, size = clip.window
+    result = np.empty((len(clip.frames), *size, 3), np.uint8)
+    for i in range(len(clip.frames)):
+        found, frame = capture.read()
+        if not found:
+            raise RuntimeError(f"{clip.file}: frame {clip.frames[i]} was not there.")
+        part = cv2.resize(frame[top : top + height, left : left + width], size, interpolation=cv2.INTER_LINEAR)
+        cv2.cvtColor(part, cv2.COLOR_BGR2RGB, dst=result[i])
+        if i + 1 < len(clip.frames):
+            capture.grab()
+    return result
+
+
+def torchcodec(seek_mode: str, clip: Clip) -> Any:
+    """The wanted frames by their numbers."""
+    import torch
+    from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
+
+    decoder = VideoDecoder(str(clip.file), num_ffmpeg_threads=1, seek_mode=seek_mode)
+    top, left, height, width, size = clip.window
+    frames = decoder.get_frames_at(clip.frames.tolist()).data[:, :, top : top + height, left : left + width]
+    return torch.nn.functional.interpolate(frames, size=size, mode="bilinear")
+
+
+def batches(name: str, videos: Annotations) -> Iterator[Any]:
+    """Of one competitor, endless."""
+    if name == "pipeline":
+        return pipeline(videos)
+    if name.startswith("decoder"):
+        return side_by_side(functools.partial(decoder, name.endswith("colours")), len, videos)
+    if name == "opencv":
+        import cv2
+
+        cv2.setNumThreads(1)
+        return side_by_side(opencv, np.stack, videos)
+    import torch
+
+    torch.set_num_threads(1)
+    return side_by_side(functools.partial(torchcodec, name.removeprefix("torchcodec, ")), torch.stack, videos)
+
+
+def memory(file: Path) -> float:
+    """Megabytes at the peak of reading the last clip, beyond what the process had with a clip's worth of arrays."""
+    from benchmarks.video import FRAMES as SHORT
+
+    warm = file.with_name(f"{SHORT}.mp4")
+    for path in (warm, file):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with Video(path) as video:
+            video.read(
+                len(video) - 63 + 2 * np.arange(32), functools.partial(IN_SPACE.window, shares=np.array([0.5, 0.5, 0.5]))
+            )
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def main() -> None:
+    """Be one of them."""
+    name, where = sys.argv[1], Path(sys.argv[2])
+    if name == "memory":
+        print(memory(where))
+        return
+    videos = Annotations(tuple(Record(file, (0,)) for file in sorted(where.glob("*.mp4"))), 1)
+    try:
+        source = batches(name, videos)
+        next(source)
+    except (ImportError, OSError, RuntimeError) as error:
+        print("ready", type(error).__name__, str(error).strip().splitlines()[0], flush=True)
+        return
+    print("ready", flush=True)
+    for line in sys.stdin:
+        begun = time.perf_counter()
+        for _ in range(int(line)):
+            next(source)
+        print(time.perf_counter() - begun, flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What is in a video, and where the network looked.
+
+    python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pyth                      # the file tells its network
+    python -m experiments.predict VIDEO --weights FILE --clip 32x4 --classes kinetics_400.txt
+    python -m experiments.predict VIDEO --weights runs/kinetics/weights.safetensors --recipe toy_mp4
+
+Prints the classes with the highest scores, the mean of 10 clips × 3 crops, and draws the middle clip: how much each position is
+looked at by all positions, in the last non-local block, and the 20 highest-weighted arrows of the one that is looked at most.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import nonlocal_jax as nl
+from experiments import kinetics, video
+from nonlocal_jax import evaluation
+from nonlocal_jax.data import DataError
+from nonlocal_jax.data.annotations import Annotations, Record
+from nonlocal_jax.data.clips import TestingClips, normalise
+from nonlocal_jax.data.sampling import Crops, InTime
+from nonlocal_jax.layers import NonLocalBlock
+from nonlocal_jax.weights import files
+from nonlocal_jax.weights.build import Choices, build, call, options
+from nonlocal_jax.weights.infer import architecture
+from nonlocal_jax.weights.load import load_checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Choices):
+    """The classes of a video, and where the network looked."""
+
+    file: Annotated[Path, tyro.conf.Positional]  # the video
+    weights: Path  # of the network, of any source that nonlocal_jax.weights reads
+    recipe: str | None = None  # of experiments.kinetics; None takes the network that the file tells
+    classes: Path | None = None  # names of the classes, one a line; else they are numbers
+    top: int = 5  # classes to print
+    clips: int = 10  # evenly in time
+    crops: Crops = "three"  # of each clip
+    size: int | None = None  # rows and columns of a crop; None is 256, or the recipe's
+    views_at_once: int = 3  # clips of a batch
+    picture: Path | None = None  # file of the picture; None is the video's name with .png, in this folder
+
+    def __post_init__(self) -> None:
+        for name in ("top", "clips", "views_at_once"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+
+
+def network(config: Config) -> tuple[Any, dict[str, Any], InTime, int, str]:
+    """The model, its variables, its clips, its crops, and whose colours it takes."""
+    if config.recipe is not None:
+        recipes = kinetics.recipes()
+        if config.recipe not in recipes:
+            raise DataError(f"--recipe must be one of {', '.join(recipes)}; got {config.recipe!r}.")
+        recipe = recipes[config.recipe]
+        settings = kinetics.Config(preset=config.preset or "paper", init=config.weights, test_only=True)
+        model = video.build(settings, recipe, recipe.num_classes)
+        variables = video.initial(settings, model, recipe)
+        assert variables is not None
+        return model, dict(variables), recipe.in_time, config.size or recipe.test_size, "caffe2"
+    checkpoint = files.read(config.weights)
+    found = architecture(checkpoint)
+    chosen = options(found, config)
+    if "clip" not in chosen or found.num_classes is None:
+        raise DataError(f"{config.weights} must be of a video network with a classifier; it is of {call(found, config)}.")
+    model = build(found, config)
+    variables, _ = load_checkpoint(checkpoint, model, inflate_flat=config.kind is not None)
+    frames, stride = map(int, chosen["clip"].split("x"))
+    in_time = InTime(frames, stride)
+    return model, variables, in_time, config.size or 256, "mmcv" if chosen["preset"] == "mmcv" else "caffe2"
+
+
+def looked_at(model: Any, variables: Any, clip: Any) -> np.ndarray | None:
+    """Of the last non-local block the affinity of one clip, as (T, H, W, T, h, w); None where no block sums over spacetime."""
+
+    def blocks(module: Any, name: str) -> bool:
+        return isinstance(module, NonLocalBlock) and name == "__call__"
+
+    _, state = model.apply(variables, clip, train=False, mutable=["intermediates"], capture_intermediates=blocks)
+    found = [
+        (inner["__call__"][0].shape[1:4], inner["operation"]["affinity"][0])
+        for inner in state.get("intermediates", {}).values()
+        if isinstance(inner, dict) and "operation" in inner and "__call__" in inner
+    ]
+    for (frames, rows, columns), affinity in reversed(found):
+        for s in (1, 2):
+            keys = (frames, rows // s, columns // s)
+            if affinity.shape == (1, frames * rows * columns, int(np.prod(keys))):
+                return np.asarray(affinity, np.float32).reshape(frames, rows, columns, *keys)
+    return None
+
+
+def draw(clip: np.ndarray, maps: np.ndarray, file: Path, title: str) -> None:
+    """Above, how much each position is looked at; below, where the one that is looked at most looks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    frames = maps.shape[0]
+    shown = clip[np.floor((np.arange(frames) + 0.5) * len(clip) / frames).astype(int)] / 255
+    weights = np.abs(maps)
+    heat = (weights / weights.sum((3, 4, 5), keepdims=True)).mean((0, 1, 2)) * weights[0, 0, 0].size  # 1 is uniform
+    t, row, column = (int(i) for i in np.unravel_index(heat.argmax(), heat.shape))
+    query = (t, row * maps.shape[1] // heat.shape[1], column * maps.shape[2] // heat.shape[2])
+    figure, axes = plt.subplots(2, frames, figsize=(1.9 * frames + 1, 4.4), layout="constrained", squeeze=False)
+    rows, columns = shown.shape[1:3]
+    for i, ax in enumerate(axes[0]):
+        ax.imshow(shown[i])
+        image = ax.imshow(
+            heat[i], cmap="magma", alpha=0.8 * np.sqrt(heat[i] / heat.max()), vmin=0, vmax=heat.max(),
+            extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
+        )  # fmt: skip
+        ax.set(xticks=[], yticks=[])
+    figure.colorbar(image, ax=axes[0].tolist(), label="looked at, × uniform")
+    nl.visualize.arrows(list(axes[1]), shown, np.abs(maps[query]), (t, row, column))
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(config: Config) -> list[tuple[str, float]]:
+    """Print the classes and draw the picture; the classes with their scores."""
+    console = Console()
+    try:
+        names = config.classes.read_text().split("\n") if config.classes else []
+        one = Annotations((Record(config.file, (0,)),), 1)
+        model, variables, in_time, size, colours = network(config)
+        views = TestingClips(one, in_time, config.clips, config.crops, size).read(0)
+    except OSError as error:
+        raise SystemExit(f"error: {error.filename}: {error.strerror}.") from error
+    except (DataError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    apply = jax.jit(lambda v, clips: jax.nn.softmax(model.apply(v, normalise(clips, colours), train=False)))
+    each = evaluation.score_views(lambda clips: apply(variables, clips), views, config.views_at_once)
+    scores = evaluation.combine(each[:-1])
+    best = [(names[i] if i < len(names) else str(i), float(scores[i])) for i in np.argsort(-scores)[: config.top].tolist()]
+    table = Table("class", "score", title=f"{config.file.name}: {len(each) - 1} views")
+    for name, score in best:
+        table.add_row(name, f"{score:.3f}")
+    console.print(table)
+    middle = list(views)[-1]
+    maps = looked_at(model, variables, normalise(jnp.asarray(middle)[None], colours))
+    if maps is None:
+        console.print("no picture: the network has no non-local block that sums over spacetime")
+    else:
+        picture = config.picture or Path(f"{config.file.stem}.png")
+        draw(middle, maps, picture, f"{best[0][0]}, {best[0][1]:.2f}")
+        console.print(f"where it looked: {picture}", highlight=False)
+    return best
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
