@@ -26,7 +26,9 @@ check: $(READY)  ## format, lint, types
 parity: $(PARITY_READY)  ## against the peers, in torch, in an environment of its own
 	$(PARITY)/bin/python -m pytest tests/parity
 
-bench: $(PARITY_READY)  ## measure speed, memory and precision beside torch and mmcv-lite, about 40 minutes on 2 cores
+bench: $(PARITY_READY)  ## measure speed, memory and precision beside the peers, about an hour on 2 cores
+	$(PARITY)/bin/python -m benchmarks.video
+	$(PARITY)/bin/python -m benchmarks.training
 	$(PARITY)/bin/python -m benchmarks
 
 lock:  ## write requirements.txt anew

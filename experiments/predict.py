@@ -9,6 +9,7 @@ looked at by all positions, in the last non-local block, and the 20 highest-weig
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,7 +85,8 @@ def looked_at(model: Any, variables: Any, clip: Any) -> np.ndarray | None:
     def blocks(module: Any, name: str) -> bool:
         return isinstance(module, NonLocalBlock) and name == "__call__"
 
-    _, state = model.apply(variables, clip, train=False, mutable=["intermediates"], capture_intermediates=blocks)
+    apply = functools.partial(model.apply, train=False, mutable=["intermediates"], capture_intermediates=blocks)
+    _, state = jax.jit(apply)(variables, clip)
     found = [
         (inner["__call__"][0].shape[1:4], inner["operation"]["affinity"][0])
         for inner in state.get("intermediates", {}).values()

@@ -26,6 +26,7 @@ from nonlocal_jax.data import DataError
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf", "image2", "jpeg_pipe", "png_pipe")
 LARGEST = 1 << 26  # pixels of a frame, 8192 × 8192
 SKIPPING = ("h264", "hevc")  # decoders that can leave out frames from which no other is predicted, and whose others stay exact
+AT_ONCE = 8  # frames that are decoded before they are converted: by turns, the two drive each other out of the caches
 QUARTER = 90  # degrees
 
 
@@ -195,14 +196,16 @@ class Video:
         places: dict[int, list[int]] = {}
         for place, index in enumerate(indices.tolist()):
             places.setdefault(index, []).append(place)
-        for index, frame in self.decode(places):
-            pixels = convert(frame)
-            if out is None:
-                out = np.empty((len(indices), *pixels.shape), np.uint8)
-            if pixels.shape != out.shape[1:]:
-                raise VideoError(f"{self.path}: frame {index} is {pixels.shape[:2]}, others are {out.shape[1:3]}.")
-            for place in places[index]:
-                out[place] = pixels
+        frames = self.decode(places)
+        while some := list(itertools.islice(frames, AT_ONCE)):
+            for index, frame in some:
+                pixels = convert(frame)
+                if out is None:
+                    out = np.empty((len(indices), *pixels.shape), np.uint8)
+                if pixels.shape != out.shape[1:]:
+                    raise VideoError(f"{self.path}: frame {index} is {pixels.shape[:2]}, others are {out.shape[1:3]}.")
+                for place in places[index]:
+                    out[place] = pixels
         if out is None or not len(indices):
             raise IndexError("indices must name at least one frame; got none.")
         return out
