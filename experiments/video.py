@@ -41,8 +41,8 @@ Batch = Mapping[str, Any]
 SINGLE = "1 view (middle clip, {})"
 MANY = "{} views ({} clips × {})"
 MAY_DIFFER = (
-    "output", "workers", "save_every", "keep", "unreadable", "clips", "crops", "views_at_once", "test_only",
-    "distributed", "coordinator", "processes", "process_id", "timeout",
+    "train_list", "val_list", "root", "classes", "output", "workers", "save_every", "keep", "unreadable", "clips", "crops",
+    "views_at_once", "test_only", "distributed", "coordinator", "processes", "process_id", "timeout",
 )  # fmt: skip
 
 
@@ -354,16 +354,18 @@ def test(
         )  # fmt: skip
         with bar:
             task = bar.add_task(f"testing with {at_once} views at once", total=len(mine), found="")
+            right = sum(_is_right(scores, videos, video) for video, scores in stored.found.items())
             for video, views in read_ahead(_Reading(source), mine):
                 if isinstance(views, VideoError):
                     stored.fail(video, str(views))
                 else:
                     each = evaluation.score_views(apply, views, at_once)
                     stored.add(video, {"single": each[-1], "many": evaluation.combine(each[:-1], how)})
+                    right += _is_right(stored.found[video], videos, video)
                 if len(stored.failures) > config.unreadable * len(videos):
                     stored.write()
                     raise DataError(_too_many(stored.failures, len(videos)))
-                bar.update(task, advance=1, found=_so_far(stored, videos, recipe))
+                bar.update(task, advance=1, found=f"{100 * right / max(len(stored.found), 1):.1f}% right so far")
                 if stop.requested:
                     break
         stored.write()
@@ -435,11 +437,9 @@ def _reported(
     return reports
 
 
-def _so_far(stored: evaluation.ScoreFolder, videos: Annotations, recipe: Recipe) -> str:
-    if recipe.multi_label or not stored.found:
-        return ""
-    right = [scores["many"].argmax() == videos.records[video].labels[0] for video, scores in stored.found.items()]
-    return f"top-1 {100 * sum(right) / len(right):.1f}% so far"
+def _is_right(scores: Mapping[str, np.ndarray], videos: Annotations, video: int) -> bool:
+    """Whether the class with the highest score is the video's, or one of its classes."""
+    return int(scores["many"].argmax()) in videos.records[video].labels
 
 
 def _too_many(failures: Mapping[int, str], count: int) -> str:

@@ -211,7 +211,7 @@ def _checked(
                 raise _LineError(f"{record.path} is on line {seen[record.path]} too", grave=False)
             seen[record.path] = line
             first = record.frames[0] if record.frames else record.path
-            if not first.is_file():
+            if not _is_file(first):
                 raise _LineError(f"there is no file {first}", grave=False)
             records.append(record)
         except _LineError as problem:
@@ -244,7 +244,7 @@ def _of_kinetics(where: _Where, numbers: Mapping[str, int], number: int, row: Ma
     trimmed = f"{name}_{start:06d}_{end:06d}"
     folders = ("", f"{label}/", f"{label.replace(' ', '_')}/")
     files = [where.file(f"{folder}{stem}.mp4") for folder in folders for stem in (trimmed, name)]
-    found = [file for file in files if file.is_file()]
+    found = [file for file in files if _is_file(file)]
     return Record((found or files)[0], (numbers[_plain(label)],), number)
 
 
@@ -322,6 +322,13 @@ def _read_classes(file: Path) -> tuple[str, ...]:
     if len(set(names)) < len(names) or not names:
         raise DataError(f"{file} must name each class once, one a line; got {len(names)} lines, {len(set(names))} names.")
     return names
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
 
 
 def _plain(name: str) -> str:

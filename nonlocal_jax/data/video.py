@@ -23,7 +23,7 @@ import numpy as np
 
 from nonlocal_jax.data import DataError
 
-FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf", "image2", "jpeg_pipe", "png_pipe")
+FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf", "jpeg_pipe", "png_pipe")
 LARGEST = 1 << 26  # pixels of a frame, 8192 × 8192
 SKIPPING = ("h264", "hevc")  # decoders that can leave out frames from which no other is predicted, and whose others stay exact
 AT_ONCE = 8  # frames that are decoded before they are converted: by turns, the two drive each other out of the caches
@@ -96,10 +96,13 @@ class Video:
         Raises:
             VideoError: there is no such file, or it is none of the containers that are read, or has no video in it.
         """
-        if not self.path.is_file():
-            raise VideoError(f"{self.path}: there is no such file.")
-        if not self.path.stat().st_size:
-            raise VideoError(f"{self.path}: the file is empty.")
+        try:
+            if not self.path.is_file():
+                raise VideoError(f"{self.path}: there is no such file.")
+            if not self.path.stat().st_size:
+                raise VideoError(f"{self.path}: the file is empty.")
+        except OSError as error:
+            raise VideoError(f"{self.path}: cannot be opened ({_words(error)}).") from error
         self._open()
         return self
 
@@ -346,11 +349,19 @@ class _Convert:
         self._graphs: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, frame: Any) -> np.ndarray:
+        import av
+
+        try:
+            return self._shown(frame)
+        except av.FFmpegError as error:
+            raise VideoError(f"{self._path}: a frame cannot be converted ({_words(error)}).") from error
+
+    def _shown(self, frame: Any) -> np.ndarray:
         _check_size(self._path, frame.width, frame.height)
         turns = round(frame.rotation / QUARTER) % 4  # counterclockwise
         kind = (frame.width, frame.height, frame.format.name, turns)
         if kind not in self._graphs:
-            self._graphs[kind] = None if self._crop is None else _graph(frame, self._crop, turns)
+            self._graphs[kind] = None if self._crop is None else self._graph(frame, self._crop, turns)
         graph = self._graphs[kind]
         if graph is None:
             pixels = frame.to_ndarray(format="rgb24")
@@ -359,39 +370,39 @@ class _Convert:
             pixels = _pixels(graph.pull())
         return np.rot90(pixels, turns)
 
+    def _graph(self, frame: Any, crop: Crop, turns: int) -> Any:
+        """FFmpeg's filters: the part is cut out before it is scaled and converted to RGB; None where that is nothing."""
+        import av
+
+        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+        window = crop(height, width)
+        inside = window.top >= 0 and window.left >= 0 and window.height > 0 and window.width > 0
+        if not inside or window.top + window.height > height or window.left + window.width > width:
+            raise ValueError(f"a window must lie inside the frame of {height}×{width} pixels; got {window}.")
+        _check_size(self._path, *window.size)
+        top, left, rows, columns = _as_stored(window, height, width, turns)
+        size = window.size[::-1] if turns % 2 else window.size
+        whole = (rows, columns) == (frame.height, frame.width)
+        if whole and size == (rows, columns):
+            return None
+        graph = av.filter.Graph()
+        graph.threads = 1  # threads of its own cost more than they bring, and other clips want the cores
+        filters = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))]
+        if not whole:
+            across, down = 4 // frame.format.chroma_width(4), 4 // frame.format.chroma_height(4)  # pixels of a chroma sample
+            filters.append(graph.add("crop", f"{columns}:{rows}:{left - left % across}:{top - top % down}:exact=1"))
+        if size != (rows, columns):
+            filters.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"))
+        filters += [graph.add("format", "rgb24"), graph.add("buffersink")]
+        graph.link_nodes(*filters).configure()
+        return graph
+
 
 def _pixels(frame: Any) -> np.ndarray:
     """A view of a frame in rgb24, whose lines may be longer than its pixels."""
     plane = frame.planes[0]
     lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : 3 * frame.width]
     return lines.reshape(frame.height, frame.width, 3)
-
-
-def _graph(frame: Any, crop: Crop, turns: int) -> Any:
-    """FFmpeg's filters: the part is cut out before it is scaled and before its colours are converted; None for all of it."""
-    import av
-
-    height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-    window = crop(height, width)
-    inside = window.top >= 0 and window.left >= 0 and window.height > 0 and window.width > 0
-    if not inside or window.top + window.height > height or window.left + window.width > width:
-        raise ValueError(f"a window must lie inside the frame of {height}×{width} pixels; got {window}.")
-    top, left, rows, columns = _as_stored(window, height, width, turns)
-    size = window.size[::-1] if turns % 2 else window.size
-    whole = (rows, columns) == (frame.height, frame.width)
-    if whole and size == (rows, columns):
-        return None
-    graph = av.filter.Graph()
-    graph.threads = 1  # threads of its own cost more than they bring, and other clips want the cores
-    filters = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))]
-    if not whole:
-        across, down = 4 // frame.format.chroma_width(4), 4 // frame.format.chroma_height(4)  # pixels of a chroma sample
-        filters.append(graph.add("crop", f"{columns}:{rows}:{left - left % across}:{top - top % down}:exact=1"))
-    if size != (rows, columns):
-        filters.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"))
-    filters += [graph.add("format", "rgb24"), graph.add("buffersink")]
-    graph.link_nodes(*filters).configure()
-    return graph
 
 
 def _as_stored(window: Window, height: int, width: int, turns: int) -> tuple[int, int, int, int]:

@@ -102,6 +102,7 @@ WRONG = {
     "label out of range": ("a.mp4 400\n", "line 1: labels must be from 0 to 399; got 400"),
     "negative label": ("a.mp4 -1\n", "line 1: labels must be from 0 to 399; got -1"),
     "missing": ("a.mp4 1\nnone.mp4 1\n", "line 2: there is no file .*none.mp4"),
+    "too long": (300 * "a" + ".mp4 1\n", "line 1: there is no file"),
     "twice": ("a.mp4 1\n./a.mp4 2\n", "line 2: .*a.mp4 is on line 1 too"),
     "nothing": ("", "must have a line for each video; it is empty"),
     "not text": ("\0 1\n", "line 1: .* is no path"),

@@ -284,3 +284,16 @@ def test_frames_that_are_too_large(folder, monkeypatch):
     monkeypatch.setattr(module, "LARGEST", 48 * 64 - 1)
     with pytest.raises(VideoError, match="at most 3,071 pixels; they have 64×48"), Video(made(folder, "one.mp4")):
         pass
+
+
+def test_a_line_of_pixels_would_become_too_large(tmp_path):
+    other_codec(tmp_path / "line.mkv", np.zeros((1, 1, 4096, 3), np.uint8), "ffv1", "bgr0")
+    with Video(tmp_path / "line.mkv") as video:
+        assert video.read([0]).shape == (1, 1, 4096, 3)
+        with pytest.raises(VideoError, match="at most 67,108,864 pixels; they have 256×1048576"):
+            video.read([0], lambda h, w: Window(0, 0, h, w, (256 * h, 256 * w)))
+
+
+def test_names_that_cannot_be(tmp_path):
+    with pytest.raises(VideoError, match=r"cannot be opened .*too long"), Video(tmp_path / (300 * "a" + ".mp4")):
+        pass
