@@ -110,8 +110,10 @@ class Video:
         import av
 
         options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
+        # A title that is not UTF-8 is no reason to stop, as it would be for PyAV before 19.
+        lenient: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
         try:
-            self._container = av.open(f"file:{self.path}", options=options, metadata_errors="replace")
+            self._container = av.open(f"file:{self.path}", options=options, **lenient)
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"{self.path}: no video that can be read ({_words(error)}).") from error
         try:
@@ -152,7 +154,8 @@ class Video:
     @property
     def time_base(self) -> Fraction:
         """Seconds of a unit of the times of frames, `pts`."""
-        return self._stream.time_base or Fraction(1, 1000)
+        base = self._stream.time_base
+        return Fraction(base.numerator, base.denominator) if base else Fraction(1, 1000)
 
     def seconds(self, indices: np.ndarray) -> np.ndarray:
         """When frames are shown, from that of the first one on."""

@@ -214,6 +214,20 @@ def test_sound_alone(tmp_path):
         pass
 
 
+def test_a_title_that_is_not_utf8(tmp_path):
+    with av.open(str(tmp_path / "title.mkv"), "w") as container:
+        container.metadata["title"] = "a very long title"
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = 16
+        container.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        container.mux(stream.encode())
+    content = (tmp_path / "title.mkv").read_bytes()
+    assert b"a very long title" in content
+    (tmp_path / "title.mkv").write_bytes(content.replace(b"a very long title", b"\xff\xfe very long title"[:17]))
+    with Video(tmp_path / "title.mkv") as video:
+        assert video.read([0]).shape == (1, 16, 16, 3)
+
+
 def test_no_frames(tmp_path):
     with av.open(str(tmp_path / "none.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
