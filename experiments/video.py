@@ -119,7 +119,7 @@ class Config:
     placement: Literal["replicated", "sharded"] = "replicated"  # of parameters and optimiser on the devices
     seed: int = 0  # of initial values, order, clips and crops
     evaluate_every: int | None = None  # steps; None is a twentieth of them
-    save_every: int = 1000  # steps between checkpoints
+    save_every: int | None = None  # steps between checkpoints; None is a twentieth of them, and at most 1,000
     keep: int = 2  # of the latest checkpoints, beside the best
     workers: int = 0  # processes that decode; 0 decodes in threads of this one
     clips: int = 10  # of each video in testing, evenly in time
@@ -135,7 +135,7 @@ class Config:
     list_recipes: bool = False  # print the recipes, and stop
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "evaluate_every", "clips", "views_at_once"):
+        for name in ("batch_size", "steps", "evaluate_every", "save_every", "clips", "views_at_once"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if not 0 <= self.unreadable <= 1:
@@ -266,10 +266,11 @@ def train(
     trainer = make_trainer(config, recipe, train_list.num_classes)
     mesh = training.make_mesh()
     rows = training.local_rows(recipe.batch_size, mesh)
+    twentieth = max(recipe.steps // 20, 1)
     options = training.Options(
         steps=recipe.steps,
-        evaluate_every=config.evaluate_every or max(recipe.steps // 20, 1),
-        save_every=config.save_every,
+        evaluate_every=config.evaluate_every or twentieth,
+        save_every=config.save_every or min(twentieth, 1000),
         keep=config.keep,
         best="hit_at_1" if recipe.multi_label else "accuracy",
         precise_bn=config.precise_bn,
