@@ -29,13 +29,14 @@ import numpy as np
 import tyro
 
 from benchmarks.machine import cpu_model, git_commit
+from benchmarks.video_worker import BATCH, FRAMES, HEIGHT, RATE, WIDTH
 from nonlocal_jax import training
 from nonlocal_jax.data import stand_in
 
 FOLDER = Path(__file__).parent / "results" / "video"
 ENCODINGS = {"a keyframe in 250": "250", "a keyframe in 32": "32"}
 COMPETITORS = ("pipeline", "decoder alone", "decoder and colours", "opencv", "torchcodec, exact", "torchcodec, approximate")
-VIDEOS, FRAMES, HEIGHT, WIDTH, RATE = 16, 300, 256, 340, 30
+VIDEOS = 16
 LONG = 18_000  # frames, ten minutes
 
 
@@ -127,7 +128,7 @@ def side_by_side(config: Config, folder: Path) -> tuple[dict[str, list[float]], 
         able = [worker for worker in workers if not worker.missing]
         for turn in range(config.rounds + 1):
             for worker in able[:: -1 if turn % 2 else 1]:
-                rounds[worker.name].append(8 * config.batches / worker.seconds(config.batches))
+                rounds[worker.name].append(BATCH * config.batches / worker.seconds(config.batches))
     finally:
         for worker in workers:
             worker.close()

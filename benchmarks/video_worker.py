@@ -124,9 +124,7 @@ def batches(name: str, videos: Annotations) -> Iterator[Any]:
 
 def memory(file: Path) -> float:
     """Megabytes at the peak of reading the last clip, beyond what the process had with a clip's worth of arrays."""
-    from benchmarks.video import FRAMES as SHORT
-
-    warm = file.with_name(f"{SHORT}.mp4")
+    warm = file.with_name(f"{FRAMES}.mp4")
     for path in (warm, file):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with Video(path) as video:

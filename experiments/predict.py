@@ -151,6 +151,8 @@ def main(config: Config) -> list[tuple[str, float]]:
     console.print(table)
     middle = list(views)[-1]
     maps = looked_at(model, variables, normalise(jnp.asarray(middle)[None], colours))
+    if maps is not None and not np.isfinite(maps).all():
+        raise SystemExit(f"error: affinities must be finite; those of {config.weights} are NaN or infinity, and so no picture.")
     if maps is None:
         console.print("no picture: the network has no non-local block that sums over spacetime")
     else:

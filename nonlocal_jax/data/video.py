@@ -1,6 +1,7 @@
 """Frames of video files by their number, by PyAV (FFmpeg): exact, and without decoding what no wanted frame needs.
 
-Frame i is the i-th that a decoder of the whole file puts out, whatever the frame rate does, and equals it bit for bit. To
+Frame i is the i-th that a decoder of the whole file puts out, whatever the frame rate does, and equals it bit for bit, in files
+that start with a keyframe and whose times are right; others may raise `VideoError` or give a frame a few places off. To
 get there quickly: the index of the file, or its packets undecoded, tells when each frame is shown; decoding starts at the
 last keyframe before a wanted frame; frames that are not wanted, and that no other is predicted from, are not decoded. Memory
 does not grow with the length of the video, but for a few numbers for each frame.

@@ -42,11 +42,11 @@ def average_precision(scores: Scores, truth: Truth) -> Float[np.ndarray, " class
 
     AP = 1 / n Σ_i (number of positives among the first r_i) / r_i, where r_i is the rank of the i-th of n positives.
 
-    As in the official script, equal scores stay in the order of the videos, videos without any label are ranked last (so that
-    they cost nothing), and a class that no video has is NaN. scikit-learn's `average_precision_score` is the same where
-    scores are all different and every video has a label.
+    Equal scores stay in the order of the videos, and a class that no video has is NaN. Videos without any label are ranked
+    last (so that they cost nothing), as in the Python that is widely used for Charades. scikit-learn's
+    `average_precision_score` is the same where scores are all different and every video has a label.
 
-    Source: `Charades_v1_classify.m` of the Charades data set.
+    Source: the rule is that of `Charades_v1_classify.m`, which comes with Charades.
 
     >>> scores = np.array([[0.9], [0.8], [0.7]])
     >>> average_precision(scores, np.array([[True], [False], [True]])).round(4)  # (1/1 + 2/3) / 2, but the second is unlabelled
@@ -67,7 +67,7 @@ def average_precision(scores: Scores, truth: Truth) -> Float[np.ndarray, " class
 
 
 def mean_average_precision(scores: Scores, truth: Truth) -> float:
-    """The mean of `average_precision` over the classes that a video has.
+    """The mean of `average_precision` over the classes that some video has; the script's own mean is NaN if a class has none.
 
     >>> scores = np.array([[0.9, 0.1, 0.2], [0.8, 0.2, 0.1]])
     >>> mean_average_precision(scores, np.array([[True, False, False], [False, True, False]]))

@@ -23,7 +23,7 @@ def test_check(made, capsys):
     assert "damaged.mp4: no video that can be read" in out
     assert main(["check", str(made["train"]), "--num-classes", "5"]) == 2
     assert "line 6: labels must be from 0 to 4; got 5" in capsys.readouterr().err
-    assert main(["check", str(made["train"]), "--sample", "1"]) in (0, 1)
+    assert main(["check", str(made["train"]), "--sample", "1"]) == 0  # the third
 
 
 def test_index(made, tmp_path, capsys):

@@ -94,9 +94,11 @@ def test_frames_equal_a_whole_decode(folder, name):
     "name", [name for name in FILES if not name.endswith((".avi", ".mpg")) and name != "intra_refresh.mp4"]
 )
 def test_files_with_keyframes_and_times_are_not_decoded_from_the_start(folder, name, monkeypatch):
-    monkeypatch.setattr(Video, "_in_order", lambda *_: pytest.fail("decoded from the start"))
+    from_the_start, in_order = [], Video._in_order
+    monkeypatch.setattr(Video, "_in_order", lambda video, wanted: from_the_start.append(wanted) or in_order(video, wanted))
     with Video(made(folder, name)) as video:
         video.read(np.arange(len(video))[::3])
+    assert not from_the_start
 
 
 def test_only_what_is_needed_is_decoded(folder):
@@ -194,14 +196,15 @@ BAD = {
     "missing.mp4": (None, "there is no such file"),
     "empty.mp4": (b"", "the file is empty"),
     "text.mp4": (b"this is no video, it only says so\n" * 30, "no video that can be read"),
-    "playlist.mp4": (b"ffconcat version 1.0\nfile /etc/passwd\n", "no video that can be read"),
-    "stream.m3u8": (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/etc/passwd\n", "no video that can be read"),
+    "playlist.mp4": (b"ffconcat version 1.0\nfile other.ts\n", "no video that can be read"),
+    "stream.m3u8": (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.ts\n#EXT-X-ENDLIST\n", "no video that can be read"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_no_video(tmp_path, name):
     content, message = BAD[name]
+    stand_in.write(tmp_path / "other.ts", scene(5, 48, 64))  # that a playlist would lead to
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(VideoError, match=f"{name}: {message}"), Video(tmp_path / name):
