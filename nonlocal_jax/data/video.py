@@ -1,10 +1,10 @@
 """Frames of video files by their number, by PyAV (FFmpeg): exact, and without decoding what no wanted frame needs.
 
-Frame i is the i-th that a decoder of the whole file puts out, whatever the frame rate does, and equals it bit for bit, in files
-that start with a keyframe and whose times are right; others may raise `VideoError` or give a frame a few places off. To
+Frame i is the i-th that a decoder of the whole file puts out, whatever the frame rate does, and equals it bit for bit. To
 get there quickly: the index of the file, or its packets undecoded, tells when each frame is shown; decoding starts at the
-last keyframe before a wanted frame; frames that are not wanted, and that no other is predicted from, are not decoded. Memory
-does not grow with the length of the video, but for a few numbers for each frame.
+last keyframe before a wanted frame; frames that are not wanted, and that no other is predicted from, are not decoded. What was
+taken from the index is checked by the packets on the way, and where it was wrong, the slower ways are taken from the start.
+Memory does not grow with the length of the video, but for a few numbers for each frame.
 
 A file is hostile until it is read: only containers of `FORMATS` are opened, only by the protocol `file`, only frames of at most
 `LARGEST` pixels.
@@ -14,11 +14,12 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,13 +27,18 @@ from nonlocal_jax.data import DataError
 
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf", "jpeg_pipe", "png_pipe")
 LARGEST = 1 << 26  # pixels of a frame, 8192 × 8192
-SKIPPING = ("h264", "hevc")  # decoders that can leave out frames from which no other is predicted, and whose others stay exact
+SKIPPING = ("h264",)  # decoders that can leave out frames from which no other is predicted; HEVC's only tell for their layer
+HIDING, SHOWN = ("vp8", "libvpx"), 0x10  # decoders with packets that are not shown; the bit of the first byte that says so
 AT_ONCE = 8  # frames that are decoded before they are converted: by turns, the two drive each other out of the caches
 QUARTER = 90  # degrees
 
 
 class VideoError(DataError):
     """A file that cannot be decoded as a video: which, and why."""
+
+
+class _TimesError(Exception):
+    """The timeline was wrong; a better one is in its place, and what was decoded by it counts for nothing."""
 
 
 class Window(NamedTuple):
@@ -51,6 +57,7 @@ class Window(NamedTuple):
     size: tuple[int, int]
 
 
+Result = TypeVar("Result")
 Crop = Callable[[int, int], Window]  # from height and width of a frame as it is shown
 
 
@@ -62,11 +69,13 @@ class Timeline:
         times: of each frame, ascending, in the units of the stream; None where the file does not say, and frames are counted.
         keyframes: times of those that decoding can start at, ascending.
         count: of the frames.
+        step: from each time to the next, where they are taken to be regular and are checked on the way; 0 where all were seen.
     """
 
     times: Sequence[int] | None
     keyframes: Sequence[int]
     count: int
+    step: int = 0
 
 
 class Video:
@@ -90,6 +99,7 @@ class Video:
         """
         self.path = path
         self._threads = threads
+        self._timeline: Timeline | None = None
 
     def __enter__(self) -> "Video":
         """Open the file.
@@ -118,10 +128,12 @@ class Video:
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"{self.path}: no video that can be read ({_words(error)}).") from error
         try:
-            if not self._container.streams.video:
-                kinds = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
-                raise VideoError(f"{self.path}: no video stream, only {kinds}.")
-            self._stream = self._container.streams.video[0]
+            covers = av.stream.Disposition.attached_pic
+            videos = [stream for stream in self._container.streams.video if not stream.disposition & covers]
+            if not videos:
+                others = {"a cover" if stream.type == "video" else stream.type for stream in self._container.streams}
+                raise VideoError(f"{self.path}: no video stream, only {', '.join(sorted(others)) or 'nothing'}.")
+            self._stream = videos[0]
             codec = self._stream.codec_context
             if codec is None:
                 raise VideoError(f"{self.path}: its video is of no codec that can be decoded.")
@@ -165,22 +177,50 @@ class Video:
             return np.asarray(indices) / self.rate
         return (np.asarray(times)[indices] - times[0]) * float(self.time_base)
 
-    @functools.cached_property
+    @property
     def timeline(self) -> Timeline:
         """When each frame is shown.
 
         Raises:
             VideoError: no frame.
         """
+        if self._timeline is None:
+            self._timeline = self._first_of(self._from_index, self._from_packets, self._by_counting)
+        return self._timeline
+
+    def _first_of(self, *ways: Callable[[], Timeline | None]) -> Timeline:
         import av
 
         try:
-            timeline = self._from_index() or self._from_packets() or self._by_counting()
+            timeline = next(filter(None, (way() for way in ways)))
         except av.FFmpegError as error:
             raise VideoError(f"{self.path}: cannot be read ({_words(error)}).") from error
         if not timeline.count:
             raise VideoError(f"{self.path}: its video stream has no frame.")
         return timeline
+
+    def _wrong_times(self) -> _TimesError:
+        """Take the next slower way to a timeline."""
+        ways = (self._from_packets, self._by_counting) if self.timeline.step else (self._by_counting,)
+        self._timeline = self._first_of(*ways)
+        return _TimesError()
+
+    def surely(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives; it is begun again where the times that it went by turn out to be wrong.
+
+        Raises:
+            VideoError: there are fewer frames than there seemed to be, and one of those that lack is asked for.
+        """
+        before = len(self)
+        while True:
+            try:
+                return work()
+            except _TimesError:
+                continue
+            except IndexError as error:
+                if len(self) < before:
+                    raise VideoError(f"{self.path}: it has {len(self)} frames that can be decoded, not {before}.") from error
+                raise
 
     def read(self, indices: Sequence[int] | np.ndarray, crop: Crop | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Frames, or a part of each, by their number.
@@ -198,7 +238,9 @@ class Video:
             IndexError: a frame that there is not.
             VideoError: a frame that cannot be decoded, or is of another size than the others.
         """
-        indices = np.asarray(indices)
+        return self.surely(functools.partial(self._read, np.asarray(indices), crop, out))
+
+    def _read(self, indices: np.ndarray, crop: Crop | None, out: np.ndarray | None) -> np.ndarray:
         convert = _Convert(self.path, crop)
         places: dict[int, list[int]] = {}
         for place, index in enumerate(indices.tolist()):
@@ -220,6 +262,8 @@ class Video:
     def decode(self, indices: Iterable[int]) -> Iterator[tuple[int, Any]]:
         """Pairs of a number and its frame, `av.VideoFrame`, as it is stored; each of `indices` once, mostly ascending.
 
+        To be called within `surely`.
+
         Raises:
             IndexError, VideoError: as `read`.
         """
@@ -231,9 +275,10 @@ class Video:
         left = set(wanted)
         # A stream that does not keep to the rules is decoded again, as a whole.
         ways = (self._seeking, self._in_order) if self.timeline.keyframes else (self._in_order,)
-        reason = "its packets end before"
+        reason = ""
         for way in ways:
             try:
+                reason = ""
                 for index, frame in way(sorted(left)):
                     if index in left:
                         left.remove(index)
@@ -242,6 +287,9 @@ class Video:
                 reason = _words(error)
             if not left:
                 return
+        if not reason and self.timeline.times is not None:
+            raise self._wrong_times()  # all was decoded, and some of the times were of no frame
+        reason = reason or "its packets end before"
         raise VideoError(f"{self.path}: frame {min(left)} of {len(self)} cannot be decoded ({reason}).")
 
     def _seeking(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -259,18 +307,38 @@ class Video:
 
     def _decode_from(self, keyframe: int, wanted: set[int]) -> Iterator[Any]:
         """Frames from a keyframe on, until all the wanted ones have been in a packet."""
-        packets, codec = self._packets_from(keyframe, min(wanted)), self._stream.codec_context
+        last, step = max(wanted), self.timeline.step
+        start, packets = self._packets_from(keyframe, min(wanted))
+        codec = self._stream.codec_context  # another, where the file was opened again
+        seen: set[int] = set()
+        due = start
+
+        def checked(frames: Iterable[Any]) -> Iterator[Any]:
+            nonlocal due
+            for frame in frames:
+                while step and due <= (last if frame.pts is None else frame.pts):
+                    if due not in seen:
+                        raise self._wrong_times()
+                    seen.remove(due)
+                    due += step
+                yield frame
+
         for packet in packets:
+            if step and packet.pts is not None:
+                seen.add(packet.pts)
+                if packet.pts < start:
+                    raise self._wrong_times()
             if codec.name in SKIPPING:
                 codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
-            yield from packet.decode()
+            if wanted or packet.dts is None:  # else it is read for its time alone
+                yield from checked(packet.decode())
             wanted.discard(packet.pts)
-            if not wanted and packet.dts is not None:
-                yield from codec.decode(None)  # what it holds back; no later packet changes it
+            if not wanted and packet.dts is not None and (not step or packet.dts >= last):
+                yield from checked(codec.decode(None))  # what it holds back; no later packet changes it
                 return
 
-    def _packets_from(self, keyframe: int, time: int) -> Iterator[Any]:
-        """From a keyframe on, or from one before it where that one turns out to be shown after `time`."""
+    def _packets_from(self, keyframe: int, time: int) -> tuple[int, Iterator[Any]]:
+        """From a keyframe on, or from one before it where that one turns out to be shown after `time`; and when that is."""
         for seek_to in reversed(self.timeline.keyframes[: keyframe + 1]):
             self._container.seek(seek_to, stream=self._stream, backward=True)
             self._stream.codec_context.flush_buffers()
@@ -278,15 +346,19 @@ class Video:
             packets = itertools.dropwhile(lambda packet: not packet.is_keyframe, self._container.demux(self._stream))
             first = next(packets, None)
             if first is not None and first.pts is not None and first.pts <= time:
-                return itertools.chain([first], packets)
+                return seek_to, itertools.chain([first], packets)
+        assert self.timeline.times is not None
         self._rewind()
-        return self._container.demux(self._stream)
+        return self.timeline.times[0], self._container.demux(self._stream)
 
     def _in_order(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """From the start, all of it, as anyone's decoder does."""
-        numbers = None if self.timeline.times is None else {time: i for i, time in enumerate(self.timeline.times)}
+        times = self.timeline.times
+        numbers = None if times is None else {time: i for i, time in enumerate(times)}
         for count, frame in enumerate(self._all()):
-            index = count if numbers is None else numbers.get(frame.pts, -1)
+            index = count if numbers is None else numbers.get(frame.pts)
+            if index is None:
+                raise self._wrong_times()
             yield index, frame
             if index >= wanted[-1]:
                 return
@@ -311,35 +383,64 @@ class Video:
         entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries]
         decoded = [time for time, _, _ in entries]
         steps = set(np.diff(decoded).tolist())
-        if len(entries) != stream.frames or len(steps) > 1 or any(discard for _, _, discard in entries):
+        if len(entries) != stream.frames or len(steps) != 1 or any(discard for _, _, discard in entries):
             return None
-        if not steps:
-            return None
-        step = steps.pop()
-        if step <= 0:
+        (step,) = steps
+        if step <= 0 or not self._starts_with_a_keyframe():
             return None
         times = range(stream.start_time, stream.start_time + step * len(entries), step)
         # A keyframe is shown when it is decoded, or as much later as the first one is.
         keyframes = [time + stream.start_time - decoded[0] for time, is_keyframe, _ in entries if is_keyframe]
-        return Timeline(times, keyframes, len(times)) if keyframes else None
+        return Timeline(times, keyframes, len(times), step)
+
+    def _starts_with_a_keyframe(self) -> bool:
+        """Whether the first packet is one, that nothing is shown before."""
+        self._rewind()
+        packets = self._container.demux(self._stream)
+        first = next(packets)
+        if not first.is_keyframe or first.pts is None or first.pts != self._stream.start_time:
+            return False
+        for packet in packets:
+            if packet.dts is None or packet.dts >= first.pts:
+                return True
+            if packet.pts is None or packet.pts < first.pts:
+                return False
+        return True
 
     def _from_packets(self) -> Timeline | None:
         """From all packets, undecoded; those of an AVI file say when they are decoded, which tells only without B-frames."""
         if self._container.format.name == "avi" and self._stream.codec_context.has_b_frames:
             return None
-        times, keyframes = [], []
+        times, keyframes, starts = [], [], None
+        hidden = self._stream.codec_context.name in HIDING
         self._rewind()
         for packet in self._container.demux(self._stream):
-            if packet.size == 0 or packet.is_discard:
+            if packet.size == 0 or packet.is_discard or (hidden and not memoryview(packet)[0] & SHOWN):
                 continue
             if packet.pts is None:
                 return None
             times.append(packet.pts)
             if packet.is_keyframe:
                 keyframes.append(packet.pts)
+            if starts is None:
+                starts = packet.is_keyframe
         if len(set(times)) < len(times):
             return None
+        if times and not (starts and min(times) == keyframes[0]):
+            return self._without_lost_frames(times, sorted(keyframes))
         return Timeline(sorted(times), sorted(keyframes), len(times))
+
+    def _without_lost_frames(self, times: Sequence[int], keyframes: Sequence[int]) -> Timeline | None:
+        """Of a file that was cut at no keyframe: decoding up to the second keyframe shows what is lost at the start."""
+        second = keyframes[1] if len(keyframes) > 1 else math.inf
+        shown = {time for time in times if time >= second}
+        for frame in self._all():
+            if frame.pts is None:
+                return None
+            if frame.pts >= second:
+                break
+            shown.add(frame.pts)
+        return Timeline(sorted(shown), keyframes, len(shown))
 
     def _by_counting(self) -> Timeline:
         return Timeline(None, (), sum(1 for _ in self._all()))
