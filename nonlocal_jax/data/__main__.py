@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import os
 import shutil
 import statistics
 import sys
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nonlocal_jax.data import DataError, annotations, stand_in
-from nonlocal_jax.data.annotations import Annotations, Record
+from nonlocal_jax.data.annotations import Annotations, Record, plain_path
 from nonlocal_jax.data.clips import cores
 from nonlocal_jax.data.frames import open_frames
 from nonlocal_jax.data.transcode import transcode_all
@@ -60,6 +61,10 @@ class Check(OfList):
     """Every line of a list, and the first, middle and last frame of every video."""
 
     sample: int | None = None  # so many videos, chosen at random; None is all
+
+    def __post_init__(self) -> None:
+        if self.sample is not None and self.sample < 1:
+            raise ValueError(f"sample must be at least 1; got {self.sample}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,8 +202,9 @@ def _transcode(command: Transcode) -> int:
     read = command.read()
     if any(record.frames for record in read.records):
         raise ValueError(f"{command.list} is a list of images; there is no video to copy.")
-    root = (command.root or (command.list if command.list.is_dir() else command.list.parent)).absolute()
-    targets = {record.path: command.out / _relative(record.path.absolute(), root) for record in read.records}
+    root = plain_path(command.root or (command.list if command.list.is_dir() else command.list.parent))
+    targets = {record.path: command.out / _relative(plain_path(record.path), root) for record in read.records}
+    _check_targets(command, targets)
     work = transcode_all(
         list(targets.items()), command.threads, shorter=command.shorter, keyframes=command.keyframes, crf=command.crf
     )
@@ -212,6 +218,19 @@ def _transcode(command: Transcode) -> int:
     return 1 if failed else 0
 
 
+def _check_targets(command: Transcode, targets: dict[Path, Path]) -> None:
+    """Copies replace neither the list, nor a video, nor each other."""
+    sources: dict[Path, Path] = {}
+    for source, target in targets.items():
+        if target in sources:
+            raise ValueError(f"{sources[target]} and {source} would have one copy, {target}.")
+        sources[target] = source
+    originals = {os.path.realpath(path) for path in (*targets, command.list)}
+    for target in (*sources, command.out / command.list.name):
+        if os.path.realpath(target) in originals:
+            raise ValueError(f"{target} would be replaced by a copy; name another folder than {command.out}.")
+
+
 def _relative(path: Path, root: Path) -> Path:
     inside = path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
     return inside.with_suffix(".mp4")
@@ -219,10 +238,10 @@ def _relative(path: Path, root: Path) -> Path:
 
 def _write_list(command: Transcode, read: Annotations, targets: dict[Path, Path], failed: dict[Path, str]) -> None:
     """A folder's copy is its own list, and a CSV names no files; the lines of another list are those that were copied."""
-    if command.list.is_dir():
+    if read.kind == "folder":
         return
     out = command.out / command.list.name
-    if command.list.suffix == ".csv" and (read.multi_label or read.names):
+    if read.kind in ("kinetics", "charades"):
         shutil.copyfile(command.list, out)
         return
     lines = [

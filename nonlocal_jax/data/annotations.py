@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from nonlocal_jax.data import DataError
 
@@ -27,6 +27,7 @@ SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".
 SHOWN = 10  # problems in an error
 KINETICS, CHARADES, FRAME_LIST = "youtube_id", "actions", "original_vido_id"  # what tells the kinds apart
 CHARADES_CLASSES = 157
+Kind = Literal["paths", "kinetics", "charades", "frames", "folder"]
 
 
 class Action(NamedTuple):
@@ -73,6 +74,7 @@ class Annotations:
         multi_label: whether a video may have any number of classes, as in Charades; else it has one.
         names: of the classes; empty where the list has only numbers.
         left_out: what was wrong with the lines that were left out.
+        kind: of the list, in the order of the table above.
     """
 
     records: tuple[Record, ...]
@@ -80,6 +82,7 @@ class Annotations:
     multi_label: bool = False
     names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    kind: Kind = "paths"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -107,7 +110,8 @@ def read(
         source: the file or folder.
         num_classes: of the labels; None takes 157 for Charades, and else what the list has.
         root: folder that paths are relative to, and must lie in; None is that of the list, and then they may lie anywhere.
-        classes: names of classes, one a line, in the order of their numbers; None sorts the names of the list itself.
+        classes: names of all classes, one a line, in the order of their numbers; None sorts the names of the list itself, which
+            must then have `num_classes` of them.
         leave_out: whether lines of files that are missing, or named before, are left out in place of being an error.
 
     Raises:
@@ -125,22 +129,22 @@ def read(
     lines = _lines(source)
     if not lines:
         raise DataError(f"{source} must have a line for each video; it is empty.")
-    where = _Where(_plain_path(source.parent), _plain_path(root) if root else None)
-    header = next(csv.reader(lines[:1]), [])
+    where = _Where(plain_path(source.parent), plain_path(root) if root else None)
+    header = next(csv.reader(lines[:1]), []) if len(lines[0]) < csv.field_size_limit() else []
     if lines[0].startswith(FRAME_LIST):
         parse: _Parse = functools.partial(_of_frames, where)
-        return _checked(source, _by_video(lines), parse, num_classes, leave_out, multi_label=True, names=known)
+        return _checked(source, "frames", _by_video(lines), parse, num_classes, leave_out, names=known)
     if KINETICS in header:
         names = known or _names_of(source, lines)
         parse = functools.partial(_of_kinetics, where, {_plain(name): number for number, name in enumerate(names)})
-        return _checked(source, _csv(source, lines), parse, num_classes or len(names), leave_out, names=names)
+        return _checked(source, "kinetics", _csv(source, lines), parse, num_classes or len(names), leave_out, names=names)
     if CHARADES in header:
         parse = functools.partial(_of_charades, where)
         rows = _csv(source, lines)
-        return _checked(source, rows, parse, num_classes or CHARADES_CLASSES, leave_out, multi_label=True, names=known)
+        return _checked(source, "charades", rows, parse, num_classes or CHARADES_CLASSES, leave_out, names=known)
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     parse = functools.partial(_path_and_label, where)
-    return _checked(source, numbered, parse, num_classes or len(known) or None, leave_out, names=known)
+    return _checked(source, "paths", numbered, parse, num_classes or len(known) or None, leave_out, names=known)
 
 
 def index(folder: Path, *, num_classes: int | None = None, names: Sequence[str] = ()) -> Annotations:
@@ -160,7 +164,7 @@ def index(folder: Path, *, num_classes: int | None = None, names: Sequence[str] 
     if num_classes is not None and len(names) != num_classes:
         raise DataError(f"{folder} must have {num_classes} classes; it has {len(names)}.")
     records = tuple(Record(file, (names.index(name),)) for name, files in videos.items() for file in files)
-    return Annotations(records, len(names), names=names)
+    return Annotations(records, len(names), names=names, kind="folder")
 
 
 class _Where(NamedTuple):
@@ -172,13 +176,13 @@ class _Where(NamedTuple):
     def file(self, name: str) -> Path:
         if "\0" in name or not name:
             raise _LineError(f"{name!r} is no path")
-        file = _plain_path((self.root or self.folder) / name)
+        file = plain_path((self.root or self.folder) / name)
         if self.root is not None and not file.is_relative_to(self.root):
             raise _LineError(f"{name} lies outside the root {self.root}")
         return file
 
 
-def _plain_path(path: Path) -> Path:
+def plain_path(path: Path) -> Path:
     """Absolute, and without `..`; links are not followed, as data sets are often links."""
     return Path(os.path.normpath(path.absolute()))
 
@@ -188,15 +192,17 @@ _Parse = Callable[[int, Any], Record]  # of a line's number and content; raises 
 
 def _checked(
     source: Path,
+    kind: Kind,
     rows: Iterable[tuple[int, Any]],
     parse: _Parse,
     num_classes: int | None,
     leave_out: bool,
     *,
-    multi_label: bool = False,
     names: Sequence[str] = (),
 ) -> Annotations:
     """All lines, or what is wrong with the first of them."""
+    if names and num_classes is not None and len(names) != num_classes:
+        raise DataError(f"{source} must be of {num_classes} classes; {len(names)} are named. A file of classes may name them all.")
     records: list[Record] = []
     seen: dict[Path, int] = {}
     grave: list[str] = []
@@ -224,7 +230,10 @@ def _checked(
         raise DataError(f"{source} must name at least one video that is there; {len(light):,} line(s) were left out.")
     if num_classes is None:
         num_classes = 1 + max((max(record.labels, default=0) for record in records), default=0)
-    return Annotations(tuple(records), num_classes, multi_label, tuple(names), tuple(light))
+    if names and len(names) != num_classes:
+        raise DataError(f"{source} has labels up to {num_classes - 1}; {len(names)} classes are named.")
+    multi_label = kind in ("charades", "frames")
+    return Annotations(tuple(records), num_classes, multi_label, tuple(names), tuple(light), kind)
 
 
 def _path_and_label(where: _Where, number: int, line: str) -> Record:
@@ -304,7 +313,7 @@ def _csv(source: Path, lines: Sequence[str]) -> Iterator[tuple[int, dict[str, st
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise DataError(f"{source}: line {reader.line_num} cannot be read as CSV: {error}.") from error
+        raise DataError(f"{source}: line {reader.line_num + 1} cannot be read as CSV: {error}.") from error
 
 
 def _lines(source: Path) -> list[str]:
@@ -314,7 +323,7 @@ def _lines(source: Path) -> list[str]:
         raise DataError(f"{source} must be a list in UTF-8; byte {error.start:,} is none.") from error
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
-    return text.splitlines()
+    return text.removesuffix("\n").split("\n") if text else []  # and not at what else Unicode has for an end of a line
 
 
 def _read_classes(file: Path) -> tuple[str, ...]:
@@ -337,15 +346,14 @@ def _plain(name: str) -> str:
 
 
 def _integer(text: str, what: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise _LineError(f"{what} must be a whole number; got {_short(text)}") from None
+    if not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text):
+        raise _LineError(f"{what} must be a whole number; got {_short(text)}")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:

@@ -1,5 +1,6 @@
 """Copies of videos with a shorter side of 256 pixels and many keyframes: small, and quick to read a clip from."""
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -32,20 +33,8 @@ def transcode(source: Path, target: Path, *, shorter: int = 256, keyframes: int 
     partial = target.with_name(target.name + PARTIAL)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with Video(source) as video, av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            rate = Fraction(video.rate).limit_denominator(1001)
-            stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "g": str(keyframes)})
-            stream.codec_context.thread_count = 1
-            for number, frame in enumerate(_scaled(video, shorter)):
-                if not number:
-                    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name
-                    stream.codec_context.time_base = video.time_base
-                    first = frame.pts
-                if frame.pts is not None:
-                    frame.pts, frame.time_base = frame.pts - first, video.time_base
-                frame.pict_type = 0  # whatever kind it was
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
+        with Video(source) as video:
+            video.surely(functools.partial(_copy, video, partial, shorter, {"crf": str(crf), "g": str(keyframes)}))
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(target)
@@ -53,6 +42,28 @@ def transcode(source: Path, target: Path, *, shorter: int = 256, keyframes: int 
         raise VideoError(f"{source}: cannot be copied to {target} ({error.strerror or error}).") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> None:
+    import av
+
+    rate = Fraction(video.rate).limit_denominator(1001)
+    with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream: Any = container.add_stream("libx264", rate=rate, options=options)
+        stream.codec_context.thread_count = 1
+        stream.codec_context.color_range = av.video.reformatter.ColorRange.MPEG
+        timed = video.timeline.times is not None
+        base = video.time_base if timed else 1 / rate
+        first = 0
+        for number, frame in enumerate(_scaled(video, shorter)):
+            if not number:
+                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name
+                stream.codec_context.time_base = base
+                first = frame.pts if timed else 0
+            frame.pts, frame.time_base = (frame.pts if timed else number) - first, base
+            frame.pict_type = 0  # whatever kind it was
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def transcode_all(
@@ -92,7 +103,7 @@ def _scaled(video: Video, shorter: int) -> Iterator[Any]:
             width, height = (2 * max(math.floor(n * scale / 2), (shorter + 1) // 2) for n in (frame.width, frame.height))
             graph = av.filter.Graph()
             filters = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=video.time_base)]
-            filters.append(graph.add("scale", f"{width}:{height}:flags=bicubic"))
+            filters.append(graph.add("scale", f"{width}:{height}:flags=bicubic:out_range=tv"))
             filters += [graph.add("transpose", "cclock") for _ in range(turns)]
             filters += [graph.add("format", "yuv420p"), graph.add("buffersink")]
             graph.link_nodes(*filters).configure()

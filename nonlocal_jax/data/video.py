@@ -29,6 +29,7 @@ FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif
 LARGEST = 1 << 26  # pixels of a frame, 8192 × 8192
 SKIPPING = ("h264",)  # decoders that can leave out frames from which no other is predicted; HEVC's only tell for their layer
 HIDING, SHOWN = ("vp8", "libvpx"), 0x10  # decoders with packets that are not shown; the bit of the first byte that says so
+MOST = 1 << 32  # bytes of frames that are read at once, an hour of 112×112
 AT_ONCE = 8  # frames that are decoded before they are converted: by turns, the two drive each other out of the caches
 QUARTER = 90  # degrees
 
@@ -250,6 +251,8 @@ class Video:
             for index, frame in some:
                 pixels = convert(frame)
                 if out is None:
+                    if len(indices) * pixels.size > MOST:
+                        raise VideoError(f"{self.path}: {len(indices):,} frames of {pixels.shape[:2]} take over {MOST:,} bytes.")
                     out = np.empty((len(indices), *pixels.shape), np.uint8)
                 if pixels.shape != out.shape[1:]:
                     raise VideoError(f"{self.path}: frame {index} is {pixels.shape[:2]}, others are {out.shape[1:3]}.")
@@ -498,6 +501,8 @@ class _Convert:
             filters.append(graph.add("crop", f"{columns}:{rows}:{left - left % across}:{top - top % down}:exact=1"))
         if size != (rows, columns):
             filters.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"))
+            if "yuv" in frame.format.name:  # RGB after that is quicker, and nearer to scaled RGB, than in one step
+                filters.append(graph.add("format", frame.format.name))
         filters += [graph.add("format", "rgb24"), graph.add("buffersink")]
         graph.link_nodes(*filters).configure()
         return graph

@@ -68,6 +68,25 @@ AB12C,HR43,Kitchen,6,7,Yes,"A person, cooking",food,"none; ""really""",c092 11.9
 '''
 
 
+def test_numbers_of_classes_are_those_of_all_lists(folder):
+    """Of a list with some of the classes, numbers in the order of their names would be others."""
+    official = write(folder, OFFICIAL, "train.csv")
+    with pytest.raises(DataError, match=r"must be of 400 classes; 2 are named\. A file of classes may name them all"):
+        annotations.read(official, num_classes=400)
+    classes = write(folder, "abseiling\nair drumming\n", "classes.txt")
+    plain = write(folder, "a.mp4 1\n", "plain.txt")
+    for file, count in ((official, 3), (plain, 3), (write(folder, CHARADES, "charades.csv"), None)):
+        with pytest.raises(DataError, match=f"must be of {count or 157} classes; 2 are named"):
+            annotations.read(file, num_classes=count, classes=classes)
+    assert annotations.read(plain, classes=classes).names == ("abseiling", "air drumming")
+
+
+def test_lines_end_at_line_feeds_alone(folder):
+    (folder / "a\x85b.mp4").touch()
+    (folder / "list.txt").write_bytes("a.mp4 1\r\na\x85b.mp4 2\r\n".encode())
+    assert [record.path.name for record in annotations.read(folder / "list.txt").records] == ["a.mp4", "a\x85b.mp4"]
+
+
 def test_charades(folder):
     found = annotations.read(write(folder, CHARADES, "charades.csv"))
     (record,) = found.records
@@ -101,6 +120,9 @@ WRONG = {
     "label is no number": ("a.mp4 3\nb c.mp4 x\n", "line 2: a label must be a whole number; got 'x'"),
     "label out of range": ("a.mp4 400\n", "line 1: labels must be from 0 to 399; got 400"),
     "negative label": ("a.mp4 -1\n", "line 1: labels must be from 0 to 399; got -1"),
+    "label as Python writes numbers": ("a.mp4 1_0\n", "line 1: a label must be a whole number; got '1_0'"),
+    "a very long line": (140_000 * "a" + ",1\n", "line 1: there is no file"),
+    "kinetics: a very long field": (OFFICIAL + 140_000 * "a" + ",z3,0,10,train\n", "line 4 cannot be read as CSV: field larger"),
     "missing": ("a.mp4 1\nnone.mp4 1\n", "line 2: there is no file .*none.mp4"),
     "too long": (300 * "a" + ".mp4 1\n", "line 1: there is no file"),
     "twice": ("a.mp4 1\n./a.mp4 2\n", "line 2: .*a.mp4 is on line 1 too"),
@@ -121,7 +143,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_with_a_line(folder, name):
     text, message = WRONG[name]
-    options = {"num_classes": None if name.startswith("charades") else 400}
+    options = {"num_classes": None if name.startswith(("charades", "kinetics")) else 400}
     if name == "kinetics: unknown class":
         options = {"classes": write(folder, "abseiling\nair drumming\n", "classes.txt")}
     with pytest.raises(DataError, match=message):

@@ -1,11 +1,12 @@
 """`python -m nonlocal_jax.data` on real files."""
 
+import av
 import numpy as np
 import pytest
 
 from nonlocal_jax.data import annotations, stand_in, transcode
 from nonlocal_jax.data.__main__ import main
-from nonlocal_jax.data.video import Video
+from nonlocal_jax.data.video import Video, Window
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,64 @@ def test_transcoding_goes_on_where_it_was(made, tmp_path, monkeypatch):
     assert sorted(file.name for file in out.iterdir()) == ["test.txt", "test0000.mp4", "test0001.mp4", "test0002.mp4"]
 
 
+def test_copies_replace_nothing(made, tmp_path, capsys):
+    """Neither their list, nor what they are of, nor each other."""
+    before = {file.name: file.read_bytes() for file in made["test"].parent.iterdir()}
+    assert main(["transcode", str(made["test"]), str(made["test"].parent)]) == 2
+    assert "would be replaced by a copy; name another folder" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in made["test"].parent.iterdir()} == before
+    for suffix in ("mp4", "mkv"):
+        stand_in.write(tmp_path / f"a.{suffix}", np.zeros((3, 16, 16, 3), np.uint8))
+    (tmp_path / "list.txt").write_text("a.mp4 0\na.mkv 1\n")
+    assert main(["transcode", str(tmp_path / "list.txt"), str(tmp_path / "small")]) == 2
+    assert "a.mp4 and" in capsys.readouterr().err
+
+
+def test_copies_lie_as_their_originals_do(made, tmp_path, monkeypatch):
+    """Also where list or root have `..` in them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "videos").mkdir()
+    stand_in.write(tmp_path / "videos" / "a.mkv", np.zeros((3, 16, 16, 3), np.uint8))
+    (tmp_path / "lists" / "list.txt").write_text("../videos/a.mkv 0\n")
+    (tmp_path / "lists" / "charades").write_text("id,actions,length\na,c001 0.00 1.00,2.0\n")
+    assert main(["transcode", "lists/list.txt", "small", "--root", "lists/..", "--shorter", "16"]) == 2  # outside
+    (tmp_path / "lists" / "list.txt").write_text("videos/a.mkv 0\n")
+    assert main(["transcode", "lists/list.txt", "small", "--root", "lists/..", "--shorter", "16"]) == 0
+    assert (tmp_path / "small" / "list.txt").read_text() == "videos/a.mp4 0\n"
+    assert (tmp_path / "small" / "videos" / "a.mp4").is_file()
+    (tmp_path / "small" / "videos" / "a.mp4").rename(tmp_path / "videos" / "a.mp4")
+    assert main(["transcode", "lists/charades", "other", "--root", "lists/../videos", "--shorter", "16"]) == 0
+    assert annotations.read(tmp_path / "other" / "charades").records[0].actions == (annotations.Action(1, 0.0, 1.0),)
+
+
+@pytest.mark.parametrize(("pixels", "options"), [("yuvj420p", {}), ("yuv420p", {"x264-params": "fullrange=on"})])
+def test_colours_are_kept_whatever_their_range(tmp_path, pixels, options):
+    ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[:, None], (5, 32, 64, 3))
+    with av.open(str(tmp_path / "full.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "1", **options})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, pixels
+        stream.codec_context.color_range = 2
+        for frame in ramp:
+            full = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(full.reformat(format=pixels, dst_color_range=2)))
+        container.mux(stream.encode())
+    transcode.transcode(tmp_path / "full.mkv", tmp_path / "small.mp4", shorter=32, crf=1)
+    for name in ("full.mkv", "small.mp4"):
+        with Video(tmp_path / name) as video:
+            assert np.abs(video.read([2])[0].astype(int) - ramp[2]).max() <= 6
+            part = video.read([2], lambda height, width: Window(0, 0, height, width // 2, (height, width // 2)))[0]
+            assert np.abs(part.astype(int) - ramp[2, :, :32]).max() <= 6
+
+
+def test_files_that_do_not_tell_times(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (30, 32, 48, 3), dtype=np.uint8)
+    stand_in.write(tmp_path / "b_frames.avi", frames, rate=20)
+    transcode.transcode(tmp_path / "b_frames.avi", tmp_path / "new.mp4", shorter=32)
+    with Video(tmp_path / "new.mp4") as video:
+        np.testing.assert_allclose(video.seconds(np.arange(30)), np.arange(30) / 20, atol=1e-3)
+
+
 def test_irregular_times_are_kept(tmp_path):
     times = np.cumsum(np.random.default_rng(0).uniform(0.02, 0.2, 20)).tolist()
     frames = np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), dtype=np.uint8)
@@ -92,6 +151,9 @@ def test_the_stand_in(tmp_path, capsys, monkeypatch):
 
 
 def test_wrong_arguments(made, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", str(made["test"]), "--sample", "-1"])
+    assert "sample must be at least 1; got -1" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "none.txt")]) == 2
     assert "none.txt cannot be read: No such file" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):

@@ -6,6 +6,7 @@ import sys
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from nonlocal_jax.data import stand_in
 from nonlocal_jax.data import video as module
@@ -383,6 +384,24 @@ def test_a_line_of_pixels_would_become_too_large(tmp_path):
         assert video.read([0]).shape == (1, 1, 4096, 3)
         with pytest.raises(VideoError, match="at most 67,108,864 pixels; they have 256×1048576"):
             video.read([0], lambda h, w: Window(0, 0, h, w, (256 * h, 256 * w)))
+
+
+def test_more_than_memory_should_hold(folder, monkeypatch):
+    monkeypatch.setattr(module, "MOST", 8 * 48 * 64 * 3)
+    with Video(made(folder, "long_gop.mp4")) as video:
+        assert len(video.read(range(8))) == 8
+        with pytest.raises(VideoError, match=r"9 frames of \(48, 64\) take over 73,728 bytes"):
+            video.read(range(9))
+
+
+def test_scaled_frames_are_near_to_scaled_colours(folder):
+    """To those that are RGB before they are scaled, by Pillow's bilinear filter."""
+    with Video(made(folder, "long_gop.mp4")) as video:
+        whole = video.read([5])[0]
+        for rows, columns in ((96, 128), (35, 61)):
+            ours = video.read([5], lambda h, w: Window(0, 0, h, w, (rows, columns)))[0]
+            theirs = np.asarray(Image.fromarray(whole).resize((columns, rows), Image.Resampling.BILINEAR))
+            assert np.abs(ours.astype(int) - theirs).mean() < 2.5
 
 
 def test_names_that_cannot_be(tmp_path):
