@@ -23,7 +23,8 @@ from typing import Any
 import tyro
 
 from experiments import kinetics, video
-from experiments.video import Recipe
+from experiments.recipes import Config as Shared
+from experiments.recipes import Recipe
 
 TOY = dataclasses.replace(kinetics.TOY, learning_rate=0.2, multi_label=True)  # the mean over 6 classes has small gradients
 
@@ -41,7 +42,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(video.Config):
+class Config(Shared):
     """Charades, or offline real files of moving digits."""
 
     recipe: str = "toy_mp4"  # --list-recipes names them

@@ -34,7 +34,8 @@ from typing import Any
 import tyro
 
 from experiments import video
-from experiments.video import Recipe
+from experiments.recipes import Config as Shared
+from experiments.recipes import Recipe
 
 IMAGENET = "ImageNet ResNet"
 TOY = Recipe(
@@ -84,7 +85,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(video.Config):
+class Config(Shared):
     """Kinetics-400, or offline real files of moving digits."""
 
     recipe: str = "toy_mp4"  # --list-recipes names them

@@ -3,15 +3,18 @@
     python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pyth                      # the file tells its network
     python -m experiments.predict VIDEO --weights FILE --clip 32x4 --classes kinetics_400.txt
     python -m experiments.predict VIDEO --weights runs/kinetics/weights.safetensors --recipe toy_mp4
+    python -m experiments.predict VIDEO --weights runs/charades/weights.safetensors --recipe toy_mp4 --data charades
 
-Prints the classes with the highest scores, the mean of 10 clips × 3 crops, and draws the middle clip: how much each position is
-looked at by all positions, in the last non-local block, and the 20 highest-weighted arrows of the one that is looked at most.
+Prints the classes with the highest scores, of 10 clips × 3 crops the mean, or the largest for Charades. Draws the middle clip:
+how much each position is looked at by all positions, in the last non-local block, and the 20 highest-weighted arrows of the one
+that is looked at most.
 """
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +24,17 @@ from rich.console import Console
 from rich.table import Table
 
 import nonlocal_jax as nl
-from experiments import kinetics, video
+from experiments import charades, kinetics, video
+from experiments.recipes import build, in_time
 from nonlocal_jax import evaluation
-from nonlocal_jax.data import DataError
+from nonlocal_jax.data import DataError, annotations
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, normalise
 from nonlocal_jax.data.sampling import Crops, InTime
 from nonlocal_jax.layers import NonLocalBlock
 from nonlocal_jax.weights import files
-from nonlocal_jax.weights.build import Choices, build, call, options
+from nonlocal_jax.weights.build import Choices, call, options
+from nonlocal_jax.weights.build import build as build_as
 from nonlocal_jax.weights.infer import architecture
 from nonlocal_jax.weights.load import load_checkpoint
 
@@ -40,7 +45,8 @@ class Config(Choices):
 
     file: Annotated[Path, tyro.conf.Positional]  # the video
     weights: Path  # of the network, of any source that nonlocal_jax.weights reads
-    recipe: str | None = None  # of experiments.kinetics; None takes the network that the file tells
+    data: Literal["kinetics", "charades"] = "kinetics"  # one class a video, or any number
+    recipe: str | None = None  # of experiments.kinetics or .charades; None takes the network that the file tells
     classes: Path | None = None  # names of the classes, one a line; else they are numbers
     top: int = 5  # classes to print
     clips: int = 10  # evenly in time
@@ -58,25 +64,25 @@ class Config(Choices):
 def network(config: Config) -> tuple[Any, dict[str, Any], InTime, int, str]:
     """The model, its variables, its clips, its crops, and whose colours it takes."""
     if config.recipe is not None:
-        recipes = kinetics.recipes()
+        experiment: Any = {"kinetics": kinetics, "charades": charades}[config.data]
+        recipes = experiment.recipes()
         if config.recipe not in recipes:
             raise DataError(f"--recipe must be one of {', '.join(recipes)}; got {config.recipe!r}.")
         recipe = recipes[config.recipe]
-        settings = kinetics.Config(preset=config.preset or "paper", init=config.weights, test_only=True)
-        model = video.build(settings, recipe, recipe.num_classes)
+        settings = experiment.Config(preset=config.preset or "paper", init=config.weights, test_only=True)
+        model = build(settings, recipe, recipe.num_classes)
         variables = video.initial(settings, model, recipe)
         assert variables is not None
-        return model, dict(variables), recipe.in_time, config.size or recipe.test_size, "caffe2"
+        return model, dict(variables), in_time(settings, recipe), config.size or recipe.test_size, "caffe2"
     checkpoint = files.read(config.weights)
     found = architecture(checkpoint)
     chosen = options(found, config)
     if "clip" not in chosen or found.num_classes is None:
         raise DataError(f"{config.weights} must be of a video network with a classifier; it is of {call(found, config)}.")
-    model = build(found, config)
+    model = build_as(found, config)
     variables, _ = load_checkpoint(checkpoint, model, inflate_flat=config.kind is not None)
     frames, stride = map(int, chosen["clip"].split("x"))
-    in_time = InTime(frames, stride)
-    return model, variables, in_time, config.size or 256, "mmcv" if chosen["preset"] == "mmcv" else "caffe2"
+    return model, variables, InTime(frames, stride), config.size or 256, "mmcv" if chosen["preset"] == "mmcv" else "caffe2"
 
 
 def looked_at(model: Any, variables: Any, clip: Any) -> np.ndarray | None:
@@ -89,7 +95,7 @@ def looked_at(model: Any, variables: Any, clip: Any) -> np.ndarray | None:
     _, state = jax.jit(apply)(variables, clip)
     found = [
         (inner["__call__"][0].shape[1:4], inner["operation"]["affinity"][0])
-        for inner in state.get("intermediates", {}).values()
+        for _, inner in sorted(state.get("intermediates", {}).items(), key=_stage_and_number)
         if isinstance(inner, dict) and "operation" in inner and "__call__" in inner
     ]
     for (frames, rows, columns), affinity in reversed(found):
@@ -98,6 +104,11 @@ def looked_at(model: Any, variables: Any, clip: Any) -> np.ndarray | None:
             if affinity.shape == (1, frames * rows * columns, int(np.prod(keys))):
                 return np.asarray(affinity, np.float32).reshape(frames, rows, columns, *keys)
     return None
+
+
+def _stage_and_number(item: tuple[str, Any]) -> list[tuple[int, str]]:
+    """So that `nonlocal_res4_13` comes after `nonlocal_res4_6`."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", item[0])]
 
 
 def draw(clip: np.ndarray, maps: np.ndarray, file: Path, title: str) -> None:
@@ -132,19 +143,28 @@ def draw(clip: np.ndarray, maps: np.ndarray, file: Path, title: str) -> None:
 def main(config: Config) -> list[tuple[str, float]]:
     """Print the classes and draw the picture; the classes with their scores."""
     console = Console()
+    picture = config.picture or Path(f"{config.file.stem}.png")
     try:
-        names = config.classes.read_text().split("\n") if config.classes else []
+        if not picture.parent.is_dir():
+            raise DataError(f"--picture must lie in a folder that is there; there is no {picture.parent}.")
+        names = annotations.read_classes(config.classes) if config.classes else ()
+        model, variables, clip, size, colours = network(config)
+        if names and len(names) != model.num_classes:
+            raise DataError(
+                f"{config.classes} must name the {model.num_classes} classes of the network; it names {len(names)}."
+            )
         one = Annotations((Record(config.file, (0,)),), 1)
-        model, variables, in_time, size, colours = network(config)
-        views = TestingClips(one, in_time, config.clips, config.crops, size).read(0)
+        views = TestingClips(one, clip, config.clips, config.crops, size).read(0)
     except OSError as error:
         raise SystemExit(f"error: {error.filename}: {error.strerror}.") from error
     except (DataError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
-    apply = jax.jit(lambda v, clips: jax.nn.softmax(model.apply(v, normalise(clips, colours), train=False)))
+    many = config.data == "charades"
+    activation = jax.nn.sigmoid if many else jax.nn.softmax
+    apply = jax.jit(lambda v, clips: activation(model.apply(v, normalise(clips, colours), train=False)))
     each = evaluation.score_views(lambda clips: apply(variables, clips), views, config.views_at_once)
-    scores = evaluation.combine(each[:-1])
-    best = [(names[i] if i < len(names) else str(i), float(scores[i])) for i in np.argsort(-scores)[: config.top].tolist()]
+    scores = evaluation.combine(each[:-1], "max" if many else "mean")
+    best = [(names[i] if names else str(i), float(scores[i])) for i in np.argsort(-scores)[: config.top].tolist()]
     table = Table("class", "score", title=f"{config.file.name}: {len(each) - 1} views")
     for name, score in best:
         table.add_row(name, f"{score:.3f}")
@@ -156,8 +176,10 @@ def main(config: Config) -> list[tuple[str, float]]:
     if maps is None:
         console.print("no picture: the network has no non-local block that sums over spacetime")
     else:
-        picture = config.picture or Path(f"{config.file.stem}.png")
-        draw(middle, maps, picture, f"{best[0][0]}, {best[0][1]:.2f}")
+        try:
+            draw(middle, maps, picture, f"{best[0][0]}, {best[0][1]:.2f}")
+        except (OSError, ValueError) as error:  # a folder that may not be written to, a format that there is not
+            raise SystemExit(f"error: {picture} cannot be written: {error}.") from error
         console.print(f"where it looked: {picture}", highlight=False)
     return best
 

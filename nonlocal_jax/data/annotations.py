@@ -123,7 +123,7 @@ def read(
     >>> read(folder / "list.txt").records[0].labels
     (3,)
     """
-    known = _read_classes(classes) if classes else ()
+    known = read_classes(classes) if classes else ()
     if source.is_dir():
         return index(source, num_classes=num_classes, names=known)
     lines = _lines(source)
@@ -202,7 +202,7 @@ def _checked(
 ) -> Annotations:
     """All lines, or what is wrong with the first of them."""
     if names and num_classes is not None and len(names) != num_classes:
-        raise DataError(f"{source} must be of {num_classes} classes; {len(names)} are named. A file of classes may name them all.")
+        raise DataError(f"{source} must be of {num_classes} classes; {len(names)} are named. A file of classes may name all.")
     records: list[Record] = []
     seen: dict[Path, int] = {}
     grave: list[str] = []
@@ -326,7 +326,12 @@ def _lines(source: Path) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []  # and not at what else Unicode has for an end of a line
 
 
-def _read_classes(file: Path) -> tuple[str, ...]:
+def read_classes(file: Path) -> tuple[str, ...]:
+    """Names of classes, one a line.
+
+    Raises:
+        DataError: it cannot be read, or names one twice or none.
+    """
     names = tuple(line.strip() for line in _lines(file) if line.strip())
     if len(set(names)) < len(names) or not names:
         raise DataError(f"{file} must name each class once, one a line; got {len(names)} lines, {len(set(names))} names.")

@@ -4,12 +4,15 @@ What is read depends on the list, the seed, the epoch and the number of the reco
 thread for each core, each with a decoder of one thread, which together get more done than one decoder with many.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,7 +26,7 @@ from nonlocal_jax.data.video import VideoError, Window
 from nonlocal_jax.types import Array
 
 ATTEMPTS = 10  # records, one after the other, that may fail before an example is given up
-FAILURE = "failure"  # of a batch: why the record that was asked for could not be read; empty where it was
+RECORD, FAILURE = "record", "failure"  # of a batch: which was asked for, and why it could not be read, or nothing
 
 # Mean and standard deviation of each source, of numbers from 0 to 255.
 NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
@@ -89,7 +92,7 @@ class TrainingClips:
         each = functools.partial(self._one, inputs)
         found = list(_pool(self.threads).map(each, range(len(indices)), indices.tolist(), epochs.tolist()))
         labels, failures = zip(*found, strict=True)
-        return {"inputs": inputs, "labels": np.stack(labels), FAILURE: np.array(failures, dtype=np.str_)}
+        return {"inputs": inputs, "labels": np.stack(labels), RECORD: indices, FAILURE: np.array(failures, dtype=np.str_)}
 
     def _one(self, inputs: np.ndarray, place: int, index: int, epoch: int) -> tuple[np.ndarray, str]:
         rng = np.random.default_rng([self.seed, epoch, index])
@@ -135,7 +138,8 @@ class CentreClips:
         failures = list(_pool(self.threads).map(functools.partial(self._one, inputs), range(len(indices)), indices.tolist()))
         labels = np.stack([video_labels(self.annotations, self.annotations.records[index]) for index in indices])
         mask = np.array([not failure for failure in failures])
-        return {"inputs": inputs, "labels": labels, FAILURE: np.array(failures, dtype=np.str_), "mask": mask}
+        failed = np.array(failures, dtype=np.str_)
+        return {"inputs": inputs, "labels": labels, RECORD: indices, FAILURE: failed, "mask": mask}
 
     def _one(self, inputs: np.ndarray, place: int, index: int) -> str:
         try:
@@ -216,43 +220,55 @@ def video_labels(annotations: Annotations, record: Record) -> np.ndarray:
 
 
 class Watch:
-    """Counts the videos of a list that cannot be read, however often, and stops when they are too many.
+    """Counts the videos of a list that cannot be read, each once, and stops when they are too many.
 
     >>> watch = Watch(records=10, share=0.2, say=print)
-    >>> batch = {"inputs": np.zeros((2, 1)), "failure": np.array(["", "a.mp4: the file is empty."])}
+    >>> batch = {"record": np.array([3, 7]), "failure": np.array(["", "a.mp4: the file is empty."]), "inputs": np.zeros((2, 1))}
     >>> [list(seen) for seen in watch([dict(batch), dict(batch)])]
     1 of 10 videos cannot be read: a.mp4: the file is empty.
     [['inputs'], ['inputs']]
     """
 
-    def __init__(self, records: int, share: float, say: Callable[[str], None]) -> None:
-        """Nothing was seen yet.
+    def __init__(self, records: int, share: float, say: Callable[[str], None], file: Path | None = None) -> None:
+        """What is in the file was seen already.
 
         Args:
             records: in the list.
             share: of them, how many may fail.
             say: told of each video that fails, once.
+            file: keeps them, a JSON object a line, for when the run goes on; one for each process.
         """
-        self.records, self.share, self.say = records, share, say
-        self.failed: dict[str, None] = {}
+        self.records, self.share, self.say, self.file = records, share, say, file
+        self.failed: dict[int, str] = {}
+        if file is not None and file.exists():
+            for line in file.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line, where a kill came in between
+                    found = json.loads(line)
+                    self.failed[found[RECORD]] = found[FAILURE]
 
     def __call__(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of `TrainingClips` or `CentreClips`, without "failure".
+        """The batches of `TrainingClips` or `CentreClips`, without "record" and "failure".
 
         Raises:
             DataError: more videos failed than may; it names all.
         """
         for batch in batches:
-            for failure in filter(None, batch.pop(FAILURE).tolist()):
-                if failure not in self.failed:
-                    self.failed[failure] = None
-                    self.say(f"{len(self.failed):,} of {self.records:,} videos cannot be read: {failure}")
+            for record, failure in zip(batch.pop(RECORD).tolist(), batch.pop(FAILURE).tolist(), strict=True):
+                if failure and record not in self.failed:
+                    self._count(record, failure)
             if len(self.failed) > self.share * self.records:
-                shown = "\n  ".join(self.failed)
+                shown = "\n  ".join(self.failed.values())
                 raise DataError(
                     f"{len(self.failed):,} of {self.records:,} videos cannot be read, more than {self.share:.1%}:\n  {shown}"
                 )
             yield batch
+
+    def _count(self, record: int, failure: str) -> None:
+        self.failed[record] = failure
+        self.say(f"{len(self.failed):,} of {self.records:,} videos cannot be read: {failure}")
+        if self.file is not None:
+            with self.file.open("a") as out:
+                out.write(json.dumps({RECORD: record, FAILURE: failure}) + "\n")
 
 
 def _labels(annotations: Annotations, record: Record, video: Any, frames: np.ndarray) -> np.ndarray:

@@ -89,12 +89,13 @@ def evaluation_batches(
     return iter(_ahead(batches.map(_ReadInOrder(source, batch_size, rows or range(batch_size))), workers))
 
 
-def read_ahead(read: Callable[[int], Any], indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def read_ahead(read: Callable[[int], Any], indices: Sequence[int], threads: int = THREADS) -> Iterator[tuple[int, Any]]:
     """Pairs of an index and what is read, in order, by some threads that are a few ahead.
 
     Args:
         read: reads one.
         indices: what to read.
+        threads: that read, each with one that waits to be taken.
 
     >>> list(read_ahead(lambda index: index**2, [3, 1, 2]))
     [(3, 9), (1, 1), (2, 4)]
@@ -104,7 +105,7 @@ def read_ahead(read: Callable[[int], Any], indices: Sequence[int]) -> Iterator[t
     if not len(indices):
         return iter(())
     pairs = grain.MapDataset.source(list(indices)).map(lambda index: (index, read(index)))
-    return iter(pairs.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)))
+    return iter(pairs.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from nonlocal_jax.data.video import Window
 
 Clips = Int[np.ndarray, "clips t"]
 Crops = Literal["three", "centre", "full"]
+Rule = Literal["consecutive", "slowfast"]
+Short = Literal["loop", "hold"]
 CROPS: dict[Crops, int] = {"three": 3, "centre": 1, "full": 1}
 
 
@@ -33,8 +35,8 @@ class InTime:
     frames: int = 32
     stride: int = 2
     fps: float | None = None
-    rule: Literal["consecutive", "slowfast"] = "consecutive"
-    short: Literal["loop", "hold"] = "loop"
+    rule: Rule = "consecutive"
+    short: Short = "loop"
 
     def __post_init__(self) -> None:
         for name in ("frames", "stride"):

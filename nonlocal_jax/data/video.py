@@ -252,7 +252,7 @@ class Video:
                 pixels = convert(frame)
                 if out is None:
                     if len(indices) * pixels.size > MOST:
-                        raise VideoError(f"{self.path}: {len(indices):,} frames of {pixels.shape[:2]} take over {MOST:,} bytes.")
+                        raise VideoError(f"{self.path}: {len(indices)} frames of {pixels.shape[:2]} take over {MOST:,} bytes.")
                     out = np.empty((len(indices), *pixels.shape), np.uint8)
                 if pixels.shape != out.shape[1:]:
                     raise VideoError(f"{self.path}: frame {index} is {pixels.shape[:2]}, others are {out.shape[1:3]}.")

@@ -9,6 +9,7 @@ from nonlocal_jax.training.dry_run import dry_run
 from nonlocal_jax.training.loop import NonFiniteError, Options, Result, fit
 from nonlocal_jax.training.mesh import (
     batch_sharding,
+    fetch,
     local_rows,
     make_mesh,
     put,
@@ -48,6 +49,7 @@ __all__ = [
     "cosine_schedule",
     "cross_entropy",
     "dry_run",
+    "fetch",
     "fit",
     "initialize",
     "local_rows",

@@ -71,7 +71,7 @@ AB12C,HR43,Kitchen,6,7,Yes,"A person, cooking",food,"none; ""really""",c092 11.9
 def test_numbers_of_classes_are_those_of_all_lists(folder):
     """Of a list with some of the classes, numbers in the order of their names would be others."""
     official = write(folder, OFFICIAL, "train.csv")
-    with pytest.raises(DataError, match=r"must be of 400 classes; 2 are named\. A file of classes may name them all"):
+    with pytest.raises(DataError, match=r"must be of 400 classes; 2 are named\. A file of classes may name all"):
         annotations.read(official, num_classes=400)
     classes = write(folder, "abseiling\nair drumming\n", "classes.txt")
     plain = write(folder, "a.mp4 1\n", "plain.txt")

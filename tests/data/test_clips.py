@@ -2,6 +2,7 @@
 
 import itertools
 
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +63,16 @@ def test_the_stand_in_is_what_it_says(lists):
     for record in train.records[12:]:
         with pytest.raises(VideoError), Video(record.path):
             pass
+
+
+def test_the_stand_in_is_the_same_each_time(lists, tmp_path):
+    again = stand_in.make(tmp_path, "kinetics", numbers={"train": 12, "test": 4})
+    first = lists["kinetics"]["train"].records[0].path.parent
+    names = sorted(file.name for file in first.iterdir())
+    assert names == sorted(file.name for file in tmp_path.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    assert again["train"].parent == tmp_path
 
 
 def test_digits_move_as_their_class_says(lists):
@@ -130,6 +141,32 @@ def test_watch_counts_and_stops(source):
         DataError, match=r"(?s)2 of 14 videos cannot be read, more than 10\.0%:\n.*(damaged.*sound|sound.*damaged)"
     ):
         list(itertools.islice(Watch(len(source), 0.1, said.append)(training_batches(source, 4, seed=5)), 12))
+
+
+def test_watch_counts_a_video_once(source, lists, tmp_path):
+    """A file whose end is missing fails at another frame each time; and a run that goes on has not forgotten."""
+    whole = lists["kinetics"]["train"].records[0].path
+    with av.open(str(whole)) as old, av.open(str(tmp_path / "cut.mp4"), "w", options={"movflags": "+faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    content = (tmp_path / "cut.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) * 2 // 3])
+    records = (Record(tmp_path / "cut.mp4", (0,)), *(Record(whole, (0,)) for _ in range(3)))
+    cut = TrainingClips(Annotations(records, 1), IN_TIME, IN_SPACE)
+    epochs = [cut.read(np.arange(4), np.full(4, epoch)) for epoch in range(12)]
+    assert len({batch["failure"][0] for batch in epochs} - {""}) > 1
+    said, file = [], tmp_path / "unreadable.jsonl"
+    list(Watch(4, 0.25, said.append, file)(dict(batch) for batch in epochs))
+    assert len(said) == 1
+    with file.open("a") as out:
+        out.write('{"record": 2, "fail')  # a kill in between
+    again = Watch(4, 0.25, said.append, file)
+    list(again(dict(batch) for batch in epochs))
+    assert len(said) == len(again.failed) == 1
+    assert "cut.mp4" in again.failed[0]
 
 
 def test_nothing_but_broken_videos(tmp_path):

@@ -1,5 +1,6 @@
 """Frames by their number equal PyAV's own decode of the whole file, bit for bit, and no more is decoded than is needed."""
 
+import functools
 import subprocess
 import sys
 
@@ -159,9 +160,7 @@ def test_frames_equal_a_whole_decode(folder, name):
             np.testing.assert_array_equal(video.read(shuffled), np.stack([frames[i] for i in shuffled]))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FILES if not name.endswith((".avi", ".mpg")) and "refresh" not in name]
-)
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith((".avi", ".mpg")) and "refresh" not in name])
 def test_files_with_keyframes_and_times_are_not_decoded_from_the_start(folder, name, monkeypatch):
     from_the_start, in_order = [], Video._in_order
     monkeypatch.setattr(Video, "_in_order", lambda video, wanted: from_the_start.append(wanted) or in_order(video, wanted))
@@ -398,9 +397,9 @@ def test_scaled_frames_are_near_to_scaled_colours(folder):
     """To those that are RGB before they are scaled, by Pillow's bilinear filter."""
     with Video(made(folder, "long_gop.mp4")) as video:
         whole = video.read([5])[0]
-        for rows, columns in ((96, 128), (35, 61)):
-            ours = video.read([5], lambda h, w: Window(0, 0, h, w, (rows, columns)))[0]
-            theirs = np.asarray(Image.fromarray(whole).resize((columns, rows), Image.Resampling.BILINEAR))
+        for size in ((96, 128), (35, 61)):
+            ours = video.read([5], functools.partial(lambda size, h, w: Window(0, 0, h, w, size), size))[0]
+            theirs = np.asarray(Image.fromarray(whole).resize(size[::-1], Image.Resampling.BILINEAR))
             assert np.abs(ours.astype(int) - theirs).mean() < 2.5
 
 

@@ -1,8 +1,10 @@
 """Kinetics and Charades on real files: real processes, killed in training and in testing, end as if nothing had been."""
 
 import dataclasses
+import functools
 import json
 import signal
+import socket
 import time
 
 import flax.linen as nn
@@ -16,9 +18,10 @@ from training import processes
 from training.processes import PATIENCE, finish
 
 import nonlocal_jax as nl
-from experiments import charades, kinetics, predict, video
+from experiments import charades, kinetics, multi_view, predict, recipes, video
 from nonlocal_jax import training
 from nonlocal_jax.data import annotations, stand_in
+from nonlocal_jax.data.clips import TestingClips, normalise
 
 OPTIONS = "--steps 14 --batch-size 4 --save-every 4 --evaluate-every 7 --unreadable 0.2 --clips 2"
 
@@ -29,8 +32,8 @@ def lists(tmp_path_factory):
     return {kind: stand_in.make(folder / kind, kind, numbers={"train": 16, "test": 6}) for kind in ("kinetics", "charades")}
 
 
-def start(kind, folder, lists):
-    more = ("--train-list", str(lists[kind]["train"]), "--val-list", str(lists[kind]["test"]))
+def start(kind, folder, lists, *options):
+    more = (*options, "--train-list", str(lists[kind]["train"]), "--val-list", str(lists[kind]["test"]))
     return processes.start(OPTIONS, folder, *more, module=f"experiments.{kind}")
 
 
@@ -65,7 +68,8 @@ def last_step(folder):
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
 
-def test_predict(whole, lists, tmp_path, capsys):
+def test_predict(whole, lists, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder, _ = whole
     names = lists["kinetics"]["test"].with_name("classes.txt")
     file = lists["kinetics"]["test"].with_name("test0003.mp4")
@@ -79,6 +83,10 @@ def test_predict(whole, lists, tmp_path, capsys):
         ({"file": tmp_path / "none.mp4"}, "none.mp4: there is no such file"),
         ({"weights": tmp_path / "none.pth"}, "none.pth"),
         ({"recipe": "i3d"}, "--recipe must be one of toy_mp4, "),
+        ({"classes": file}, "must be a list in UTF-8"),
+        ({"classes": lists["kinetics"]["train"]}, "must name the 6 classes of the network; it names 18"),
+        ({"picture": tmp_path / "none" / "looked.png"}, "--picture must lie in a folder that is there"),
+        ({"picture": tmp_path / "looked.mp3"}, "looked.mp3 cannot be written: Format 'mp3' is not supported"),
     ):
         with pytest.raises(SystemExit, match=message):
             predict.main(predict.Config(**{"file": file, **options, **wrong}))
@@ -88,7 +96,7 @@ def test_what_a_run_says(whole):
     folder, printed = whole
     assert "18 videos to train with" in printed
     for name in ("damaged.mp4", "sound.mp4"):
-        assert name in (folder / "unreadable.txt").read_text()
+        assert name in (folder / "unreadable-train-0.jsonl").read_text()
     assert "1 view (middle clip, centre crop)" in printed
     assert "6 views (2 clips × 3 crops)" in printed
     _, rows, tested = outcome(folder)
@@ -104,13 +112,13 @@ def test_the_scores_are_those_of_the_views(whole, lists):
     folder, _ = whole
     recipe = kinetics.recipes()["toy_mp4"]
     config = kinetics.Config(clips=2)
-    model = video.build(config, recipe, 6)
+    model = recipes.build(config, recipe, 6)
     variables = nl.weights.load(
         folder / "weights.safetensors", model, example=jax.ShapeDtypeStruct((1, 8, 32, 32, 3), jnp.float32)
     )
     videos = annotations.read(lists["kinetics"]["test"], num_classes=6)
-    views = list(video.TestingClips(videos, recipe.in_time, 2, "three", 36).read(5))
-    scores = [jax.nn.softmax(model.apply(variables, video.normalise(view[None])))[0] for view in views]
+    views = list(TestingClips(videos, recipes.in_time(config, recipe), 2, "three", 36).read(5))
+    scores = [jax.nn.softmax(model.apply(variables, normalise(view[None])))[0] for view in views]
     (part,) = folder.glob("test-*/scores/*.npz")
     with np.load(part) as stored:
         row = stored["videos"].tolist().index(5)
@@ -131,6 +139,62 @@ def test_killed_within_an_epoch_and_within_the_test(whole, tmp_path, lists):
     assert not list(folder.glob("test-*/results.json"))
     assert "resumed at step 14" in finish(start("kinetics", folder, lists))
     assert outcome(folder) == outcome(undisturbed)
+
+
+def test_two_processes(lists, tmp_path):
+    """Parameters split over both, videos tested by both; one writes."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    joint = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--placement", "sharded")
+    folder = tmp_path / "run"
+    started = [start("kinetics", folder, lists, *joint, "--process-id", str(i)) for i in range(2)]
+    for process in started:
+        finish(process)
+    _, rows, tested = outcome(folder)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 15))
+    assert all(np.isfinite(array).all() for array in load_file(folder / "weights.safetensors").values())
+    assert [report["videos"] for report in tested.values()] == [6, 6]
+    parts = sorted(file.name for file in folder.glob("test-*/scores/*.npz"))
+    assert parts == ["00000000-00000004-by-0.npz", "00000001-00000005-by-1.npz"]
+
+
+def test_scores_are_found_again_by_all_they_depend_on(lists):
+    """Another network, other clips, another place of a file: other scores."""
+    recipe, config = kinetics.recipes()["toy_mp4"], kinetics.Config()
+    videos, variables = annotations.read(lists["kinetics"]["test"], num_classes=6), {"x": np.arange(3.0)}
+    usual = multi_view.settings_of(config, recipe, videos, variables)
+    assert json.loads(json.dumps(usual)) == multi_view.settings_of(config, recipe, videos, variables)
+    one, two, *rest = videos.records
+    changes = [
+        (config, recipe, videos, {"x": np.arange(3.0) + 1}),
+        (dataclasses.replace(config, preset="slowfast"), recipe, videos, variables),
+        (dataclasses.replace(config, sampling="slowfast"), recipe, videos, variables),
+        (dataclasses.replace(config, short="hold"), recipe, videos, variables),
+        (dataclasses.replace(config, combine="max"), recipe, videos, variables),
+        (config, dataclasses.replace(recipe, stride=3), videos, variables),
+        (config, dataclasses.replace(recipe, axes="space"), videos, variables),
+        (config, recipe, dataclasses.replace(videos, records=(two, one, *rest)), variables),
+        (config, recipe, dataclasses.replace(videos, records=(dataclasses.replace(one, labels=(5,)), two, *rest)), variables),
+    ]
+    assert all(multi_view.settings_of(*change) != usual for change in changes)
+
+
+def test_lists_are_told_apart_by_their_files_wherever_they_lie(tmp_path):
+    def digest(folder, names, **more):
+        records = tuple(annotations.Record(folder / name, (i,), **more) for i, name in enumerate(names))
+        return multi_view.digest_of_list(annotations.Annotations(records, 2))
+
+    names = ["a/1.mp4", "b/1.mp4"]
+    assert digest(tmp_path, names) == digest(tmp_path / "elsewhere", names)
+    assert digest(tmp_path, names) != digest(tmp_path, names[::-1])
+    frames = (tmp_path / "1.jpg", tmp_path / "2.jpg")
+    of_frames = [
+        digest(tmp_path, ["v"], frames=chosen, frame_labels=labels)
+        for chosen in (frames, frames[::-1])
+        for labels in (((0,), ()), ((), (0,)))
+    ]
+    assert len(set(of_frames)) == 4
 
 
 def test_published_networks_tell_themselves(tmp_path):
@@ -188,7 +252,7 @@ TABLE = {  # of the paper: name, places of blocks, published top-1
 @pytest.mark.parametrize("name", TABLE)
 def test_recipes_are_the_rows_of_the_paper(name):
     recipe, (places, top1) = kinetics.recipes()[name], TABLE[name]
-    model = video.build(kinetics.Config(), recipe, 400)
+    model = recipes.build(kinetics.Config(), recipe, 400)
     assert dict(model.nonlocal_blocks) == places
     assert recipe.published[0] == top1
     assert (
@@ -222,14 +286,14 @@ def test_schedules():
         (512, 0.08, 50_000, (18_750, 37_500)),
         (8, 0.00125, 3_200_000, (1_200_000, 2_400_000)),
     ):
-        found = video.scaled(kinetics.Config(batch_size=batch_size), usual)
+        found = recipes.scaled(kinetics.Config(batch_size=batch_size), usual)
         assert (found.learning_rate, found.steps, found.boundaries) == (pytest.approx(rate), steps, boundaries)
-    assert video.scaled(kinetics.Config(batch_size=128, learning_rate=0.5, steps=8), usual).learning_rate == 0.5
+    assert recipes.scaled(kinetics.Config(batch_size=128, learning_rate=0.5, steps=8), usual).learning_rate == 0.5
 
 
 def test_frozen_norms_stay_as_they_are():
     recipe = dataclasses.replace(kinetics.recipes()["i3d_r50_128x1"], depth=0)
-    optimiser = video.make_trainer(kinetics.Config(), recipe, 6).optimiser
+    optimiser = recipes.make_trainer(kinetics.Config(), recipe, 6).optimiser
     params = {"conv": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)}}
     updates, _ = optimiser.update(params, optimiser.init(params), params)
     assert [float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(updates)] == [True, True, False, False]
@@ -239,12 +303,24 @@ def test_losses_of_many_labels():
     logits, labels = jnp.array([[2.0, -1.0], [0.0, 3.0]]), jnp.array([[1.0, 0.0], [1.0, 1.0]])
     p = 1 / (1 + np.exp(-np.asarray(logits)))
     expected = -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).mean(1)
-    np.testing.assert_allclose(video.sigmoid_cross_entropy(logits, labels), expected, rtol=1e-6)
-    assert video.hit(logits, labels)["hit_at_1"].tolist() == [1.0, 1.0]
-    assert video.hit(-logits, labels)["hit_at_1"].tolist() == [0.0, 1.0]
+    np.testing.assert_allclose(recipes.sigmoid_cross_entropy(logits, labels), expected, rtol=1e-6)
+    assert recipes.hit(logits, labels)["hit_at_1"].tolist() == [1.0, 1.0]
+    assert recipes.hit(-logits, labels)["hit_at_1"].tolist() == [0.0, 1.0]
+
+
+def test_the_last_of_many_blocks():
+    """Of res4 the block after residual block 13, not after 6."""
+    names = ["nonlocal_res3_1", "nonlocal_res4_13", "nonlocal_res4_20", "nonlocal_res4_6", "nonlocal_res3_3"]
+    ordered = [name for name, _ in sorted(((name, 0) for name in names), key=predict._stage_and_number)]
+    assert ordered == ["nonlocal_res3_1", "nonlocal_res3_3", "nonlocal_res4_6", "nonlocal_res4_13", "nonlocal_res4_20"]
 
 
 WRONG = {
+    "norms that are not to change": (
+        kinetics,
+        {"list": "kinetics", "recipe": "i3d_r50_128x1"},
+        "i3d_r50_128x1 keeps the norms of what it starts from: --init must name weights of i3d_r50_32x2",
+    ),
     "no such recipe": (kinetics, {"recipe": "i3d"}, "--recipe must be one of toy_mp4, c2d_r50_32x2"),
     "no lists": (kinetics, {"recipe": "i3d_r50_32x2"}, "--train-list and --val-list must name lists of videos"),
     "no weights": (kinetics, {"init": "none.pth"}, "--init must name a file of weights; there is no none.pth"),
@@ -269,6 +345,19 @@ def test_wrong_input(name, lists, tmp_path, monkeypatch):
         options["init"] = type(tmp_path)(options["init"])
     with pytest.raises(SystemExit, match=message):
         module.main(module.Config(output=tmp_path / "run", **options))
+
+
+def test_frozen_norms_start_from_a_network_with_blocks(tmp_path):
+    """What a recipe does not train anew must be in its weights."""
+    config, recipe = kinetics.Config(init=tmp_path / "weights.safetensors"), kinetics.recipes()["i3d_nl5_r50_32x2"]
+    small = functools.partial(nl.models.video_resnet, (1, 1, 1, 1), "c2d", num_classes=6)
+    without = small({})
+    shapes = jax.eval_shape(without.init, jax.random.key(0), without.example)
+    nl.weights.save(config.init, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes))
+    model = small({"res4": (0,)})
+    assert "nonlocal_res4_0" in video.initial(config, model, recipe)["params"]
+    with pytest.raises(ValueError, match=r"params/nonlocal_res4_0/.* is not in the file"):
+        video.initial(config, model, dataclasses.replace(recipe, frozen_bn=True))
 
 
 def test_wrong_settings():
