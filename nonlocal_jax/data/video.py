@@ -319,7 +319,7 @@ class Video:
         def checked(frames: Iterable[Any]) -> Iterator[Any]:
             nonlocal due
             for frame in frames:
-                while step and due <= (last if frame.pts is None else frame.pts):
+                while step and due <= (last if frame.pts is None else min(frame.pts, last)):
                     if due not in seen:
                         raise self._wrong_times()
                     seen.remove(due)

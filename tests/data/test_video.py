@@ -164,9 +164,14 @@ def test_frames_equal_a_whole_decode(folder, name):
 def test_files_with_keyframes_and_times_are_not_decoded_from_the_start(folder, name, monkeypatch):
     from_the_start, in_order = [], Video._in_order
     monkeypatch.setattr(Video, "_in_order", lambda video, wanted: from_the_start.append(wanted) or in_order(video, wanted))
-    with Video(made(folder, name)) as video:
-        video.read(np.arange(len(video))[::3])
+    wrong, wrong_times = [], Video._wrong_times
+    monkeypatch.setattr(Video, "_wrong_times", lambda video: wrong.append(name) or wrong_times(video))
+    for start in range(3):
+        with Video(made(folder, name)) as video:
+            video.read((start + np.arange(0, 30, 3)) % len(video))
+            video.read([(len(video) - 1 - start) % len(video)])
     assert not from_the_start
+    assert wrong == ([name] * 3 if name == "shown_late.mp4" else [])
 
 
 def test_only_what_is_needed_is_decoded(folder):
