@@ -43,7 +43,7 @@ LIMIT = """Neither the library's convolutions nor XLA's products bring the step 
 of the library's own and of one XLA product with as many multiplications, from all that each position sees, made beforehand for
 nothing: {} ms. The rest, what the bare step takes beyond its convolutions alone, is {} ms. Both take {} ms, {}× torch's
 whole step of {} ms (each the median of {} rounds)."""
-MEMORY = "The last clip of a video, at the peak of memory beyond what one of 300 frames takes:"
+MEMORY = "The last clip of a video, at the peak of memory beyond what the process had before:"
 PARTS = ("convolutions", "products", "lesser")  # of the bare step
 EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
 EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")

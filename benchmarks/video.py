@@ -110,7 +110,7 @@ def write_video(file: Path, number: int, keyframes: str, frames: int = FRAMES) -
 
 
 def memory(folder: Path) -> dict[str, float]:
-    """Megabytes that reading a clip at the end takes at the peak beyond the empty process, by the length of the video."""
+    """Megabytes that reading a clip at the end takes at the peak, each in a process of its own, by the length of the video."""
     found = {}
     for frames in (FRAMES, LONG):
         file = folder / f"{frames}.mp4"

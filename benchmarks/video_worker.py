@@ -123,14 +123,10 @@ def batches(name: str, videos: Annotations) -> Iterator[Any]:
 
 
 def memory(file: Path) -> float:
-    """Megabytes at the peak of reading the last clip, beyond what the process had with a clip's worth of arrays."""
-    warm = file.with_name(f"{FRAMES}.mp4")
-    for path in (warm, file):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with Video(path) as video:
-            video.read(
-                len(video) - 63 + 2 * np.arange(32), functools.partial(IN_SPACE.window, shares=np.array([0.5, 0.5, 0.5]))
-            )
+    """Megabytes at the peak of reading the last clip, beyond what the process had before."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with Video(file) as video:
+        video.read(len(video) - 63 + 2 * np.arange(32), functools.partial(IN_SPACE.window, shares=np.array([0.5, 0.5, 0.5])))
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
