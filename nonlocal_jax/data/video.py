@@ -71,12 +71,14 @@ class Timeline:
         keyframes: times of those that decoding can start at, ascending.
         count: of the frames.
         step: from each time to the next, where they are taken to be regular and are checked on the way; 0 where all were seen.
+        delay: of the regular ones, from when the first frame is decoded to when it is shown.
     """
 
     times: Sequence[int] | None
     keyframes: Sequence[int]
     count: int
     step: int = 0
+    delay: int = 0
 
 
 class Video:
@@ -341,7 +343,7 @@ class Video:
                 return
 
     def _packets_from(self, keyframe: int, time: int) -> tuple[int, Iterator[Any]]:
-        """From a keyframe on, or from one before it where that one turns out to be shown after `time`; and when that is."""
+        """From a keyframe on, or from one before it where that one turns out to be shown after `time`; and what is due then."""
         for seek_to in reversed(self.timeline.keyframes[: keyframe + 1]):
             self._container.seek(seek_to, stream=self._stream, backward=True)
             self._stream.codec_context.flush_buffers()
@@ -349,7 +351,8 @@ class Video:
             packets = itertools.dropwhile(lambda packet: not packet.is_keyframe, self._container.demux(self._stream))
             first = next(packets, None)
             if first is not None and first.pts is not None and first.pts <= time:
-                return seek_to, itertools.chain([first], packets)
+                due = seek_to if first.dts is None else first.dts + self.timeline.delay
+                return due, itertools.chain([first], packets)
         assert self.timeline.times is not None
         self._rewind()
         return self.timeline.times[0], self._container.demux(self._stream)
@@ -392,9 +395,9 @@ class Video:
         if step <= 0 or not self._starts_with_a_keyframe():
             return None
         times = range(stream.start_time, stream.start_time + step * len(entries), step)
-        # A keyframe is shown when it is decoded, or as much later as the first one is.
-        keyframes = [time + stream.start_time - decoded[0] for time, is_keyframe, _ in entries if is_keyframe]
-        return Timeline(times, keyframes, len(times), step)
+        delay = stream.start_time - decoded[0]  # a keyframe is shown as much later than it is decoded as the first one is
+        keyframes = [time + delay for time, is_keyframe, _ in entries if is_keyframe]
+        return Timeline(times, keyframes, len(times), step, delay)
 
     def _starts_with_a_keyframe(self) -> bool:
         """Whether the first packet is one, that nothing is shown before."""
