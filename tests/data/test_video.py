@@ -48,13 +48,45 @@ def copied(old, new, keep=lambda number, packet: True, **options):
 
 
 def cut(file, first, source=None, **options):
-    """From a packet on."""
+    """From a packet on; "keyframe" is the second one."""
     whole = file.with_name(f"whole_{file.name}")
     if source is None:
         stand_in.write(whole, scene(60, 48, 64), options={"sc_threshold": "0", "g": "15", **options})
     else:
         FILES[source](whole)
+    if first == "keyframe":
+        with av.open(str(whole)) as container:
+            first = [number for number, packet in enumerate(container.demux(video=0)) if packet.is_keyframe][1]
     copied(whole, file, lambda number, packet: number >= first)
+
+
+def with_a_hidden_packet(file):
+    """Packet 7 is not to be shown, though others are predicted from it."""
+    whole = file.with_name(f"whole_{file.name}")
+    other_codec(whole, scene(30, 48, 64), "libvpx", options={"g": "20", "deadline": "realtime"})
+    with av.open(str(whole)) as one, av.open(str(file), "w") as other:
+        stream = other.add_stream_from_template(one.streams.video[0])
+        for number, packet in enumerate(one.demux(video=0)):
+            if packet.size:
+                content = bytearray(packet)
+                content[0] &= 0xFF if number != 7 else 0xEF
+                new = av.Packet(bytes(content))
+                new.pts, new.dts, new.time_base, new.stream = packet.pts, packet.dts, packet.time_base, stream
+                new.is_keyframe = packet.is_keyframe
+                other.mux(new)
+
+
+def with_short_groups(file):
+    """Keyframes that follow each other more quickly than frames wait to be shown."""
+    with av.open(str(file), "w") as container:
+        options = {"forced-idr": "1", "x264-params": "bframes=3:b-adapt=0:b-pyramid=normal:keyint=40"}
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height = 64, 48
+        for number, pixels in enumerate(scene(50, 48, 64)):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pict_type = 1 if 20 <= number < 26 else 0
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def with_cover(file):
@@ -111,9 +143,8 @@ FILES = {
     "hevc.mp4": lambda f: other_codec(
         f, scene(40, 48, 64), "libx265", options={"x265-params": "keyint=12:temporal-layers=1:log-level=none"}
     ),
-    "hidden.webm": lambda f: other_codec(
-        f, scene(40, 48, 64), "libvpx", options={"g": "20", "auto-alt-ref": "1", "lag-in-frames": "10", "deadline": "good"}
-    ),
+    "hidden.webm": with_a_hidden_packet,
+    "short_groups.mp4": with_short_groups,
     "turning.gif": lambda f: other_codec(f, scene(12, 48, 64), "gif", "rgb8"),
     "cover.mp4": with_cover,
     "shown_late.mp4": shown_late,
@@ -121,8 +152,8 @@ FILES = {
     "cut.mkv": lambda f: cut(f, 5, bf="0"),
     "cut_b_frames.mp4": lambda f: cut(f, 7),
     "cut_b_frames.mkv": lambda f: cut(f, 7),
-    "cut_open_gop.mkv": lambda f: cut(f, 15, **{"x264-params": "open-gop=1"}),
-    "cut_open_gop.mp4": lambda f: cut(f, 15, **{"x264-params": "open-gop=1"}),
+    "cut_open_gop.mkv": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
+    "cut_open_gop.mp4": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
     "cut_in_refresh.mkv": lambda f: cut(f, 7, **{"x264-params": "intra-refresh=1"}),
     "cut_mpeg2.ts": lambda f: cut(f, 5, "mpeg2.mpg"),
 }
@@ -293,6 +324,21 @@ def test_what_is_no_video(tmp_path, name):
 def test_sound_alone(tmp_path):
     stand_in.write_sound(tmp_path / "sound.mp4")
     with pytest.raises(VideoError, match="no video stream, only audio"), Video(tmp_path / "sound.mp4"):
+        pass
+
+
+def test_a_sound_with_a_cover(tmp_path):
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        cover = container.add_stream("mjpeg", rate=25)
+        cover.width, cover.height, cover.pix_fmt = 96, 80, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(scene(1, 80, 96)[0], format="rgb24")))
+        for part in (frame, None):
+            container.mux(sound.encode(part))
+    with pytest.raises(VideoError, match="no video stream, only a cover, audio"), Video(tmp_path / "song.mp4"):
         pass
 
 
