@@ -27,7 +27,9 @@ from nonlocal_jax.data import DataError
 
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf", "jpeg_pipe", "png_pipe")
 LARGEST = 1 << 26  # pixels of a frame, 8192 × 8192
-SKIPPING = ("h264",)  # decoders that can leave out frames from which no other is predicted; HEVC's only tell for their layer
+# Decoders that can leave out frames from which no other is predicted (HEVC's tell for their layer alone), and that can be asked
+# for what they hold back before the end (MPEG-4's would repeat a frame).
+SKIPPING = ("h264",)
 HIDING, SHOWN = ("vp8", "libvpx"), 0x10  # decoders with packets that are not shown; the bit of the first byte that says so
 MOST = 1 << 32  # bytes of frames that are read at once, an hour of 112×112
 AT_ONCE = 8  # frames that are decoded before they are converted: by turns, the two drive each other out of the caches
@@ -311,7 +313,7 @@ class Video:
                     yield numbers[frame.pts], frame
 
     def _decode_from(self, keyframe: int, wanted: set[int]) -> Iterator[Any]:
-        """Frames from a keyframe on, until all the wanted ones have been in a packet."""
+        """Frames from a keyframe on, until the wanted ones have come."""
         last, step = max(wanted), self.timeline.step
         start, packets = self._packets_from(keyframe, min(wanted))
         codec = self._stream.codec_context  # another, where the file was opened again
@@ -333,8 +335,13 @@ class Video:
                 seen.add(packet.pts)
                 if packet.pts < start:
                     raise self._wrong_times()
-            if codec.name in SKIPPING:
-                codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
+            if codec.name not in SKIPPING:
+                for frame in checked(packet.decode()):
+                    yield frame
+                    if frame.pts is not None and frame.pts >= last:
+                        return
+                continue
+            codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
             if wanted or packet.dts is None:  # else it is read for its time alone
                 yield from checked(packet.decode())
             wanted.discard(packet.pts)

@@ -40,7 +40,7 @@ def copied(old, new, keep=lambda number, packet: True, **options):
     """The packets of a file in another, or some of them."""
     with av.open(str(old)) as one, av.open(str(new), "w", **options) as other:
         stream = other.add_stream_from_template(one.streams.video[0])
-        packets = [packet for packet in one.demux(one.streams.video[0]) if packet.dts is not None]
+        packets = [packet for packet in one.demux(one.streams.video[0]) if packet.size]
         for number, packet in enumerate(packets):
             if keep(number, packet):
                 packet.stream = stream
@@ -60,20 +60,23 @@ def cut(file, first, source=None, **options):
     copied(whole, file, lambda number, packet: number >= first)
 
 
+def changed(old, new, change):
+    """The packets of a file in another, with other bytes."""
+    with av.open(str(old)) as one, av.open(str(new), "w") as other:
+        stream = other.add_stream_from_template(one.streams.video[0])
+        for number, packet in enumerate(one.demux(one.streams.video[0])):
+            if packet.size:
+                copy = av.Packet(change(number, bytes(packet)))
+                copy.pts, copy.dts, copy.time_base, copy.stream = packet.pts, packet.dts, packet.time_base, stream
+                copy.is_keyframe = packet.is_keyframe
+                other.mux(copy)
+
+
 def with_a_hidden_packet(file):
     """Packet 7 is not to be shown, though others are predicted from it."""
     whole = file.with_name(f"whole_{file.name}")
     other_codec(whole, scene(30, 48, 64), "libvpx", options={"g": "20", "deadline": "realtime"})
-    with av.open(str(whole)) as one, av.open(str(file), "w") as other:
-        stream = other.add_stream_from_template(one.streams.video[0])
-        for number, packet in enumerate(one.demux(video=0)):
-            if packet.size:
-                content = bytearray(packet)
-                content[0] &= 0xFF if number != 7 else 0xEF
-                new = av.Packet(bytes(content))
-                new.pts, new.dts, new.time_base, new.stream = packet.pts, packet.dts, packet.time_base, stream
-                new.is_keyframe = packet.is_keyframe
-                other.mux(new)
+    changed(whole, file, lambda number, content: content if number != 7 else bytes([content[0] & 0xEF]) + content[1:])
 
 
 def with_short_groups(file):
@@ -398,6 +401,24 @@ def test_frames_that_the_index_promises_and_the_file_lacks(tmp_path):
         video.read([0, 5])
         with pytest.raises(VideoError, match=r"frame \d+ of 60 cannot be decoded"):
             video.read([0, 59])
+
+
+def test_a_packet_without_a_frame(tmp_path):
+    """MPEG-4 knows pictures that are not coded; that nothing comes of one is seen when it is asked for."""
+    other_codec(tmp_path / "whole.mkv", scene(20, 48, 64), "mpeg4", options={"g": "12"})
+
+    def change(number, content):
+        return content if number != 7 else content[:5] + bytes([content[5] & 0xDF]) + content[6:]  # the bit `vop_coded`
+
+    changed(tmp_path / "whole.mkv", tmp_path / "hollow.mkv", change)
+    frames = decoded(tmp_path / "hollow.mkv")
+    assert len(frames) == 19
+    with Video(tmp_path / "hollow.mkv") as video:
+        assert len(video) == 20
+        np.testing.assert_array_equal(video.read([7, 15]), np.stack([frames[7], frames[15]]))
+        assert len(video) == 19
+    with Video(tmp_path / "hollow.mkv") as video, pytest.raises(VideoError, match="has 19 frames that can be decoded, not 20"):
+        video.read(range(20))
 
 
 def test_frames_outside(folder):
