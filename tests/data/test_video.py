@@ -36,9 +36,9 @@ def other_codec(file, frames, codec, pix_fmt="yuv420p", options=None):
         container.mux(stream.encode())
 
 
-def copied(old, new, keep=lambda number, packet: True, **options):
+def copied(old, new, keep=lambda number, packet: True, options=None):
     """The packets of a file in another, or some of them."""
-    with av.open(str(old)) as one, av.open(str(new), "w", **options) as other:
+    with av.open(str(old)) as one, av.open(str(new), "w", options=options or {}) as other:
         stream = other.add_stream_from_template(one.streams.video[0])
         packets = [packet for packet in one.demux(one.streams.video[0]) if packet.size]
         for number, packet in enumerate(packets):
@@ -47,7 +47,7 @@ def copied(old, new, keep=lambda number, packet: True, **options):
                 other.mux(packet)
 
 
-def cut(file, first, source=None, **options):
+def cut(file, first, source=None, muxer=None, **options):
     """From a packet on; "keyframe" is the second one."""
     whole = file.with_name(f"whole_{file.name}")
     if source is None:
@@ -57,7 +57,7 @@ def cut(file, first, source=None, **options):
     if first == "keyframe":
         with av.open(str(whole)) as container:
             first = [number for number, packet in enumerate(container.demux(video=0)) if packet.is_keyframe][1]
-    copied(whole, file, lambda number, packet: number >= first)
+    copied(whole, file, lambda number, packet: number >= first, muxer)
 
 
 def changed(old, new, change):
@@ -157,6 +157,7 @@ FILES = {
     "cut_b_frames.mkv": lambda f: cut(f, 7),
     "cut_open_gop.mkv": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
     "cut_open_gop.mp4": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
+    "cut_without_edits.mp4": lambda f: cut(f, "keyframe", muxer={"use_editlist": "0"}, **{"x264-params": "open-gop=1"}),
     "cut_in_refresh.mkv": lambda f: cut(f, 7, **{"x264-params": "intra-refresh=1"}),
     "cut_mpeg2.ts": lambda f: cut(f, 5, "mpeg2.mpg"),
 }
