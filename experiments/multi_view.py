@@ -189,13 +189,15 @@ def digest(tree: Any) -> str:
 
 
 def digest_of_list(videos: Annotations) -> str:
-    """SHA-256 of what is in a list, wherever it lies: files, by their place in the folder they share, and labels, in order."""
+    """SHA-256 of a list, wherever it lies: files in order, by size and place in the folder they share, and their labels."""
     files = [file for record in videos.records for file in (record.frames or (record.path,))]
     shared = os.path.commonpath([file.parent for file in files])
     sha = hashlib.sha256()
     for record in videos.records:
-        names = [os.path.relpath(file, shared) for file in record.frames or (record.path,)]
-        sha.update(repr((names, record.labels, record.actions, record.frame_labels)).encode())
+        paths = record.frames or (record.path,)
+        names = [os.path.relpath(file, shared) for file in paths]
+        size = paths[0].stat().st_size if paths[0].exists() else None
+        sha.update(repr((names, size, record.labels, record.actions, record.frame_labels)).encode())
     return sha.hexdigest()
 
 

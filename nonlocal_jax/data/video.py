@@ -1,10 +1,11 @@
 """Frames of video files by their number, by PyAV (FFmpeg): exact, and without decoding what no wanted frame needs.
 
-Frame i is the i-th that a decoder of the whole file puts out, whatever the frame rate does, and equals it bit for bit. To
-get there quickly: the index of the file, or its packets undecoded, tells when each frame is shown; decoding starts at the
-last keyframe before a wanted frame; frames that are not wanted, and that no other is predicted from, are not decoded. What was
-taken from the index is checked by the packets on the way, and where it was wrong, the slower ways are taken from the start.
-Memory does not grow with the length of the video, but for a few numbers for each frame.
+Frame i is the i-th that a decoder of the whole file puts out, whatever the frame rate does, and equals it bit for bit. (In a
+damaged file decoders make up what is missing from what they had before, so that there a frame may look otherwise.) To get
+there quickly: the index of the file, or its packets undecoded, tells when each frame is shown; decoding starts at the last
+keyframe before a wanted frame; frames that are not wanted, and that no other is predicted from, are not decoded. Times are
+checked on the way; where they prove wrong, or look it, the next slower way is taken, and at last all is decoded. Memory does
+not grow with the length of the video, but for a few numbers for each frame.
 
 A file is hostile until it is read: only containers of `FORMATS` are opened, only by the protocol `file`, only frames of at most
 `LARGEST` pixels.
@@ -31,6 +32,8 @@ LARGEST = 1 << 26  # pixels of a frame, 8192 × 8192
 # for what they hold back before the end (MPEG-4's would repeat a frame).
 SKIPPING = ("h264",)
 HIDING, SHOWN = ("vp8", "libvpx"), 0x10  # decoders with packets that are not shown; the bit of the first byte that says so
+STARTS = 64  # packets that tell whether a file's B-frames are timed as such
+UNTIMELY = ("mpeg4",)  # decoders whose files often time B-frames by the order of decoding, as AVI has it
 MOST = 1 << 32  # bytes of frames that are read at once, an hour of 112×112
 AT_ONCE = 8  # frames that are decoded before they are converted: by turns, the two drive each other out of the caches
 QUARTER = 90  # degrees
@@ -72,13 +75,15 @@ class Timeline:
         times: of each frame, ascending, in the units of the stream; None where the file does not say, and frames are counted.
         keyframes: times of those that decoding can start at, ascending.
         count: of the frames.
-        step: from each time to the next, where they are taken to be regular and are checked on the way; 0 where all were seen.
+        sure: whether all frames were decoded for it; else it is checked on the way.
+        step: from each time to the next, where the index says that they are regular; 0 where every packet was seen.
         delay: of the regular ones, from when the first frame is decoded to when it is shown.
     """
 
     times: Sequence[int] | None
     keyframes: Sequence[int]
     count: int
+    sure: bool = False
     step: int = 0
     delay: int = 0
 
@@ -190,7 +195,7 @@ class Video:
             VideoError: no frame.
         """
         if self._timeline is None:
-            self._timeline = self._first_of(self._from_index, self._from_packets, self._by_counting)
+            self._timeline = self._first_of(self._from_index, self._from_packets, self._from_frames)
         return self._timeline
 
     def _first_of(self, *ways: Callable[[], Timeline | None]) -> Timeline:
@@ -206,7 +211,7 @@ class Video:
 
     def _wrong_times(self) -> _TimesError:
         """Take the next slower way to a timeline."""
-        ways = (self._from_packets, self._by_counting) if self.timeline.step else (self._by_counting,)
+        ways = (self._from_packets, self._from_frames) if self.timeline.step else (self._from_frames,)
         self._timeline = self._first_of(*ways)
         return _TimesError()
 
@@ -294,7 +299,7 @@ class Video:
                 reason = _words(error)
             if not left:
                 return
-        if not reason and self.timeline.times is not None:
+        if not reason and not self.timeline.sure:
             raise self._wrong_times()  # all was decoded, and some of the times were of no frame
         reason = reason or "its packets end before"
         raise VideoError(f"{self.path}: frame {min(left)} of {len(self)} cannot be decoded ({reason}).")
@@ -314,16 +319,19 @@ class Video:
 
     def _decode_from(self, keyframe: int, wanted: set[int]) -> Iterator[Any]:
         """Frames from a keyframe on, until the wanted ones have come."""
-        last, step = max(wanted), self.timeline.step
+        last, step, sure = max(wanted), self.timeline.step, self.timeline.sure
         start, packets = self._packets_from(keyframe, min(wanted))
         codec = self._stream.codec_context  # another, where the file was opened again
         seen: set[int] = set()
-        due = start
+        due, newest = start, -math.inf
 
         def checked(frames: Iterable[Any]) -> Iterator[Any]:
-            nonlocal due
+            nonlocal due, newest
             for frame in frames:
-                while step and due <= (last if frame.pts is None else min(frame.pts, last)):
+                if not sure and (frame.pts is None or frame.pts <= newest):
+                    raise self._wrong_times()
+                newest = frame.pts
+                while step and due <= min(newest, last):
                     if due not in seen:
                         raise self._wrong_times()
                     seen.remove(due)
@@ -369,8 +377,8 @@ class Video:
         times = self.timeline.times
         numbers = None if times is None else {time: i for i, time in enumerate(times)}
         for count, frame in enumerate(self._all()):
-            index = count if numbers is None else numbers.get(frame.pts)
-            if index is None:
+            index = count if numbers is None else numbers.get(frame.pts, -1)
+            if index != count and not self.timeline.sure:
                 raise self._wrong_times()
             yield index, frame
             if index >= wanted[-1]:
@@ -399,33 +407,38 @@ class Video:
         if len(entries) != stream.frames or len(steps) != 1 or any(discard for _, _, discard in entries):
             return None
         (step,) = steps
-        if step <= 0 or not self._starts_with_a_keyframe():
+        if step <= 0 or not self._starts_well():
             return None
         times = range(stream.start_time, stream.start_time + step * len(entries), step)
         delay = stream.start_time - decoded[0]  # a keyframe is shown as much later than it is decoded as the first one is
         keyframes = [time + delay for time, is_keyframe, _ in entries if is_keyframe]
-        return Timeline(times, keyframes, len(times), step, delay)
+        return Timeline(times, keyframes, len(times), step=step, delay=delay)
 
-    def _starts_with_a_keyframe(self) -> bool:
-        """Whether the first packet is one, that nothing is shown before."""
+    def _starts_well(self) -> bool:
+        """Whether the first packet is a keyframe, nothing is shown before it, and B-frames are timed as such."""
         self._rewind()
-        packets = self._container.demux(self._stream)
+        packets, codec = self._container.demux(self._stream), self._stream.codec_context
         first = next(packets)
         if not first.is_keyframe or first.pts is None or first.pts != self._stream.start_time:
             return False
-        for packet in packets:
-            if packet.dts is None or packet.dts >= first.pts:
-                return True
+        latest, reordered, whole = first.pts, False, False
+        for packet in itertools.islice(packets, STARTS):
+            if packet.size == 0:
+                whole = True
+                break
             if packet.pts is None or packet.pts < first.pts:
                 return False
-        return True
+            reordered, latest = reordered or packet.pts < latest, max(packet.pts, latest)
+            whole = packet.dts is not None and packet.dts >= first.pts
+            if whole and (reordered or not codec.has_b_frames):
+                break
+        return whole and (not codec.has_b_frames or (reordered and codec.name not in UNTIMELY))
 
     def _from_packets(self) -> Timeline | None:
-        """From all packets, undecoded; those of an AVI file say when they are decoded, which tells only without B-frames."""
-        if self._container.format.name == "avi" and self._stream.codec_context.has_b_frames:
-            return None
+        """From all packets, undecoded, where the times of frames that are not shown as they are decoded look right."""
         times, keyframes, starts = [], [], None
-        hidden = self._stream.codec_context.name in HIDING
+        codec = self._stream.codec_context
+        hidden, reordered, untimely = codec.name in HIDING, codec.has_b_frames, codec.name in UNTIMELY
         self._rewind()
         for packet in self._container.demux(self._stream):
             if packet.size == 0 or packet.is_discard or (hidden and not memoryview(packet)[0] & SHOWN):
@@ -437,26 +450,36 @@ class Video:
                 keyframes.append(packet.pts)
             if starts is None:
                 starts = packet.is_keyframe
-        if len(set(times)) < len(times):
+        ascending = sorted(times)
+        if len(set(times)) < len(times) or (reordered and (untimely or (times == ascending and len(times) > 1))):
             return None
         if times and not (starts and min(times) == keyframes[0]):
             return self._without_lost_frames(times, sorted(keyframes))
-        return Timeline(sorted(times), sorted(keyframes), len(times))
+        return Timeline(ascending, sorted(keyframes), len(times))
 
     def _without_lost_frames(self, times: Sequence[int], keyframes: Sequence[int]) -> Timeline | None:
         """Of a file that was cut at no keyframe: decoding up to the second keyframe shows what is lost at the start."""
         second = keyframes[1] if len(keyframes) > 1 else math.inf
-        shown = {time for time in times if time >= second}
+        shown: list[int] = []
         for frame in self._all():
-            if frame.pts is None:
+            if frame.pts is None or (shown and frame.pts <= shown[-1]):
                 return None
             if frame.pts >= second:
                 break
-            shown.add(frame.pts)
-        return Timeline(sorted(shown), keyframes, len(shown))
+            shown.append(frame.pts)
+        shown += sorted(time for time in times if time >= second)
+        return Timeline(shown, keyframes, len(shown))
 
-    def _by_counting(self) -> Timeline:
-        return Timeline(None, (), sum(1 for _ in self._all()))
+    def _from_frames(self) -> Timeline:
+        """By decoding all of it; times in another order than the frames' are none."""
+        times, keyframes = [], []
+        for frame in self._all():
+            times.append(frame.pts)
+            if frame.key_frame:
+                keyframes.append(frame.pts)
+        if None in times or any(after <= before for before, after in itertools.pairwise(times)):
+            return Timeline(None, (), len(times), sure=True)
+        return Timeline(times, keyframes, len(times), sure=True)
 
 
 class _Convert:
@@ -510,10 +533,10 @@ class _Convert:
             across, down = 4 // frame.format.chroma_width(4), 4 // frame.format.chroma_height(4)  # pixels of a chroma sample
             filters.append(graph.add("crop", f"{columns}:{rows}:{left - left % across}:{top - top % down}:exact=1"))
         if size != (rows, columns):
-            filters.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear"))
+            filters.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear:interl=-1"))
             if "yuv" in frame.format.name:  # RGB after that is quicker, and nearer to scaled RGB, than in one step
                 filters.append(graph.add("format", frame.format.name))
-        filters += [graph.add("format", "rgb24"), graph.add("buffersink")]
+        filters += [graph.add("scale", "flags=bilinear:interl=-1"), graph.add("format", "rgb24"), graph.add("buffersink")]
         graph.link_nodes(*filters).configure()
         return graph
 
