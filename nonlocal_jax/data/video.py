@@ -536,7 +536,11 @@ class _Convert:
             filters.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear:interl=-1"))
             if "yuv" in frame.format.name:  # RGB after that is quicker, and nearer to scaled RGB, than in one step
                 filters.append(graph.add("format", frame.format.name))
-        filters += [graph.add("scale", "flags=bilinear:interl=-1"), graph.add("format", "rgb24"), graph.add("buffersink")]
+        filters += [
+            graph.add("scale", "flags=bilinear:interl=-1:in_chroma_loc=left"),
+            graph.add("format", "rgb24"),
+            graph.add("buffersink"),
+        ]
         graph.link_nodes(*filters).configure()
         return graph
 
