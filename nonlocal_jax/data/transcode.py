@@ -46,6 +46,7 @@ def transcode(source: Path, target: Path, *, shorter: int = 256, keyframes: int 
 
 def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> None:
     import av
+    from av.codec.context import Flags
 
     rate = Fraction(video.rate).limit_denominator(1001)
     with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -59,6 +60,8 @@ def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> No
             if not number:
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name
                 stream.codec_context.time_base = base
+                if frame.interlaced_frame:
+                    stream.codec_context.flags |= int(Flags.interlaced_dct | Flags.interlaced_me)
                 first = frame.pts if timed else 0
             frame.pts, frame.time_base = (frame.pts if timed else number) - first, base
             frame.pict_type = 0  # whatever kind it was
@@ -103,7 +106,7 @@ def _scaled(video: Video, shorter: int) -> Iterator[Any]:
             width, height = (2 * max(math.floor(n * scale / 2), (shorter + 1) // 2) for n in (frame.width, frame.height))
             graph = av.filter.Graph()
             filters = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=video.time_base)]
-            filters.append(graph.add("scale", f"{width}:{height}:flags=bicubic:out_range=tv"))
+            filters.append(graph.add("scale", f"{width}:{height}:flags=bicubic:out_range=tv:interl=-1"))
             filters += [graph.add("transpose", "cclock") for _ in range(turns)]
             filters += [graph.add("format", "yuv420p"), graph.add("buffersink")]
             graph.link_nodes(*filters).configure()

@@ -125,6 +125,25 @@ def test_colours_are_kept_whatever_their_range(tmp_path, pixels, options):
             assert np.abs(part.astype(int) - ramp[2, :, :32]).max() <= 6
 
 
+@pytest.mark.parametrize("shorter", [64, 32])
+def test_interlaced_files_stay_interlaced(tmp_path, shorter):
+    """A vertical edge that moves quickly lies elsewhere in each field; and its colour with it."""
+    frames = np.zeros((12, 64, 96, 3), np.uint8)
+    for t, frame in enumerate(frames):
+        for field in (0, 1):
+            frame[field::2, : (14 * t + 7 * field) % 96] = (220, 40, 20)
+    options = {"flags": "+ildct+ilme", "x264-params": "tff=1", "crf": "1"}
+    stand_in.write(tmp_path / "fields.mp4", frames, options=options)
+    transcode.transcode(tmp_path / "fields.mp4", tmp_path / "new.mp4", shorter=shorter, crf=1)
+    with Video(tmp_path / "fields.mp4") as one, Video(tmp_path / "new.mp4") as other:
+        whole, copy = one.read(range(12)).astype(int), other.read(range(12)).astype(int)
+        assert next(other.decode([3]))[1].interlaced_frame
+    if shorter == 64:
+        assert np.abs(whole - copy).mean() < 2
+    for field in (0, 1):
+        assert np.abs(whole[:, field::2].mean((1, 2)) - copy[:, field::2].mean((1, 2))).max() < 3
+
+
 def test_files_that_do_not_tell_times(tmp_path):
     """Frames that become brighter stay in their order."""
     frames = np.broadcast_to(np.arange(40, 220, 6, dtype=np.uint8)[:, None, None, None], (30, 32, 48, 3))
