@@ -195,6 +195,12 @@ def test_lists_are_told_apart_by_their_files_wherever_they_lie(tmp_path):
         for labels in (((0,), ()), ((), (0,)))
     ]
     assert len(set(of_frames)) == 4
+    found = []
+    for folder, content in (("large", b"12345"), ("small", b"123"), ("moved", b"123")):  # copies of another size
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "v.mp4").write_bytes(content)
+        found.append(digest(tmp_path / folder, ["v.mp4"]))
+    assert found[0] != found[1] == found[2]
 
 
 def test_published_networks_tell_themselves(tmp_path):
