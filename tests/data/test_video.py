@@ -7,6 +7,7 @@ import sys
 import av
 import numpy as np
 import pytest
+from data.files import FILES, IRREGULAR, other_codec, remux, scene, with_content
 from PIL import Image
 
 from nonlocal_jax.data import stand_in
@@ -15,172 +16,6 @@ from nonlocal_jax.data.video import Video, VideoError, Window
 
 QUICK = {"preset": "ultrafast", "g": "40"}
 RNG = np.random.default_rng(0)
-
-
-def scene(count, height, width):
-    """Something that moves over something that does not, and noise, so that no two frames are equal."""
-    rng = np.random.default_rng(count)
-    frames = rng.integers(0, 40, (count, height, width, 3)) + np.linspace(0, 120, width)[:, None].astype(int)
-    for t in range(count):
-        frames[t, : height // 2, (3 * t) % width : (3 * t) % width + 9] += 90
-    return frames.astype(np.uint8)
-
-
-def other_codec(file, frames, codec, pix_fmt="yuv420p", options=None):
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pix_fmt
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def copied(old, new, keep=lambda number, packet: True, options=None):
-    """The packets of a file in another, or some of them."""
-    with av.open(str(old)) as one, av.open(str(new), "w", options=options or {}) as other:
-        stream = other.add_stream_from_template(one.streams.video[0])
-        packets = [packet for packet in one.demux(one.streams.video[0]) if packet.size]
-        for number, packet in enumerate(packets):
-            if keep(number, packet):
-                packet.stream = stream
-                other.mux(packet)
-
-
-def cut(file, first, source=None, muxer=None, **options):
-    """From a packet on; "keyframe" is the second one."""
-    whole = file.with_name(f"whole_{file.name}")
-    if source is None:
-        stand_in.write(whole, scene(60, 48, 64), options={"sc_threshold": "0", "g": "15", **options})
-    else:
-        FILES[source](whole)
-    if first == "keyframe":
-        with av.open(str(whole)) as container:
-            first = [number for number, packet in enumerate(container.demux(video=0)) if packet.is_keyframe][1]
-    copied(whole, file, lambda number, packet: number >= first, muxer)
-
-
-def changed(old, new, change):
-    """The packets of a file in another, with other bytes."""
-    with av.open(str(old)) as one, av.open(str(new), "w") as other:
-        stream = other.add_stream_from_template(one.streams.video[0])
-        for number, packet in enumerate(one.demux(one.streams.video[0])):
-            if packet.size:
-                copy = av.Packet(change(number, bytes(packet)))
-                copy.pts, copy.dts, copy.time_base, copy.stream = packet.pts, packet.dts, packet.time_base, stream
-                copy.is_keyframe = packet.is_keyframe
-                other.mux(copy)
-
-
-def with_a_hidden_packet(file):
-    """Packet 7 is not to be shown, though others are predicted from it."""
-    whole = file.with_name(f"whole_{file.name}")
-    other_codec(whole, scene(30, 48, 64), "libvpx", options={"g": "20", "deadline": "realtime"})
-    changed(whole, file, lambda number, content: content if number != 7 else bytes([content[0] & 0xEF]) + content[1:])
-
-
-def timed_as_decoded(file, source="open_gop.mp4"):
-    """As files come from AVI: the times tell when frames are decoded."""
-    whole = file.with_name(f"whole_{file.stem}.mp4")
-    FILES[source](whole)
-
-    with av.open(str(whole)) as one, av.open(str(file), "w") as other:
-        stream = other.add_stream_from_template(one.streams.video[0])
-        for packet in one.demux(one.streams.video[0]):
-            if packet.size:
-                packet.pts, packet.stream = packet.dts, stream
-                other.mux(packet)
-
-
-def with_short_groups(file):
-    """Keyframes that follow each other more quickly than frames wait to be shown."""
-    with av.open(str(file), "w") as container:
-        options = {"forced-idr": "1", "x264-params": "bframes=3:b-adapt=0:b-pyramid=normal:keyint=40"}
-        stream = container.add_stream("libx264", rate=25, options=options)
-        stream.width, stream.height = 64, 48
-        for number, pixels in enumerate(scene(50, 48, 64)):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pict_type = 1 if 20 <= number < 26 else 0
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def with_cover(file):
-    """A cover, and a video."""
-    with av.open(str(file), "w") as container:
-        cover = container.add_stream("mjpeg", rate=25)
-        cover.width, cover.height, cover.pix_fmt = 96, 80, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height = 64, 48
-        container.mux(cover.encode(av.VideoFrame.from_ndarray(scene(1, 80, 96)[0], format="rgb24")))
-        for pixels in scene(20, 48, 64):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def shown_late(file, pause=20):
-    """A pause after frame 30, of which the sample table's times of decoding, all alike, tell nothing."""
-    stand_in.write(file.with_name("steady.mp4"), scene(60, 48, 64), options={"g": "10", "bf": "2"})
-    with av.open(str(file.with_name("steady.mp4"))) as one, av.open(str(file), "w") as other:
-        stream = other.add_stream_from_template(one.streams.video[0])
-        base = one.streams.video[0].time_base
-        for packet in one.demux(one.streams.video[0]):
-            if packet.dts is not None:
-                if packet.pts * base * 25 > 30:
-                    packet.pts += round(pause / 25 / base)
-                packet.stream = stream
-                other.mux(packet)
-
-
-IRREGULAR = np.cumsum(np.random.default_rng(1).uniform(0.01, 0.12, 50)).tolist()
-FILES = {
-    "long_gop.mp4": lambda f: stand_in.write(f, scene(70, 48, 64)),
-    "no_b_frames.mp4": lambda f: stand_in.write(f, scene(40, 48, 64), options={"bf": "0", "g": "15"}),
-    "open_gop.mp4": lambda f: stand_in.write(
-        f, scene(60, 48, 64), options={"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"}
-    ),
-    "all_key.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), options={"g": "1"}),
-    "every_other_key.mp4": lambda f: stand_in.write(f, scene(21, 48, 64), options={"g": "2", "bf": "1"}),
-    "intra_refresh.mp4": lambda f: stand_in.write(f, scene(50, 48, 64), options={"x264-params": "intra-refresh=1:keyint=12"}),
-    "odd.mp4": lambda f: stand_in.write(f, scene(30, 45, 67), options={"g": "8"}),
-    "irregular.mp4": lambda f: stand_in.write(f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}),
-    "irregular.mkv": lambda f: stand_in.write(f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}),
-    "turned.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=90),
-    "upside_down.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=180),
-    "turned_back.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=-90),
-    "stream.ts": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
-    "b_frames.avi": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
-    "mpeg4.avi": lambda f: other_codec(f, scene(40, 48, 64), "mpeg4", options={"g": "12"}),
-    "mpeg2.mpg": lambda f: other_codec(f, scene(40, 48, 64), "mpeg2video", options={"g": "12", "bf": "2"}),
-    "odd.webm": lambda f: other_codec(f, scene(30, 45, 67), "libvpx-vp9", options={"g": "10", "deadline": "realtime"}),
-    "tiny.mkv": lambda f: other_codec(f, scene(5, 1, 1), "ffv1", "bgr0"),
-    "one.mp4": lambda f: stand_in.write(f, scene(1, 48, 64)),
-    "hevc.mp4": lambda f: other_codec(
-        f, scene(40, 48, 64), "libx265", options={"x265-params": "keyint=12:temporal-layers=1:log-level=none"}
-    ),
-    "hidden.webm": with_a_hidden_packet,
-    "short_groups.mp4": with_short_groups,
-    "timed_as_decoded.mp4": timed_as_decoded,
-    "timed_as_decoded.mkv": timed_as_decoded,
-    "mpeg4_b_frames.avi": lambda f: other_codec(f, scene(40, 48, 64), "mpeg4", options={"g": "12", "bf": "2"}),
-    "interlaced.mp4": lambda f: stand_in.write(
-        f, scene(40, 64, 64), options={"flags": "+ildct+ilme", "x264-params": "tff=1", "g": "10"}
-    ),
-    "ten_bit.mp4": lambda f: other_codec(f, scene(40, 48, 64), "libx264", "yuv420p10le", {"g": "10"}),
-    "turning.gif": lambda f: other_codec(f, scene(12, 48, 64), "gif", "rgb8"),
-    "cover.mp4": with_cover,
-    "shown_late.mp4": shown_late,
-    "cut.mp4": lambda f: cut(f, 5, bf="0"),
-    "cut.mkv": lambda f: cut(f, 5, bf="0"),
-    "cut_b_frames.mp4": lambda f: cut(f, 7),
-    "cut_b_frames.mkv": lambda f: cut(f, 7),
-    "cut_open_gop.mkv": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
-    "cut_open_gop.mp4": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
-    "cut_without_edits.mp4": lambda f: cut(f, "keyframe", muxer={"use_editlist": "0"}, **{"x264-params": "open-gop=1"}),
-    "cut_in_refresh.mkv": lambda f: cut(f, 7, **{"x264-params": "intra-refresh=1"}),
-    "cut_mpeg2.ts": lambda f: cut(f, 5, "mpeg2.mpg"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -414,15 +249,7 @@ def test_a_file_that_was_cut_off(folder, tmp_path):
 
 def test_frames_that_the_index_promises_and_the_file_lacks(tmp_path):
     stand_in.write(tmp_path / "fast.mp4", scene(60, 48, 64), options={"g": "10"})
-    with (
-        av.open(str(tmp_path / "fast.mp4")) as old,
-        av.open(str(tmp_path / "front.mp4"), "w", options={"movflags": "+faststart"}) as new,
-    ):
-        stream = new.add_stream_from_template(old.streams.video[0])
-        for packet in old.demux(old.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                new.mux(packet)
+    remux(tmp_path / "fast.mp4", tmp_path / "front.mp4", options={"movflags": "+faststart"})
     whole = (tmp_path / "front.mp4").read_bytes()
     (tmp_path / "front.mp4").write_bytes(whole[: 2 * len(whole) // 3])
     with Video(tmp_path / "front.mp4") as video:
@@ -436,10 +263,12 @@ def test_a_packet_without_a_frame(tmp_path):
     """MPEG-4 knows pictures that are not coded; that nothing comes of one is seen when it is asked for."""
     other_codec(tmp_path / "whole.mkv", scene(20, 48, 64), "mpeg4", options={"g": "12"})
 
-    def change(number, content):
-        return content if number != 7 else content[:5] + bytes([content[5] & 0xDF]) + content[6:]  # the bit `vop_coded`
+    def change(number, packet):
+        content = bytes(packet)
+        uncoded = content[:5] + bytes([content[5] & 0xDF]) + content[6:]  # the bit `vop_coded`
+        return packet if number != 7 else with_content(packet, uncoded)
 
-    changed(tmp_path / "whole.mkv", tmp_path / "hollow.mkv", change)
+    remux(tmp_path / "whole.mkv", tmp_path / "hollow.mkv", change)
     frames = decoded(tmp_path / "hollow.mkv")
     assert len(frames) == 19
     with Video(tmp_path / "hollow.mkv") as video:

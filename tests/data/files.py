@@ -1,0 +1,170 @@
+"""Real video files of every kind that tests read, made on the spot."""
+
+import av
+import numpy as np
+
+from nonlocal_jax.data import stand_in
+
+
+def scene(count, height, width):
+    """Something that moves over something that does not, and noise, so that no two frames are equal."""
+    rng = np.random.default_rng(count)
+    frames = rng.integers(0, 40, (count, height, width, 3)) + np.linspace(0, 120, width)[:, None].astype(int)
+    for t in range(count):
+        frames[t, : height // 2, (3 * t) % width : (3 * t) % width + 9] += 90
+    return frames.astype(np.uint8)
+
+
+def other_codec(file, frames, codec, pix_fmt="yuv420p", options=None):
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def remux(old, new, change=lambda number, packet: packet, options=None):
+    """The packets of a file in another, each as `change` gives it; None leaves it out."""
+    with av.open(str(old)) as one, av.open(str(new), "w", options=options or {}) as other:
+        stream = other.add_stream_from_template(one.streams.video[0])
+        packets = [packet for packet in one.demux(one.streams.video[0]) if packet.size]
+        for number, packet in enumerate(packets):
+            if (packet := change(number, packet)) is not None:
+                packet.stream = stream
+                other.mux(packet)
+
+
+def with_content(packet, content):
+    """A packet with other bytes."""
+    other = av.Packet(content)
+    for name in ("pts", "dts", "time_base", "is_keyframe"):
+        setattr(other, name, getattr(packet, name))
+    return other
+
+
+def cut(file, first, source=None, muxer=None, **options):
+    """From a packet on; "keyframe" is the second one."""
+    whole = file.with_name(f"whole_{file.name}")
+    if source is None:
+        stand_in.write(whole, scene(60, 48, 64), options={"sc_threshold": "0", "g": "15", **options})
+    else:
+        FILES[source](whole)
+    if first == "keyframe":
+        with av.open(str(whole)) as container:
+            first = [number for number, packet in enumerate(container.demux(video=0)) if packet.is_keyframe][1]
+    remux(whole, file, lambda number, packet: packet if number >= first else None, muxer)
+
+
+def with_a_hidden_packet(file):
+    """Packet 7 is not to be shown, though others are predicted from it."""
+    whole = file.with_name(f"whole_{file.name}")
+    other_codec(whole, scene(30, 48, 64), "libvpx", options={"g": "20", "deadline": "realtime"})
+
+    def change(number, packet):
+        content = bytes(packet)
+        return packet if number != 7 else with_content(packet, bytes([content[0] & 0xEF]) + content[1:])
+
+    remux(whole, file, change)
+
+
+def timed_as_decoded(file, source="open_gop.mp4"):
+    """As files come from AVI: the times tell when frames are decoded."""
+    whole = file.with_name(f"whole_{file.stem}.mp4")
+    FILES[source](whole)
+
+    def change(number, packet):
+        packet.pts = packet.dts
+        return packet
+
+    remux(whole, file, change)
+
+
+def with_short_groups(file):
+    """Keyframes that follow each other more quickly than frames wait to be shown."""
+    with av.open(str(file), "w") as container:
+        options = {"forced-idr": "1", "x264-params": "bframes=3:b-adapt=0:b-pyramid=normal:keyint=40"}
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height = 64, 48
+        for number, pixels in enumerate(scene(50, 48, 64)):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pict_type = 1 if 20 <= number < 26 else 0
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def with_cover(file):
+    """A cover, and a video."""
+    with av.open(str(file), "w") as container:
+        cover = container.add_stream("mjpeg", rate=25)
+        cover.width, cover.height, cover.pix_fmt = 96, 80, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height = 64, 48
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(scene(1, 80, 96)[0], format="rgb24")))
+        for pixels in scene(20, 48, 64):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def shown_late(file, pause=20):
+    """A pause after frame 30, of which the sample table's times of decoding, all alike, tell nothing."""
+    stand_in.write(file.with_name("steady.mp4"), scene(60, 48, 64), options={"g": "10", "bf": "2"})
+
+    def change(number, packet):
+        seconds = packet.pts * packet.time_base
+        packet.pts += round(pause / 25 / packet.time_base) if seconds * 25 > 30 else 0
+        return packet
+
+    remux(file.with_name("steady.mp4"), file, change)
+
+
+IRREGULAR = np.cumsum(np.random.default_rng(1).uniform(0.01, 0.12, 50)).tolist()
+FILES = {
+    "long_gop.mp4": lambda f: stand_in.write(f, scene(70, 48, 64)),
+    "no_b_frames.mp4": lambda f: stand_in.write(f, scene(40, 48, 64), options={"bf": "0", "g": "15"}),
+    "open_gop.mp4": lambda f: stand_in.write(
+        f, scene(60, 48, 64), options={"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"}
+    ),
+    "all_key.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), options={"g": "1"}),
+    "every_other_key.mp4": lambda f: stand_in.write(f, scene(21, 48, 64), options={"g": "2", "bf": "1"}),
+    "intra_refresh.mp4": lambda f: stand_in.write(f, scene(50, 48, 64), options={"x264-params": "intra-refresh=1:keyint=12"}),
+    "odd.mp4": lambda f: stand_in.write(f, scene(30, 45, 67), options={"g": "8"}),
+    "irregular.mp4": lambda f: stand_in.write(f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}),
+    "irregular.mkv": lambda f: stand_in.write(f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}),
+    "turned.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=90),
+    "upside_down.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=180),
+    "turned_back.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=-90),
+    "stream.ts": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
+    "b_frames.avi": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
+    "mpeg4.avi": lambda f: other_codec(f, scene(40, 48, 64), "mpeg4", options={"g": "12"}),
+    "mpeg2.mpg": lambda f: other_codec(f, scene(40, 48, 64), "mpeg2video", options={"g": "12", "bf": "2"}),
+    "odd.webm": lambda f: other_codec(f, scene(30, 45, 67), "libvpx-vp9", options={"g": "10", "deadline": "realtime"}),
+    "tiny.mkv": lambda f: other_codec(f, scene(5, 1, 1), "ffv1", "bgr0"),
+    "one.mp4": lambda f: stand_in.write(f, scene(1, 48, 64)),
+    "hevc.mp4": lambda f: other_codec(
+        f, scene(40, 48, 64), "libx265", options={"x265-params": "keyint=12:temporal-layers=1:log-level=none"}
+    ),
+    "hidden.webm": with_a_hidden_packet,
+    "short_groups.mp4": with_short_groups,
+    "timed_as_decoded.mp4": timed_as_decoded,
+    "timed_as_decoded.mkv": timed_as_decoded,
+    "mpeg4_b_frames.avi": lambda f: other_codec(f, scene(40, 48, 64), "mpeg4", options={"g": "12", "bf": "2"}),
+    "interlaced.mp4": lambda f: stand_in.write(
+        f, scene(40, 64, 64), options={"flags": "+ildct+ilme", "x264-params": "tff=1", "g": "10"}
+    ),
+    "ten_bit.mp4": lambda f: other_codec(f, scene(40, 48, 64), "libx264", "yuv420p10le", {"g": "10"}),
+    "turning.gif": lambda f: other_codec(f, scene(12, 48, 64), "gif", "rgb8"),
+    "cover.mp4": with_cover,
+    "shown_late.mp4": shown_late,
+    "cut.mp4": lambda f: cut(f, 5, bf="0"),
+    "cut.mkv": lambda f: cut(f, 5, bf="0"),
+    "cut_b_frames.mp4": lambda f: cut(f, 7),
+    "cut_b_frames.mkv": lambda f: cut(f, 7),
+    "cut_open_gop.mkv": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
+    "cut_open_gop.mp4": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
+    "cut_without_edits.mp4": lambda f: cut(f, "keyframe", muxer={"use_editlist": "0"}, **{"x264-params": "open-gop=1"}),
+    "cut_in_refresh.mkv": lambda f: cut(f, 7, **{"x264-params": "intra-refresh=1"}),
+    "cut_mpeg2.ts": lambda f: cut(f, 5, "mpeg2.mpg"),
+}
