@@ -13,7 +13,7 @@ shorter side before, [288, 360], is this project's choice. Test: the shorter sid
 largest score; mAP as the official script counts it.
 
 Expected, by the paper: mAP 35.5 for I3D R101 and 37.5 with 5 blocks. Not run here: Charades has a licence to be asked for.
-Hardware and time: the paper's runs took 8 GPUs; toy_mp4 takes 4 minutes on 2 CPU cores and gets a mAP of 99.
+Hardware and time: the paper's runs took 8 GPUs; toy_mp4 takes 3 minutes on 2 CPU cores and gets a mAP of 99.
 """
 
 import dataclasses

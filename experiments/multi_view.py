@@ -19,11 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import report
 from experiments.recipes import Config, Recipe, build, in_time
 from nonlocal_jax import evaluation, training
-from nonlocal_jax.data import DataError, stand_in
+from nonlocal_jax.data import DataError, VideoError, stand_in
 from nonlocal_jax.data.annotations import Annotations
 from nonlocal_jax.data.clips import TestingClips, cores, normalise, video_labels
 from nonlocal_jax.data.pipeline import read_ahead
-from nonlocal_jax.data.video import VideoError
 from nonlocal_jax.training.stop import SAVED, StopSignals
 
 SINGLE = "1 view (middle clip, {})"

@@ -28,12 +28,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nonlocal_jax.data import DataError, annotations, stand_in
+from nonlocal_jax.data import DataError, VideoError, annotations, stand_in
 from nonlocal_jax.data.annotations import Annotations, Record, plain_path
 from nonlocal_jax.data.clips import cores
 from nonlocal_jax.data.frames import open_frames
 from nonlocal_jax.data.transcode import transcode_all
-from nonlocal_jax.data.video import VideoError
 
 SHOWN = 20  # videos that cannot be read
 

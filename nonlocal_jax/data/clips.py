@@ -18,11 +18,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from nonlocal_jax.data import DataError
+from nonlocal_jax.data import DataError, VideoError
 from nonlocal_jax.data.annotations import Annotations, Record
+from nonlocal_jax.data.convert import Window
 from nonlocal_jax.data.frames import open_frames
 from nonlocal_jax.data.sampling import CROPS, Clips, Crops, InSpace, InTime, crops, whole
-from nonlocal_jax.data.video import VideoError, Window
 from nonlocal_jax.types import Array
 
 ATTEMPTS = 10  # records, one after the other, that may fail before an example is given up

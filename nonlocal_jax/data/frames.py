@@ -7,8 +7,10 @@ from types import TracebackType
 
 import numpy as np
 
+from nonlocal_jax.data import VideoError
 from nonlocal_jax.data.annotations import Record
-from nonlocal_jax.data.video import Crop, Video, VideoError
+from nonlocal_jax.data.convert import Crop
+from nonlocal_jax.data.video import Video
 
 RATE = 24.0  # frames a second of the frames that come with Charades
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from nonlocal_jax.data.video import Window
+from nonlocal_jax.data.convert import Window
 
 Clips = Int[np.ndarray, "clips t"]
 Crops = Literal["three", "centre", "full"]

@@ -9,7 +9,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from nonlocal_jax.data.video import QUARTER, Video, VideoError
+from nonlocal_jax.data import VideoError
+from nonlocal_jax.data.convert import QUARTER
+from nonlocal_jax.data.video import Video
 
 PARTIAL = ".partial"
 

@@ -8,7 +8,7 @@ checked on the way; where they prove wrong, or look it, the next slower way is t
 not grow with the length of the video, but for a few numbers for each frame.
 
 A file is hostile until it is read: only containers of `FORMATS` are opened, only by the protocol `file`, only frames of at most
-`LARGEST` pixels.
+`convert.LARGEST` pixels.
 """
 
 import bisect
@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from nonlocal_jax.data import DataError
+from nonlocal_jax.data import VideoError
+from nonlocal_jax.data.convert import Convert, Crop, check_size, words
 
 FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf", "jpeg_pipe", "png_pipe")
-LARGEST = 1 << 26  # pixels of a frame, 8192 × 8192
 # Decoders that can leave out frames from which no other is predicted (HEVC's tell for their layer alone), and that can be asked
 # for what they hold back before the end (MPEG-4's would repeat a frame).
 SKIPPING = ("h264",)
@@ -36,35 +36,13 @@ STARTS = 64  # packets that tell whether a file's B-frames are timed as such
 UNTIMELY = ("mpeg4",)  # decoders whose files often time B-frames by the order of decoding, as AVI has it
 MOST = 1 << 32  # bytes of frames that are read at once, an hour of 112×112
 AT_ONCE = 8  # frames that are decoded before they are converted: by turns, the two drive each other out of the caches
-QUARTER = 90  # degrees
-
-
-class VideoError(DataError):
-    """A file that cannot be decoded as a video: which, and why."""
 
 
 class _TimesError(Exception):
     """The timeline was wrong; a better one is in its place, and what was decoded by it counts for nothing."""
 
 
-class Window(NamedTuple):
-    """What of each frame is wanted, and how large.
-
-    Attributes:
-        top, left, height, width: of the part, pixels of the frame as it is shown; it begins with a whole chroma sample, so
-            where colours have half the resolution, as in most files, up to a pixel above or left of this.
-        size: (height, width) that the part is scaled to.
-    """
-
-    top: int
-    left: int
-    height: int
-    width: int
-    size: tuple[int, int]
-
-
 Result = TypeVar("Result")
-Crop = Callable[[int, int], Window]  # from height and width of a frame as it is shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +55,6 @@ class Timeline:
         count: of the frames.
         sure: whether all frames were decoded for it; else it is checked on the way.
         step: from each time to the next, where the index says that they are regular; 0 where every packet was seen.
-        delay: of the regular ones, from when the first frame is decoded to when it is shown.
     """
 
     times: Sequence[int] | None
@@ -85,7 +62,6 @@ class Timeline:
     count: int
     sure: bool = False
     step: int = 0
-    delay: int = 0
 
 
 class Video:
@@ -123,7 +99,7 @@ class Video:
             if not self.path.stat().st_size:
                 raise VideoError(f"{self.path}: the file is empty.")
         except OSError as error:
-            raise VideoError(f"{self.path}: cannot be opened ({_words(error)}).") from error
+            raise VideoError(f"{self.path}: cannot be opened ({words(error)}).") from error
         self._open()
         return self
 
@@ -136,7 +112,7 @@ class Video:
         try:
             self._container = av.open(f"file:{self.path}", options=options, **lenient)
         except (av.FFmpegError, ValueError) as error:
-            raise VideoError(f"{self.path}: no video that can be read ({_words(error)}).") from error
+            raise VideoError(f"{self.path}: no video that can be read ({words(error)}).") from error
         try:
             covers = av.stream.Disposition.attached_pic
             videos = [stream for stream in self._container.streams.video if not stream.disposition & covers]
@@ -147,7 +123,7 @@ class Video:
             codec = self._stream.codec_context
             if codec is None:
                 raise VideoError(f"{self.path}: its video is of no codec that can be decoded.")
-            _check_size(self.path, codec.width, codec.height)
+            check_size(self.path, codec.width, codec.height)
             codec.thread_count = self._threads
             if self._threads != 1:
                 codec.thread_type = "AUTO"
@@ -204,7 +180,7 @@ class Video:
         try:
             timeline = next(filter(None, (way() for way in ways)))
         except av.FFmpegError as error:
-            raise VideoError(f"{self.path}: cannot be read ({_words(error)}).") from error
+            raise VideoError(f"{self.path}: cannot be read ({words(error)}).") from error
         if not timeline.count:
             raise VideoError(f"{self.path}: its video stream has no frame.")
         return timeline
@@ -246,12 +222,12 @@ class Video:
 
         Raises:
             IndexError: a frame that there is not.
-            VideoError: a frame that cannot be decoded, or is of another size than the others.
+            VideoError: a frame that cannot be decoded, or is of another size than the others; more than `MOST` bytes.
         """
         return self.surely(functools.partial(self._read, np.asarray(indices), crop, out))
 
     def _read(self, indices: np.ndarray, crop: Crop | None, out: np.ndarray | None) -> np.ndarray:
-        convert = _Convert(self.path, crop)
+        convert = Convert(self.path, crop)
         places: dict[int, list[int]] = {}
         for place, index in enumerate(indices.tolist()):
             places.setdefault(index, []).append(place)
@@ -296,7 +272,7 @@ class Video:
                         left.remove(index)
                         yield index, frame
             except av.FFmpegError as error:
-                reason = _words(error)
+                reason = words(error)
             if not left:
                 return
         if not reason and not self.timeline.sure:
@@ -366,8 +342,7 @@ class Video:
             packets = itertools.dropwhile(lambda packet: not packet.is_keyframe, self._container.demux(self._stream))
             first = next(packets, None)
             if first is not None and first.pts is not None and first.pts <= time:
-                due = seek_to if first.dts is None else first.dts + self.timeline.delay
-                return due, itertools.chain([first], packets)
+                return seek_to, itertools.chain([first], packets)
         assert self.timeline.times is not None
         self._rewind()
         return self.timeline.times[0], self._container.demux(self._stream)
@@ -412,7 +387,7 @@ class Video:
         times = range(stream.start_time, stream.start_time + step * len(entries), step)
         delay = stream.start_time - decoded[0]  # a keyframe is shown as much later than it is decoded as the first one is
         keyframes = [time + delay for time, is_keyframe, _ in entries if is_keyframe]
-        return Timeline(times, keyframes, len(times), step=step, delay=delay)
+        return Timeline(times, keyframes, len(times), step=step)
 
     def _starts_well(self) -> bool:
         """Whether the first packet is a keyframe, nothing is shown before it, and B-frames are timed as such."""
@@ -480,91 +455,3 @@ class Video:
         if None in times or any(after <= before for before, after in itertools.pairwise(times)):
             return Timeline(None, (), len(times), sure=True)
         return Timeline(times, keyframes, len(times), sure=True)
-
-
-class _Convert:
-    """From frames as they are stored to pixels as they are shown."""
-
-    def __init__(self, path: Path, crop: Crop | None) -> None:
-        self._path, self._crop = path, crop
-        self._graphs: dict[tuple[Any, ...], Any] = {}
-
-    def __call__(self, frame: Any) -> np.ndarray:
-        import av
-
-        try:
-            return self._shown(frame)
-        except av.FFmpegError as error:
-            raise VideoError(f"{self._path}: a frame cannot be converted ({_words(error)}).") from error
-
-    def _shown(self, frame: Any) -> np.ndarray:
-        _check_size(self._path, frame.width, frame.height)
-        turns = round(frame.rotation / QUARTER) % 4  # counterclockwise
-        kind = (frame.width, frame.height, frame.format.name, turns)
-        if kind not in self._graphs:
-            self._graphs[kind] = None if self._crop is None else self._graph(frame, self._crop, turns)
-        graph = self._graphs[kind]
-        if graph is None:
-            pixels = frame.to_ndarray(format="rgb24")
-        else:
-            graph.push(frame)
-            pixels = _pixels(graph.pull())
-        return np.rot90(pixels, turns)
-
-    def _graph(self, frame: Any, crop: Crop, turns: int) -> Any:
-        """FFmpeg's filters: the part is cut out before it is scaled and converted to RGB; None where that is nothing."""
-        import av
-
-        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-        window = crop(height, width)
-        inside = window.top >= 0 and window.left >= 0 and window.height > 0 and window.width > 0
-        if not inside or window.top + window.height > height or window.left + window.width > width:
-            raise ValueError(f"a window must lie inside the frame of {height}×{width} pixels; got {window}.")
-        _check_size(self._path, *window.size)
-        top, left, rows, columns = _as_stored(window, height, width, turns)
-        size = window.size[::-1] if turns % 2 else window.size
-        whole = (rows, columns) == (frame.height, frame.width)
-        if whole and size == (rows, columns):
-            return None
-        graph = av.filter.Graph()
-        graph.threads = 1  # threads of its own cost more than they bring, and other clips want the cores
-        filters = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))]
-        if not whole:
-            across, down = 4 // frame.format.chroma_width(4), 4 // frame.format.chroma_height(4)  # pixels of a chroma sample
-            filters.append(graph.add("crop", f"{columns}:{rows}:{left - left % across}:{top - top % down}:exact=1"))
-        if size != (rows, columns):
-            filters.append(graph.add("scale", f"{size[1]}:{size[0]}:flags=bilinear:interl=-1"))
-            if "yuv" in frame.format.name:  # RGB after that is quicker, and nearer to scaled RGB, than in one step
-                filters.append(graph.add("format", frame.format.name))
-        filters += [
-            graph.add("scale", "flags=bilinear:interl=-1:in_chroma_loc=left"),
-            graph.add("format", "rgb24"),
-            graph.add("buffersink"),
-        ]
-        graph.link_nodes(*filters).configure()
-        return graph
-
-
-def _pixels(frame: Any) -> np.ndarray:
-    """A view of a frame in rgb24, whose lines may be longer than its pixels."""
-    plane = frame.planes[0]
-    lines = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : 3 * frame.width]
-    return lines.reshape(frame.height, frame.width, 3)
-
-
-def _as_stored(window: Window, height: int, width: int, turns: int) -> tuple[int, int, int, int]:
-    """The window (top, left, height, width) of a frame before it is turned counterclockwise."""
-    top, left, rows, columns = window[:4]
-    for _ in range(turns):  # undo one turn: what is at (row, column) was at (column, width - row) of the frame before it
-        top, left, rows, columns = left, height - top - rows, columns, rows
-        height, width = width, height
-    return top, left, rows, columns
-
-
-def _check_size(path: Path, width: int, height: int) -> None:
-    if width * height > LARGEST:
-        raise VideoError(f"{path}: frames must have at most {LARGEST:,} pixels; they have {width}×{height}.")
-
-
-def _words(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from data.files import remux
 
-from nonlocal_jax.data import DataError, annotations, augment, stand_in
+from nonlocal_jax.data import DataError, VideoError, annotations, augment, stand_in
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import CentreClips, TestingClips, TrainingClips, Watch, normalise
 from nonlocal_jax.data.pipeline import evaluation_batches, training_batches
 from nonlocal_jax.data.sampling import InSpace, InTime, whole
-from nonlocal_jax.data.video import Video, VideoError
+from nonlocal_jax.data.video import Video
 
 IN_TIME, IN_SPACE = InTime(4, 2), InSpace(16, (18, 24))
 

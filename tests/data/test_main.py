@@ -6,7 +6,8 @@ import pytest
 
 from nonlocal_jax.data import annotations, stand_in, transcode
 from nonlocal_jax.data.__main__ import main
-from nonlocal_jax.data.video import Video, Window
+from nonlocal_jax.data.convert import Window
+from nonlocal_jax.data.video import Video
 
 
 @pytest.fixture(scope="module")

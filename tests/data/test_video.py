@@ -10,9 +10,10 @@ import pytest
 from data.files import FILES, IRREGULAR, other_codec, remux, scene, with_content
 from PIL import Image
 
-from nonlocal_jax.data import stand_in
+from nonlocal_jax.data import VideoError, convert, stand_in
 from nonlocal_jax.data import video as module
-from nonlocal_jax.data.video import Video, VideoError, Window
+from nonlocal_jax.data.convert import Window
+from nonlocal_jax.data.video import Video
 
 QUICK = {"preset": "ultrafast", "g": "40"}
 RNG = np.random.default_rng(0)
@@ -302,7 +303,7 @@ def test_8k_frames_are_scaled_as_they_come(tmp_path):
 
 
 def test_frames_that_are_too_large(folder, monkeypatch):
-    monkeypatch.setattr(module, "LARGEST", 48 * 64 - 1)
+    monkeypatch.setattr(convert, "LARGEST", 48 * 64 - 1)
     with pytest.raises(VideoError, match="at most 3,071 pixels; they have 64×48"), Video(made(folder, "one.mp4")):
         pass
 
