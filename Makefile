@@ -4,6 +4,7 @@ VENV := .venv
 PARITY := .venv-parity
 READY := $(VENV)/.ready
 PARITY_READY := $(PARITY)/.ready
+BROWSER := $(VENV)/.browser
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .PHONY: demo test test-faults check parity bench lock clean
@@ -11,7 +12,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 demo: $(READY)  ## train the control and the non-local network on toy videos, offline, about 3 minutes on 2 cores
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
 
-test: $(READY)  ## the tests and the doctests, then `make parity`
+test: $(READY) $(BROWSER)  ## the tests, the doctests and the notebooks, then `make parity`
 	$(VENV)/bin/python -m pytest
 	$(MAKE) parity
 
@@ -42,6 +43,13 @@ $(READY): requirements.txt pyproject.toml Makefile
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --requirement requirements.txt
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --editable .
+	@touch $@
+
+# The page of `visualize.explore` is tested in a Chromium: this machine's, else Debian's package, else playwright's download.
+$(BROWSER): $(READY)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || command -v google-chrome-stable \
+	|| { test "$$(id -u)" = 0 && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium > /dev/null; } \
+	|| $(VENV)/bin/python -m playwright install --with-deps chromium
 	@touch $@
 
 # CPU builds of torch do: on Linux, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes.

@@ -2,7 +2,7 @@
 
     python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pyth                      # the file tells its network
     python -m experiments.predict VIDEO --weights FILE --clip 32x4 --classes kinetics_400.txt
-    python -m experiments.predict VIDEO --weights runs/kinetics/weights.safetensors --recipe toy_mp4
+    python -m experiments.predict VIDEO --weights runs/kinetics/weights.safetensors --recipe toy_mp4 --page looked.html
     python -m experiments.predict VIDEO --weights runs/charades/weights.safetensors --recipe toy_mp4 --data charades
 
 Prints the classes with the highest scores, of 10 clips × 3 crops the mean, or the largest for Charades. Draws the middle clip:
@@ -11,8 +11,6 @@ that is looked at most.
 """
 
 import dataclasses
-import functools
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +29,6 @@ from nonlocal_jax.data import DataError, annotations
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, normalise
 from nonlocal_jax.data.sampling import Crops, InTime
-from nonlocal_jax.layers import NonLocalBlock
 from nonlocal_jax.weights import files
 from nonlocal_jax.weights.build import Choices, call, options
 from nonlocal_jax.weights.build import build as build_as
@@ -54,6 +51,7 @@ class Config(Choices):
     size: int | None = None  # rows and columns of a crop; None is 256, or the recipe's
     views_at_once: int = 3  # clips of a batch
     picture: Path | None = None  # file of the picture; None is the video's name with .png, in this folder
+    page: Path | None = None  # file of a page, .html, in which one points at a position and sees where it looks; None is none
 
     def __post_init__(self) -> None:
         for name in ("top", "clips", "views_at_once"):
@@ -85,56 +83,22 @@ def network(config: Config) -> tuple[Any, dict[str, Any], InTime, int, str]:
     return model, variables, InTime(frames, stride), config.size or 256, "mmcv" if chosen["preset"] == "mmcv" else "caffe2"
 
 
-def looked_at(model: Any, variables: Any, clip: Any) -> np.ndarray | None:
-    """Of the last non-local block the affinity of one clip, as (T, H, W, T, h, w); None where no block sums over spacetime."""
-
-    def blocks(module: Any, name: str) -> bool:
-        return isinstance(module, NonLocalBlock) and name == "__call__"
-
-    apply = functools.partial(model.apply, train=False, mutable=["intermediates"], capture_intermediates=blocks)
-    _, state = jax.jit(apply)(variables, clip)
-    found = [
-        (inner["__call__"][0].shape[1:4], inner["operation"]["affinity"][0])
-        for _, inner in sorted(state.get("intermediates", {}).items(), key=_stage_and_number)
-        if isinstance(inner, dict) and "operation" in inner and "__call__" in inner
-    ]
-    for (frames, rows, columns), affinity in reversed(found):
-        for s in (1, 2):
-            keys = (frames, rows // s, columns // s)
-            if affinity.shape == (1, frames * rows * columns, int(np.prod(keys))):
-                return np.asarray(affinity, np.float32).reshape(frames, rows, columns, *keys)
-    return None
-
-
-def _stage_and_number(item: tuple[str, Any]) -> list[tuple[int, str]]:
-    """So that `nonlocal_res4_13` comes after `nonlocal_res4_6`."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", item[0])]
-
-
-def draw(clip: np.ndarray, maps: np.ndarray, file: Path, title: str) -> None:
+def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: Path, title: str) -> None:
     """Above, how much each position is looked at; below, where the one that is looked at most looks."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    frames = maps.shape[0]
-    shown = clip[np.floor((np.arange(frames) + 0.5) * len(clip) / frames).astype(int)] / 255
-    weights = np.abs(maps)
-    heat = (weights / weights.sum((3, 4, 5), keepdims=True)).mean((0, 1, 2)) * weights[0, 0, 0].size  # 1 is uniform
-    t, row, column = (int(i) for i in np.unravel_index(heat.argmax(), heat.shape))
-    query = (t, row * maps.shape[1] // heat.shape[1], column * maps.shape[2] // heat.shape[2])
-    figure, axes = plt.subplots(2, frames, figsize=(1.9 * frames + 1, 4.4), layout="constrained", squeeze=False)
-    rows, columns = shown.shape[1:3]
-    for i, ax in enumerate(axes[0]):
-        ax.imshow(shown[i])
-        image = ax.imshow(
-            heat[i], cmap="magma", alpha=0.8 * np.sqrt(heat[i] / heat.max()), vmin=0, vmax=heat.max(),
-            extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
-        )  # fmt: skip
-        ax.set(xticks=[], yticks=[])
-    figure.colorbar(image, ax=axes[0].tolist(), label="looked at, × uniform")
-    nl.visualize.arrows(list(axes[1]), shown, np.abs(maps[query]), (t, row, column))
+    heat = nl.visualize.measures.received(block)[0]
+    most = nl.visualize.to_pixels(block, np.unravel_index(heat.argmax(), heat.shape), of="keys").centre
+    every = np.moveaxis(np.indices(block.queries), 0, -1).reshape(-1, 3)
+    query = every[np.abs(nl.visualize.to_pixels(block, every).centre - most).sum(-1).argmin()]
+    frames = block.queries[0]
+    figure = plt.figure(figsize=(1.9 * frames + 1, 5.2), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    nl.visualize.received(block, clip, axes=above.subplots(1, frames, squeeze=False)[0])
+    nl.visualize.arrows(block, clip, tuple(query.tolist()), axes=below.subplots(1, frames, squeeze=False)[0])
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -145,8 +109,9 @@ def main(config: Config) -> list[tuple[str, float]]:
     console = Console()
     picture = config.picture or Path(f"{config.file.stem}.png")
     try:
-        if not picture.parent.is_dir():
-            raise DataError(f"--picture must lie in a folder that is there; there is no {picture.parent}.")
+        for flag, written in (("--picture", picture), ("--page", config.page)):
+            if written is not None and not written.parent.is_dir():
+                raise DataError(f"{flag} must lie in a folder that is there; there is no {written.parent}.")
         names = annotations.read_classes(config.classes) if config.classes else ()
         model, variables, clip, size, colours = network(config)
         if names and len(names) != model.num_classes:
@@ -170,17 +135,17 @@ def main(config: Config) -> list[tuple[str, float]]:
         table.add_row(name, f"{score:.3f}")
     console.print(table)
     middle = list(views)[-1]
-    maps = looked_at(model, variables, normalise(jnp.asarray(middle)[None], colours))
-    if maps is not None and not np.isfinite(maps).all():
-        raise SystemExit(f"error: affinities must be finite; those of {config.weights} are NaN or infinity, and so no picture.")
-    if maps is None:
-        console.print("no picture: the network has no non-local block that sums over spacetime")
-    else:
-        try:
-            draw(middle, maps, picture, f"{best[0][0]}, {best[0][1]:.2f}")
-        except (OSError, ValueError) as error:  # a folder that may not be written to, a format that there is not
-            raise SystemExit(f"error: {picture} cannot be written: {error}.") from error
+    try:
+        maps = nl.visualize.affinities(model, variables, normalise(jnp.asarray(middle)[None], colours), train=False)
+        draw(middle, list(maps.values())[-1], picture, f"{best[0][0]}, {best[0][1]:.2f}")
         console.print(f"where it looked: {picture}", highlight=False)
+        if config.page is not None:
+            nl.visualize.explore(maps, middle, config.page, title=f"{config.file.name}: {best[0][0]}")
+            console.print(f"where each position looked: {config.page}", highlight=False)
+    except nl.visualize.NoBlocksError as error:
+        console.print(f"no picture: {error}", highlight=False)
+    except (OSError, ValueError) as error:  # a folder that may not be written to, a format that there is not, NaN
+        raise SystemExit(f"error: no picture of where it looked, {picture}: {error}") from error
     return best
 
 

@@ -277,8 +277,8 @@ def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, 
 
     nonlocal_networks = [network for network in results if network != "control"]
     shown = 3 if nonlocal_networks else 0
-    figure = plt.figure(figsize=(11, 3.5 + 1.7 * shown), layout="constrained")
-    top, *below = figure.subfigures(1 + shown, 1, height_ratios=[3.5] + [1.7] * shown, squeeze=False)[:, 0]
+    figure = plt.figure(figsize=(11, 3.5 + 2.1 * shown), layout="constrained")
+    top, *below = figure.subfigures(1 + shown, 1, height_ratios=[3.5] + [2.1] * shown, squeeze=False)[:, 0]
     ax = top.subplots()
     for network, runs in results.items():
         steps = [step for step, _ in runs[0].curve]
@@ -298,19 +298,17 @@ def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, 
 def draw_arrows(rows: list[Any], config: Config, network: Network, result: Result, scans: dict[str, Scans]) -> None:
     """From a position on the first digit to its 20 highest-weighted ones, in test clips that no one chose."""
     clips = jax.tree.map(lambda x: x[: len(rows)], held_out_clips(config.task, 0, scans, config.scene))
-    apply = jax.jit(functools.partial(build(network, config).apply, mutable=["intermediates"]))
-    logits, state = apply(result.variables, clips.video)
-    side = -(-config.scene.size // 4)  # the stem strides by 4
-    grid = (config.scene.frames, side, side)
-    maps = state["intermediates"]["block"]["operation"]["affinity"][0].reshape(len(rows), *grid, *grid)
-    for row, video, label, places, answer, affinity in zip(
-        rows, clips.video, clips.labels, clips.places, logits.argmax(-1), maps, strict=True
-    ):
-        words = ["different", "same"]
-        row.suptitle(f"truth: {words[int(label)]}, answer: {words[int(answer)]} ({network.replace('_', ' ')})", fontsize=10)
-        frame, y, x = places[0]
-        query = (int(frame), int(y) // 4, int(x) // 4)
-        nl.visualize.arrows(list(row.subplots(1, len(video))), video, affinity[query], query)
+    model = build(network, config)
+    answers = jax.jit(model.apply)(result.variables, clips.video).argmax(-1)
+    block = nl.visualize.affinities(model, result.variables, clips.video)["block"]
+    every = np.moveaxis(np.indices(block.queries), 0, -1).reshape(-1, 3)
+    centres = nl.visualize.to_pixels(block, every).centre
+    paper = 1 - clips.video.clip(0, 1)  # ink is black
+    words = ["different", "same"]
+    for i, (row, label, answer, places) in enumerate(zip(rows, clips.labels, answers, clips.places, strict=True)):
+        row.suptitle(f"truth: {words[int(label)]}, answer: {words[int(answer)]}", fontsize=10)
+        query = every[np.abs(centres - places[0]).sum(-1).argmin()]  # the position in the middle of the first digit
+        nl.visualize.arrows(block, paper, tuple(query.tolist()), sample=i, axes=list(row.subplots(1, block.queries[0])))
 
 
 def prepare(config: Config) -> None:

@@ -18,11 +18,23 @@ MAY_IMPORT = {
     "models": {"types", "ops", "layers"},
     "weights": {"types", "ops", "layers", "models"},
     "data": {"types", "ops"},
-    "visualize": {"types", "ops"},
+    "visualize": {"types", "ops", "layers"},  # it finds the blocks of a network, and follows its layers
     "evaluation": {"types", "ops"},
     "training": {"types", "ops", "evaluation"},
 }
-HEAVY = ("tensorflow", "tensorflow_datasets", "torch", "matplotlib", "av", "grain", "sklearn", "optax", "orbax", "tensorboard")
+HEAVY = (
+    "tensorflow",
+    "tensorflow_datasets",
+    "torch",
+    "matplotlib",
+    "PIL",
+    "av",
+    "grain",
+    "sklearn",
+    "optax",
+    "orbax",
+    "tensorboard",
+)
 
 
 def imported_parts(file):

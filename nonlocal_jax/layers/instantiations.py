@@ -93,8 +93,8 @@ class NonLocalOperation(nn.Module):
         else:
             theta, phi, g = self._theta(x), max_pool(self._phi(x), window, mask), max_pool(self._dense("g", x), window, mask)
         groups = None if self.group_size is None else positions[0] // self.group_size
-        key_mask = None if mask is None else _to_rows(pool_mask(mask, window)[..., None], self.axes, groups)[..., 0]
-        theta, phi, g = (_to_rows(a, self.axes, groups) for a in (theta, phi, g))
+        key_mask = None if mask is None else to_rows(pool_mask(mask, window)[..., None], self.axes, groups)[..., 0]
+        theta, phi, g = (to_rows(a, self.axes, groups) for a in (theta, phi, g))
         y, affinity = self._respond(theta, phi, g, key_mask, return_map)
         y = _from_rows(y, self.axes, positions)
         return y if affinity is None or not return_map else (y, affinity)
@@ -162,7 +162,7 @@ class NonLocalOperation(nn.Module):
                 )
             if mask.shape != x.shape[:-1]:
                 raise ValueError(f"mask must have shape {x.shape[:-1]}, one entry per position; got {mask.shape}.")
-        return self._window(positions)
+        return self.subsampling(positions)
 
     def _check_groups(self, positions: tuple[int, ...]) -> None:
         if self.group_size is None:
@@ -175,7 +175,8 @@ class NonLocalOperation(nn.Module):
         if self.group_size < 1 or positions[0] % self.group_size:
             raise ValueError(f"group_size must divide the {positions[0]} frames; got {self.group_size}.")
 
-    def _window(self, positions: tuple[int, ...]) -> tuple[int, ...]:
+    def subsampling(self, positions: tuple[int, ...]) -> tuple[int, ...]:
+        """The window of the keys' max pooling on a map of these sizes. Raises ValueError where it does not fit."""
         time_axes = 1 if len(positions) == 3 else 0
         if isinstance(self.subsample, bool):
             spatial = 2 if self.subsample and self.axes != "time" else 1
@@ -286,7 +287,7 @@ class Concatenation(NonLocalOperation):
         return (self.w_f_init or self.kernel_init)(key, (size, 1), self.param_dtype)[:, 0]  # fan-in 2d, one output
 
 
-def _to_rows(x: Array, axes: Axes, groups: int | None) -> Array:
+def to_rows(x: Array, axes: Axes, groups: int | None) -> Array:
     """(B, *positions, c) -> (B, *outer, N, c): the positions that meet in one sum become one axis."""
     if axes == "space":
         return x.reshape(*x.shape[:2], -1, x.shape[-1])  # (B, T, H·W, c)
@@ -298,7 +299,7 @@ def _to_rows(x: Array, axes: Axes, groups: int | None) -> Array:
 
 
 def _from_rows(y: Array, axes: Axes, positions: tuple[int, ...]) -> Array:
-    """The inverse of `_to_rows`."""
+    """The inverse of `to_rows`."""
     if axes == "time":
         y = jnp.moveaxis(y.reshape(y.shape[0], math.prod(positions[1:]), positions[0], y.shape[-1]), 2, 1)
     return y.reshape(y.shape[0], *positions, y.shape[-1])

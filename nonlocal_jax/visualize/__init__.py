@@ -1,5 +1,32 @@
-"""Affinity maps as pictures. Matplotlib is loaded when something is drawn."""
+"""What a block attends to: affinity maps, where they lie in the input, and pictures of them.
 
-from nonlocal_jax.visualize.arrows import arrows
+maps = nl.visualize.affinities(model, variables, clip)                  # every block, row by row
+nl.visualize.arrows(maps["nonlocal_res4_5"], clip, (2, 7, 7))           # where one position looks
+nl.visualize.explore(maps, clip, "explore.html")                        # every position, in a browser
+"""
 
-__all__ = ["arrows"]
+from nonlocal_jax.visualize import measures
+from nonlocal_jax.visualize.affinities import AffinityMap, NoBlocksError, affinities
+from nonlocal_jax.visualize.explore import explore
+from nonlocal_jax.visualize.frames import to_pixels
+from nonlocal_jax.visualize.geometry import GeometryError, Pixels
+from nonlocal_jax.visualize.movie import animate
+from nonlocal_jax.visualize.pictures import arrows, entropy, heatmap, query_dependence, received, time_by_time
+
+__all__ = [
+    "AffinityMap",
+    "GeometryError",
+    "NoBlocksError",
+    "Pixels",
+    "affinities",
+    "animate",
+    "arrows",
+    "entropy",
+    "explore",
+    "heatmap",
+    "measures",
+    "query_dependence",
+    "received",
+    "time_by_time",
+    "to_pixels",
+]

@@ -7,7 +7,6 @@ import signal
 import socket
 import time
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,10 +73,11 @@ def test_predict(whole, lists, tmp_path, capsys, monkeypatch):
     names = lists["kinetics"]["test"].with_name("classes.txt")
     file = lists["kinetics"]["test"].with_name("test0003.mp4")
     options = {"weights": folder / "weights.safetensors", "recipe": "toy_mp4", "classes": names, "clips": 2}
-    best = predict.main(predict.Config(file=file, picture=tmp_path / "looked.png", **options))
+    best = predict.main(predict.Config(file=file, picture=tmp_path / "looked.png", page=tmp_path / "looked.html", **options))
     assert {name for name, _ in best} < set(stand_in.CLASSES)
     assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)
     assert (tmp_path / "looked.png").stat().st_size > 10_000
+    assert f"test0003.mp4: {best[0][0]}" in (tmp_path / "looked.html").read_text()
     assert "6 views" in capsys.readouterr().out
     for wrong, message in (
         ({"file": tmp_path / "none.mp4"}, "none.mp4: there is no such file"),
@@ -86,7 +86,8 @@ def test_predict(whole, lists, tmp_path, capsys, monkeypatch):
         ({"classes": file}, "must be a list in UTF-8"),
         ({"classes": lists["kinetics"]["train"]}, "must name the 6 classes of the network; it names 18"),
         ({"picture": tmp_path / "none" / "looked.png"}, "--picture must lie in a folder that is there"),
-        ({"picture": tmp_path / "looked.mp3"}, "looked.mp3 cannot be written: Format 'mp3' is not supported"),
+        ({"page": tmp_path / "none" / "looked.html"}, "--page must lie in a folder that is there"),
+        ({"picture": tmp_path / "looked.mp3"}, r"looked\.mp3: Format 'mp3' is not supported"),
     ):
         with pytest.raises(SystemExit, match=message):
             predict.main(predict.Config(**{"file": file, **options, **wrong}))
@@ -215,30 +216,6 @@ def test_published_networks_tell_themselves(tmp_path):
     assert built.nonlocal_blocks == {"res4": (1,)}
 
 
-class Looking(nn.Module):
-    """A block and next to nothing else."""
-
-    block: nn.Module | None
-
-    @nn.compact
-    def __call__(self, clip, *, train=False):
-        x = nn.Dense(4)(clip)
-        return (x if self.block is None else self.block(x, train=train)).mean((1, 2, 3))
-
-
-@pytest.mark.parametrize("subsample", [False, True])
-def test_where_a_network_looked(subsample):
-    """The map of the block, on its own grid, with the keys' own."""
-    clip = jax.random.normal(jax.random.key(0), (1, 4, 6, 8, 3))
-    model = Looking(nl.layers.nonlocal_block("embedded_gaussian", subsample=subsample))
-    variables = model.init(jax.random.key(1), clip)
-    maps = predict.looked_at(model, variables, clip)
-    assert maps.shape == ((4, 6, 8, 4, 3, 4) if subsample else (4, 6, 8, 4, 6, 8))
-    np.testing.assert_allclose(maps.sum((3, 4, 5)), 1, rtol=1e-5)
-    plain = Looking(None)
-    assert predict.looked_at(plain, plain.init(jax.random.key(0), clip), clip) is None
-
-
 TABLE = {  # of the paper: name, places of blocks, published top-1
     "c2d_r50_32x2": ({}, 71.8),
     "c2d_nl1_gaussian_r50_32x2": ({"res4": (4,)}, 72.5),
@@ -312,13 +289,6 @@ def test_losses_of_many_labels():
     np.testing.assert_allclose(recipes.sigmoid_cross_entropy(logits, labels), expected, rtol=1e-6)
     assert recipes.hit(logits, labels)["hit_at_1"].tolist() == [1.0, 1.0]
     assert recipes.hit(-logits, labels)["hit_at_1"].tolist() == [0.0, 1.0]
-
-
-def test_the_last_of_many_blocks():
-    """Of res4 the block after residual block 13, not after 6."""
-    names = ["nonlocal_res3_1", "nonlocal_res4_13", "nonlocal_res4_20", "nonlocal_res4_6", "nonlocal_res3_3"]
-    ordered = [name for name, _ in sorted(((name, 0) for name in names), key=predict._stage_and_number)]
-    assert ordered == ["nonlocal_res3_1", "nonlocal_res3_3", "nonlocal_res4_6", "nonlocal_res4_13", "nonlocal_res4_20"]
 
 
 WRONG = {

@@ -1,0 +1,203 @@
+"""The page in a real browser: pointing, tapping, keys, playback; and that it needs nothing but its file."""
+
+import importlib
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from playwright.sync_api import expect, sync_playwright
+from visualize.networks import OneBlock, TwoBlocks, clips, with_weights
+
+import nonlocal_jax as nl
+from nonlocal_jax.visualize import affinities, explore, measures
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)  # else the one of `playwright install chromium`
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=list(QUIET))
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def maps():
+    x = clips()
+    model = TwoBlocks("dot_product")
+    return affinities(model, with_weights(model, x), x)
+
+
+@pytest.fixture(scope="module")
+def file(maps, tmp_path_factory):
+    return explore(
+        maps, clips(), tmp_path_factory.mktemp("page") / "explore.html", query=(0, 1, 2), title="Clips & blocks"
+    ).file
+
+
+@pytest.fixture
+def opened(browser, file):
+    """A page of a computer, what it asked for and what went wrong in it."""
+    yield from _opened(browser, file, viewport={"width": 1000, "height": 800})
+
+
+def _opened(browser, file, **options):
+    context = browser.new_context(**options)
+    page = context.new_page()
+    wrong, asked = [], []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_function("pictures.every(picture => picture.complete)")
+    yield page
+    assert wrong == []
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+    context.close()
+
+
+def said(page):
+    return page.locator("#status").inner_text()
+
+
+def sees(one, query):
+    """What the page must say of a query."""
+    row = one[0].rows(query)[0, 0]
+    share = measures.shares(row.reshape(-1))
+    best = int(np.argmax(share))
+    t, r, c = map(int, np.unravel_index(best, one.keys))
+    negatively = ", negatively," if row.reshape(-1)[best] < 0 else ""
+    return f"From frame {query[0]}, row {query[1]}, column {query[2]}: most{negatively} at frame {t}, row {r}, column {c} of the keys, "
+
+
+def point(page, query):
+    """Where a position is in the window: from the page's own layout."""
+    x, y = page.evaluate("query => place(query, 'queries', layout())", list(query))
+    box = page.locator("#view").bounding_box()
+    return box["x"] + x, box["y"] + y
+
+
+def test_pointing_shows_where_a_position_looks(opened, maps):
+    assert said(opened).startswith(sees(maps["first"], (0, 1, 2)))
+    assert opened.title() == "Clips & blocks"
+    before = opened.locator("#view").screenshot()
+    for query in [(0, 0, 0), (3, 5, 9), (2, 3, 4)]:
+        opened.mouse.move(*point(opened, query))
+        assert said(opened).startswith(sees(maps["first"], query))
+    assert opened.locator("#view").screenshot() != before
+    share = float(re.search(r"([\d.]+)% of the weight", said(opened))[1])
+    row = np.abs(maps["first"][0].rows((2, 3, 4))).reshape(-1)
+    assert share == pytest.approx(100 * row.max() / row.sum(), abs=0.06)
+    assert opened.locator("#caption").inner_text() == "dot product; signed weights f/N, shown as shares of Σ|f|/N; 60 keys."
+
+
+def test_keys_do_all_that_pointing_does(opened, maps):
+    opened.keyboard.press("Tab")
+    opened.locator("#view").focus()
+    query = [0, 1, 2]
+    for key, axis, by in [
+        ("ArrowRight", 2, 1),
+        ("ArrowDown", 1, 1),
+        (".", 0, 1),
+        ("ArrowLeft", 2, -1),
+        ("ArrowUp", 1, -1),
+        (".", 0, 1),
+        (",", 0, -1),
+    ]:
+        opened.keyboard.press(key)
+        query[axis] += by
+        assert said(opened).startswith(sees(maps["first"], tuple(query)))
+    for _ in range(12):
+        opened.keyboard.press("ArrowLeft")
+    assert "row 1, column 0:" in said(opened)  # the border holds
+    opened.keyboard.press("b")
+    assert opened.locator("#block").input_value() == "1"
+    assert said(opened).startswith(sees(maps["second"], (1, 0, 0)))
+    for key, box in (("h", "#heat"), ("a", "#lines")):
+        opened.keyboard.press(key)
+        assert not opened.locator(box).is_checked()
+    opened.keyboard.press("+")
+    assert opened.locator("#top").input_value() == "21"
+
+
+def test_a_block_is_chosen_and_played(opened, maps):
+    opened.locator("#block").select_option("second")
+    assert said(opened).startswith(sees(maps["second"], (0, 0, 1)))
+    opened.locator("#play").click()
+    assert opened.locator("#play").inner_text() == "Pause"
+    for frame in (1, 2, 3, 0):
+        expect(opened.locator("#status")).to_have_text(re.compile(f"^From frame {frame},"), timeout=5000)
+    opened.keyboard.press(" ")  # the button's own
+    assert opened.locator("#play").inner_text() == "Play"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_one_taps(browser, file, maps, scheme):
+    phone = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
+    for page in _opened(browser, file, color_scheme=scheme, **phone):
+        page.touchscreen.tap(*point(page, (3, 4, 8)))
+        assert said(page).startswith(sees(maps["first"], (3, 4, 8)))
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert ground == {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 24, 28)"}[scheme]
+        small = page.evaluate(
+            "[...document.querySelectorAll('button, select')].filter(e => e.getBoundingClientRect().height < 36).length"
+        )
+        assert small == 0  # large enough for a finger
+
+
+def test_it_shows_itself_in_a_notebook(browser, file, maps, tmp_path):
+    shown = explore(maps["second"], clips(), tmp_path / "one.html")._repr_html_()
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><body>{shown}</body>")
+    page = browser.new_page()
+    page.goto((tmp_path / "notebook.html").as_uri())
+    inner = page.frame_locator("iframe")
+    inner.locator("#status").wait_for()
+    assert inner.locator("#status").inner_text().startswith(sees(maps["second"], (2, 1, 2)))
+    page.close()
+
+
+def test_names_cannot_leave_their_place(browser, maps, tmp_path):
+    name = "</script><script>document.title='x'</script>"
+    page = browser.new_page()
+    page.goto(explore({name: maps["second"]}, clips(), tmp_path / "names.html", title=name).file.as_uri())
+    assert page.title() == name
+    page.close()
+
+
+def test_large_maps_are_cut_to_their_largest_weights(maps, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("nonlocal_jax.visualize.explore"), "BUDGET", 2 * 240 * 3 * 11)
+    page = explore(maps, clips(), tmp_path / "cut.html").file.read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert [block["kept"] for block in data["blocks"]] == [11, 44]
+    assert data["blocks"][0]["caption"].endswith("60 keys; of each position the 11 largest are kept.")
+
+
+def test_an_image(browser, tmp_path):
+    x = clips((1, 9, 14, 3))
+    model = OneBlock(nl.layers.nonlocal_block("embedded_gaussian", subsample=False))
+    maps = affinities(model, with_weights(model, x), x)
+    page = browser.new_page()
+    page.goto(explore(maps, x, tmp_path / "image.html").file.as_uri())
+    assert said(page).startswith("From row 4, column 7: most at row ")
+    assert not page.locator("#play").is_visible()
+    page.close()
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_bad_input(maps, tmp_path):
+    file = tmp_path / "page.html"
+    with pytest.raises(ValueError, match="maps must have at least one block; got none"):
+        explore({}, clips(), file)
+    with pytest.raises(ValueError, match="file must lie in a folder that is there"):
+        explore(maps, clips(), tmp_path / "none" / "page.html")
+    with pytest.raises(IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(9, 0, 0\)"):
+        explore(maps, clips(), file, query=(9, 0, 0))
+    with pytest.raises(ValueError, match="clip must be the one that the network saw"):
+        explore(maps, clips()[:, :2], file)
+    assert not file.exists()
