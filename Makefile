@@ -7,7 +7,7 @@ PARITY_READY := $(PARITY)/.ready
 BROWSER := $(VENV)/.browser
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-faults check parity bench lock clean
+.PHONY: demo test test-faults check parity bench notebooks lock clean
 
 demo: $(READY)  ## train the control and the non-local network on toy videos, offline, about 3 minutes on 2 cores
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
@@ -31,6 +31,9 @@ bench: $(PARITY_READY)  ## measure speed, memory and precision beside the peers,
 	$(PARITY)/bin/python -m benchmarks.video
 	$(PARITY)/bin/python -m benchmarks.training
 	$(PARITY)/bin/python -m benchmarks
+
+notebooks: $(READY)  ## write each notebook anew from the Python file beside it
+	$(VENV)/bin/jupytext --quiet --to ipynb notebooks/*.py
 
 lock:  ## write requirements.txt anew
 	uv pip compile --universal --python-version 3.11 --all-extras --custom-compile-command "make lock" --quiet --upgrade pyproject.toml --output-file requirements.txt

@@ -1,0 +1,139 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Speed and memory: what `auto` picks, and why
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/05_speed_and_memory.ipynb)
+#
+# Eq. 1 over N positions has N² pairs. At 4×56×56 positions their matrix takes 630 MB in float32, for one clip and one block, and
+# training keeps it. None of the library's fast paths builds it, and each is an exact equal. Under a minute on a CPU.
+
+# %%
+import sys
+
+if "google.colab" in sys.modules:
+    get_ipython().run_line_magic(
+        "pip", "install --quiet 'nonlocal_jax[experiments] @ git+https://github.com/nonlocal-jax/nonlocal_jax'"
+    )
+
+# %%
+# %matplotlib inline
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import nonlocal_jax as nl
+
+# %% [markdown]
+# ## What there is to choose from
+#
+# `nl.ops.explain` says what would run on arrays of some shapes, and why, without computing anything.
+
+
+# %%
+def rows(n, d=256):
+    return jax.ShapeDtypeStruct((1, n, d), jnp.float32)
+
+
+for name in ("embedded_gaussian", "dot_product", "concatenation"):
+    print(name, nl.ops.explain(name, rows(12544), rows(3136), rows(3136)), sep="\n", end="\n\n")
+
+# %% [markdown]
+# - **streaming** goes over the keys in tiles and keeps a sum and a maximum of each row; its gradient goes over them again.
+# - **cudnn** is NVIDIA's fused kernel for half precision.
+# - **reassociated** is $\theta (\phi^T g) / N$: a $d \times e$ matrix in place of an $N \times M$ one.
+# - **sorted** sorts the keys of the concatenation by $w_\phi \cdot \phi_j$: a ReLU of $a_i + b_j$ keeps those above $-a_i$, whose sums
+#   are prefix sums.
+#
+# The smaller N and M are, the better the dense form does; so at small maps it is what runs:
+
+# %%
+for n in (49, 196, 784, 3136, 12544):
+    names = [
+        nl.ops.explain(name, rows(n), rows(n), rows(n)).implementation
+        for name in ("embedded_gaussian", "dot_product", "concatenation")
+    ]
+    print(f"N = {n:6,}: {', '.join(names)}")
+
+# %% [markdown]
+# ## Measured here
+#
+# Medians of interleaved runs, of the operation alone. (`make bench` does this properly, beside torch and mmcv, with gradients.)
+
+# %%
+CASES = {"embedded_gaussian": "streaming", "dot_product": "reassociated", "concatenation": "sorted"}
+SIZES = (512, 1024, 2048, 4096)
+
+
+def measure(n, d=64, rounds=5):
+    theta, phi, g = (jax.random.normal(jax.random.key(i), (n, d)) for i in range(3))
+    runs = {}
+    for name, fast in CASES.items():
+        more = [jnp.ones(2 * d)] if name == "concatenation" else []
+        for implementation in ("dense", fast):
+            call = jax.jit(functools.partial(getattr(nl.ops, name), implementation=implementation))
+            call(theta, phi, g, *more).block_until_ready()
+            runs[name, implementation] = (call, (theta, phi, g, *more))
+    times = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, (call, arguments) in runs.items():
+            begun = time.perf_counter()
+            call(*arguments).block_until_ready()
+            times[key].append(time.perf_counter() - begun)
+    return {key: 1e3 * float(np.median(value)) for key, value in times.items()}
+
+
+measured = {n: measure(n) for n in SIZES}
+figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True, layout="constrained")
+for ax, (name, fast) in zip(axes, CASES.items()):
+    for implementation, style in (("dense", "o--"), (fast, "o-")):
+        ax.loglog(SIZES, [measured[n][name, implementation] for n in SIZES], style, label=implementation)
+    ax.set(title=name.replace("_", " "), xlabel="positions, N = M", xticks=SIZES, xticklabels=SIZES)
+    ax.minorticks_off()
+    ax.legend(frameon=False)
+axes[0].set_ylabel("ms")
+
+# %% [markdown]
+# ## Memory, before anything is compiled
+#
+# `nl.plan` forecasts what each block of a network keeps; XLA's own count, after compiling, is beside it.
+
+# %%
+block = nl.layers.nonlocal_block("embedded_gaussian")
+shape = (1, 4, 56, 56, 64)
+print(nl.plan(shape, block)[0])
+
+variables = jax.eval_shape(block.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+compiled = jax.jit(block.apply).lower(variables, jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+print(f"XLA: {compiled.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB forward")
+
+# %% [markdown]
+# ## The whole network, layer by layer
+#
+# `nl.models.cost` counts parameters and multiply-adds; nothing runs.
+
+# %%
+model = nl.models.video_resnet(50, "i3d_3x1x1", nonlocal_blocks=5, preset="slowfast")
+cost = nl.models.cost(model, (1, 8, 224, 224, 3))
+print(*[str(line) for line in str(cost).splitlines() if "nonlocal_res4_5" in line or "parameters," in line], sep="\n")
+
+# %% [markdown]
+# To save memory: `remat=True` of a network computes residual blocks again in the backward pass; `dtype=jnp.bfloat16` halves activations
+# (sums and logits stay float32); `subsample=(1, 4, 4)` leaves fewer keys; `axes="space"` and `group_size` sum over fewer.
+#
+# Next: [06, many devices](06_many_devices.ipynb).
