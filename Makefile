@@ -7,7 +7,7 @@ PARITY_READY := $(PARITY)/.ready
 BROWSER := $(VENV)/.browser
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-faults check parity bench notebooks lock clean
+.PHONY: demo test test-faults check parity bench docs notebooks lock clean
 
 demo: $(READY)  ## train the control and the non-local network on toy videos, offline, about 3 minutes on 2 cores
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
@@ -32,14 +32,17 @@ bench: $(PARITY_READY)  ## measure speed, memory and precision beside the peers,
 	$(PARITY)/bin/python -m benchmarks.training
 	$(PARITY)/bin/python -m benchmarks
 
+docs: $(READY)  ## the site, in site/html; the notebooks are run; warnings are errors
+	$(VENV)/bin/sphinx-build --quiet --fail-on-warning --keep-going docs site/html
+
 notebooks: $(READY)  ## write each notebook anew from the Python file beside it
-	$(VENV)/bin/jupytext --quiet --to ipynb notebooks/*.py
+	$(VENV)/bin/jupytext --quiet --update --to ipynb notebooks/*.py
 
 lock:  ## write requirements.txt anew
 	uv pip compile --universal --python-version 3.11 --all-extras --custom-compile-command "make lock" --quiet --upgrade pyproject.toml --output-file requirements.txt
 
 clean:  ## remove the environments and what the experiments wrote
-	rm -rf $(VENV) $(PARITY) runs
+	rm -rf $(VENV) $(PARITY) runs site
 
 $(READY): requirements.txt pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

@@ -25,7 +25,7 @@ scaled_dot_product_attention and all pairs; the dot product with all pairs; the 
 block of mmcv-lite in the faster of its two memory formats. Forward + backward gives the response and every gradient.
 
 Times are medians, the competitors in turn in each round. Memory is what a run needs at its peak beyond inputs and outputs:
-on CPUs the high-water mark of resident memory, on GPUs XLA's number and torch's. How: [`measure.py`](measure.py).
+on CPUs the high-water mark of resident memory, on GPUs XLA's number and torch's. How: `measure.py`.
 """
 BLOCKS = """x (1, T, H, W, 2d), the conventions of mmcv and the same weights for all; they agree to {:.0e}. Forward in
 evaluation; forward + backward in training, with the gradients of x and of all parameters."""

@@ -129,8 +129,9 @@ bool((block.apply(variables, x) == x).all())
 # %% [markdown]
 # ## What a map looks like, before any training
 #
-# The Gaussian of an image's own colours already looks at what is alike. A photograph that comes with scikit-learn, every 8th pixel;
-# from three positions:
+# The Gaussian of an image's own colours looks along its vector: from bright sky to bright sky, from dark leaves to dark ones, and from
+# grey, whose vector is short once the mean is taken away, at everything alike. A photograph that comes with scikit-learn, every 8th
+# pixel; from three positions:
 
 # %%
 from sklearn.datasets import load_sample_image

@@ -1,8 +1,10 @@
-"""What a block attends to: affinity maps, where they lie in the input, and pictures of them.
+"""What a block attends to: affinity maps, where they lie in the input, and pictures of them::
 
-maps = nl.visualize.affinities(model, variables, clip)                  # every block, row by row
-nl.visualize.arrows(maps["nonlocal_res4_5"], clip, (2, 7, 7))           # where one position looks
-nl.visualize.explore(maps, clip, "explore.html")                        # every position, in a browser
+    maps = nl.visualize.affinities(model, variables, clip)                  # every block, row by row
+    nl.visualize.arrows(maps["nonlocal_res4_5"], clip, (2, 7, 7))           # where one position looks
+    nl.visualize.explore(maps, clip, "explore.html")                        # every position, in a browser
+
+Matplotlib is loaded when something is drawn.
 """
 
 from nonlocal_jax.visualize import measures

@@ -62,6 +62,7 @@ def arrows(
 
     Source: Figures 1 and 3.
     """
+    from matplotlib.lines import Line2D
     from matplotlib.patches import ConnectionPatch
     from matplotlib.patheffects import withStroke
 
@@ -89,7 +90,9 @@ def arrows(
                 path_effects=[withStroke(linewidth=width + 1.2, foreground="white", alpha=0.5 * strength)],
             )
         )  # fmt: skip
-    axes[panel].plot(pixel[1], pixel[0], "o", color=QUERY, markeredgecolor="white", markersize=8, zorder=5)
+    dot = Line2D([pixel[1]], [pixel[0]], marker="o", color=QUERY, markeredgecolor="white", markersize=8, zorder=5)
+    dot.set_transform(axes[panel].transData)
+    axes[panel].figure.add_artist(dot)  # above the arrows, which belong to the figure as well
     held = float(share.reshape(-1)[order].sum())
     dashed = " (negative ones dashed)" if (row.reshape(-1)[order] < 0).any() else ""
     largest_hold = f"the {len(order)} largest{dashed} hold {held:.0%}"
