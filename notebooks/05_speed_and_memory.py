@@ -106,7 +106,7 @@ for ax, (name, fast) in zip(axes, CASES.items()):
     ax.set(title=name.replace("_", " "), xlabel="positions, N = M", xticks=SIZES, xticklabels=SIZES)
     ax.minorticks_off()
     ax.legend(frameon=False)
-axes[0].set_ylabel("ms")
+_ = axes[0].set_ylabel("ms")
 
 # %% [markdown]
 # ## Memory, before anything is compiled

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import kinetics
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,6 +31,13 @@ def test_every_public_name_is_in_it(site):
         for name in module.__all__:
             if inspect.isfunction(thing := getattr(module, name)) or inspect.isclass(thing):
                 assert f"nonlocal_jax.{part}.{name}" in named, f"{part}.{name}"
+
+
+def test_recipes_that_are_named_exist():
+    text = (ROOT / "docs" / "paper_to_code.md").read_text()
+    named = re.findall(r"\b(?:c2d|i3d)\w*_r\d+_\w+", text)
+    assert len(named) > 3
+    assert set(named) <= set(kinetics.recipes())
 
 
 def test_what_the_pages_name_is_there(site):

@@ -12,7 +12,7 @@ import nonlocal_jax as nl
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-TEN_LINES, NETWORKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TEN_LINES, NETWORKS, LOOKING = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_ten_lines_run():
@@ -35,6 +35,15 @@ def test_published_weights_are_loaded_as_it_says(tmp_path, monkeypatch, capsys):
     exec(NETWORKS, names)
     assert names["logits"].shape == (1, 400)
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("35,401,936 parameters")
+
+
+def test_one_sees_what_it_attends_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nl.models.video_resnet((1, 1, 6, 1), "c2d", {"res4": (5,)}, preset="slowfast", num_classes=3, width_per_group=4)
+    clip = jax.random.uniform(jax.random.key(0), (1, 8, 128, 128, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), clip)
+    exec(LOOKING, {"nl": nl, "model": model, "clip": clip, "variables": variables})
+    assert {file.name for file in tmp_path.iterdir()} == {"arrows.png", "explore.html"}
 
 
 def test_it_is_short_and_its_picture_is_there():
