@@ -92,13 +92,12 @@ def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: Path, title: s
 
     heat = nl.visualize.measures.received(block)[0]
     most = nl.visualize.to_pixels(block, np.unravel_index(heat.argmax(), heat.shape), of="keys").centre
-    every = np.moveaxis(np.indices(block.queries), 0, -1).reshape(-1, 3)
-    query = every[np.abs(nl.visualize.to_pixels(block, every).centre - most).sum(-1).argmin()]
+    query = nl.visualize.from_pixels(block, most)
     frames = block.queries[0]
     figure = plt.figure(figsize=(1.9 * frames + 1, 5.2), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     nl.visualize.received(block, clip, axes=above.subplots(1, frames, squeeze=False)[0])
-    nl.visualize.arrows(block, clip, tuple(query.tolist()), axes=below.subplots(1, frames, squeeze=False)[0])
+    nl.visualize.arrows(block, clip, query, axes=below.subplots(1, frames, squeeze=False)[0])
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -301,14 +301,12 @@ def draw_arrows(rows: list[Any], config: Config, network: Network, result: Resul
     model = build(network, config)
     answers = jax.jit(model.apply)(result.variables, clips.video).argmax(-1)
     block = nl.visualize.affinities(model, result.variables, clips.video)["block"]
-    every = np.moveaxis(np.indices(block.queries), 0, -1).reshape(-1, 3)
-    centres = nl.visualize.to_pixels(block, every).centre
     paper = 1 - clips.video.clip(0, 1)  # ink is black
     words = ["different", "same"]
     for i, (row, label, answer, places) in enumerate(zip(rows, clips.labels, answers, clips.places, strict=True)):
         row.suptitle(f"truth: {words[int(label)]}, answer: {words[int(answer)]}", fontsize=10)
-        query = every[np.abs(centres - places[0]).sum(-1).argmin()]  # the position in the middle of the first digit
-        nl.visualize.arrows(block, paper, tuple(query.tolist()), sample=i, axes=list(row.subplots(1, block.queries[0])))
+        query = nl.visualize.from_pixels(block, places[0])  # in the middle of the first digit
+        nl.visualize.arrows(block, paper, query, sample=i, axes=list(row.subplots(1, block.queries[0])))
 
 
 def prepare(config: Config) -> None:

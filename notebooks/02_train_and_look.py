@@ -117,9 +117,7 @@ paper = 1 - test.video[:64].clip(0, 1)  # dark ink on white
 
 
 def on_first_digit(clip):
-    positions = np.moveaxis(np.indices(maps["block"].queries), 0, -1).reshape(-1, 3)
-    middles = nl.visualize.to_pixels(maps["block"], positions).centre
-    return tuple(positions[np.abs(middles - test.places[clip, 0]).sum(-1).argmin()].tolist())
+    return nl.visualize.from_pixels(maps["block"], test.places[clip, 0])
 
 
 nl.visualize.arrows(maps["block"], paper, on_first_digit(0))

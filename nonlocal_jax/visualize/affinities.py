@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,12 +16,11 @@ from jaxtyping import Float, Int
 from nonlocal_jax import ops
 from nonlocal_jax.layers.instantiations import NonLocalOperation, to_rows
 from nonlocal_jax.types import Array, Instantiation
-from nonlocal_jax.visualize.geometry import Geometry, GeometryError, geometries, numbered, place
+from nonlocal_jax.visualize.geometry import Geometry, GeometryError
+from nonlocal_jax.visualize.tracing import geometries, numbered, place
 
 MOST_QUERIES = 4096  # of one call of `rows`
 CHUNK = 1 << 22  # affinities that are computed at once
-
-Positions = Int[np.ndarray, "*q axes"]
 
 
 class NoBlocksError(ValueError):
@@ -241,7 +241,7 @@ def affinities(
         with nn.intercept_methods(record):
             sown = model.apply(variables, clip, mutable=["intermediates"], **kwargs)[1].get("intermediates", {})
         try:
-            at = {name: _at(sown, path) for name, (_, path, _) in operations.items()}
+            at = {name: functools.reduce(operator.getitem, path, sown) for name, (_, path, _) in operations.items()}
             return {name: list(zip(own["pairs"], own["pairwise"], strict=True)) for name, own in at.items()}
         except (KeyError, TypeError) as error:
             raise ValueError(f"the blocks must not be inside nn.scan; got {', '.join(operations)}.") from error
@@ -300,9 +300,3 @@ def _map(
         _query_ids=ids(grid),
         _key_ids=ids(keys),
     )
-
-
-def _at(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree[name]
-    return tree

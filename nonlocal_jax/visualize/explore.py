@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from nonlocal_jax.visualize import measures
 from nonlocal_jax.visualize.affinities import AffinityMap
-from nonlocal_jax.visualize.frames import Scene, scene
+from nonlocal_jax.visualize.frames import Scene, of_sample
 from nonlocal_jax.visualize.pictures import WEIGHTS
 
 BUDGET = 12 << 20  # bytes of affinities in a page
@@ -87,15 +87,12 @@ def explore(
         raise ValueError("maps must have at least one block; got none.")
     if not file.absolute().parent.is_dir():
         raise ValueError(f"file must lie in a folder that is there; there is no {file.absolute().parent}.")
-    ones = {name: one[sample] for name, one in maps.items()}
-    first = next(iter(ones.values()))
+    drawn = {name: of_sample(one, clip, sample) for name, one in maps.items()}
+    first, scenes = next(iter(drawn.values()))[0], [at for _, at in drawn.values()]
     if query is not None:
-        first.rows(query)
-    if np.ndim(clip) == len(first.geometry().input) + 2 and len(clip) == next(iter(maps.values())).batch:
-        clip = clip[sample]
-    scenes = {name: scene(one, clip) for name, one in ones.items()}
-    numbers = sorted({int(number) for at in scenes.values() for number in at.numbers})
-    pictures = {int(n): picture for at in scenes.values() for n, picture in zip(at.numbers, at.pictures, strict=True)}
+        first.rows(query)  # raises what is wrong with it
+    numbers = sorted({int(number) for at in scenes for number in at.numbers})
+    pictures = {int(n): picture for at in scenes for n, picture in zip(at.numbers, at.pictures, strict=True)}
     middle = tuple(n // 2 for n in first.queries)
     record = {
         "title": title,
@@ -103,7 +100,7 @@ def explore(
         "numbers": numbers,
         "pictures": [_as_url(pictures[number]) for number in numbers],
         "query": [*[0] * (3 - len(first.queries)), *map(int, middle if query is None else query)],
-        "blocks": [_block(one, scenes[name], numbers, BUDGET // len(ones)) for name, one in ones.items()],
+        "blocks": [_block(one, at, numbers, BUDGET // len(drawn)) for one, at in drawn.values()],
     }
     template = (resources.files("nonlocal_jax.visualize") / "explore.html").read_text(encoding="utf-8")
     text = json.dumps(record, allow_nan=False).replace("<", "\\u003c")  # nothing in a name can end the script

@@ -43,6 +43,36 @@ def to_pixels(affinity: AffinityMap, positions: Any, of: str = "queries") -> Pix
     return pixels_of(affinity.geometry(of), positions)
 
 
+def from_pixels(affinity: AffinityMap, where: Any) -> tuple[int, ...]:
+    """The query whose receptive field has its middle nearest to an input position: from what one sees to what one asks.
+
+    Args:
+        affinity: of `affinities`.
+        where: frame, row and column of the input, row and column in an image; fractions are welcome.
+
+    Returns:
+        A position of the map `affinity.queries`, for `rows`, `arrows` and the like; of equals the first.
+
+    Raises:
+        ValueError: not one number for each axis of the input.
+        GeometryError: as `to_pixels`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import flax.linen as nn, nonlocal_jax as nl
+    >>> model = nn.Sequential([nn.Conv(8, (3, 3), strides=2), nl.layers.nonlocal_block("embedded_gaussian")])
+    >>> image = jnp.ones((1, 24, 24, 3))
+    >>> maps = nl.visualize.affinities(model, model.init(jax.random.key(0), image), image)
+    >>> from_pixels(maps["layers_1"], (11, 15))
+    (5, 7)
+    """
+    axes = len(affinity.geometry().input)
+    if np.shape(where) != (axes,):
+        raise ValueError(f"where must be {axes} numbers, a position of the input; got {where}.")
+    every = np.moveaxis(np.indices(affinity.queries), 0, -1).reshape(-1, len(affinity.queries))
+    distance = np.abs(to_pixels(affinity, every).centre - np.asarray(where)).sum(axis=-1)
+    return tuple(every[distance.argmin()].tolist())
+
+
 @dataclasses.dataclass(frozen=True)
 class Scene:
     """What a picture of a map is drawn on.
@@ -90,6 +120,14 @@ class Scene:
             between: Any = [] if field is None else field.stride * (np.arange(1, n) - 0.5) + field.centre
             edges.append(np.array([-0.5, *between, length - 0.5]).clip(-0.5, length - 0.5))
         return edges[0], edges[1]
+
+
+def of_sample(affinity: AffinityMap, clip: Any, sample: int) -> tuple[AffinityMap, Scene]:
+    """The map of one clip of the batch, and what it is drawn on; `clip` is the batch or that one of it."""
+    one = affinity[sample]
+    if np.ndim(clip) == len(one.geometry().input) + 2 and len(clip) == affinity.batch:
+        clip = clip[sample]
+    return one, scene(one, clip)
 
 
 def scene(affinity: AffinityMap, clip: Any) -> Scene:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from nonlocal_jax.visualize import measures
 from nonlocal_jax.visualize.affinities import AffinityMap
-from nonlocal_jax.visualize.frames import Scene, scene
+from nonlocal_jax.visualize.frames import Scene, of_sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def arrows(
     from matplotlib.patches import ConnectionPatch
     from matplotlib.patheffects import withStroke
 
-    one, at = _one(affinity, clip, sample)
+    one, at = of_sample(affinity, clip, sample)
     row = one.rows(query)[0, 0]  # before any drawing: raises what is wrong with the query
     figure, (axes,) = _panels(at, axes)
     share = _shares(row)
@@ -119,7 +119,7 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
     """
     from matplotlib.colors import CenteredNorm, Normalize
 
-    one, at = _one(affinity, clip, sample)
+    one, at = of_sample(affinity, clip, sample)
     queries = np.atleast_2d(np.asarray(queries))
     if len(queries) > 16:
         raise ValueError(f"queries must be at most 16, each a row of the picture; got {len(queries)}.")
@@ -186,7 +186,7 @@ def entropy(affinity: AffinityMap, clip: Any, *, sample: int = 0) -> "Figure":
     Raises:
         As `arrows`.
     """
-    one, at = _one(affinity, clip, sample)
+    one, at = of_sample(affinity, clip, sample)
     effective = np.exp(measures.entropy(one)[0]).reshape(at.queries.grid)
     figure, axes = _panels(at, None)
     for values, ax in zip(effective, axes[0], strict=True):
@@ -211,7 +211,7 @@ def received(affinity: AffinityMap, clip: Any, *, sample: int = 0, axes: "Sequen
     Raises:
         As `arrows`.
     """
-    one, at = _one(affinity, clip, sample)
+    one, at = of_sample(affinity, clip, sample)
     heat = measures.received(one)[0].reshape(at.keys.grid)
     figure, (axes,) = _panels(at, axes)
     largest = max(float(heat.max()), 1e-12)
@@ -252,15 +252,6 @@ def query_dependence(maps: Mapping[str, AffinityMap], *, sample: int = 0) -> "Fi
         ax.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
     return figure
-
-
-def _one(affinity: AffinityMap, clip: Any, sample: int) -> tuple[AffinityMap, Scene]:
-    """The map of one clip, and what it is drawn on."""
-    one = affinity[sample]
-    axes = len(one.geometry().input)
-    if np.ndim(clip) == axes + 2 and len(clip) == affinity.batch:
-        clip = clip[sample]
-    return one, scene(one, clip)
 
 
 def _called(affinity: AffinityMap) -> str:

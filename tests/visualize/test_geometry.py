@@ -12,7 +12,8 @@ import nonlocal_jax as nl
 from nonlocal_jax.layers import NonLocalBlock, conv
 from nonlocal_jax.models.toy_video import ToyVideoNet
 from nonlocal_jax.visualize import GeometryError, affinities, to_pixels
-from nonlocal_jax.visualize.geometry import geometries, pixels_of
+from nonlocal_jax.visualize.geometry import pixels_of
+from nonlocal_jax.visualize.tracing import geometries
 
 
 @pytest.fixture(autouse=True)
