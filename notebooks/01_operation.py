@@ -27,8 +27,9 @@
 import sys
 
 if "google.colab" in sys.modules:
+    address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
     get_ipython().run_line_magic(
-        "pip", "install --quiet 'nonlocal_jax[experiments] @ git+https://github.com/nonlocal-jax/nonlocal_jax'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
     )
 
 # %%
@@ -48,7 +49,9 @@ import nonlocal_jax as nl
 # %%
 N, M, d, e = 5, 7, 3, 2  # queries, keys, their width, the width of the values
 keys = jax.random.split(jax.random.key(0), 4)
-theta, phi, g = (jax.random.normal(k, shape) for k, shape in zip(keys, [(N, d), (M, d), (M, e)]))
+theta = jax.random.normal(keys[0], (N, d))
+phi = jax.random.normal(keys[1], (M, d))
+g = jax.random.normal(keys[2], (M, e))
 
 y = np.zeros((N, e))
 for i in range(N):
@@ -72,8 +75,10 @@ np.abs(y - nl.ops.embedded_gaussian(theta, phi, g)).max()
 # %%
 w_f = jax.random.normal(keys[3], (2 * d,))
 for name in ("gaussian", "embedded_gaussian", "dot_product", "concatenation"):
-    affinity = nl.ops.affinity(name, theta, phi, *([w_f] if name == "concatenation" else []))
-    print(f"{name:18s} {affinity.shape}, first row {np.round(affinity[0], 2)}, sum {affinity[0].sum():.2f}")
+    more = [w_f] if name == "concatenation" else []
+    affinity = nl.ops.affinity(name, theta, phi, *more)
+    row = affinity[0]
+    print(f"{name:18s} {affinity.shape}, row 0 {np.round(row, 2)}, sum {row.sum():.2f}")
 
 # %% [markdown]
 # Nothing about it is particular to images: positions may be those of a sequence, an image or a video. Some may be padding: a key
@@ -93,14 +98,17 @@ np.abs(masked - nl.ops.dot_product(theta, phi[:4], g[:4])).max()
 
 # %%
 rows = [jax.random.normal(k, (3000, 32)) for k in keys[:3]]
-for name, implementations in {
-    "embedded_gaussian": ("dense", "streaming"),
-    "dot_product": ("dense", "reassociated"),
-    "concatenation": ("dense", "sorted"),
+for name, implementation in {
+    "embedded_gaussian": "streaming",
+    "dot_product": "reassociated",
+    "concatenation": "sorted",
 }.items():
+    operation = getattr(nl.ops, name)
     more = [jnp.ones(64)] if name == "concatenation" else []
-    dense, other = (getattr(nl.ops, name)(*rows, *more, implementation=one) for one in implementations)
-    print(f"{name:18s} {implementations[1]:13s} largest difference {jnp.abs(dense - other).max() / jnp.abs(dense).max():.1e}")
+    dense = operation(*rows, *more, implementation="dense")
+    fast = operation(*rows, *more, implementation=implementation)
+    difference = jnp.abs(dense - fast).max() / jnp.abs(dense).max()
+    print(f"{name:18s} {implementation:13s} largest difference {difference:.1e}")
 
 # %% [markdown]
 # ## The layer: it owns θ, φ and g, and subsamples the keys
@@ -139,7 +147,8 @@ from sklearn.datasets import load_sample_image
 photo = jnp.asarray(load_sample_image("china.jpg"))[None, ::8, ::8] / 255.0
 by_colour = nl.layers.nonlocal_block("gaussian", subsample=False)
 sharper = 6 * (photo - 0.5)
-maps = nl.visualize.affinities(by_colour, by_colour.init(jax.random.key(0), sharper), sharper)
+variables = by_colour.init(jax.random.key(0), sharper)
+maps = nl.visualize.affinities(by_colour, variables, sharper)
 nl.visualize.heatmap(maps["NonLocalBlock"], photo, [(8, 40), (30, 20), (45, 60)])
 
 # %% [markdown]

@@ -25,8 +25,9 @@
 import sys
 
 if "google.colab" in sys.modules:
+    address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
     get_ipython().run_line_magic(
-        "pip", "install --quiet 'nonlocal_jax[experiments] @ git+https://github.com/nonlocal-jax/nonlocal_jax'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
     )
 
 # %%
@@ -42,7 +43,8 @@ from nonlocal_jax.models.toy_video import ToyVideoNet
 
 import nonlocal_jax as nl
 
-scene = Scene(size=24, distance=10)  # 8 frames of 24×24 pixels, the digits at least 10 apart
+# 8 frames of 24×24 pixels, the digits at least 10 apart
+scene = Scene(size=24, distance=10)
 scans = {split: load_scans(split) for split in ("train", "test")}  # no scan is in both
 
 # %% [markdown]
@@ -72,11 +74,13 @@ for row, clip, label in zip(axes, test.video, test.labels):
 # %%
 def train(model, task, steps, batch_size, learning_rate, start=None):
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 50, steps)
-    trainer = training.Trainer(model, optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), schedule)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    trainer = training.Trainer(model, optimiser, schedule)
     step = jax.jit(functools.partial(training.train_step, trainer), donate_argnums=0)
     state = None
     for i in range(steps):
-        clips = make_clips(task, jax.random.fold_in(jax.random.key(0), i), scans["train"], batch_size, scene)
+        key = jax.random.fold_in(jax.random.key(0), i)
+        clips = make_clips(task, key, scans["train"], batch_size, scene)
         batch = {"inputs": clips.video, "labels": clips.labels}
         if state is None:
             variables = jax.jit(model.init)(jax.random.key(1), clips.video[:1])
@@ -92,7 +96,10 @@ def train(model, task, steps, batch_size, learning_rate, start=None):
 def merge(trained, fresh):
     if not isinstance(fresh, dict):
         return trained
-    return {name: merge(trained[name], leaf) if name in trained and name != "head" else leaf for name, leaf in fresh.items()}
+    return {
+        name: merge(trained[name], leaf) if name in trained and name != "head" else leaf
+        for name, leaf in fresh.items()
+    }
 
 
 block = nl.layers.nonlocal_block("dot_product", subsample=False)
@@ -102,7 +109,8 @@ variables = train(model, "same_digit", 200, 32, 2e-3, start=trunk)
 
 # %%
 answers = jax.jit(model.apply)(variables, test.video).argmax(-1)
-print(f"right on {(answers == test.labels).mean():.0%} of the test clips; chance is 50%")
+right = (answers == test.labels).mean()
+print(f"right on {right:.0%} of the test clips; chance is 50%")
 print(nl.describe(model, variables, test.video[:1], expected=1)[0])
 
 # %% [markdown]
@@ -134,9 +142,11 @@ centres = nl.visualize.to_pixels(maps["block"], keys, of="keys").centre
 ratios = []
 for clip in range(64):
     frame, row, column = np.asarray(test.places[clip, 1])
-    on = (np.abs(centres[:, 1:] + 0.5 - (row, column)) <= 4).all(-1) & (frame <= centres[:, 0]) & (centres[:, 0] < frame + 2)
+    on = (np.abs(centres[:, 1:] + 0.5 - (row, column)) <= 4).all(-1)
+    on &= (frame <= centres[:, 0]) & (centres[:, 0] < frame + 2)
     _, top = maps["block"][clip].top(20, on_first_digit(clip))
-    ratios.append(on[np.ravel_multi_index(tuple(top[0, 0].T), maps["block"].keys)].mean() / on.mean())
+    landed = np.ravel_multi_index(tuple(top[0, 0].T), maps["block"].keys)
+    ratios.append(on[landed].mean() / on.mean())
 print(f"on average {np.mean(ratios):.1f} times as often as if they landed anywhere")
 assert np.mean(ratios) > 5
 
@@ -157,7 +167,8 @@ nl.visualize.query_dependence(maps)
 # `explore` writes one file that works offline, by keyboard and on a phone.
 
 # %%
-nl.visualize.explore(maps, paper, "explore.html", query=on_first_digit(0), title="Are they of one class?")
+query = on_first_digit(0)
+nl.visualize.explore(maps, paper, "explore.html", query=query, title="One class?")
 
 # %% [markdown]
 # Next: [03, a block in your own network](03_your_network.ipynb).

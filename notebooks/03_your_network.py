@@ -23,8 +23,9 @@
 import sys
 
 if "google.colab" in sys.modules:
+    address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
     get_ipython().run_line_magic(
-        "pip", "install --quiet 'nonlocal_jax[experiments] @ git+https://github.com/nonlocal-jax/nonlocal_jax'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
     )
 
 # %%
@@ -51,7 +52,8 @@ class Network(nn.Module):
         x = nn.relu(nn.Conv(32, (3, 3), strides=2, name="conv1")(x))
         x = nn.relu(nn.Conv(64, (3, 3), strides=2, name="conv2")(x))
         if self.nonlocal_block:
-            x = nl.layers.nonlocal_block("embedded_gaussian", name="nonlocal")(x, train=train)
+            block = nl.layers.nonlocal_block("embedded_gaussian", name="nonlocal")
+            x = block(x, train=train)
         return nn.Dense(10, name="head")(x.mean(axis=(1, 2)))
 
 
@@ -68,13 +70,14 @@ print(*nl.describe(model, variables, images, expected=1), sep="\n")
 # Take the trained variables, add those of the block.
 
 # %%
-trained = Network(nonlocal_block=False).init(jax.random.key(2), images)  # stands for a trained network
+without = Network(nonlocal_block=False)
+trained = without.init(jax.random.key(2), images)  # stands for a trained network
 fresh = model.init(jax.random.key(3), images)
 with_block = {
     "params": {**trained["params"], "nonlocal": fresh["params"]["nonlocal"]},
     "batch_stats": fresh["batch_stats"],
 }
-before = Network(nonlocal_block=False).apply(trained, images)
+before = without.apply(trained, images)
 after = model.apply(with_block, images)
 print("largest change of an answer:", float(jnp.abs(after - before).max()))
 assert (after == before).all()
@@ -100,8 +103,8 @@ jnp.abs(jax.grad(loss)(with_block["params"])["nonlocal"]["out_norm"]["scale"]).m
 class NnxNetwork(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(3, 32, (3, 3), strides=2, rngs=rngs)
-        block = nl.layers.nonlocal_block("dot_product")
-        self.nonlocal_block = nnx.bridge.ToNNX(block, rngs=rngs).lazy_init(jnp.zeros((1, 16, 16, 32)))
+        block = nnx.bridge.ToNNX(nl.layers.nonlocal_block("dot_product"), rngs=rngs)
+        self.nonlocal_block = block.lazy_init(jnp.zeros((1, 16, 16, 32)))
         self.head = nnx.Linear(32, 10, rngs=rngs)
 
     def __call__(self, x):
@@ -112,7 +115,8 @@ class NnxNetwork(nnx.Module):
 
 nnx_model = NnxNetwork(nnx.Rngs(0))
 x = nnx.relu(nnx_model.conv(images))
-print(nnx_model(images).shape, "and the identity:", bool((nnx_model.nonlocal_block(x) == x).all()))
+same = bool((nnx_model.nonlocal_block(x) == x).all())
+print(nnx_model(images).shape, "and the identity:", same)
 
 # %% [markdown]
 # ## Which block, where, how many
@@ -127,14 +131,14 @@ print(nnx_model(images).shape, "and the identity:", bool((nnx_model.nonlocal_blo
 # The paper's video networks have all of this by name:
 
 # %%
-network = nl.models.video_resnet(50, "c2d", nonlocal_blocks={"res3": (1, 3), "res4": (1, 3, 5)}, num_classes=10)
+network = nl.models.video_resnet(
+    50, "c2d", nonlocal_blocks={"res3": (1, 3), "res4": (1, 3, 5)}, num_classes=10
+)
 shapes = jax.eval_shape(network.init, jax.random.key(0), network.example)
 print([name for name in shapes["params"] if name.startswith("nonlocal")])
-for name, block in {
-    "paper": nl.layers.nonlocal_block("embedded_gaussian"),
-    "caffe2": nl.layers.nonlocal_block("embedded_gaussian", "caffe2"),
-}.items():
-    print(name, block.operation.use_scale, block.operation.pool_order, block.operation.use_bias)
+for preset in ("paper", "caffe2"):
+    operation = nl.layers.nonlocal_block("embedded_gaussian", preset).operation
+    print(preset, operation.use_scale, operation.pool_order, operation.use_bias)
 
 # %% [markdown]
 # Next: [04, published weights](04_published_weights.ipynb).

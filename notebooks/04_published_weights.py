@@ -25,8 +25,9 @@
 import sys
 
 if "google.colab" in sys.modules:
+    address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
     get_ipython().run_line_magic(
-        "pip", "install --quiet 'nonlocal_jax[experiments] @ git+https://github.com/nonlocal-jax/nonlocal_jax'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
     )
 
 # %%
@@ -48,10 +49,20 @@ if DOWNLOAD:
     file = folder / "I3D_NLN_8x8_R50.pkl"
     address = "https://dl.fbaipublicfiles.com/pyslowfast/model_zoo/kinetics400/"
     urllib.request.urlretrieve(address + file.name, file)
-    model = nl.models.video_resnet(50, "i3d_3x1x1", nonlocal_blocks=5, clip="8x8", preset="slowfast")
+    model = nl.models.video_resnet(
+        50, "i3d_3x1x1", nonlocal_blocks=5, clip="8x8", preset="slowfast"
+    )
 else:
     file = folder / "weights.safetensors"
-    model = nl.models.video_resnet((1, 1, 2, 1), "i3d_3x1x1", {"res4": (0,)}, clip="8x8", preset="slowfast", width_per_group=16)
+    stages = (1, 1, 2, 1)  # residual blocks of each; a non-local one in res4
+    model = nl.models.video_resnet(
+        stages,
+        "i3d_3x1x1",
+        {"res4": (0,)},
+        clip="8x8",
+        preset="slowfast",
+        width_per_group=16,
+    )
     random = jax.jit(model.init)(jax.random.key(0), jnp.zeros(model.example.shape))
     nl.weights.save(file, random, names="slowfast")
 print(f"{file.name}: {file.stat().st_size / 1e6:.0f} MB")
@@ -91,12 +102,15 @@ from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, normalise
 from nonlocal_jax.data.sampling import InTime
 
-lists = stand_in.make(folder / "videos", "kinetics", numbers={"train": 2, "val": 1, "test": 1})
+numbers = {"train": 2, "val": 1, "test": 1}
+lists = stand_in.make(folder / "videos", "kinetics", numbers=numbers)
 video = lists["train"].with_name("train0000.mp4")
 size = 224 if DOWNLOAD else 96
-clip = list(TestingClips(Annotations((Record(video, (0,)),), 1), InTime(8, 2), 1, "centre", size).read(0))[-1]
+one = Annotations((Record(video, (0,)),), 1)
+clip = list(TestingClips(one, InTime(8, 2), 1, "centre", size).read(0))[-1]
 logits = jax.jit(model.apply)(variables, normalise(jnp.asarray(clip)[None]))
-print(video.name, clip.shape, "class", int(logits.argmax()), f"with {float(jax.nn.softmax(logits).max()):.2f}")
+score = float(jax.nn.softmax(logits).max())
+print(f"{video.name}: {clip.shape}, class {int(logits.argmax())} with {score:.2f}")
 
 # %% [markdown]
 # `python -m experiments.predict VIDEO --weights FILE --page looked.html` does this with the paper's 30 views and draws where it looked.
@@ -111,9 +125,8 @@ maps = nl.visualize.affinities(model, variables, normalise(jnp.asarray(clip)[Non
 name, block = list(maps.items())[-1]
 query = tuple(n // 2 for n in block.queries)
 seen = nl.visualize.to_pixels(block, query)
-print(
-    f"{name}: {block.queries} queries, {block.keys} keys; {query} sees frames {seen.first[0]} to {seen.last[0]}, rows {seen.first[1]} to {seen.last[1]}"
-)
+print(f"{name}: {block.queries} queries, {block.keys} keys")
+print(f"{query} sees, in frame, row and column, {seen.first} to {seen.last}")
 nl.visualize.arrows(block, clip, query)
 
 # %%

@@ -23,8 +23,9 @@
 import sys
 
 if "google.colab" in sys.modules:
+    address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
     get_ipython().run_line_magic(
-        "pip", "install --quiet 'nonlocal_jax[experiments] @ git+https://github.com/nonlocal-jax/nonlocal_jax'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
     )
 
 # %%
@@ -51,7 +52,7 @@ def rows(n, d=256):
 
 
 for name in ("embedded_gaussian", "dot_product", "concatenation"):
-    print(name, nl.ops.explain(name, rows(12544), rows(3136), rows(3136)), sep="\n", end="\n\n")
+    print(name, nl.ops.explain(name, rows(12544), rows(3136), rows(3136)), sep="\n")
 
 # %% [markdown]
 # - **streaming** goes over the keys in tiles and keeps a sum and a maximum of each row; its gradient goes over them again.
@@ -76,7 +77,11 @@ for n in (49, 196, 784, 3136, 12544):
 # Medians of interleaved runs, of the operation alone. (`make bench` does this properly, beside torch and mmcv, with gradients.)
 
 # %%
-CASES = {"embedded_gaussian": "streaming", "dot_product": "reassociated", "concatenation": "sorted"}
+CASES = {
+    "embedded_gaussian": "streaming",
+    "dot_product": "reassociated",
+    "concatenation": "sorted",
+}
 SIZES = (512, 1024, 2048, 4096)
 
 
@@ -86,7 +91,8 @@ def measure(n, d=64, rounds=5):
     for name, fast in CASES.items():
         more = [jnp.ones(2 * d)] if name == "concatenation" else []
         for implementation in ("dense", fast):
-            call = jax.jit(functools.partial(getattr(nl.ops, name), implementation=implementation))
+            operation = getattr(nl.ops, name)
+            call = jax.jit(functools.partial(operation, implementation=implementation))
             call(theta, phi, g, *more).block_until_ready()
             runs[name, implementation] = (call, (theta, phi, g, *more))
     times = {key: [] for key in runs}
@@ -102,8 +108,10 @@ measured = {n: measure(n) for n in SIZES}
 figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True, layout="constrained")
 for ax, (name, fast) in zip(axes, CASES.items()):
     for implementation, style in (("dense", "o--"), (fast, "o-")):
-        ax.loglog(SIZES, [measured[n][name, implementation] for n in SIZES], style, label=implementation)
-    ax.set(title=name.replace("_", " "), xlabel="positions, N = M", xticks=SIZES, xticklabels=SIZES)
+        times = [measured[n][name, implementation] for n in SIZES]
+        ax.loglog(SIZES, times, style, label=implementation)
+    ax.set(title=name.replace("_", " "), xlabel="positions, N = M")
+    ax.set(xticks=SIZES, xticklabels=SIZES)
     ax.minorticks_off()
     ax.legend(frameon=False)
 _ = axes[0].set_ylabel("ms")
@@ -115,11 +123,11 @@ _ = axes[0].set_ylabel("ms")
 
 # %%
 block = nl.layers.nonlocal_block("embedded_gaussian")
-shape = (1, 4, 56, 56, 64)
-print(nl.plan(shape, block)[0])
+x = jax.ShapeDtypeStruct((1, 4, 56, 56, 64), jnp.float32)
+print(nl.plan(x.shape, block)[0])
 
-variables = jax.eval_shape(block.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
-compiled = jax.jit(block.apply).lower(variables, jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+variables = jax.eval_shape(block.init, jax.random.key(0), x)
+compiled = jax.jit(block.apply).lower(variables, x).compile()
 print(f"XLA: {compiled.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB forward")
 
 # %% [markdown]
@@ -130,7 +138,9 @@ print(f"XLA: {compiled.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB forwar
 # %%
 model = nl.models.video_resnet(50, "i3d_3x1x1", nonlocal_blocks=5, preset="slowfast")
 cost = nl.models.cost(model, (1, 8, 224, 224, 3))
-print(*[str(line) for line in str(cost).splitlines() if "nonlocal_res4_5" in line or "parameters," in line], sep="\n")
+for line in str(cost).splitlines():
+    if "nonlocal_res4_5" in line or "parameters," in line:
+        print(line)
 
 # %% [markdown]
 # To save memory: `remat=True` of a network computes residual blocks again in the backward pass; `dtype=jnp.bfloat16` halves activations

@@ -23,14 +23,16 @@
 import sys
 
 if "google.colab" in sys.modules:
+    address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
     get_ipython().run_line_magic(
-        "pip", "install --quiet 'nonlocal_jax[experiments] @ git+https://github.com/nonlocal-jax/nonlocal_jax'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
     )
 
 # %%
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"  # before JAX starts
+flags = os.environ.get("XLA_FLAGS", "")  # set before JAX starts
+os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +56,10 @@ jax.devices()
 # %%
 clips = make_clips("same_digit", jax.random.key(0), load_scans("train"), 8, Scene())
 batch = {"inputs": np.asarray(clips.video), "labels": np.asarray(clips.labels)}
-trainer = training.Trainer(ToyVideoNet(2, nl.layers.nonlocal_block("dot_product")), optax.sgd(0.1))
-variables = jax.device_get(
-    jax.jit(trainer.model.init)(jax.random.key(1), batch["inputs"][:1])
-)  # a step takes its state's place
+model = ToyVideoNet(2, nl.layers.nonlocal_block("dot_product"))
+trainer = training.Trainer(model, optax.sgd(0.1))
+# On the host, as a step takes the place of its state.
+variables = jax.device_get(jax.jit(model.init)(jax.random.key(1), batch["inputs"][:1]))
 
 results = {}
 for name, devices in {"one": jax.devices()[:1], "all": jax.devices()}.items():
@@ -69,7 +71,10 @@ for name, devices in {"one": jax.devices()[:1], "all": jax.devices()}.items():
     results[name] = jax.device_get((metrics["loss"], state.params))
     print(f"{name}: {dict(mesh.shape)}, loss {results[name][0]:.6f}")
 
-largest = max(np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(params) for _, params in results.values())))
+differences = jax.tree.map(
+    lambda a, b: np.abs(a - b).max(), results["one"][1], results["all"][1]
+)
+largest = max(jax.tree.leaves(differences))
 print(f"largest difference of a parameter after a step: {largest:.1e}")
 assert largest < 1e-4
 
@@ -91,12 +96,14 @@ for name in ("embedded_gaussian", "dot_product", "concatenation"):
     alone = nl.layers.nonlocal_block(name, zero_init=False)
     block_variables = alone.init(jax.random.key(4), x)
     split = nl.layers.nonlocal_block(name, zero_init=False, axis_name="positions")
-    over_devices = jax.shard_map(split.apply, mesh=mesh, in_specs=(P(), frames), out_specs=frames, check_vma=False)
+    specs = {"in_specs": (P(), frames), "out_specs": frames}
+    over_devices = jax.shard_map(split.apply, mesh=mesh, check_vma=False, **specs)
     z = jax.jit(over_devices)(block_variables, x)
     difference = jnp.abs(z - alone.apply(block_variables, x)).max()
-    print(
-        f"{name:18s} {len(z.addressable_shards)} shards of {z.addressable_shards[0].data.shape}, largest difference {difference:.1e}"
+    shards = (
+        f"{len(z.addressable_shards)} shards of {z.addressable_shards[0].data.shape}"
     )
+    print(f"{name:18s} {shards}, largest difference {difference:.1e}")
     assert difference < 1e-4
 
 # %% [markdown]
