@@ -289,7 +289,7 @@ def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, 
     ax.set(xlabel="step", ylabel="accuracy on test clips", ylim=(0.4, 1.02), title=f"{config.task}: learning curves")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     if nonlocal_networks:
-        chosen = "embedded_gaussian" if "embedded_gaussian" in nonlocal_networks else nonlocal_networks[0]
+        chosen = max(nonlocal_networks, key=lambda network: results[network][0].accuracy)
         draw_arrows(below, config, chosen, results[chosen][0], scans)
     figure.savefig(file, dpi=110)
     plt.close(figure)
