@@ -17,9 +17,10 @@ from nonlocal_jax import ops
 from nonlocal_jax.layers.instantiations import NonLocalOperation, to_rows
 from nonlocal_jax.types import Array, Instantiation
 from nonlocal_jax.visualize.geometry import Geometry, GeometryError
-from nonlocal_jax.visualize.tracing import geometries, numbered, place
+from nonlocal_jax.visualize.tracing import applied, geometries, numbered, place
 
 MOST_QUERIES = 4096  # of one call of `rows`
+MOST_BYTES = 1 << 30  # of what one call of `rows` returns
 CHUNK = 1 << 22  # affinities that are computed at once
 
 
@@ -27,7 +28,7 @@ class NoBlocksError(ValueError):
     """A model without non-local blocks."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class AffinityMap:
     """The affinity of one block on some clips: what `rows`, `top` and the pictures read.
 
@@ -49,7 +50,7 @@ class AffinityMap:
     keys: tuple[int, ...]
     window: tuple[int, ...]
     batch: int
-    _geometry: Geometry | GeometryError
+    _geometry: Geometry | GeometryError = dataclasses.field(repr=False)
     # (B, outer, N, d), (B, outer, M, d), (2d,), (B, outer, M): the positions of one sum are of one index of `outer`.
     _theta: Any = dataclasses.field(repr=False)
     _phi: Any = dataclasses.field(repr=False)
@@ -73,6 +74,18 @@ class AffinityMap:
         """How many keys each position sums, masked ones included."""
         return int(self._key_ids.shape[1])
 
+    @property
+    def sums(self) -> tuple[Int[np.ndarray, "s n"], Int[np.ndarray, "s m"]]:
+        """The flat positions of the queries and of the keys of each sum: one sum over spacetime, one a frame over space, ..."""
+        return self._query_ids, self._key_ids
+
+    def counted(self) -> Int[np.ndarray, "b *queries"]:
+        """How many keys each position sums, without masked ones."""
+        counts = np.full((self.batch, math.prod(self.queries)), self.summed)
+        if self._key_mask is not None:
+            counts[:, self._query_ids] = np.asarray(self._key_mask).sum(axis=-1)[..., None]
+        return counts.reshape(self.batch, *self.queries)
+
     def rows(self, queries: Any) -> Float[np.ndarray, "b q *keys"]:
         """Where some positions look: their rows of the affinity.
 
@@ -83,14 +96,19 @@ class AffinityMap:
             (B, Q, *keys), float32; 0 where a key is not summed, as those of other frames in a space-only block.
 
         Raises:
-            ValueError: too many queries, or affinities that are not finite.
+            ValueError: too many queries, more than 1 GiB of rows, or affinities that are not finite.
             IndexError: a query outside the map.
         """
-        ids = self._flat(queries)
+        ids = self.flat(queries)
         if len(ids) > MOST_QUERIES:
             raise ValueError(
                 f"queries must be at most {MOST_QUERIES:,} at once; got {len(ids):,}. Ask for them in parts, or for `top`, "
                 f"`entropy` or another summary, which take all without keeping them."
+            )
+        if (size := 4 * self.batch * len(ids) * math.prod(self.keys)) > MOST_BYTES:
+            raise ValueError(
+                f"rows must hold at most {MOST_BYTES >> 20:,} MiB; those of {len(ids):,} queries of {self.batch} clips hold "
+                f"{size >> 20:,}. Ask for them in parts, for one clip (`maps[block][clip]`), or for `top`."
             )
         out = np.zeros((self.batch, len(ids), math.prod(self.keys)), np.float32)
         for wanted, key_ids, weights in self._chunks(ids):
@@ -111,9 +129,10 @@ class AffinityMap:
             ValueError: k that is not from 1 to the keys that are summed, or affinities that are not finite.
             IndexError: a query outside the map.
         """
+        k = operator.index(k)
         if not 1 <= k <= self.summed:
             raise ValueError(f"k must be from 1 to {self.summed}, the keys that each position of {self.block} sums; got {k}.")
-        ids = np.arange(math.prod(self.queries)) if queries is None else self._flat(queries)
+        ids = np.arange(math.prod(self.queries)) if queries is None else self.flat(queries)
         weights = np.zeros((self.batch, len(ids), k), np.float32)
         places = np.zeros((self.batch, len(ids), k), np.int64)
         for wanted, key_ids, chunk in self._chunks(ids):
@@ -134,7 +153,8 @@ class AffinityMap:
         """All rows, a few at a time: flat positions of the queries and of the keys that they sum, and their affinities."""
         yield from self._chunks(np.arange(math.prod(self.queries)))
 
-    def _flat(self, queries: Any) -> Int[np.ndarray, " q"]:
+    def flat(self, queries: Any) -> Int[np.ndarray, " q"]:
+        """Positions (Q, axes) or (axes,) as indices of the map in row-major order. Raises IndexError where one lies outside."""
         queries = np.asarray(queries)
         axes = len(self.queries)
         if queries.ndim not in (1, 2) or queries.shape[-1] != axes or not np.issubdtype(queries.dtype, np.integer):
@@ -148,6 +168,12 @@ class AffinityMap:
             query = tuple(map(int, queries[outside][0]))
             raise IndexError(f"a query must lie inside the map {self.queries} of {self.block}; got {query}.")
         return np.ravel_multi_index(tuple(queries.T), self.queries)
+
+    def single(self, query: Any) -> tuple[int, ...]:
+        """One position, as integers. Raises ValueError for several, IndexError outside of the map."""
+        if len(self.flat(query)) != 1:
+            raise ValueError(f"query must be one position of the map {self.queries} of {self.block}; got {np.shape(query)}.")
+        return tuple(np.asarray(query).reshape(-1).tolist())
 
     def _chunks(self, ids: Any) -> Iterator[tuple[Any, Any, Any]]:
         """Of flat queries: their indices in `ids`, the flat keys that they sum, and f / C (B, n, M)."""
@@ -177,30 +203,32 @@ def _affinity(instantiation: Instantiation, theta: Array, phi: Array, w_f: Any, 
 
 
 def affinities(
-    model: nn.Module, variables: Any, clip: Any, blocks: Sequence[str] | str | None = None, **kwargs: Any
+    model: Any, variables: Any, clip: Any, blocks: Sequence[str] | str | None = None, **kwargs: Any
 ) -> dict[str, AffinityMap]:
     """The affinity of the non-local blocks of any network on a clip.
 
     The network runs once; rows of f / C are computed when they are asked for, so that 10,000 × 10,000 pairs are never kept.
+    Each call compiles the network anew: many clips at once are faster than one after another.
 
     Args:
-        model: any Linen module.
-        variables: its variables.
+        model: any Linen module, or an NNX module with blocks by `nnx.bridge.ToNNX`.
+        variables: its variables; None for an NNX module, which holds its own.
         clip: (B, T, H, W, C), (B, H, W, C) or (B, N, C), what the model takes.
         blocks: names of the blocks, their paths; None is all.
-        **kwargs: more arguments of `model.apply`.
+        **kwargs: more arguments of the model.
 
     Returns:
-        By name, in the order in which they run, an `AffinityMap` each.
+        By name, in the order in which they run, an `AffinityMap` each. A block that runs again is `block#2`.
 
     Raises:
         NoBlocksError: a model without non-local blocks.
         ValueError: a name that there is not (the error lists those that are), a clip that the model does not take, or blocks
-            inside `nn.scan` or split over devices.
+            inside `nn.scan` or `nn.vmap`, or split over devices; before the network runs.
+        TypeError: a model that is neither Linen nor NNX, or variables that do not go with it.
 
     Source: section 3.1, Eq. 1, and Figures 1 and 3.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> import nonlocal_jax as nl
     >>> model = nn.Sequential([nn.Conv(8, (3, 3), strides=2), nl.layers.nonlocal_block("embedded_gaussian")])
     >>> image = jax.random.normal(jax.random.key(0), (1, 24, 24, 3))
@@ -214,65 +242,83 @@ def affinities(
     if jnp.ndim(clip) < 3:
         raise ValueError(f"clip must have shape (B, *positions, C), as the model takes it; got {jnp.shape(clip)}.")
     clip = jnp.asarray(clip)
-    operations: dict[str, tuple[Any, ...]] = {}
+    apply, variables = applied(model, variables)
+    calls: list[_Call] = []
 
-    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module: Any = context.module
-        if not isinstance(module, NonLocalOperation):
-            return call(*args, **kwargs)
-        name = place(module)
-        match context.method_name:
-            case "__call__":
-                if module.axis_name is not None:
-                    raise ValueError(f"{name} must not be split over devices; got axis_name={module.axis_name!r}.")
-                operations[name] = (module, module.path, args[0].shape[1:-1])
-            case "_respond":
-                theta, phi, _, key_mask, _ = args
-                module.sow("intermediates", "pairs", (theta, phi, key_mask))
-            case "_pairwise":
-                instantiations[name], parameters, options = out = call(*args, **kwargs)
-                module.sow("intermediates", "pairwise", (parameters, options.get("scale", 1.0)))
-                return out
-        return call(*args, **kwargs)
+    def run(variables: Any, clip: Array) -> list[Any]:
+        calls.clear()
+        with nn.intercept_methods(functools.partial(_record, calls)):
+            sown = apply(variables, clip, mutable=["intermediates"], **kwargs)[1].get("intermediates", {})
+        return [call.pairs(sown if isinstance(model, nn.Module) else None) for call in calls]
 
-    instantiations: dict[str, Instantiation] = {}
+    def of_wanted(variables: Any, clip: Array) -> dict[str, Any]:
+        return {call.block: pairs for call, pairs in zip(calls, run(variables, clip), strict=True) if call.block in wanted}
 
-    def run(variables: Any, clip: Array) -> dict[str, Any]:
-        with nn.intercept_methods(record):
-            sown = model.apply(variables, clip, mutable=["intermediates"], **kwargs)[1].get("intermediates", {})
-        try:
-            at = {name: functools.reduce(operator.getitem, path, sown) for name, (_, path, _) in operations.items()}
-            return {name: list(zip(own["pairs"], own["pairwise"], strict=True)) for name, own in at.items()}
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the blocks must not be inside nn.scan; got {', '.join(operations)}.") from error
-
-    # Under jit, what is sown beside the pairs (the N×M maps) is never computed.
-    kept = jax.jit(run)(variables, clip)
-    if not operations:
+    jax.eval_shape(run, variables, clip)
+    if not calls:
         raise NoBlocksError(f"the model must have non-local blocks; {type(model).__name__} has none.")
-    paths = geometries(model, variables, clip, **kwargs)
-    maps = {}
-    for name, calls in kept.items():
-        for i, pairs in enumerate(calls):
-            each = numbered(name, i)
-            missing = GeometryError(f"receptive fields of {each} cannot be followed.")
-            operation, _, grid = operations[name]
-            maps[each] = _map(each, operation, grid, instantiations[name], pairs, paths.get(each, missing))
-    wanted = list(maps) if blocks is None else [blocks] if isinstance(blocks, str) else list(blocks)
-    if unknown := [name for name in wanted if name not in maps]:
-        raise ValueError(f"blocks must be among {', '.join(maps)}; got {', '.join(map(repr, unknown))}.")
-    return {name: maps[name] for name in maps if name in wanted}
+    names = [call.block for call in calls]
+    wanted = names if blocks is None else [blocks] if isinstance(blocks, str) else list(blocks)
+    if unknown := [name for name in wanted if name not in names]:
+        raise ValueError(f"blocks must be among {', '.join(names)}; got {', '.join(map(repr, unknown))}.")
+    try:  # under jit, what is sown beside the pairs (the N×M maps) is never computed
+        kept = jax.jit(of_wanted)(variables, clip)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(f"the blocks must not be inside nnx.scan or nnx.vmap; got {', '.join(names)}.") from error
+    paths = geometries(apply, variables, clip, **kwargs)
+    return {call.block: _map(call, kept[call.block], paths[call.block]) for call in calls if call.block in wanted}
 
 
-def _map(
-    name: str,
-    operation: Any,
-    grid: tuple[int, ...],
-    instantiation: Instantiation,
-    pairs: Any,
-    geometry: Geometry | GeometryError,
-) -> AffinityMap:
-    (theta, phi, key_mask), (parameters, scale) = pairs
+@dataclasses.dataclass
+class _Call:
+    """One run of an operation while the network is traced."""
+
+    block: str
+    operation: Any
+    grid: tuple[int, ...]
+    instantiation: Instantiation = "embedded_gaussian"
+    _arrays: Any = None  # θ, φ, the mask of the keys, the parameters of f, and the scale
+    _of_path: int = 0  # which one it is of those that the module has sown
+
+    def pairs(self, sown: Any) -> Any:
+        """The arrays: in Linen those that the module has sown, as they came out of what it is inside of, such as `nn.remat`."""
+        if sown is None:
+            return self._arrays
+        try:
+            found = functools.reduce(operator.getitem, self.operation.path, sown)["pairs"][self._of_path]
+        except (LookupError, TypeError):
+            found = None
+        if found is None or found[0].shape != self._arrays[0].shape:
+            raise ValueError(f"blocks must not be inside nn.scan or nn.vmap; {self.block} is.")
+        return found
+
+
+def _record(calls: list[_Call], call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """An interceptor of methods that writes down each run of a non-local operation."""
+    module: Any = context.module
+    if not isinstance(module, NonLocalOperation):
+        return call(*args, **kwargs)
+    match context.method_name:
+        case "__call__":
+            name = place(module)
+            if module.axis_name is not None:
+                raise ValueError(f"{name} must not be split over devices; got axis_name={module.axis_name!r}.")
+            before = sum(one.operation.path == module.path and place(one.operation) == name for one in calls)
+            calls.append(_Call(numbered(name, before), module, args[0].shape[1:-1], _of_path=before))
+        case "_respond":
+            theta, phi, _, key_mask, _ = args
+            calls[-1]._arrays = (theta, phi, key_mask)
+        case "_pairwise":
+            calls[-1].instantiation, parameters, options = out = call(*args, **kwargs)
+            calls[-1]._arrays = (*calls[-1]._arrays, parameters, options.get("scale", 1.0))
+            module.sow("intermediates", "pairs", calls[-1]._arrays)
+            return out
+    return call(*args, **kwargs)
+
+
+def _map(call: _Call, pairs: Any, geometry: Geometry | GeometryError) -> AffinityMap:
+    theta, phi, key_mask, parameters, scale = pairs
+    operation, grid = call.operation, call.grid
     window = operation.subsampling(grid)
     keys = tuple(n // size for n, size in zip(grid, window, strict=True))
     groups = None if operation.group_size is None else grid[0] // operation.group_size
@@ -285,8 +331,8 @@ def _map(
         return x.reshape(x.shape[0], -1, *x.shape[-2:])
 
     return AffinityMap(
-        block=name,
-        instantiation=instantiation,
+        block=call.block,
+        instantiation=call.instantiation,
         queries=grid,
         keys=keys,
         window=window,

@@ -55,7 +55,7 @@ def explore(
     12 MiB, in steps of 1/127 of the square root of the largest; the page says how many of the keys these are.
 
     Args:
-        maps: of `affinities`, or one of them.
+        maps: of `affinities`, or one of them; the page calls each by its name here, so maps of two networks may be compared.
         clip: what the network saw, (B, T, H, W, C) or one clip (T, H, W, C); images likewise without T.
         file: of the page.
         sample: which clip of the batch.
@@ -66,8 +66,8 @@ def explore(
         The page, which a notebook shows.
 
     Raises:
-        ValueError: no maps, a folder that is not there, weights that are not finite, or another clip than the network saw;
-            before anything is written.
+        ValueError: no maps, a file that cannot be there, weights that are not finite, another clip than the network saw, or
+            a map whose axes are not in the order of the input's; before anything is written.
         IndexError: a query outside the map.
         GeometryError: a network whose receptive fields cannot be followed.
 
@@ -87,20 +87,20 @@ def explore(
         raise ValueError("maps must have at least one block; got none.")
     if not file.absolute().parent.is_dir():
         raise ValueError(f"file must lie in a folder that is there; there is no {file.absolute().parent}.")
+    if file.is_dir():
+        raise ValueError(f"file must not be a folder; got {file}.")
     drawn = {name: of_sample(one, clip, sample) for name, one in maps.items()}
     first, scenes = next(iter(drawn.values()))[0], [at for _, at in drawn.values()]
-    if query is not None:
-        first.rows(query)  # raises what is wrong with it
+    start = first.single(tuple(n // 2 for n in first.queries) if query is None else query)
     numbers = sorted({int(number) for at in scenes for number in at.numbers})
     pictures = {int(n): picture for at in scenes for n, picture in zip(at.numbers, at.pictures, strict=True)}
-    middle = tuple(n // 2 for n in first.queries)
     record = {
         "title": title,
         "size": next(iter(pictures.values())).shape[:2],
         "numbers": numbers,
         "pictures": [_as_url(pictures[number]) for number in numbers],
-        "query": [*[0] * (3 - len(first.queries)), *map(int, middle if query is None else query)],
-        "blocks": [_block(one, at, numbers, BUDGET // len(drawn)) for one, at in drawn.values()],
+        "query": [*[0] * (3 - len(start)), *start],
+        "blocks": [{"name": name, **_block(one, at, numbers, BUDGET // len(drawn))} for name, (one, at) in drawn.items()],
     }
     template = (resources.files("nonlocal_jax.visualize") / "explore.html").read_text(encoding="utf-8")
     text = json.dumps(record, allow_nan=False).replace("<", "\\u003c")  # nothing in a name can end the script
@@ -123,17 +123,17 @@ def _block(one: AffinityMap, at: Scene, numbers: list[int], budget: int) -> dict
         largest[ids], indices[ids] = top[:, 0], key_ids[order]
         sign = np.sign(np.take_along_axis(rows[0], order, axis=-1))
         weights[ids] = np.round(127 * sign * np.sqrt(top / np.maximum(top[:, :1], np.finfo(np.float32).tiny)))
+    counted = one.counted().reshape(-1)
     part = f"; of each position the {kept:,} largest are kept" if kept < one.summed else ""
     return {
-        "name": one.block,
-        "caption": f"{one.instantiation.replace('_', ' ')}; {WEIGHTS[one.instantiation]}; {one.summed:,} keys{part}.",
+        "caption": f"{one.instantiation.replace('_', ' ')}; {WEIGHTS[one.instantiation]}; {counted.max():,} keys{part}.",
         "queries": at.queries.grid,
         "keys": at.keys.grid,
-        "summed": one.summed,
         "panels": [numbers.index(int(number)) for number in at.numbers],
         "key_panels": [at.place((frame, 0, 0), "keys")[0] for frame in range(at.keys.grid[0])],
         "queries_axes": _axes(at, "queries"),
         "keys_axes": _axes(at, "keys"),
+        "counted": _base64(counted.astype(np.uint32)),
         "kept": kept,
         "wide": wide,
         "indices": _base64(indices),

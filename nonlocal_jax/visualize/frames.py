@@ -54,7 +54,7 @@ def from_pixels(affinity: AffinityMap, where: Any) -> tuple[int, ...]:
         A position of the map `affinity.queries`, for `rows`, `arrows` and the like; of equals the first.
 
     Raises:
-        ValueError: not one number for each axis of the input.
+        ValueError: not one number for each axis of the input, or a position outside of it.
         GeometryError: as `to_pixels`.
 
     >>> import jax, jax.numpy as jnp
@@ -65,11 +65,12 @@ def from_pixels(affinity: AffinityMap, where: Any) -> tuple[int, ...]:
     >>> from_pixels(maps["layers_1"], (11, 15))
     (5, 7)
     """
-    axes = len(affinity.geometry().input)
-    if np.shape(where) != (axes,):
-        raise ValueError(f"where must be {axes} numbers, a position of the input; got {where}.")
+    size = np.array(affinity.geometry().input)
+    where = np.asarray(where)
+    if where.shape != size.shape or not ((where >= -0.5) & (where <= size - 0.5)).all():
+        raise ValueError(f"where must be {len(size)} numbers, a position inside the input {tuple(size.tolist())}; got {where}.")
     every = np.moveaxis(np.indices(affinity.queries), 0, -1).reshape(-1, len(affinity.queries))
-    distance = np.abs(to_pixels(affinity, every).centre - np.asarray(where)).sum(axis=-1)
+    distance = np.abs(to_pixels(affinity, every).centre - where).sum(axis=-1)
     return tuple(every[distance.argmin()].tolist())
 
 
@@ -135,14 +136,15 @@ def scene(affinity: AffinityMap, clip: Any) -> Scene:
 
     Args:
         affinity: of one clip, a video or an image.
-        clip: that clip, (T, H, W, C), or the image (H, W, C), of 1 or 3 channels: bytes, or numbers from 0 to 1; others, as
-            of a normalised clip, are stretched from their smallest to their largest.
+        clip: that clip, (T, H, W, C), or the image (H, W, C), of 1 or 3 channels: integers from 0 to 255, or numbers from
+            0 to 1; others, as of a normalised clip, are stretched from their smallest to their largest.
 
     Raises:
-        ValueError: a sequence, a clip of another size than the network saw, or one that is not finite.
+        ValueError: a sequence, a map of which rows do not run along rows, a clip of another size than the network saw, or one
+            that is not finite.
     """
     queries, keys = affinity.geometry("queries"), affinity.geometry("keys")
-    if len(queries.input) not in (2, 3) or any(len(g.grid) not in (2, 3) for g in (queries, keys)):
+    if len(queries.input) not in (2, 3) or len(queries.grid) not in (2, 3):
         raise ValueError(f"pictures want a map of (T, H, W) or (H, W); {affinity.block} has {queries.grid}.")
     clip = np.asarray(clip)
     if clip.ndim == len(queries.input) + 2 and len(clip) == 1:
@@ -153,12 +155,16 @@ def scene(affinity: AffinityMap, clip: Any) -> Scene:
         )
     if not np.issubdtype(clip.dtype, np.integer) and not np.isfinite(clip).all():
         raise ValueError("clip must be finite; got NaN or infinity.")
-    if clip.dtype == np.uint8:
+    if np.issubdtype(clip.dtype, np.integer) and clip.min() >= 0 and clip.max() <= 255:
         clip = clip.astype(np.float32) / 255
     elif clip.min() < 0 or clip.max() > 1:
-        clip = (clip - clip.min()) / (clip.max() - clip.min())
-    if len(queries.input) == 2:
-        clip, queries, keys = clip[None], _with_time(queries), _with_time(keys)
+        clip = clip.astype(np.float32) - clip.min()
+        clip /= max(clip.max(), np.finfo(np.float32).tiny)
+    clip = clip.reshape(*(1,) * (4 - clip.ndim), *clip.shape)
+    queries, keys = _with_time(queries), _with_time(keys)
+    for field, axis in zip(queries.fields, range(3), strict=True):
+        if field is not None and field.axis != axis:
+            raise ValueError(f"pictures want the axes of a map in the order of the input's; those of {affinity.block} are not.")
     one = Scene(np.empty((0, 1, 1, 3)), np.empty(0, int), queries, keys)
     numbers = np.floor(one.centres + 0.5).astype(int).clip(0, len(clip) - 1)
     pictures = np.broadcast_to(clip, (*clip.shape[:-1], 3))[numbers].astype(np.float32)
@@ -166,8 +172,10 @@ def scene(affinity: AffinityMap, clip: Any) -> Scene:
 
 
 def _with_time(geometry: Geometry) -> Geometry:
-    """That of an image as of a clip of one frame."""
-    fields = tuple(field and dataclasses.replace(field, axis=field.axis + 1) for field in geometry.fields)
-    if len(fields) == 2:
-        return Geometry((None, *fields), (1, *geometry.grid), (1, *geometry.input))
-    return Geometry(fields, geometry.grid, (1, *geometry.input))
+    """That of an image as of a clip of one frame; a map without time, of a video, as one that sees all of it."""
+    fields, grid, size = geometry.fields, geometry.grid, geometry.input
+    if len(size) == 2:
+        fields, size = tuple(field and dataclasses.replace(field, axis=field.axis + 1) for field in fields), (1, *size)
+    if len(grid) == 2:
+        fields, grid = (None, *fields), (1, *grid)
+    return Geometry(fields, grid, size)

@@ -110,7 +110,7 @@ class Pixels(NamedTuple):
 
     Attributes:
         first: (..., axes), the first index that is seen.
-        last: (..., axes), the last one.
+        last: (..., axes), the last one; `first` - 1 where padding alone is seen.
         centre: (..., axes), the middle of the receptive field before it is cut off at the borders of the input, or the border
             where it lies beyond.
     """
@@ -140,4 +140,6 @@ def pixels_of(geometry: Geometry, positions: Any) -> Pixels:
         if field is not None:
             first[..., field.axis], last[..., field.axis] = field.first[index], field.last[index]
             centre[..., field.axis] = field.stride * index + field.centre
-    return Pixels(first, last, np.clip(centre, 0, limit))
+    centre = np.clip(centre, 0, limit)
+    first = np.where(last < first, np.floor(centre).astype(np.int64), first)
+    return Pixels(first, np.maximum(last, first - 1), centre)

@@ -54,18 +54,19 @@ def entropy(affinity: AffinityMap) -> Float[np.ndarray, "b *queries"]:
 
 
 def received(affinity: AffinityMap) -> Float[np.ndarray, "b *keys"]:
-    """How much each key is looked at: the mean of its share over the queries that sum it, times the number of their keys.
+    """How much each key is looked at: the mean of its share over the queries that sum it, times the number of keys they sum.
 
     Returns:
-        (B, *keys); 1 where all are looked at alike.
+        (B, *keys); 1 where all are looked at alike, 0 where masked.
 
     Raises:
         ValueError: affinities that are not finite.
     """
     total = np.zeros((affinity.batch, math.prod(affinity.keys)))
     seen = np.zeros(math.prod(affinity.keys))
+    counted = affinity.counted().reshape(affinity.batch, -1, 1)
     for ids, key_ids, weights in affinity.chunks():
-        total[:, key_ids] += len(key_ids) * shares(weights).sum(axis=1)
+        total[:, key_ids] += (counted[:, ids] * shares(weights)).sum(axis=1)
         seen[key_ids] += len(ids)
     return (total / np.maximum(seen, 1)).astype(np.float32).reshape(affinity.batch, *affinity.keys)
 
@@ -74,7 +75,7 @@ def time_by_time(affinity: AffinityMap) -> Float[np.ndarray, "b t keys_t"]:
     """How much each frame of a map attends to each: the mean over its queries of their shares there.
 
     Returns:
-        (B, T, frames of the keys); rows sum to 1.
+        (B, T, frames of the keys); rows sum to 1, less what rows of zeros, as ReLU may leave them, lack.
 
     Raises:
         ValueError: a map without frames, or affinities that are not finite.
@@ -94,29 +95,32 @@ def time_by_time(affinity: AffinityMap) -> Float[np.ndarray, "b t keys_t"]:
 def query_dependence(affinity: AffinityMap) -> QueryDependence:
     """How much the maps of different queries differ: the question of GCNet, which found them nearly alike.
 
-    Rows of zeros are left out; a map of one row has 0. The sums are exact, over all pairs of queries: the mean of
-    cos(s_i, s_i') over all pairs, i = i' included, is ‖mean of s_i / ‖s_i‖‖².
+    Compared are queries of one sum: of the same frame over space, of the same pixel over time; and then the mean is taken over
+    the sums. Rows of zeros are left out; a sum of one row has 0. Over all pairs of queries, i = i' included, the mean of
+    cos(s_i, s_i') is ‖mean of s_i / ‖s_i‖‖²; so no pair is left out.
 
     Raises:
         ValueError: affinities that are not finite.
 
     Source: Cao, Xu, Lin, Wei, Hu: GCNet, ICCV Workshops 2019, section 3.2.
     """
-    keys = math.prod(affinity.keys)
-    units, mean, entropies = (np.zeros((affinity.batch, n)) for n in (keys, keys, 1))
-    count = np.zeros(affinity.batch)
-    for _, key_ids, weights in affinity.chunks():
+    queries, keys = math.prod(affinity.queries), math.prod(affinity.keys)
+    units, total = np.zeros((2, affinity.batch, keys))
+    entropies, there = np.zeros((2, affinity.batch, queries))
+    for ids, key_ids, weights in affinity.chunks():
         s = shares(weights.astype(np.float64))
         norm = np.linalg.norm(s, axis=-1, keepdims=True)
         units[:, key_ids] += (s / np.where(norm == 0, 1, norm)).sum(axis=1)
-        mean[:, key_ids] += s.sum(axis=1)
-        entropies[:, 0] += _entropy(s).sum(axis=1)
-        count += (norm[..., 0] > 0).sum(axis=1)
+        total[:, key_ids] += s.sum(axis=1)
+        entropies[:, ids] = _entropy(s)
+        there[:, ids] = norm[..., 0] > 0
+    of_queries, of_keys = affinity.sums
+    count = there[:, of_queries].sum(axis=-1)  # (B, sums), as all that follows
     rows = np.maximum(count, 1)
-    alike = np.square(units).sum(axis=1)  # Σ over all ordered pairs, of which `count` are i = i', with cos 1
-    cosine = 1 - (alike - count) / np.maximum(count * (count - 1), 1)
-    divergence = _entropy(mean / rows[:, None]) - entropies[:, 0] / rows
-    return QueryDependence(np.where(count > 1, cosine, 0).clip(0), divergence.clip(0))
+    alike = np.square(units[:, of_keys]).sum(axis=-1)  # Σ over all ordered pairs, of which `count` are i = i', with cos 1
+    cosine = np.where(count > 1, 1 - (alike - count) / np.maximum(count * (count - 1), 1), 0)
+    divergence = _entropy(total[:, of_keys] / rows[..., None]) - entropies[:, of_queries].sum(axis=-1) / rows
+    return QueryDependence(*(each.clip(0).mean(axis=-1) for each in (cosine, divergence)))
 
 
 def _entropy(s: Float[np.ndarray, "*b m"]) -> Float[np.ndarray, "*b"]:

@@ -45,7 +45,7 @@ def animate(
         raise ValueError(f"seconds must be from 0.01 to 60; got {seconds}.")
     if not queries.size:
         raise ValueError("queries must hold at least one position; got none.")
-    affinity.rows(queries)  # raises what is wrong with them
+    affinity.flat(queries)  # raises what is wrong with them
     pictures = _pictures(affinity, clip, queries, top, sample)
     write = _write_gif if file.suffix == ".gif" else _write_mp4
     write(pictures, file, seconds)

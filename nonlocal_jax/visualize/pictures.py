@@ -57,7 +57,8 @@ def arrows(
 
     Raises:
         IndexError: a query outside the map.
-        ValueError: weights that are not finite, another clip than the network saw, or not one of the axes for each frame.
+        ValueError: more than one query, less than one arrow, weights that are not finite, another clip than the network saw, a
+            map whose axes are not in the order of the input's, or not one of the axes for each frame.
         GeometryError: a network whose receptive fields cannot be followed.
 
     Source: Figures 1 and 3.
@@ -67,7 +68,10 @@ def arrows(
     from matplotlib.patheffects import withStroke
 
     one, at = of_sample(affinity, clip, sample)
-    row = one.rows(query)[0, 0]  # before any drawing: raises what is wrong with the query
+    query = one.single(query)
+    if top < 1:
+        raise ValueError(f"top must be at least 1; got {top}.")
+    row = one.rows(query)[0, 0]
     figure, (axes,) = _panels(at, axes)
     share = _shares(row)
     order = np.argsort(-share, axis=None, kind="stable")[:top]
@@ -115,17 +119,18 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
         The figure.
 
     Raises:
-        As `arrows`; ValueError too for more than 16 queries, which no one could look at.
+        As `arrows`; ValueError too for no queries, and for more than 16, which no one could look at.
     """
     from matplotlib.colors import CenteredNorm, Normalize
 
     one, at = of_sample(affinity, clip, sample)
     queries = np.atleast_2d(np.asarray(queries))
-    if len(queries) > 16:
-        raise ValueError(f"queries must be at most 16, each a row of the picture; got {len(queries)}.")
+    if not 1 <= len(queries) <= 16 or not queries.size:
+        raise ValueError(f"queries must be from 1 to 16, each a row of the picture; got {len(queries) if queries.size else 0}.")
     rows = one.rows(queries)[0]
     signed = one.instantiation == "dot_product"
-    relative = np.stack([np.sign(row) * _shares(row) * one.summed for row in rows])
+    counted = one.counted()[0][tuple(queries.T)]
+    relative = np.stack([np.sign(row) * _shares(row) * count for row, count in zip(rows, counted, strict=True)])
     largest = max(float(np.abs(relative).max()), 1e-12)
     norm = CenteredNorm(0, largest) if signed else Normalize(0, largest)
     figure, axes = _panels(at, None, rows=len(queries))
@@ -189,10 +194,11 @@ def entropy(affinity: AffinityMap, clip: Any, *, sample: int = 0) -> "Figure":
     one, at = of_sample(affinity, clip, sample)
     effective = np.exp(measures.entropy(one)[0]).reshape(at.queries.grid)
     figure, axes = _panels(at, None)
+    most = int(one.counted().max())
     for values, ax in zip(effective, axes[0], strict=True):
-        cells = ax.pcolormesh(*at.edges("queries"), values, cmap="cividis", vmin=1, vmax=one.summed, alpha=0.75)
+        cells = ax.pcolormesh(*at.edges("queries"), values, cmap="cividis", vmin=1, vmax=most, alpha=0.75)
     _bar(figure, cells, axes, "keys, in effect")
-    _caption(figure, f"{one.block} · {_called(one)} · exp(entropy) of each position's shares, of {one.summed} keys")
+    _caption(figure, f"{one.block} · {_called(one)} · exp(entropy) of each position's shares, of {most} keys")
     return figure
 
 

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
@@ -24,47 +25,69 @@ from nonlocal_jax.visualize.geometry import Field, Geometry, GeometryError
 MARK = "nonlocal_jax.visualize:"
 
 
-def geometries(model: nn.Module, variables: Any, x: Any, **kwargs: Any) -> dict[str, Geometry | GeometryError]:
+def applied(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
+    """`model.apply` and its variables; of an NNX model the same, made of its state. Raises TypeError for anything else."""
+    if isinstance(model, nn.Module):
+        return model.apply, variables
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model must be a Linen or an NNX module; got {type(model).__name__}.")
+    if variables is not None:
+        raise TypeError(f"variables of an NNX module must be None, as it holds its own; got {type(variables).__name__}.")
+    definition, state = nnx.split(model)
+
+    def apply(state: Any, x: Array, *, mutable: Any = False, **kwargs: Any) -> Any:
+        merged = nnx.merge(definition, state)
+        for path, module in nnx.iter_modules(merged):
+            if isinstance(module, nnx.bridge.ToNNX):  # Linen modules in it are told where they are
+                module.to_nnx__module = module.to_nnx__module.clone(name=MARK + "/".join(map(str, path)))
+        y = merged(x, **kwargs)
+        return (y, {}) if mutable else y
+
+    return apply, state
+
+
+def geometries(apply: Callable[..., Any], variables: Any, x: Any, **kwargs: Any) -> dict[str, Geometry | GeometryError]:
     """The geometry of the input of every non-local block, or what is in the way, by the block's name.
 
     Left out is what mixes all positions: the non-local blocks on the way and sums over whole axes, such as norms' statistics.
 
     Args:
-        model: any Linen module.
+        apply: `model.apply` of any Linen module, or what `applied` gives.
         variables: its variables, or their shapes.
-        x: (B, *positions, C), an input, or its shape.
-        **kwargs: more arguments of `model.apply`.
+        x: (B, *positions, C), an input, or its shape. One clip is traced: of arrays in `kwargs` that are B long, one entry.
+        **kwargs: more arguments of `apply`.
 
     >>> import jax
     >>> import nonlocal_jax as nl
     >>> model = nl.models.video_resnet(50, "c2d", 1, num_classes=7)
     >>> variables = jax.eval_shape(model.init, jax.random.key(0), model.example)
-    >>> rows = geometries(model, variables, model.example)["nonlocal_res4_4"].fields[1]
+    >>> rows = geometries(model.apply, variables, model.example)["nonlocal_res4_4"].fields[1]
     >>> rows.stride, rows.size
     (16, 235)
     """
 
     def run(variables: Any, x: Array) -> Any:
         with nn.intercept_methods(_as_windows):
-            return model.apply(variables, x, **kwargs)
+            return apply(variables, x, **of_one)
 
-    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    traced = jax.make_jaxpr(run)(variables, one).jaxpr
+    batch, *size = x.shape[:-1]
+    of_one = jax.tree.map(lambda leaf: leaf[:1] if jnp.ndim(leaf) and len(leaf) == batch else leaf, kwargs)
+    traced = jax.make_jaxpr(run)(variables, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)).jaxpr
+    of_input: Known = (None, *map(Field.of_input, range(len(size)), size), None)
     known: list[Known] = [(None,) * len(var.aval.shape) for var in traced.invars[:-1]]
     followed: dict[str, Geometry | GeometryError] = {}
-    _follow(
-        traced,
-        [*known, (None, *map(Field.of_input, range(len(one.shape) - 2), one.shape[1:-1]), None)],
-        one.shape[1:-1],
-        followed,
-    )
+    _follow(traced, [*known, of_input], tuple(size), followed)
     return followed
 
 
 def place(operation: nn.Module) -> str:
-    """The name of a block: its path, as in `params`; that of the operation where it stands alone."""
+    """The name of a block: its path, as in `params`; that of the operation where it stands alone; in NNX that of attributes."""
     block = operation.parent if isinstance(operation.parent, NonLocalBlock) else operation
-    return "/".join(block.path) or type(block).__name__
+    root: Any = block
+    while isinstance(root.parent, nn.Module):
+        root = root.parent
+    in_nnx = (root.name or "").removeprefix(MARK) if (root.name or "").startswith(MARK) else ""
+    return "/".join(filter(None, [in_nnx, *block.path])) or type(block).__name__
 
 
 def numbered(name: str, index: int) -> str:
@@ -148,7 +171,9 @@ def _geometry(known: Known, grid: tuple[int, ...], size: tuple[int, ...]) -> Geo
     if isinstance(known, str):
         return GeometryError(f"receptive fields cannot be followed through {known}.")
     fields = known[1:-1]
-    if any(field is None and n > 1 for field, n in zip(fields, grid, strict=True)) or known[0] or known[-1]:
+    if known[0]:
+        return GeometryError("frames are folded into the batch: the map is of an image; give the model one frame at a time.")
+    if any(field is None and n > 1 for field, n in zip(fields, grid, strict=True)) or known[-1]:
         return GeometryError(f"the axes of a map of {grid} must each run along an axis of the input {size}.")
     return Geometry(fields, grid, size)
 

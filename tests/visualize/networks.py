@@ -32,8 +32,10 @@ class OneBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        mask = jnp.broadcast_to(jnp.arange(x.shape[-2]) < 7, x.shape[:-1]) if self.masked else None
-        return self.block(x, mask=mask)
+        return self.block(x, mask=self.mask(x) if self.masked else None)
+
+    def mask(self, x):
+        return jnp.broadcast_to(jnp.arange(x.shape[-2]) < 7, x.shape[:-1])
 
 
 def clips(shape=CLIP, seed=0):

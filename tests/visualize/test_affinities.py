@@ -1,12 +1,15 @@
 """Rows, largest weights and summaries are those of the map that the block itself gives, whichever positions it sums."""
 
+import dataclasses
 import importlib
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from visualize.networks import OneBlock, TwoBlocks, clips, with_weights
 
 import nonlocal_jax as nl
@@ -84,13 +87,20 @@ def test_all_of_it_is_the_blocks_own_map(instantiation, options, masked, monkeyp
     by_time = s.reshape(2, 4, 45, keys[0], -1).sum(-1).mean(2)
     np.testing.assert_allclose(measures.time_by_time(one), by_time, **close)
     dependence = measures.query_dependence(one)
+    flat = np.arange(180)
+    of_sum = {"space": flat // 45, "time": flat % 45}.get(
+        options.get("axes"), flat // 90 if "group_size" in options else 0 * flat
+    )
     for clip in range(2):
-        rows = s[clip][total[clip, :, 0] > 0]
-        unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-        n, mean = len(rows), rows.mean(0)
-        np.testing.assert_allclose(dependence.cosine[clip], (1 - unit @ unit.T).sum() / (n * (n - 1)), **close)
-        divergence = np.mean([(r[r > 0] * np.log(r[r > 0] / mean[r > 0])).sum() for r in rows])
-        np.testing.assert_allclose(dependence.jensen_shannon[clip], divergence, **close)
+        cosine, divergence = [], []
+        for queries in (of_sum == i for i in np.unique(of_sum)):
+            rows = s[clip][queries & (total[clip, :, 0] > 0)]
+            unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+            n, mean = len(rows), rows.sum(0) / max(len(rows), 1)
+            cosine.append((1 - unit @ unit.T).sum() / (n * (n - 1)) if n > 1 else 0)
+            divergence.append(np.mean([(r[r > 0] * np.log(r[r > 0] / mean[r > 0])).sum() for r in rows]) if n else 0)
+        np.testing.assert_allclose(dependence.cosine[clip], np.mean(cosine), **close)
+        np.testing.assert_allclose(dependence.jensen_shannon[clip], np.mean(divergence), **close)
     received = measures.received(one)
     assert received.shape == (2, *keys)
     if not options:
@@ -109,6 +119,23 @@ def test_rows_of_zeros_stay_zeros():
     assert not measures.time_by_time(one).any()
 
 
+@pytest.mark.parametrize("axes", ["spacetime", "space", "time"])
+def test_maps_that_are_uniform_are_of_no_query(axes):
+    """All weights 0: each query looks at all keys alike that are not masked."""
+    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 9, 6))
+    model = OneBlock(nl.layers.nonlocal_block("embedded_gaussian", axes=axes, subsample=False), masked=True)
+    variables = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(1), x))
+    (one,) = affinities(model, variables, x).values()
+    mask = np.asarray(model.mask(x))
+    np.testing.assert_allclose(measures.received(one), mask, rtol=1e-5)
+    real = {"spacetime": (1, 2, 3), "space": (2, 3), "time": (1,)}[axes]
+    np.testing.assert_array_equal(one.counted(), np.broadcast_to(mask.sum(axis=real, keepdims=True), one.counted().shape))
+    there = one.counted() > 0
+    np.testing.assert_allclose(np.exp(measures.entropy(one))[there], one.counted()[there], rtol=1e-5)
+    dependence = measures.query_dependence(one)
+    np.testing.assert_allclose([*dependence.cosine, *dependence.jensen_shannon], 0, atol=1e-6)
+
+
 def test_blocks_are_found_in_the_order_in_which_they_run():
     x = clips()
     model = TwoBlocks()
@@ -119,6 +146,104 @@ def test_blocks_are_found_in_the_order_in_which_they_run():
     assert [one.keys for one in maps.values()] == [(4, 3, 5), (4, 3, 5)]
     assert list(affinities(model, variables, x, blocks="second")) == ["second"]
     assert list(affinities(model, variables, x, blocks=["second", "first"])) == ["first", "second"]
+
+
+def test_their_order_is_not_that_of_their_names():
+    names = ("zeta", "block_10", "block_9", "alpha")
+
+    class Many(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for name in names:
+                x = nl.layers.nonlocal_block("dot_product", name=name)(x)
+            return x
+
+    x = jnp.ones((1, 6, 4))
+    variables = Many().init(jax.random.key(0), x)
+    assert tuple(affinities(Many(), variables, x)) == names
+    assert tuple(affinities(Many(), variables, x, blocks=["alpha", "zeta"])) == ("zeta", "alpha")
+
+
+def test_arguments_go_to_the_model():
+    """A mask of each clip, and a flag."""
+
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, mask, train):
+            x = nn.Conv(4, (3, 3), strides=2)(x * mask[..., None])
+            return nl.layers.nonlocal_block("dot_product", name="block")(x, train=train, mask=mask[:, ::2, ::2])
+
+    x = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
+    mask = jnp.ones((2, 12, 16), bool).at[1, :, 8:].set(False)
+    variables = Masked().init(jax.random.key(1), x, mask=mask, train=False)
+    one = affinities(Masked(), variables, x, mask=mask, train=False)["block"]
+    assert one.counted()[:, 0, 0].tolist() == [12, 6]
+    assert not one.rows((0, 0))[1, 0, :, 2:].any()
+    assert one.geometry().fields[0].stride == 2
+
+
+def test_one_block_at_two_sizes():
+    class Pyramid(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            block = nl.layers.nonlocal_block("embedded_gaussian", subsample=False, name="block")
+            return block(x).mean() + block(nn.max_pool(x, (2, 2), (2, 2))).mean()
+
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 4))
+    fine, coarse = affinities(Pyramid(), Pyramid().init(jax.random.key(1), x), x).values()
+    assert (fine.queries, coarse.queries, coarse.block) == ((6, 8), (3, 4), "block#2")
+    assert [one.geometry().grid for one in (fine, coarse)] == [(6, 8), (3, 4)]
+    for one in (fine, coarse):
+        np.testing.assert_allclose(one.rows([(0, 0), (2, 3)]).sum(axis=(2, 3)), 1, rtol=1e-5)
+
+
+def test_nnx_models():
+    """The maps are those of the same network in Linen, and the model is as it was before."""
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(8, (3, 3), strides=2, name="conv")(x)
+            return nl.layers.nonlocal_block("dot_product", name="block")(x)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
+            block = nnx.bridge.ToNNX(nl.layers.nonlocal_block("dot_product"), rngs=rngs)
+            self.blocks = nnx.List([block.lazy_init(jnp.ones((1, 6, 8, 8)))])
+
+        def __call__(self, x):
+            return self.blocks[0](self.conv(x))
+
+    x = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
+    model = Nnx(nnx.Rngs(1))
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
+    maps = affinities(model, None, x)
+    assert list(maps) == ["blocks/0"]
+    of_block = model.blocks[0]
+    variables = Linen().init(jax.random.key(0), x)
+    params = {
+        "conv": {"kernel": model.conv.kernel[...], "bias": model.conv.bias[...]},
+        "block": jax.tree.map(lambda leaf: leaf[...], {"operation": of_block.operation, "out": of_block.out, "out_norm": {
+            name: of_block.out_norm[name] for name in variables["params"]["block"]["out_norm"]
+        }}, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)),
+    }  # fmt: skip
+    expected = affinities(Linen(), {**variables, "params": params}, x)["block"]
+    every = np.stack(np.unravel_index(np.arange(48), (6, 8)), axis=-1)
+    np.testing.assert_allclose(maps["blocks/0"].rows(every), expected.rows(every), rtol=1e-5, atol=1e-7)
+    assert maps["blocks/0"].geometry().fields[0].stride == 2
+    after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
+    chex.assert_trees_all_equal(after, before)
+    assert model.blocks[0].to_nnx__module.name is None
+
+    whole = nnx.bridge.ToNNX(Linen(), rngs=nnx.Rngs(0)).lazy_init(x)
+    assert list(affinities(whole, None, x)) == ["block"]
+    with pytest.raises(TypeError, match="variables of an NNX module must be None, as it holds its own; got dict"):
+        affinities(model, {}, x)
+    with pytest.raises(TypeError, match="model must be a Linen or an NNX module; got function"):
+        affinities(lambda x: x, None, x)
+    with pytest.raises(NoBlocksError, match="the model must have non-local blocks; Linear has none"):
+        affinities(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), None, x)
 
 
 def test_a_block_that_is_called_twice_has_two_maps():
@@ -179,6 +304,12 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"clip must have at least \d+ frames of \d+×\d+ pixels .* got 8 of 2×32"):
         affinities(network, of_network, jnp.zeros((1, 8, 2, 32, 3)))
     one = affinities(model, variables, x)["first"]
+    assert len(repr(one)) < 200
+    large = dataclasses.replace(one, keys=(64, 128, 128))
+    with pytest.raises(ValueError, match=r"rows must hold at most 1,024 MiB; those of 200 queries of 2 clips hold 1,600"):
+        large.rows(np.zeros((200, 3), int))
+    with pytest.raises(TypeError, match="float"):
+        one.top(2.5)
     with pytest.raises(IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(0, 6, 0\)"):
         one.rows([(0, 0, 0), (0, 6, 0)])
     with pytest.raises(ValueError, match=r"queries must be integers, \(Q, 3\) positions of the map \(4, 6, 10\); got float64"):
@@ -194,6 +325,21 @@ def test_bad_input():
         affinities(OneBlock(split), OneBlock(split).init(jax.random.key(0), x), x)
 
 
+def test_blocks_inside_vmap_are_refused():
+    class Vmapped(nn.Module):
+        axes: dict
+
+        @nn.compact
+        def __call__(self, x):
+            block = nn.vmap(nl.layers.NonLocalBlock, variable_axes=self.axes, split_rngs={"params": True}, in_axes=0)
+            return block(nl.layers.DotProduct(), norm=None, name="block")(x)
+
+    x = jnp.ones((3, 2, 5, 4))
+    for axes in ({"params": 0}, {"params": 0, "intermediates": 0}):
+        with pytest.raises(ValueError, match=r"blocks must not be inside nn\.scan or nn\.vmap; block.* is"):
+            affinities(Vmapped(axes), Vmapped(axes).init(jax.random.key(0), x), x)
+
+
 def test_blocks_inside_scan_are_refused():
     class Step(nn.Module):
         @nn.compact
@@ -206,5 +352,5 @@ def test_blocks_inside_scan_are_refused():
             return nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(x, None)[0]
 
     x = jnp.ones((1, 5, 4))
-    with pytest.raises(ValueError, match=r"the blocks must not be inside nn\.scan"):
+    with pytest.raises(ValueError, match=r"blocks must not be inside nn\.scan or nn\.vmap; .*block is"):
         affinities(Scanned(), Scanned().init(jax.random.key(0), x), x)

@@ -75,7 +75,7 @@ def measured(model, variables, shape, block):
 def check(model, shape, block):
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(1), x)
-    geometry = geometries(model, variables, x)[block]
+    geometry = geometries(model.apply, variables, x)[block]
     positions, fields = measured(model, variables, shape, block)
     seen = pixels_of(geometry, positions)
     np.testing.assert_array_equal(np.stack([seen.first, seen.last], axis=-1), fields)
@@ -211,5 +211,5 @@ def test_nothing_is_computed():
     """Shapes are enough, of a network that would not fit."""
     model = nl.models.video_resnet(152, "i3d_3x3x3", 1, num_classes=3)
     variables = jax.eval_shape(model.init, jax.random.key(0), model.example)
-    (found,) = geometries(model, variables, jax.ShapeDtypeStruct((64, 128, 320, 320, 3), jnp.float32)).values()
+    (found,) = geometries(model.apply, variables, jax.ShapeDtypeStruct((64, 128, 320, 320, 3), jnp.float32)).values()
     assert found.grid == (64, 20, 20)
