@@ -133,18 +133,19 @@ def main(config: Config) -> list[tuple[str, float]]:
     for name, score in best:
         table.add_row(name, f"{score:.3f}")
     console.print(table)
-    middle = list(views)[-1]
+    middle, written = list(views)[-1], picture
     try:
         maps = nl.visualize.affinities(model, variables, normalise(jnp.asarray(middle)[None], colours), train=False)
         draw(middle, list(maps.values())[-1], picture, f"{best[0][0]}, {best[0][1]:.2f}")
         console.print(f"where it looked: {picture}", highlight=False)
         if config.page is not None:
+            written = config.page
             nl.visualize.explore(maps, middle, config.page, title=f"{config.file.name}: {best[0][0]}")
             console.print(f"where each position looked: {config.page}", highlight=False)
     except nl.visualize.NoBlocksError as error:
         console.print(f"no picture: {error}", highlight=False)
     except (OSError, ValueError) as error:  # a folder that may not be written to, a format that there is not, NaN
-        raise SystemExit(f"error: no picture of where it looked, {picture}: {error}") from error
+        raise SystemExit(f"error: no picture of where it looked, {written}: {error}") from error
     return best
 
 

@@ -296,8 +296,11 @@ def draw(config: Config, results: dict[Network, list[Result]], scans: dict[str, 
 
 
 def draw_arrows(rows: list[Any], config: Config, network: Network, result: Result, scans: dict[str, Scans]) -> None:
-    """From a position on the first digit to its 20 highest-weighted ones, in test clips that no one chose."""
-    clips = jax.tree.map(lambda x: x[: len(rows)], held_out_clips(config.task, 0, scans, config.scene))
+    """From a position on the first digit to its 20 highest-weighted ones, in the first test clips of each class in turn."""
+    clips = held_out_clips(config.task, 0, scans, config.scene)
+    of_class = [np.nonzero(clips.labels == label)[0] for label in (0, 1)]
+    chosen = np.array([of_class[i % 2][i // 2] for i in range(len(rows))])
+    clips = jax.tree.map(lambda x: x[chosen], clips)
     model = build(network, config)
     answers = jax.jit(model.apply)(result.variables, clips.video).argmax(-1)
     block = nl.visualize.affinities(model, result.variables, clips.video)["block"]

@@ -11,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 from visualize.networks import OneBlock, TwoBlocks, clips, with_weights
 
 import nonlocal_jax as nl
-from nonlocal_jax.visualize import affinities, explore, measures
+from nonlocal_jax.visualize import affinities, explore, measures, to_pixels
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
@@ -56,7 +56,7 @@ def _opened(browser, file, **options):
     page.goto(file.as_uri())
     page.wait_for_function("pictures.every(picture => picture.complete)")
     yield page
-    assert wrong == []
+    assert [text for text in wrong if "getImageData" not in text] == []  # the tests read what was drawn
     assert all(url.startswith(("file:", "data:")) for url in asked)
     context.close()
 
@@ -96,9 +96,101 @@ def test_pointing_shows_where_a_position_looks(opened, maps):
     assert opened.locator("#caption").inner_text() == "dot product; signed weights f/N, shown as shares of Σ|f|/N; 60 keys."
 
 
+def colours(page, points):
+    """(N, 3) of the frames as they are drawn, at points in CSS pixels of the canvas."""
+    read = "points => points.map(([x, y]) => [...paint.getImageData(Math.floor(x), Math.floor(y), 1, 1).data.slice(0, 3)])"
+    return np.array(page.evaluate(read, np.asarray(points, float).tolist()), float)
+
+
+def show_only(page, *shown):
+    for box in ("heat", "lines"):
+        page.locator(f"#{box}").set_checked(box in shown)
+
+
+def test_all_that_it_shows_is_in_the_map(opened, maps):
+    """Every key, its share to the steps in which it is stored, its sign; and what the status says of the largest."""
+    for name, query in (("first", (0, 1, 2)), ("first", (3, 5, 9)), ("second", (1, 2, 0))):
+        opened.evaluate("([block, query]) => { show(block); look(query); }", [list(maps).index(name), list(query)])
+        row = maps[name][0].rows(query)[0, 0]
+        share = np.abs(row) / np.abs(row).sum()
+        shown = np.zeros(row.shape)
+        for position, value, sign in opened.evaluate("looks()"):
+            shown[tuple(position)] = sign * value
+        steps = np.sqrt(np.abs(shown) / share.max())
+        np.testing.assert_allclose(steps, np.sqrt(share / share.max()), atol=0.51 / 127)
+        visible = steps > 1 / 127
+        assert (np.sign(shown) == np.sign(row))[visible].all()
+        held = np.sort(np.abs(shown).reshape(-1))[::-1][:20]
+        assert said(opened).endswith(f"the {(held > 0).sum()} largest hold {100 * held.sum():.0f}%.")
+        assert f"{share.max() * row.size:.1f} × uniform" in said(opened)
+
+
+def test_the_frames_and_the_heat_are_drawn_where_they_belong(opened, maps):
+    one, query = maps["first"], (0, 0, 0)
+    opened.evaluate("query => look(query)", list(query))
+    keys = np.stack(np.unravel_index(np.arange(60), one.keys), axis=-1)[15:]  # not in frame 0, where the dot is
+    pixels = to_pixels(one, keys, of="keys").centre.astype(int)
+    points = opened.evaluate(
+        "pixels => { const at = layout(); return pixels.map(([t, r, c]) => { const [x, y] = corner(t, at); "
+        "return [x + (c + 0.5) * at.scale, y + (r + 0.5) * at.scale]; }); }",
+        pixels.tolist(),
+    )
+    show_only(opened)
+    under = 255 * np.asarray(clips())[0][tuple(pixels.T)]
+    np.testing.assert_allclose(colours(opened, points), under, atol=1.5)
+    show_only(opened, "heat")
+    row = one[0].rows(query)[0, 0].reshape(-1)[15:, None]
+    alpha = 0.8 * np.abs(row) / np.abs(one[0].rows(query)).max()
+    expected = alpha * np.where(row > 0, (230, 159, 0), (204, 121, 167)) + (1 - alpha) * under
+    np.testing.assert_allclose(colours(opened, points), expected, atol=4)
+    assert alpha.max() > 0.3
+
+
+def test_an_arrow_goes_from_the_query_to_the_key(opened, maps):
+    one, query = maps["first"], (0, 1, 2)
+    opened.evaluate("query => look(query)", list(query))
+    opened.locator("#top").fill("1")
+    _, key = one[0].top(1, query)
+    start, end = (
+        np.array(opened.evaluate("([position, of]) => place(position, of, layout())", [list(map(int, position)), of]))
+        for position, of in ((query, "queries"), (key[0, 0, 0], "keys"))
+    )
+    length = np.linalg.norm(end - start)
+    assert length > 60
+    along = (end - start) / length
+    on = [start + s * along for s in np.linspace(12, length - 3, 20)]
+    off = [*(point + 14 * along[::-1] * (1, -1) for point in on), end + 8 * along]
+    show_only(opened)
+    without_on, without_off = colours(opened, on), colours(opened, off)
+    show_only(opened, "lines")
+    assert (np.abs(colours(opened, on) - without_on).max(axis=1) > 10).mean() > 0.6  # it is dashed
+    np.testing.assert_array_equal(colours(opened, off), without_off)
+
+
+def test_the_keys_are_those_of_the_frames_alone(browser, file):
+    """Elsewhere, and with the keys of a browser, the page is as any other; the frame of the query stays in sight."""
+    for page in _opened(browser, file, viewport={"width": 420, "height": 330}):
+        assert page.evaluate("document.activeElement.id") == "view"
+        before = said(page)
+        page.locator("#play").focus()
+        for key in ("b", "h", "a", ".", "ArrowLeft"):
+            page.keyboard.press(key)
+        assert said(page) == before
+        assert page.locator("#block").input_value() == "0"
+        page.locator("#view").focus()
+        page.keyboard.press("End")
+        page.wait_for_function("scrollY > 0")
+        page.wait_for_timeout(500)  # browsers scroll smoothly
+        assert said(page) == before
+        for key in (*"....", *",,,,"):
+            page.keyboard.press(key)
+            top, tall = page.evaluate("[view.getBoundingClientRect().top + corner(state.query[0], layout())[1], layout().tall]")
+            assert top >= -1
+            assert top + tall <= page.locator("#status").bounding_box()["y"] + 1
+        assert page.locator("#status").bounding_box()["y"] < 330
+
+
 def test_keys_do_all_that_pointing_does(opened, maps):
-    opened.keyboard.press("Tab")
-    opened.locator("#view").focus()
     query = [0, 1, 2]
     for key, axis, by in [
         ("ArrowRight", 2, 1),
@@ -149,6 +241,13 @@ def test_on_a_phone_one_taps(browser, file, maps, scheme):
             "[...document.querySelectorAll('button, select')].filter(e => e.getBoundingClientRect().height < 36).length"
         )
         assert small == 0  # large enough for a finger
+        before, touch = said(page), page.context.new_cdp_session(page)
+        x, y = point(page, (1, 1, 1))
+        for kind, up in (("touchStart", 0), *(("touchMove", n) for n in range(20, 201, 20)), ("touchEnd", None)):
+            points = [] if up is None else [{"x": x, "y": y - up}]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.wait_for_timeout(300)
+        assert said(page) == before  # a swipe is not a tap
 
 
 def test_it_shows_itself_in_a_notebook(browser, file, maps, tmp_path):
@@ -162,11 +261,36 @@ def test_it_shows_itself_in_a_notebook(browser, file, maps, tmp_path):
     page.close()
 
 
-def test_names_cannot_leave_their_place(browser, maps, tmp_path):
-    name = "</script><script>document.title='x'</script>"
+@pytest.mark.parametrize("name", ["</script><script>document.title='x'</script>", "<img src=x onerror=\"document.title='x'\">"])
+def test_names_cannot_leave_their_place(browser, maps, tmp_path, name):
     page = browser.new_page()
     page.goto(explore({name: maps["second"]}, clips(), tmp_path / "names.html", title=name).file.as_uri())
+    page.wait_for_timeout(100)
     assert page.title() == name
+    assert page.locator("#block option").all_text_contents() == [name]
+    assert page.locator("img, h1 *").count() == 0
+    page.close()
+
+
+def test_maps_of_two_networks_are_compared(browser, maps, tmp_path):
+    page = browser.new_page()
+    other = affinities(TwoBlocks("dot_product"), with_weights(TwoBlocks("dot_product"), clips(), 5), clips())["first"]
+    page.goto(explore({"before": maps["first"], "after": other}, clips(), tmp_path / "two.html").file.as_uri())
+    assert page.locator("#block option").all_text_contents() == ["before", "after"]
+    assert said(page).startswith(sees(maps["first"], (2, 3, 5)))
+    page.locator("#block").select_option("after")
+    assert said(page).startswith(sees(other, (2, 3, 5)))
+    page.close()
+
+
+def test_masked_keys_are_not_counted(maps, browser, tmp_path):
+    x = clips((1, 9, 14, 3))
+    model = OneBlock(nl.layers.nonlocal_block("embedded_gaussian", subsample=False), masked=True)
+    one = affinities(model, with_weights(model, x), x)["block"]
+    page = browser.new_page()
+    page.goto(explore(one, x, tmp_path / "masked.html", query=(1, 2)).file.as_uri())
+    assert f"{one.rows((1, 2)).max() * 9 * 7:.1f} × uniform" in said(page)
+    assert "; 63 keys." in page.locator("#caption").inner_text()
     page.close()
 
 
@@ -196,6 +320,10 @@ def test_bad_input(maps, tmp_path):
         explore({}, clips(), file)
     with pytest.raises(ValueError, match="file must lie in a folder that is there"):
         explore(maps, clips(), tmp_path / "none" / "page.html")
+    with pytest.raises(ValueError, match="file must not be a folder; got"):
+        explore(maps, clips(), tmp_path)
+    with pytest.raises(ValueError, match=r"query must be one position of the map \(4, 6, 10\) of first; got \(2, 3\)"):
+        explore(maps, clips(), file, query=[(0, 0, 0), (1, 0, 0)])
     with pytest.raises(IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(9, 0, 0\)"):
         explore(maps, clips(), file, query=(9, 0, 0))
     with pytest.raises(ValueError, match="clip must be the one that the network saw"):

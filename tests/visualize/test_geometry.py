@@ -134,6 +134,32 @@ class Own(nn.Module):
         return nl.layers.nonlocal_block("dot_product", subsample=False, name="block")(y)
 
 
+def test_what_sees_padding_alone_sees_nothing():
+    class Padded(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nl.layers.nonlocal_block("dot_product", name="block")(nn.Conv(4, (1, 1), padding=2)(x))
+
+    x = jnp.ones((1, 5, 6, 2))
+    one = affinities(Padded(), Padded().init(jax.random.key(0), x), x)["block"]
+    seen = to_pixels(one, [(0, 0), (2, 9), (2, 3), (8, 8)])
+    assert seen.first.tolist() == [[0, 0], [0, 5], [0, 1], [4, 5]]
+    assert seen.last.tolist() == [[-1, -1], [0, 4], [0, 1], [3, 4]]
+
+
+def test_frames_in_the_batch_are_images():
+    class Images(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nl.layers.nonlocal_block("dot_product", name="block")(x.reshape(-1, *x.shape[2:]))
+
+    x = jnp.ones((1, 3, 6, 8, 4))
+    one = affinities(Images(), Images().init(jax.random.key(0), x), x)["block"]
+    assert one.batch == 3
+    with pytest.raises(GeometryError, match=r"frames are folded into the batch: .* give the model one frame at a time"):
+        one.geometry()
+
+
 def test_networks_of_ones_own():
     """The gate, which sees all, is left out."""
     x = jnp.ones((1, 3, 31, 26, 2))

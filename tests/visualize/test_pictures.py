@@ -1,9 +1,11 @@
 """What the pictures show: the right arrows, over the right frames, and what the weights are, in words."""
 
 import av
+import flax.linen as nn
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 from PIL import Image
@@ -51,6 +53,28 @@ def test_arrows_go_to_the_largest_shares(maps):
     assert signs == (weights[0, 0] > 0).tolist()
 
 
+@pytest.mark.parametrize("sample", [0, 1])
+def test_panels_are_the_frames_of_the_clip(maps, sample):
+    one, x = maps["first"], np.asarray(clips())
+    for figure in (
+        visualize.arrows(one, x, (0, 0, 0), sample=sample), visualize.heatmap(one, x, (0, 0, 0), sample=sample),
+        visualize.entropy(one, x, sample=sample), visualize.received(one, x[sample], sample=sample),
+    ):  # fmt: skip
+        shown = [ax.images[0].get_array() for ax in figure.axes if ax.images]
+        np.testing.assert_array_equal(shown, x[sample])
+
+
+def test_clips_of_any_numbers_are_shown(of_images):
+    one, _ = of_images
+    ramp = np.linspace(0, 1, 9 * 14 * 3, dtype=np.float32).reshape(9, 14, 3)
+    for clip, shown in (
+        (ramp, ramp), (4 * ramp - 2, ramp), (np.round(255 * ramp).astype(np.int64), ramp),
+        (np.full_like(ramp, -3), 0 * ramp), (np.full_like(ramp, 7), 0 * ramp),
+    ):  # fmt: skip
+        picture = visualize.arrows(one, clip, (0, 0)).axes[0].images[0].get_array()
+        np.testing.assert_allclose(picture, shown, atol=0.002)
+
+
 def test_what_the_weights_are_is_said_on_the_picture(maps):
     one = maps["second"]
     text = caption(visualize.arrows(one, clips(), (0, 0, 0)))
@@ -72,6 +96,16 @@ def test_heat_is_a_multiple_of_the_uniform_share(maps):
     heat = np.stack(cells).reshape(2, -1)
     rows = one[0].rows([(0, 0, 0), (3, 5, 9)])[0].reshape(2, -1)
     np.testing.assert_allclose(heat, 60 * rows / np.abs(rows).sum(-1, keepdims=True), rtol=1e-5)
+    meshes = [ax.collections[0] for ax in figure.axes if ax.collections and ax.images]
+    signed = one.instantiation == "dot_product"
+    assert {mesh.get_cmap().name for mesh in meshes} == {"PuOr_r" if signed else "inferno"}
+    assert meshes[0].norm.vmin == (-meshes[0].norm.vmax if signed else 0)
+    columns, rows = np.moveaxis(np.asarray(meshes[0].get_coordinates()), -1, 0)  # keys: stride 4, centre 1; then the borders
+    assert columns[0].tolist() == [-0.5, 3, 7, 11, 15, 19.5]
+    assert rows[:, 0].tolist() == [-0.5, 3, 7, 11.5]
+    dots = [line.get_xydata().tolist() for ax in figure.axes for line in ax.lines]
+    assert dots == [[[0, 0]], [[18, 10]]]  # queries: stride 2, centre 0; column, row
+    assert [i for i, ax in enumerate(figure.axes) if ax.lines] == [0, 7]
     assert one.instantiation.replace("_", " ") in caption(figure)
 
 
@@ -109,6 +143,34 @@ def test_pictures_are_drawn_on_axes_that_are_given(maps):
         visualize.arrows(maps["first"], clips(), (0, 0, 0), axes=axes[:3])
 
 
+def test_animations_are_of_the_clip_that_is_asked_for(maps, tmp_path):
+    def drawn(sample):
+        canvas = FigureCanvasAgg(visualize.arrows(maps["first"], clips(), (1, 2, 3), sample=sample))
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+
+    file = visualize.animate(maps["first"], clips(), [(1, 2, 3)], tmp_path / "one.gif", sample=1)
+    with Image.open(file) as image:
+        shown = np.asarray(image.convert("RGB"), int)
+    assert np.abs(shown - drawn(1)).mean() < 0.3 * np.abs(shown - drawn(0)).mean()
+
+
+def test_a_map_without_time_is_drawn_on_the_frame_in_the_middle():
+    class Averaged(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nl.layers.VideoConv(6, (1, 3, 3), (1, 2, 2))(x).mean(axis=1)
+            return nl.layers.nonlocal_block("embedded_gaussian", name="block")(x)
+
+    x = clips()
+    one = visualize.affinities(Averaged(), with_weights(Averaged(), x), x)["block"]
+    assert one.queries == (6, 10)
+    assert visualize.to_pixels(one, (2, 3)).centre.tolist() == [1.5, 4, 6]
+    for figure in (visualize.arrows(one, x, (2, 3)), visualize.heatmap(one, x, (2, 3))):
+        (shown,) = [ax.images[0].get_array() for ax in figure.axes if ax.images]
+        np.testing.assert_array_equal(shown, np.asarray(x)[0, 2])
+
+
 def test_animations_show_each_query(maps, tmp_path):
     queries = [(0, 0, 0), (1, 2, 3), (2, 5, 9)]
     gif = visualize.animate(maps["first"], clips(), queries, tmp_path / "moving.gif", seconds=0.25)
@@ -140,8 +202,16 @@ def test_bad_input(maps, tmp_path):
     broken[0, 0, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match="clip must be finite"):
         visualize.heatmap(one, broken, (0, 0, 0))
-    with pytest.raises(ValueError, match="queries must be at most 16, each a row of the picture; got 17"):
-        visualize.heatmap(one, x, [(0, 0, 0)] * 17)
+    for number in (0, 17):
+        with pytest.raises(ValueError, match=f"queries must be from 1 to 16, each a row of the picture; got {number}"):
+            visualize.heatmap(one, x, [(0, 0, 0)] * number)
+    with pytest.raises(ValueError, match=r"query must be one position of the map \(4, 6, 10\) of first; got \(2, 3\)"):
+        visualize.arrows(one, x, [(0, 0, 0), (1, 1, 1)])
+    with pytest.raises(ValueError, match="top must be at least 1; got -1"):
+        visualize.arrows(one, x, (0, 0, 0), top=-1)
+    for where in ((np.nan, 0, 0), (0, 12, 0), (0, 0, -1), (0, 0)):
+        with pytest.raises(ValueError, match=r"where must be 3 numbers, a position inside the input \(4, 12, 20\); got"):
+            visualize.from_pixels(one, where)
     with pytest.raises(ValueError, match="maps must have at least one block; got none"):
         visualize.query_dependence({})
     for options, message in (
@@ -158,4 +228,11 @@ def test_bad_input(maps, tmp_path):
     (of_sequence,) = visualize.affinities(block, with_weights(block, sequence), sequence).values()
     with pytest.raises(ValueError, match=r"pictures want a map of \(T, H, W\) or \(H, W\); block has \(9,\)"):
         visualize.arrows(of_sequence, sequence, (0,))
+    turned = nn.Sequential([lambda x: x.swapaxes(2, 3), nl.layers.nonlocal_block("dot_product", name="block")])
+    (of_turned,) = visualize.affinities(turned, with_weights(turned, x), x).values()
+    for draw in (visualize.arrows, visualize.heatmap):
+        with pytest.raises(
+            ValueError, match=r"pictures want the axes of a map in the order of the input's; those of .* are not"
+        ):
+            draw(of_turned, x, (0, 0, 0))
     assert x.shape == CLIP
