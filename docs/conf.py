@@ -20,10 +20,10 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_default_options = {"members": True, "member-order": "bysource", "special-members": "__call__"}
 autodoc_typehints = "none"  # shapes and types are in the docstrings
 autodoc_class_signature = "separated"
-napoleon_use_ivar, napoleon_attr_annotations = True, False
+napoleon_custom_sections = [("Attributes", "params_style")]  # as arguments are, for they are the arguments of dataclasses
 default_role = "code"  # `x` in a docstring
 
 
@@ -74,7 +74,8 @@ def _docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: li
 def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool:
     """Attributes are in the docstring of their class; what Python made, such as a dataclass's __init__, says nothing more."""
     ours = str(getattr(obj, "__module__", None)).startswith("nonlocal_jax")
-    return skip or (what == "class" and not isinstance(obj, property) and (name == "__init__" or not ours))
+    of_class = "." in getattr(obj, "__qualname__", "")  # else the value of an attribute
+    return skip or (what == "class" and not isinstance(obj, property) and (name == "__init__" or not ours or not of_class))
 
 
 def setup(app: Any) -> None:

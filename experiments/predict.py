@@ -1,6 +1,6 @@
 """What is in a video, and where the network looked.
 
-    python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pyth                      # the file tells its network
+    python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pkl --preset slowfast     # the file tells its network
     python -m experiments.predict VIDEO --weights FILE --clip 32x4 --classes kinetics_400.txt
     python -m experiments.predict VIDEO --weights runs/kinetics/weights.safetensors --recipe toy_mp4 --page looked.html
     python -m experiments.predict VIDEO --weights runs/charades/weights.safetensors --recipe toy_mp4 --data charades

@@ -24,12 +24,14 @@
 # About a minute on a CPU.
 
 # %%
+import shutil
 import sys
 
 if "google.colab" in sys.modules:
     address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
+    cuda = "'jax[cuda12]'" if shutil.which("nvidia-smi") else ""
     get_ipython().run_line_magic(
-        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}' {cuda}"
     )
 
 # %%
@@ -44,7 +46,8 @@ import nonlocal_jax as nl
 # ## Eq. 1, by a double loop
 #
 # Of every pair of positions $f$ says how much $j$ means to $i$; $C$ normalises. With $f = e^{\theta_i \cdot \phi_j}$ and
-# $C = \sum_j f$ this is the *embedded Gaussian*, a softmax over $j$.
+# $C = \sum_j f$ this is the *embedded Gaussian*, a softmax over $j$. Positions that ask are queries, those that are summed keys;
+# where keys are subsampled there are fewer of them, and the paper's $N$, which the sum is divided by below, is their number $M$.
 
 # %%
 N, M, d, e = 5, 7, 3, 2  # queries, keys, their width, the width of the values
@@ -67,8 +70,8 @@ np.abs(y - nl.ops.embedded_gaussian(theta, phi, g)).max()
 # |---|---|---|---|
 # | Gaussian (Eq. 2) | $e^{x_i \cdot x_j}$ | $\sum_j f$ | sum to 1 |
 # | embedded Gaussian (Eq. 3) | $e^{\theta_i \cdot \phi_j}$ | $\sum_j f$ | sum to 1 |
-# | dot product (Eq. 4) | $\theta_i \cdot \phi_j$ | $N$ | signed |
-# | concatenation (Eq. 5) | $\mathrm{ReLU}(w_f \cdot [\theta_i, \phi_j])$ | $N$ | at least 0, of any size |
+# | dot product (Eq. 4) | $\theta_i \cdot \phi_j$ | $M$ | signed |
+# | concatenation (Eq. 5) | $\mathrm{ReLU}(w_f \cdot [\theta_i, \phi_j])$ | $M$ | at least 0, of any size |
 #
 # `nl.ops.affinity` gives $f / C$; `nl.ops.definition` states all of this in a screen of code.
 
@@ -93,7 +96,7 @@ np.abs(masked - nl.ops.dot_product(theta, phi[:4], g[:4])).max()
 # ## Never N×M
 #
 # The sum can be had without the matrix of all pairs, and exactly: the Gaussians go over it in tiles, the dot product is
-# $\theta (\phi^T g) / N$, and the concatenation needs but a sort. `implementation="auto"` takes the one that is forecast to be
+# $\theta (\phi^T g) / M$, and the concatenation needs but a sort. `implementation="auto"` takes the one that is forecast to be
 # the fastest; whatever runs, it equals the definition.
 
 # %%
@@ -137,8 +140,8 @@ bool((block.apply(variables, x) == x).all())
 # %% [markdown]
 # ## What a map looks like, before any training
 #
-# The Gaussian of an image's own colours looks along its vector: from bright sky to bright sky, from dark leaves to dark ones, and from
-# grey, whose vector is short once the mean is taken away, at everything alike. A photograph that comes with scikit-learn, every 8th
+# The Gaussian of an image's own colours looks along its vector: from bright sky to bright sky, from the shade under the eaves to all
+# that is dark, and from a grey spot among the leaves, whose vector is short once the mean is taken away, at everything alike. A photograph that comes with scikit-learn, every 8th
 # pixel; from three positions:
 
 # %%

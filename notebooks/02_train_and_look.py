@@ -22,12 +22,14 @@
 # About two minutes on a CPU; more steps make it better.
 
 # %%
+import shutil
 import sys
 
 if "google.colab" in sys.modules:
     address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
+    cuda = "'jax[cuda12]'" if shutil.which("nvidia-smi") else ""
     get_ipython().run_line_magic(
-        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}' {cuda}"
     )
 
 # %%
@@ -68,7 +70,7 @@ for row, clip, label in zip(axes, test.video, test.labels):
 #
 # `training.Trainer` is what a step does, for any model: loss, gradient, optimiser, BatchNorm's statistics. First the trunk learns
 # single digits; then the block is inserted, the identity at first, and everything but the stem is trained on clips.
-# (`python -m experiments.toy_video` does the same with a log, checkpoints and every pairwise function.)
+# (In a clone of the repository, `python -m experiments.toy_video` does the same with a log, checkpoints and every pairwise function.)
 
 
 # %%

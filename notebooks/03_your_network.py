@@ -20,12 +20,14 @@
 # identity until it is trained. Under a minute on a CPU.
 
 # %%
+import shutil
 import sys
 
 if "google.colab" in sys.modules:
     address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
+    cuda = "'jax[cuda12]'" if shutil.which("nvidia-smi") else ""
     get_ipython().run_line_magic(
-        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}' {cuda}"
     )
 
 # %%
@@ -83,20 +85,26 @@ print("largest change of an answer:", float(jnp.abs(after - before).max()))
 assert (after == before).all()
 
 # %% [markdown]
-# The block's scale γ is 0, and its gradient is not: it learns from the first step on.
+# To train it, say `train=True`, and let BatchNorm update its statistics: `mutable=["batch_stats"]`. The block's scale γ is 0, and its
+# gradient is not: it learns from the first step on.
 
 
 # %%
-def loss(params):
-    return (model.apply({**with_block, "params": params}, images) ** 2).sum()
+def loss(params, batch_stats):
+    variables = {"params": params, "batch_stats": batch_stats}
+    y, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    return (y**2).mean(), updates["batch_stats"]
 
 
-jnp.abs(jax.grad(loss)(with_block["params"])["nonlocal"]["out_norm"]["scale"]).max()
+value_and_gradient = jax.value_and_grad(loss, has_aux=True)
+(value, batch_stats), gradient = value_and_gradient(*with_block.values())
+print("gradient of γ:", jnp.abs(gradient["nonlocal"]["out_norm"]["scale"]).max())
+print("the mean that moved:", batch_stats["nonlocal"]["out_norm"]["mean"][:3])
 
 # %% [markdown]
 # ## Flax NNX
 #
-# `nnx.bridge.ToNNX` makes an NNX module of any Linen one.
+# `nnx.bridge.ToNNX` makes an NNX module of any Linen one. In training its call takes `mutable` too, and keeps the statistics.
 
 
 # %%
@@ -107,9 +115,10 @@ class NnxNetwork(nnx.Module):
         self.nonlocal_block = block.lazy_init(jnp.zeros((1, 16, 16, 32)))
         self.head = nnx.Linear(32, 10, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x, train=False):
         x = nnx.relu(self.conv(x))
-        x = self.nonlocal_block(x)
+        mutable = ["batch_stats"] if train else False
+        x = self.nonlocal_block(x, train=train, mutable=mutable)
         return self.head(x.mean(axis=(1, 2)))
 
 
@@ -118,11 +127,32 @@ x = nnx.relu(nnx_model.conv(images))
 same = bool((nnx_model.nonlocal_block(x) == x).all())
 print(nnx_model(images).shape, "and the identity:", same)
 
+
+# %%
+@nnx.jit
+def nnx_gradient(model):
+    return nnx.grad(lambda model: (model(images, train=True) ** 2).mean())(model)
+
+
+gradient = nnx_gradient(nnx_model)
+print(
+    "gradient of γ:",
+    jnp.abs(gradient["nonlocal_block"]["out_norm"]["scale"][...]).max(),
+)
+print("the mean that moved:", nnx_model.nonlocal_block.out_norm["mean"][...][:3])
+
+# %% [markdown]
+# What a block attends to is seen in Linen and NNX alike ([notebook 02](02_train_and_look.ipynb)):
+
+# %%
+maps = nl.visualize.affinities(nnx_model, None, images)
+print({name: (one.queries, one.keys) for name, one in maps.items()})
+
 # %% [markdown]
 # ## Which block, where, how many
 #
-# - *Which*: all four pairwise functions do about as well in the paper (Table 2a); the dot product is the fastest, the embedded
-#   Gaussian the most used.
+# - *Which*: all four pairwise functions do about as well in the paper (Table 2a); the dot product and the
+#   concatenation are the fastest here, the embedded Gaussian is the most used.
 # - *Where*: res3 or res4, where maps are neither too large nor too coarse (Table 2b); one block right before the last residual block
 #   of res4 is the paper's default.
 # - *How many*: 5 or 10 help more than 1 (Table 2c).

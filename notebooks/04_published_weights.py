@@ -18,16 +18,18 @@
 #
 # The library reads the files of video-nonlocal-net, PySlowFast, mmaction2, pytorchvideo, Non-local_pytorch, torchvision and timm, by a
 # reader that runs nothing of what is in them; torch is not wanted. On Colab this notebook downloads PySlowFast's I3D NLN 8×8 R50
-# (141 MB, 74.0% on Kinetics-400); elsewhere it writes a small file of random weights under the same names, so that all of it runs
-# offline. About a minute.
+# (142 MB; PySlowFast reports 74.0% on Kinetics-400 with 30 views); elsewhere it writes a small file of random weights under the same
+# names, so that all of it runs offline. About a minute.
 
 # %%
+import shutil
 import sys
 
 if "google.colab" in sys.modules:
     address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
+    cuda = "'jax[cuda12]'" if shutil.which("nvidia-smi") else ""
     get_ipython().run_line_magic(
-        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}' {cuda}"
     )
 
 # %%
@@ -64,12 +66,13 @@ else:
         width_per_group=16,
     )
     random = jax.jit(model.init)(jax.random.key(0), jnp.zeros(model.example.shape))
-    nl.weights.save(file, random, names="slowfast")
+    nl.weights.save(file, random, names="caffe2")
 print(f"{file.name}: {file.stat().st_size / 1e6:.0f} MB")
 
 # %% [markdown]
 # ## Load
 #
+# The names in this file are Caffe2's; PySlowFast runs the weights in a network of its own conventions, which `preset="slowfast"` has.
 # Every entry of the file must find its place and every leaf of the network its entry; what does not is an error that says so, never
 # silence.
 
@@ -93,8 +96,8 @@ assert check.ok
 # %% [markdown]
 # ## Predict
 #
-# A clip is 8 frames, 8 apart, with the shorter side at 256, normalised as the source does. Here the library makes a short H.264 file
-# to read; put the name of your own video in its place.
+# A clip is 8 frames, 8 apart, normalised as the source does, with the shorter side at 256 (96 where the weights are random, to be quick).
+# Here the library makes a short H.264 file to read; put the name of your own video in its place.
 
 # %%
 from nonlocal_jax.data import stand_in
@@ -105,15 +108,16 @@ from nonlocal_jax.data.sampling import InTime
 numbers = {"train": 2, "val": 1, "test": 1}
 lists = stand_in.make(folder / "videos", "kinetics", numbers=numbers)
 video = lists["train"].with_name("train0000.mp4")
-size = 224 if DOWNLOAD else 96
+size = 256 if DOWNLOAD else 96
 one = Annotations((Record(video, (0,)),), 1)
-clip = list(TestingClips(one, InTime(8, 2), 1, "centre", size).read(0))[-1]
+clip = list(TestingClips(one, InTime(8, 8), 1, "centre", size).read(0))[-1]
 logits = jax.jit(model.apply)(variables, normalise(jnp.asarray(clip)[None]))
 score = float(jax.nn.softmax(logits).max())
 print(f"{video.name}: {clip.shape}, class {int(logits.argmax())} with {score:.2f}")
 
 # %% [markdown]
-# `python -m experiments.predict VIDEO --weights FILE --page looked.html` does this with the paper's 30 views and draws where it looked.
+# In a clone of the repository, `python -m experiments.predict VIDEO --weights FILE --page looked.html` does this with 30 views, as the
+# released code, and draws where it looked.
 #
 # ## See
 #

@@ -20,12 +20,14 @@
 # training keeps it. None of the library's fast paths builds it, and each is an exact equal. Under a minute on a CPU.
 
 # %%
+import shutil
 import sys
 
 if "google.colab" in sys.modules:
     address = "git+https://github.com/nonlocal-jax/nonlocal_jax"
+    cuda = "'jax[cuda12]'" if shutil.which("nvidia-smi") else ""
     get_ipython().run_line_magic(
-        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}'"
+        "pip", f"install --quiet 'nonlocal_jax[experiments] @ {address}' {cuda}"
     )
 
 # %%
@@ -57,7 +59,7 @@ for name in ("embedded_gaussian", "dot_product", "concatenation"):
 # %% [markdown]
 # - **streaming** goes over the keys in tiles and keeps a sum and a maximum of each row; its gradient goes over them again.
 # - **cudnn** is NVIDIA's fused kernel for half precision.
-# - **reassociated** is $\theta (\phi^T g) / N$: a $d \times e$ matrix in place of an $N \times M$ one.
+# - **reassociated** is $\theta (\phi^T g) / M$: a $d \times e$ matrix in place of an $N \times M$ one.
 # - **sorted** sorts the keys of the concatenation by $w_\phi \cdot \phi_j$: a ReLU of $a_i + b_j$ keeps those above $-a_i$, whose sums
 #   are prefix sums.
 #
@@ -74,7 +76,7 @@ for n in (49, 196, 784, 3136, 12544):
 # %% [markdown]
 # ## Measured here
 #
-# Medians of interleaved runs, of the operation alone. (`make bench` does this properly, beside torch and mmcv, with gradients.)
+# Medians of interleaved runs, of the operation alone. (In a clone, `make bench` does this properly, beside torch and mmcv, with gradients.)
 
 # %%
 CASES = {

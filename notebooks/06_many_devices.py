@@ -17,7 +17,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/06_many_devices.ipynb)
 #
 # Training runs on any mesh of devices by `jax.jit`; a clip that one device cannot hold is split over several by its frames, and each
-# position still sees all. Here on four CPU devices that JAX simulates; on a TPU or GPUs take the same code. About a minute.
+# position still sees all. Here on four CPU devices that JAX simulates, wherever it runs; on a TPU or GPUs take the same code
+# without the cell that simulates. About a minute.
 
 # %%
 import sys
@@ -33,6 +34,7 @@ import os
 
 flags = os.environ.get("XLA_FLAGS", "")  # set before JAX starts
 os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,7 @@ from nonlocal_jax.models.toy_video import ToyVideoNet
 
 import nonlocal_jax as nl
 
+assert len(jax.devices()) == 4
 jax.devices()
 
 # %% [markdown]
@@ -113,5 +116,5 @@ for name in ("embedded_gaussian", "dot_product", "concatenation"):
 jax.debug.visualize_array_sharding(z[0, :, :, 0, 0])
 
 # %% [markdown]
-# Whole networks take `axis_name` too: convolutions and poolings fetch the frames at their borders from the neighbours. In
-# `experiments.kinetics`, `--positions 4` splits each clip over four devices.
+# Whole networks take `axis_name` too, `nl.models.video_resnet(..., axis_name="positions")`: convolutions and poolings fetch the
+# frames at their borders from the neighbours. `training.make_mesh(positions=4)` is the mesh on which `training` runs them.

@@ -30,7 +30,7 @@ def test_published_weights_are_loaded_as_it_says(tmp_path, monkeypatch, capsys):
     model = nl.models.video_resnet(50, "i3d_3x1x1", nonlocal_blocks=5, clip="8x8", preset="slowfast")
     shapes = jax.eval_shape(model.init, jax.random.key(0), model.example)
     weights = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), shapes)
-    nl.weights.save("I3D_NLN_8x8_R50.pyth", weights, names="slowfast")
+    nl.weights.save("I3D_NLN_8x8_R50.pkl", weights, names="caffe2")
     names = {"nl": nl, "clip": jnp.ones((1, 8, 32, 32, 3))}
     exec(NETWORKS, names)
     assert names["logits"].shape == (1, 400)

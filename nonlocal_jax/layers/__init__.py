@@ -3,7 +3,7 @@
 from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
 from nonlocal_jax.layers.conv import VideoConv, video_conv
 from nonlocal_jax.layers.describe import BlockDescription, describe
-from nonlocal_jax.layers.instantiations import Concatenation, DotProduct, EmbeddedGaussian, Gaussian
+from nonlocal_jax.layers.instantiations import Concatenation, DotProduct, EmbeddedGaussian, Gaussian, NonLocalOperation
 from nonlocal_jax.layers.norm import Affine, BatchNorm, freeze_batch_norm
 from nonlocal_jax.layers.plan import BlockPlan, plan
 from nonlocal_jax.layers.pooling import max_pool, pool_mask, strided_max_pool
@@ -18,6 +18,7 @@ __all__ = [
     "EmbeddedGaussian",
     "Gaussian",
     "NonLocalBlock",
+    "NonLocalOperation",
     "VideoConv",
     "describe",
     "freeze_batch_norm",
