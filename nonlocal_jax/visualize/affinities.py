@@ -265,8 +265,13 @@ def affinities(
         kept = jax.jit(of_wanted)(variables, clip)
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(f"the blocks must not be inside nnx.scan or nnx.vmap; got {', '.join(names)}.") from error
-    paths = geometries(apply, variables, clip, **kwargs)
-    return {call.block: _map(call, kept[call.block], paths[call.block]) for call in calls if call.block in wanted}
+    missing = GeometryError("it was not met where the network was traced.")
+    paths: dict[str, Geometry | GeometryError] = {}
+    try:
+        paths = geometries(apply, variables, clip, **kwargs)
+    except (TypeError, ValueError) as error:
+        missing = GeometryError(f"the network cannot be traced with one clip: {error}")
+    return {call.block: _map(call, kept[call.block], paths.get(call.block, missing)) for call in calls if call.block in wanted}
 
 
 @dataclasses.dataclass
@@ -277,18 +282,18 @@ class _Call:
     operation: Any
     grid: tuple[int, ...]
     instantiation: Instantiation = "embedded_gaussian"
-    _arrays: Any = None  # θ, φ, the mask of the keys, the parameters of f, and the scale
-    _of_path: int = 0  # which one it is of those that the module has sown
+    arrays: Any = None  # θ, φ, the mask of the keys, the parameters of f, and the scale
+    of_path: int = 0  # which one it is of those that the module has sown
 
     def pairs(self, sown: Any) -> Any:
         """The arrays: in Linen those that the module has sown, as they came out of what it is inside of, such as `nn.remat`."""
         if sown is None:
-            return self._arrays
+            return self.arrays
         try:
-            found = functools.reduce(operator.getitem, self.operation.path, sown)["pairs"][self._of_path]
+            found = functools.reduce(operator.getitem, self.operation.path, sown)["pairs"][self.of_path]
         except (LookupError, TypeError):
             found = None
-        if found is None or found[0].shape != self._arrays[0].shape:
+        if found is None or found[0].shape != self.arrays[0].shape:
             raise ValueError(f"blocks must not be inside nn.scan or nn.vmap; {self.block} is.")
         return found
 
@@ -304,14 +309,14 @@ def _record(calls: list[_Call], call: Any, args: Any, kwargs: Any, context: nn.m
             if module.axis_name is not None:
                 raise ValueError(f"{name} must not be split over devices; got axis_name={module.axis_name!r}.")
             before = sum(one.operation.path == module.path and place(one.operation) == name for one in calls)
-            calls.append(_Call(numbered(name, before), module, args[0].shape[1:-1], _of_path=before))
+            calls.append(_Call(numbered(name, before), module, args[0].shape[1:-1], of_path=before))
         case "_respond":
             theta, phi, _, key_mask, _ = args
-            calls[-1]._arrays = (theta, phi, key_mask)
+            calls[-1].arrays = (theta, phi, key_mask)
         case "_pairwise":
             calls[-1].instantiation, parameters, options = out = call(*args, **kwargs)
-            calls[-1]._arrays = (*calls[-1]._arrays, parameters, options.get("scale", 1.0))
-            module.sow("intermediates", "pairs", calls[-1]._arrays)
+            calls[-1].arrays = (*calls[-1].arrays, parameters, options.get("scale", 1.0))
+            module.sow("intermediates", "pairs", calls[-1].arrays)
             return out
     return call(*args, **kwargs)
 

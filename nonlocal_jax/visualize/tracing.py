@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
@@ -29,6 +28,8 @@ def applied(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
     """`model.apply` and its variables; of an NNX model the same, made of its state. Raises TypeError for anything else."""
     if isinstance(model, nn.Module):
         return model.apply, variables
+    from flax import nnx  # which loads optax
+
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a Linen or an NNX module; got {type(model).__name__}.")
     if variables is not None:

@@ -13,7 +13,7 @@ from flax import nnx
 from visualize.networks import OneBlock, TwoBlocks, clips, with_weights
 
 import nonlocal_jax as nl
-from nonlocal_jax.visualize import NoBlocksError, affinities, measures
+from nonlocal_jax.visualize import GeometryError, NoBlocksError, affinities, measures
 
 MODULE = importlib.import_module("nonlocal_jax.visualize.affinities")  # whose name the function hides
 INSTANTIATIONS = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
@@ -180,6 +180,18 @@ def test_arguments_go_to_the_model():
     assert one.counted()[:, 0, 0].tolist() == [12, 6]
     assert not one.rows((0, 0))[1, 0, :, 2:].any()
     assert one.geometry().fields[0].stride == 2
+
+    class Weighted(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, of_batch):
+            return nl.layers.nonlocal_block("dot_product", name="block")(x * of_batch.reshape(2, 1, 1, 1))
+
+    variables = Weighted().init(jax.random.key(1), x, of_batch=jnp.ones((1, 2)))
+    one = affinities(Weighted(), variables, x, of_batch=jnp.ones((1, 2)))["block"]
+    assert one.rows((0, 0)).shape == (2, 1, 6, 8)
+    one = affinities(Weighted(), variables, x, of_batch=jnp.ones((2, 1)))["block"]
+    with pytest.raises(GeometryError, match="block: the network cannot be traced with one clip: "):
+        one.geometry()
 
 
 def test_one_block_at_two_sizes():
