@@ -17,7 +17,7 @@ from nonlocal_jax import ops
 from nonlocal_jax.layers.instantiations import NonLocalOperation, to_rows
 from nonlocal_jax.types import Array, Instantiation
 from nonlocal_jax.visualize.geometry import Geometry, GeometryError
-from nonlocal_jax.visualize.tracing import applied, geometries, numbered, place
+from nonlocal_jax.visualize.tracing import applied, geometries, intercepted, numbered, place
 
 MOST_QUERIES = 4096  # of one call of `rows`
 MOST_BYTES = 1 << 30  # of what one call of `rows` returns
@@ -128,6 +128,7 @@ class AffinityMap:
         Raises:
             ValueError: k that is not from 1 to the keys that are summed, or affinities that are not finite.
             IndexError: a query outside the map.
+            TypeError: k that is not an integer.
         """
         k = operator.index(k)
         if not 1 <= k <= self.summed:
@@ -223,8 +224,8 @@ def affinities(
     Raises:
         NoBlocksError: a model without non-local blocks.
         ValueError: a name that there is not (the error lists those that are), a clip that the model does not take, or blocks
-            inside `nn.scan` or `nn.vmap`, or split over devices; before the network runs.
-        TypeError: a model that is neither Linen nor NNX, or variables that do not go with it.
+            inside `nn.scan`, `nn.vmap`, `nnx.remat` and the like, or split over devices; before the network runs.
+        TypeError: a model that is neither Linen nor NNX, no variables of a Linen module, or some of an NNX module.
 
     Source: section 3.1, Eq. 1, and Figures 1 and 3.
 
@@ -247,7 +248,7 @@ def affinities(
 
     def run(variables: Any, clip: Array) -> list[Any]:
         calls.clear()
-        with nn.intercept_methods(functools.partial(_record, calls)):
+        with intercepted(functools.partial(_record, calls)):
             sown = apply(variables, clip, mutable=["intermediates"], **kwargs)[1].get("intermediates", {})
         return [call.pairs(sown if isinstance(model, nn.Module) else None) for call in calls]
 
@@ -264,12 +265,14 @@ def affinities(
     try:  # under jit, what is sown beside the pairs (the N×M maps) is never computed
         kept = jax.jit(of_wanted)(variables, clip)
     except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(f"the blocks must not be inside nnx.scan or nnx.vmap; got {', '.join(names)}.") from error
+        raise ValueError(
+            f"blocks must not be inside nnx.remat, nnx.scan or nnx.vmap; of {', '.join(names)} one or more are."
+        ) from error
     missing = GeometryError("it was not met where the network was traced.")
     paths: dict[str, Geometry | GeometryError] = {}
     try:
         paths = geometries(apply, variables, clip, **kwargs)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever a model raises
         missing = GeometryError(f"the network cannot be traced with one clip: {error}")
     return {call.block: _map(call, kept[call.block], paths.get(call.block, missing)) for call in calls if call.block in wanted}
 
@@ -279,7 +282,9 @@ class _Call:
     """One run of an operation while the network is traced."""
 
     block: str
+    name: str  # of the block, whichever run it is
     operation: Any
+    path: tuple[str, ...]
     grid: tuple[int, ...]
     instantiation: Instantiation = "embedded_gaussian"
     arrays: Any = None  # θ, φ, the mask of the keys, the parameters of f, and the scale
@@ -290,11 +295,11 @@ class _Call:
         if sown is None:
             return self.arrays
         try:
-            found = functools.reduce(operator.getitem, self.operation.path, sown)["pairs"][self.of_path]
+            found = functools.reduce(operator.getitem, self.path, sown)["pairs"][self.of_path]
         except (LookupError, TypeError):
             found = None
         if found is None or found[0].shape != self.arrays[0].shape:
-            raise ValueError(f"blocks must not be inside nn.scan or nn.vmap; {self.block} is.")
+            raise ValueError(f"blocks must not be inside nn.scan, nn.vmap or nnx.bridge.ToLinen; {self.block} is.")
         return found
 
 
@@ -308,8 +313,10 @@ def _record(calls: list[_Call], call: Any, args: Any, kwargs: Any, context: nn.m
             name = place(module)
             if module.axis_name is not None:
                 raise ValueError(f"{name} must not be split over devices; got axis_name={module.axis_name!r}.")
-            before = sum(one.operation.path == module.path and place(one.operation) == name for one in calls)
-            calls.append(_Call(numbered(name, before), module, args[0].shape[1:-1], of_path=before))
+            before = sum(one.name == name for one in calls)
+            calls.append(_Call(numbered(name, before), name, module, module.path, args[0].shape[1:-1], of_path=before))
+            with jax.disable_jit(False):  # loops are not unrolled
+                return call(*args, **kwargs)
         case "_respond":
             theta, phi, _, key_mask, _ = args
             calls[-1].arrays = (theta, phi, key_mask)

@@ -66,7 +66,7 @@ def from_pixels(affinity: AffinityMap, where: Any) -> tuple[int, ...]:
     (5, 7)
     """
     size = np.array(affinity.geometry().input)
-    where = np.asarray(where)
+    where = np.asarray(where, float)
     if where.shape != size.shape or not ((where >= -0.5) & (where <= size - 0.5)).all():
         raise ValueError(f"where must be {len(size)} numbers, a position inside the input {tuple(size.tolist())}; got {where}.")
     every = np.moveaxis(np.indices(affinity.queries), 0, -1).reshape(-1, len(affinity.queries))

@@ -4,7 +4,9 @@ The network is traced, never run, and each step of what JAX traced is followed f
 geometry, as long as what it does to positions is done in windows: convolutions, poolings, slices.
 """
 
+import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from nonlocal_jax.layers import NonLocalBlock, VideoConv
@@ -22,11 +25,14 @@ from nonlocal_jax.types import Array
 from nonlocal_jax.visualize.geometry import Field, Geometry, GeometryError
 
 MARK = "nonlocal_jax.visualize:"
+TRACES = itertools.count()
 
 
 def applied(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
     """`model.apply` and its variables; of an NNX model the same, made of its state. Raises TypeError for anything else."""
     if isinstance(model, nn.Module):
+        if variables is None:
+            raise TypeError("variables of a Linen module must be those that `init` gives; got None.")
         return model.apply, variables
     from flax import nnx  # which loads optax
 
@@ -45,6 +51,13 @@ def applied(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
         return (y, {}) if mutable else y
 
     return apply, state
+
+
+@contextlib.contextmanager
+def intercepted(interceptor: Callable[..., Any]) -> Iterator[None]:
+    """Every method of a Linen module goes through the interceptor, those too of which JAX has a trace, as under `nnx.jit`."""
+    with jax.disable_jit(), set_xla_metadata(nonlocal_jax_trace=str(next(TRACES))), nn.intercept_methods(interceptor):
+        yield
 
 
 def geometries(apply: Callable[..., Any], variables: Any, x: Any, **kwargs: Any) -> dict[str, Geometry | GeometryError]:
@@ -68,11 +81,12 @@ def geometries(apply: Callable[..., Any], variables: Any, x: Any, **kwargs: Any)
     """
 
     def run(variables: Any, x: Array) -> Any:
-        with nn.intercept_methods(_as_windows):
+        with intercepted(_as_windows):
             return apply(variables, x, **of_one)
 
     batch, *size = x.shape[:-1]
     of_one = jax.tree.map(lambda leaf: leaf[:1] if jnp.ndim(leaf) and len(leaf) == batch else leaf, kwargs)
+    of_one |= {"rngs": kwargs["rngs"]} if "rngs" in kwargs else {}  # keys are arrays too
     traced = jax.make_jaxpr(run)(variables, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)).jaxpr
     of_input: Known = (None, *map(Field.of_input, range(len(size)), size), None)
     known: list[Known] = [(None,) * len(var.aval.shape) for var in traced.invars[:-1]]

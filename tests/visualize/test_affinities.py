@@ -252,10 +252,85 @@ def test_nnx_models():
     assert list(affinities(whole, None, x)) == ["block"]
     with pytest.raises(TypeError, match="variables of an NNX module must be None, as it holds its own; got dict"):
         affinities(model, {}, x)
+    with pytest.raises(TypeError, match="variables of a Linen module must be those that `init` gives; got None"):
+        affinities(Linen(), None, x)
     with pytest.raises(TypeError, match="model must be a Linen or an NNX module; got function"):
         affinities(lambda x: x, None, x)
     with pytest.raises(NoBlocksError, match="the model must have non-local blocks; Linear has none"):
         affinities(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), None, x)
+
+
+def test_a_network_that_is_used_at_two_sizes():
+    """A head over a pyramid, in Linen and in NNX."""
+
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nl.layers.nonlocal_block("embedded_gaussian", subsample=False, name="block")(x)
+
+    class Pyramid(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            head = nn.jit(Head)(name="head")
+            return head(x).mean() + head(x[:, ::2, ::2]).mean() + head(x).mean()
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs):
+            self.head = nnx.bridge.ToNNX(Head(), rngs=rngs).lazy_init(jnp.ones((1, 6, 8, 4)))
+
+        def __call__(self, x):
+            return self.head(x).mean() + self.head(x[:, ::2, ::2]).mean() + self.head(x).mean()
+
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 4))
+    for model, variables in ((Pyramid(), Pyramid().init(jax.random.key(1), x)), (Nnx(nnx.Rngs(0)), None)):
+        maps = affinities(model, variables, x)
+        assert list(maps) == ["head/block", "head/block#2", "head/block#3"]
+        assert [one.queries for one in maps.values()] == [(6, 8), (3, 4), (6, 8)]
+        assert [one.geometry().grid for one in maps.values()] == [(6, 8), (3, 4), (6, 8)]
+        assert maps["head/block#2"].geometry().fields[0].stride == 2
+        first, second, third = (one.rows((0, 0)) for one in maps.values())
+        np.testing.assert_array_equal(first, third)
+        assert second.shape == (2, 1, 3, 4)
+
+
+def test_networks_that_jax_has_traced_already():
+    """Of what is under `jit` JAX keeps the trace, in which nothing can be seen."""
+
+    class Jitted(nnx.Module):
+        def __init__(self, rngs):
+            block = nl.layers.nonlocal_block("dot_product")
+            self.block = nnx.bridge.ToNNX(block, rngs=rngs).lazy_init(jnp.ones((1, 6, 8, 4)))
+
+        @nnx.jit
+        def __call__(self, x):
+            return self.block(x)
+
+    class Again(Jitted):
+        @nnx.remat
+        def __call__(self, x):
+            return self.block(x)
+
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 4))
+    model = Jitted(nnx.Rngs(0))
+    model(x)
+    for _ in range(2):
+        assert affinities(model, None, x)["block"].rows((0, 0)).shape == (2, 1, 3, 4)
+    model = Again(nnx.Rngs(0))
+    model(x)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"blocks must not be inside nnx\.remat, nnx\.scan or nnx\.vmap; of block one"):
+            affinities(model, None, x)
+
+
+def test_keys_of_the_model_are_not_of_the_clips():
+    class Dropped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nl.layers.nonlocal_block("dot_product", name="block")(nn.Dropout(0.5, deterministic=False)(x))
+
+    x, rngs = jnp.ones((2, 6, 8, 4)), {"dropout": jax.random.PRNGKey(0)}
+    variables = Dropped().init({"params": jax.random.key(0), **rngs}, x)
+    assert affinities(Dropped(), variables, x, rngs=rngs)["block"].geometry().grid == (6, 8)
 
 
 def test_a_block_that_is_called_twice_has_two_maps():
@@ -348,7 +423,7 @@ def test_blocks_inside_vmap_are_refused():
 
     x = jnp.ones((3, 2, 5, 4))
     for axes in ({"params": 0}, {"params": 0, "intermediates": 0}):
-        with pytest.raises(ValueError, match=r"blocks must not be inside nn\.scan or nn\.vmap; block.* is"):
+        with pytest.raises(ValueError, match=r"blocks must not be inside nn\.scan, nn\.vmap or .*; block.* is"):
             affinities(Vmapped(axes), Vmapped(axes).init(jax.random.key(0), x), x)
 
 
@@ -364,5 +439,5 @@ def test_blocks_inside_scan_are_refused():
             return nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(x, None)[0]
 
     x = jnp.ones((1, 5, 4))
-    with pytest.raises(ValueError, match=r"blocks must not be inside nn\.scan or nn\.vmap; .*block is"):
+    with pytest.raises(ValueError, match=r"blocks must not be inside nn\.scan, nn\.vmap or .*; .*block is"):
         affinities(Scanned(), Scanned().init(jax.random.key(0), x), x)

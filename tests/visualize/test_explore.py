@@ -180,7 +180,9 @@ def test_the_keys_are_those_of_the_frames_alone(browser, file):
         page.locator("#view").focus()
         page.keyboard.press("End")
         page.wait_for_function("scrollY > 0")
-        page.wait_for_timeout(500)  # browsers scroll smoothly
+        before_scroll = -1
+        while before_scroll != (before_scroll := page.evaluate("scrollY")):  # browsers scroll smoothly
+            page.wait_for_timeout(200)
         assert said(page) == before
         for key in (*"....", *",,,,"):
             page.keyboard.press(key)
