@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 import nonlocal_jax as nl
@@ -50,8 +49,10 @@ def test_every_module_of_data_is_in_it(site):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_functions_that_are_named_exist(page):
-    for name in set(re.findall(r"\bnl\.([a-z_]+(?:\.[A-Za-z_]+)*)", page.read_text())):
-        functools.reduce(getattr, name.split("."), nl)
+    named = set(re.findall(r"\bnl\.([a-z_]+(?:\.[A-Za-z_]+)*)", page.read_text()))
+    assert [
+        name for name in named if functools.reduce(lambda at, part: getattr(at, part, None), name.split("."), nl) is None
+    ] == []
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -72,20 +73,6 @@ def test_flags_that_are_named_exist(monkeypatch, capsys):
         assert left.value.code == 0
         has = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
         assert {argument for argument in arguments if argument.startswith("--")} <= has, (page, command)
-
-
-def test_the_snippets_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (first,) = re.findall(r"```python\n(.*?)```", (DOCS / "index.md").read_text(), flags=re.DOTALL)
-    names = {}
-    exec(first, names)
-    assert (names["z"] == names["x"]).all()
-    (looking,) = re.findall(r"```python\n(.*?)```", (DOCS / "how_to.md").read_text(), flags=re.DOTALL)
-    model = nl.models.video_resnet((1, 1, 6, 1), "c2d", {"res4": (5,)}, preset="slowfast", num_classes=3, width_per_group=4)
-    clip = jax.random.uniform(jax.random.key(0), (1, 8, 128, 128, 3))
-    variables = jax.jit(model.init)(jax.random.key(1), clip)
-    exec(looking, {"nl": nl, "model": model, "clip": clip, "variables": variables})
-    assert {file.name for file in tmp_path.iterdir()} == {"arrows.png", "explore.html"}
 
 
 @pytest.mark.parametrize(

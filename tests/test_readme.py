@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""What the README shows runs, and what the site's first pages do."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,17 @@ import numpy as np
 
 import nonlocal_jax as nl
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
-TEN_LINES, NETWORKS, LOOKING = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def snippets(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+TEN_LINES, NETWORKS, LOOKING = snippets(README)
+(FIRST,) = snippets((ROOT / "docs" / "index.md").read_text())
+(HOW_TO_LOOK,) = snippets((ROOT / "docs" / "how_to.md").read_text())
 
 
 def test_the_ten_lines_run():
@@ -22,6 +29,9 @@ def test_the_ten_lines_run():
     (affinity,) = names["state"]["intermediates"]["operation"]["affinity"]
     assert affinity.shape == (2, 1568, 392)
     assert jax.tree.structure(names["variables"]).num_leaves == 8
+    names = {}
+    exec(FIRST, names)
+    assert (names["z"] == names["x"]).all()
 
 
 def test_published_weights_are_loaded_as_it_says(tmp_path, monkeypatch, capsys):
@@ -42,11 +52,14 @@ def test_one_sees_what_it_attends_to(tmp_path, monkeypatch):
     model = nl.models.video_resnet((1, 1, 6, 1), "c2d", {"res4": (5,)}, preset="slowfast", num_classes=3, width_per_group=4)
     clip = jax.random.uniform(jax.random.key(0), (1, 8, 128, 128, 3))
     variables = jax.jit(model.init)(jax.random.key(1), clip)
-    exec(LOOKING, {"nl": nl, "model": model, "clip": clip, "variables": variables})
-    assert {file.name for file in tmp_path.iterdir()} == {"arrows.png", "explore.html"}
+    for snippet in (LOOKING, HOW_TO_LOOK):
+        exec(snippet, {"nl": nl, "model": model, "clip": clip, "variables": variables})
+        assert {file.name for file in tmp_path.iterdir()} == {"arrows.png", "explore.html"}
+        for file in tmp_path.iterdir():
+            file.unlink()
 
 
 def test_it_is_short_and_its_picture_is_there():
     assert len(README.splitlines()) < 150
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (Path(__file__).parent.parent / picture).is_file(), picture
+        assert (ROOT / picture).is_file(), picture

@@ -281,21 +281,24 @@ def affinities(
 class _Call:
     """One run of an operation while the network is traced."""
 
-    block: str
-    name: str  # of the block, whichever run it is
+    name: str  # of the block
+    index: int  # of the run, where the block runs again
     operation: Any
-    path: tuple[str, ...]
     grid: tuple[int, ...]
     instantiation: Instantiation = "embedded_gaussian"
     arrays: Any = None  # θ, φ, the mask of the keys, the parameters of f, and the scale
-    of_path: int = 0  # which one it is of those that the module has sown
+
+    @property
+    def block(self) -> str:
+        """The name of the map."""
+        return numbered(self.name, self.index)
 
     def pairs(self, sown: Any) -> Any:
         """The arrays: in Linen those that the module has sown, as they came out of what it is inside of, such as `nn.remat`."""
         if sown is None:
             return self.arrays
         try:
-            found = functools.reduce(operator.getitem, self.path, sown)["pairs"][self.of_path]
+            found = functools.reduce(operator.getitem, self.operation.path, sown)["pairs"][self.index]
         except (LookupError, TypeError):
             found = None
         if found is None or found[0].shape != self.arrays[0].shape:
@@ -314,7 +317,7 @@ def _record(calls: list[_Call], call: Any, args: Any, kwargs: Any, context: nn.m
             if module.axis_name is not None:
                 raise ValueError(f"{name} must not be split over devices; got axis_name={module.axis_name!r}.")
             before = sum(one.name == name for one in calls)
-            calls.append(_Call(numbered(name, before), name, module, module.path, args[0].shape[1:-1], of_path=before))
+            calls.append(_Call(name, before, module, args[0].shape[1:-1]))
             with jax.disable_jit(False):  # loops are not unrolled
                 return call(*args, **kwargs)
         case "_respond":
