@@ -16,7 +16,14 @@ import sys
 from pathlib import Path
 
 import tyro
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from benchmarks import machine, report
 from benchmarks.cases import Case, all_cases, is_quick
@@ -30,10 +37,14 @@ BUSY = 0.3  # load for each core
 class Config:
     """Speed, memory and precision of the non-local operations and blocks, beside PyTorch and mmcv-lite."""
 
-    only: tuple[str, ...] = ()  # parts of the names (section/instantiation/N/M/d) of the cases to measure; none is all
+    only: tuple[
+        str, ...
+    ] = ()  # parts of the names (section/instantiation/N/M/d) of the cases to measure; none is all
     quick: bool = False  # the smallest sizes alone, into runs/benchmarks
     report_only: bool = False  # no measuring: write the report from the results that are there
-    readme: Path = Path("README.md")  # three lines of the report go here, where it has marks for them
+    readme: Path = Path(
+        "README.md"
+    )  # three lines of the report go here, where it has marks for them
     seconds: float = 8.0  # of timing for each case, before the slowest competitors' fewest rounds
 
     def __post_init__(self) -> None:
@@ -51,7 +62,9 @@ class Config:
         if self.only:
             chosen = [case for case in chosen if any(part in case.name for part in self.only)]
         if not chosen:
-            raise ValueError(f"only must name parts of cases such as {all_cases()[0].name!r}; got {self.only}.")
+            raise ValueError(
+                f"only must name parts of cases such as {all_cases()[0].name!r}; got {self.only}."
+            )
         return chosen
 
 
@@ -61,7 +74,9 @@ def main(config: Config) -> None:
     if not config.report_only:
         run(config, results)
     report.write(results, config.folder / "README.md", Path() if config.quick else config.readme)
-    print(f"{config.folder / 'README.md'}, from {', '.join(str(path) for path in sorted(results.glob('*.json')))}")
+    print(
+        f"{config.folder / 'README.md'}, from {', '.join(str(path) for path in sorted(results.glob('*.json')))}"
+    )
 
 
 def run(config: Config, folder: Path) -> None:
@@ -72,9 +87,14 @@ def run(config: Config, folder: Path) -> None:
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     try:
-        environment = machine.describe(workers, shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]))
+        environment = machine.describe(
+            workers, shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+        )
         if environment["load"] > BUSY * environment["cores"]:
-            print(f"The machine is busy (load {environment['load']:.1f}): the numbers will be of little use.", file=sys.stderr)
+            print(
+                f"The machine is busy (load {environment['load']:.1f}): the numbers will be of little use.",
+                file=sys.stderr,
+            )
         path = folder / f"{environment['backend']}.json"
         kept = Results.read(path).records if config.only and path.exists() else []
         results = Results(environment, kept)

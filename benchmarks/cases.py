@@ -97,15 +97,33 @@ GROWTH: dict[Instantiation, tuple[int, ...]] = {
 }
 
 
-NETWORK = Case("network", "embedded_gaussian", 3136, 784, 256, "I3D R50, 5 blocks, 2 clips of 8×224×224", (8, 224, 224))
+NETWORK = Case(
+    "network",
+    "embedded_gaussian",
+    3136,
+    784,
+    256,
+    "I3D R50, 5 blocks, 2 clips of 8×224×224",
+    (8, 224, 224),
+)
 
 
 def all_cases() -> list[Case]:
     """Every case, the small ones first."""
-    operations = [Case("operation", name, *size, where) for size, where in SIZES.items() for name in INSTANTIATIONS]
-    blocks = [block(name, *size) for size in SIZES if size[0] in (784, 3136) for name in INSTANTIATIONS]
+    operations = [
+        Case("operation", name, *size, where)
+        for size, where in SIZES.items()
+        for name in INSTANTIATIONS
+    ]
+    blocks = [
+        block(name, *size) for size in SIZES if size[0] in (784, 3136) for name in INSTANTIATIONS
+    ]
     blocks.append(block("dot_product", 12544, 12544, 256))
-    growth = [Case("growth", name, n, n // 4, GROWTH_WIDTH, "pooled keys") for name, lengths in GROWTH.items() for n in lengths]
+    growth = [
+        Case("growth", name, n, n // 4, GROWTH_WIDTH, "pooled keys")
+        for name, lengths in GROWTH.items()
+        for n in lengths
+    ]
     return operations + blocks + growth + [NETWORK]
 
 
@@ -125,16 +143,27 @@ def competitors(case: Case, free_bytes: float) -> list[tuple[Competitor, Directi
         return _both("auto", "plain", "torch contiguous", "torch channels_last")
     pairs = 4 * case.n * case.m  # bytes
     if case.section == "growth":
-        fits: list[tuple[Direction, int]] = [("forward", 2 * pairs), ("both", 4 * pairs)]  # dense has up to so many
-        return _both("auto", "copy") + [("dense", direction) for direction, needed in fits if needed < free_bytes / 2]
-    torch: tuple[Competitor, ...] = ("torch pairs", "torch sdpa") if "gaussian" in case.instantiation else ("torch pairs",)
+        fits: list[tuple[Direction, int]] = [
+            ("forward", 2 * pairs),
+            ("both", 4 * pairs),
+        ]  # dense has up to so many
+        return _both("auto", "copy") + [
+            ("dense", direction) for direction, needed in fits if needed < free_bytes / 2
+        ]
+    torch: tuple[Competitor, ...] = (
+        ("torch pairs", "torch sdpa") if "gaussian" in case.instantiation else ("torch pairs",)
+    )
     if case.section == "operation":
         return _both("auto", "dense", *torch)
     ours = _both("auto", *torch)
     mmcv = _both("mmcv contiguous", "mmcv channels_last")
     if case.instantiation == "concatenation":
-        fits_too = 6 * case.d * pairs < free_bytes  # it repeats θ and φ and joins them: 15 GB measured at 3136/784/256
-        mmcv = [(name, direction) for name, direction in mmcv if direction == "forward" and fits_too]
+        fits_too = (
+            6 * case.d * pairs < free_bytes
+        )  # it repeats θ and φ and joins them: 15 GB measured at 3136/784/256
+        mmcv = [
+            (name, direction) for name, direction in mmcv if direction == "forward" and fits_too
+        ]
     return ours + mmcv
 
 
@@ -148,7 +177,10 @@ def inputs(case: Case) -> list[Floats]:
     Logits are about N(0, 1), so that a softmax over them is neither uniform nor one-hot.
     """
     random = np.random.default_rng(0)
-    theta, phi = (random.standard_normal((1, rows, case.d), np.float32) * case.d**-0.25 for rows in (case.n, case.m))
+    theta, phi = (
+        random.standard_normal((1, rows, case.d), np.float32) * case.d**-0.25
+        for rows in (case.n, case.m)
+    )
     arrays = [theta, phi, random.standard_normal((1, case.m, case.d), np.float32)]
     if case.instantiation == "concatenation":
         arrays.append(random.standard_normal(2 * case.d, np.float32) * case.d**-0.5)
@@ -179,7 +211,12 @@ def weights(case: Case) -> dict[str, Floats]:
     kernels = {f"{name}.kernel": normal(channels, d) for name in names}
     biases = {f"{name}.bias": normal(d) for name in names}
     projection = {"w_f": normal(2 * d)} if case.instantiation == "concatenation" else {}
-    norm = {"scale": normal(channels) + 1, "bias": normal(channels), "mean": normal(channels), "var": normal(channels) ** 2 + 1}
+    norm = {
+        "scale": normal(channels) + 1,
+        "bias": normal(channels),
+        "mean": normal(channels),
+        "var": normal(channels) ** 2 + 1,
+    }
     return kernels | biases | projection | {"out.kernel": normal(d, channels)} | norm
 
 
@@ -193,7 +230,9 @@ def network_weight(name: str, shape: tuple[int, ...]) -> Floats:
     random = np.random.default_rng(zlib.crc32(name.encode()))
     if len(shape) > 1:
         gain = 0.5 if "conv_theta" in name or "conv_phi" in name else 2.0
-        return (random.standard_normal(shape, np.float32) * math.sqrt(gain / math.prod(shape[1:]))).astype(np.float32)
+        return (
+            random.standard_normal(shape, np.float32) * math.sqrt(gain / math.prod(shape[1:]))
+        ).astype(np.float32)
     if name.endswith("running_var"):
         low, high = 0.8, 1.2
     elif name.endswith("bn.weight"):

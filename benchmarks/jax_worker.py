@@ -36,7 +36,11 @@ class Jax:
         start = time.perf_counter()
         analysis: Any = lowered.compile().memory_analysis()
         seconds, temporary = time.perf_counter() - start, int(analysis.temp_size_in_bytes)
-        facts = {"xla_temporary_bytes": temporary, "compile_seconds": seconds, "implementation": chosen(job)}
+        facts = {
+            "xla_temporary_bytes": temporary,
+            "compile_seconds": seconds,
+            "implementation": chosen(job),
+        }
         return facts if self.backend == "cpu" else facts | {"temporary_bytes": temporary}
 
     def device_peak(self, run: Callable[[], Sequence[Any]]) -> int | None:
@@ -46,7 +50,10 @@ class Jax:
         return np.asarray(output.astype(jnp.float32))
 
     def versions(self) -> dict[str, str]:
-        names = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+        names = {
+            name: importlib.metadata.version(name)
+            for name in ("jax", "jaxlib", "flax", "optax", "numpy")
+        }
         return names if self.backend == "cpu" else names | {"device": jax.devices()[0].device_kind}
 
 
@@ -67,9 +74,13 @@ def build(job: Job) -> tuple[Any, tuple[Any, ...]]:
 def _operation(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     arguments = cases.inputs(job.case)
     if job.competitor == "copy":
-        read = arguments[:1] if job.direction == "forward" else [cases.cotangent(job.case), *arguments]
+        read = (
+            arguments[:1] if job.direction == "forward" else [cases.cotangent(job.case), *arguments]
+        )
         return lambda *arrays: [array + 1 for array in arrays], tuple(read)
-    operation = functools.partial(getattr(nl.ops, job.case.instantiation), implementation=job.competitor)
+    operation = functools.partial(
+        getattr(nl.ops, job.case.instantiation), implementation=job.competitor
+    )
     if job.direction == "forward":
         return operation, tuple(arguments)
 
@@ -82,7 +93,9 @@ def _operation(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def _block(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Forward with the running statistics of BatchNorm; both directions as in training, with those of the batch."""
-    block = nl.layers.nonlocal_block(job.case.instantiation, preset="mmcv", subsample=job.case.m < job.case.n)
+    block = nl.layers.nonlocal_block(
+        job.case.instantiation, preset="mmcv", subsample=job.case.m < job.case.n
+    )
     params, statistics = _variables(job.case)
     x = cases.features(job.case)
     if job.direction == "forward":
@@ -90,7 +103,12 @@ def _block(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
     def both(cotangent: jax.Array, statistics: Any, params: Any, x: jax.Array) -> Any:
         def train(params: Any, x: jax.Array) -> Any:
-            return block.apply({"params": params, "batch_stats": statistics}, x, train=True, mutable=["batch_stats"])
+            return block.apply(
+                {"params": params, "batch_stats": statistics},
+                x,
+                train=True,
+                mutable=["batch_stats"],
+            )
 
         z, pull, updated = jax.vjp(train, params, x, has_aux=True)
         return z, pull(cotangent), updated
@@ -102,7 +120,9 @@ def _variables(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters and batch statistics of the block, from the weights that all competitors share."""
     w = cases.weights(case)
     dense = [name for name in ("theta", "phi", "g") if f"{name}.kernel" in w]
-    operation: dict[str, Any] = {name: {"kernel": w[f"{name}.kernel"], "bias": w[f"{name}.bias"]} for name in dense}
+    operation: dict[str, Any] = {
+        name: {"kernel": w[f"{name}.kernel"], "bias": w[f"{name}.bias"]} for name in dense
+    }
     if "w_f" in w:
         operation["w_f"] = w["w_f"]
     norm = {"scale": w["scale"], "bias": w["bias"]}

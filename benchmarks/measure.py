@@ -33,7 +33,10 @@ from benchmarks.records import Record
 SAMPLE = 0.005  # seconds that a sample lasts at least
 PAUSE = 0.01  # seconds between competitors, until the threads of the last one sleep
 SHORT = 0.5  # seconds of a run up to which the state of the caches may matter
-SLOW, VERY_SLOW = 2.0, 10.0  # seconds of a run from which 3 rounds do, and from which torch's first run is the only one
+SLOW, VERY_SLOW = (
+    2.0,
+    10.0,
+)  # seconds of a run from which 3 rounds do, and from which torch's first run is the only one
 ROUNDS = (9, 31)
 GRADIENT_ERRORS = (3136, 784, 256)
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -46,12 +49,19 @@ class JobError(RuntimeError):
 class Worker:
     """A process of one library, which does jobs on request."""
 
-    def __init__(self, library: Literal["jax", "torch"], environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, library: Literal["jax", "torch"], environment: dict[str, str] | None = None
+    ) -> None:
         variables = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (environment or {})
         command = [sys.executable, "-m", f"benchmarks.{library}_worker"]
         self.library = library
         self._process = subprocess.Popen(
-            command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
 
     def ask(self, do: str, job: Job | None = None, **options: Any) -> dict[str, Any]:
@@ -62,7 +72,9 @@ class Worker:
             print(json.dumps(request), file=self._process.stdin, flush=True)
             answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            raise JobError(f"the {self.library} process ended with {self._process.wait()}") from None
+            raise JobError(
+                f"the {self.library} process ended with {self._process.wait()}"
+            ) from None
         if "failure" in answer:
             raise JobError(answer["failure"])
         return answer
@@ -106,7 +118,9 @@ class Workers:
             worker.close()
 
 
-def measure(case: Case, workers: Workers, budget: float, advance: Callable[[float], None]) -> list[Record]:
+def measure(
+    case: Case, workers: Workers, budget: float, advance: Callable[[float], None]
+) -> list[Record]:
     """Everything about one case. `advance` is told which part of it was done."""
     jobs = [Job(case, *pair) for pair in cases.competitors(case, _free_bytes())]
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -115,7 +129,10 @@ def measure(case: Case, workers: Workers, budget: float, advance: Callable[[floa
     workers.forget()
     advance(0.4)
     for competitor in dict.fromkeys(job.competitor for job in jobs):
-        _measure_memory({job: record for job, record in records.items() if job.competitor == competitor}, first_runs)
+        _measure_memory(
+            {job: record for job, record in records.items() if job.competitor == competitor},
+            first_runs,
+        )
         advance(0.4 / len({job.competitor for job in jobs}))
     with tempfile.TemporaryDirectory() as folder:
         _measure_errors(records, workers, Path(folder) / "outputs.npz")
@@ -144,7 +161,11 @@ def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[J
         if seconds is not None:
             first[job] = seconds
             samples[job] = [seconds] if _once(job, seconds) else []
-    estimates = {job: attempt(job, "time", calls=1, again=True) for job, done in list(samples.items()) if not done}
+    estimates = {
+        job: attempt(job, "time", calls=1, again=True)
+        for job, done in list(samples.items())
+        if not done
+    }
     running = {job: seconds for job, seconds in estimates.items() if seconds is not None}
     for job, seconds in running.items():
         samples[job] += [seconds] if seconds >= SAMPLE else []
@@ -156,13 +177,19 @@ def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[J
                 seconds = attempt(job, "time", calls=calls, again=running[job] < SHORT)
                 samples[job] += [] if seconds is None else [seconds]
     for job, done in samples.items():
-        records[job].seconds, records[job].fastest, records[job].rounds = statistics.median(done), min(done), len(done)
+        records[job].seconds, records[job].fastest, records[job].rounds = (
+            statistics.median(done),
+            min(done),
+            len(done),
+        )
     return first
 
 
 def plan(estimates: dict[Job, float], budget: float) -> dict[Job, int]:
     """Rounds of each job: 3 of a slow one, else as many as the budget of seconds allows, 9 to 31."""
-    in_turn = sum(max(seconds, SAMPLE) + PAUSE + (seconds < SHORT) * seconds for seconds in estimates.values())
+    in_turn = sum(
+        max(seconds, SAMPLE) + PAUSE + (seconds < SHORT) * seconds for seconds in estimates.values()
+    )
     usual = min(max(int(budget / in_turn), ROUNDS[0]), ROUNDS[1]) if estimates else 0
     return {job: 3 if seconds > SLOW else usual for job, seconds in estimates.items()}
 
@@ -198,7 +225,11 @@ def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) ->
         with np.load(path) as arrays:
             return list(arrays.values())
 
-    forward = {job: record for job, record in records.items() if job.direction == "forward" and not record.failure}
+    forward = {
+        job: record
+        for job, record in records.items()
+        if job.direction == "forward" and not record.failure
+    }
     case = next(iter(records)).case
     if case.section in ("block", "network"):
         _compare_with_ours(forward, outputs)
@@ -206,7 +237,9 @@ def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) ->
         return
     arrays = cases.inputs(case)
     rounded = [array.astype(ml_dtypes.bfloat16) for array in arrays]
-    exact, exact_rounded = (reference.response(case.instantiation, inputs) for inputs in (arrays, rounded))
+    exact, exact_rounded = (
+        reference.response(case.instantiation, inputs) for inputs in (arrays, rounded)
+    )
     for job, record in forward.items():
         record.error = reference.relative_error(outputs(job)[0], exact)
         if LIBRARY[job.competitor] == "jax":
@@ -220,12 +253,16 @@ def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) ->
                 record.gradient_error = max(reference.relative_error(*pair) for pair in pairs)
 
 
-def _compare_with_ours(records: dict[Job, Record], outputs: Callable[[Job], Sequence[Floats]]) -> None:
+def _compare_with_ours(
+    records: dict[Job, Record], outputs: Callable[[Job], Sequence[Floats]]
+) -> None:
     ours = next((outputs(job)[0] for job in records if job.competitor == "auto"), None)
     for job, record in records.items():
         if ours is not None and job.competitor not in ("auto", "mmcv channels_last"):
             theirs = outputs(job)[0]
-            channels_last = np.moveaxis(theirs, 1, -1) if job.competitor.startswith("mmcv") else theirs
+            channels_last = (
+                np.moveaxis(theirs, 1, -1) if job.competitor.startswith("mmcv") else theirs
+            )
             record.error = reference.relative_error(channels_last, ours)
 
 

@@ -54,12 +54,21 @@ def function(job: Job) -> Any:
         labels = jnp.arange(len(clips))
 
         def loss(params: Any) -> Any:
-            logits, updated = model.apply({**variables, "params": params}, clips, train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, updated)
+            logits, updated = model.apply(
+                {**variables, "params": params}, clips, train=True, mutable=["batch_stats"]
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (
+                logits,
+                updated,
+            )
 
         gradients, (logits, updated) = jax.grad(loss, has_aux=True)(variables["params"])
         updates, state = OPTIMISER.update(gradients, state)
-        return {"params": optax.apply_updates(variables["params"], updates), **updated}, state, logits
+        return (
+            {"params": optax.apply_updates(variables["params"], updates), **updated},
+            state,
+            logits,
+        )
 
     return jax.jit(step, donate_argnums=(0, 1))
 

@@ -36,7 +36,12 @@ def draw(results: Results, path: Path, direction: str = "both") -> None:
 
 
 def _panel(
-    axes: Axes, results: Results, direction: str, value: Callable[[Record], float | None], factor: float, unit: str
+    axes: Axes,
+    results: Results,
+    direction: str,
+    value: Callable[[Record], float | None],
+    factor: float,
+    unit: str,
 ) -> None:
     shown: set[float] = set()
     for (instantiation, competitor), (colour, marker, line) in STYLES.items():
@@ -44,10 +49,19 @@ def _panel(
         if not values:
             continue
         shown.update(lengths)
-        label = "copy" if competitor == "copy" else f"{instantiation.replace('_', ' ')}, {competitor}"
+        label = (
+            "copy" if competitor == "copy" else f"{instantiation.replace('_', ' ')}, {competitor}"
+        )
         if (exponent := slope(lengths, values)) is not None:
             label += f": N$^{{{exponent:.2f}}}$"
-        axes.loglog(lengths, [factor * y for y in values], color=colour, marker=marker, linestyle=line, label=label)
+        axes.loglog(
+            lengths,
+            [factor * y for y in values],
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            label=label,
+        )
     axes.set_xlabel("N queries, N/4 keys, d = 64")
     axes.set_xticks(sorted(shown), [f"{n:,.0f}" for n in sorted(shown)])
     axes.minorticks_off()
@@ -55,4 +69,6 @@ def _panel(
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
-        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        axes.legend(
+            frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2
+        )

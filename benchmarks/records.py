@@ -30,18 +30,30 @@ class Record:
     xla_temporary_bytes: int | None = None  # as XLA's compiler says
     compile_seconds: float | None = None
     implementation: str | None = None  # what "auto" took
-    error: float | None = None  # ‖y − y64‖ / ‖y64‖; of a block's or network's peer, against this library's
+    error: float | None = (
+        None  # ‖y − y64‖ / ‖y64‖; of a block's or network's peer, against this library's
+    )
     bfloat16_error: float | None = None  # against float64 of the same rounded inputs
     gradient_error: float | None = None  # the largest among the gradients
     failure: str | None = None
 
     @classmethod
     def of(cls, case: Case, competitor: Competitor, direction: Direction, date: str) -> "Record":
-        return cls(case.section, case.instantiation, *case.size, case.where, competitor, direction, date)
+        return cls(
+            case.section, case.instantiation, *case.size, case.where, competitor, direction, date
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.section, self.instantiation, self.n, self.m, self.d, self.competitor, self.direction
+        return (
+            self.section,
+            self.instantiation,
+            self.n,
+            self.m,
+            self.d,
+            self.competitor,
+            self.direction,
+        )
 
 
 @dataclasses.dataclass
@@ -53,7 +65,9 @@ class Results:
 
     def put(self, new: Sequence[Record]) -> None:
         """Add records in place of earlier ones of the same case and competitor."""
-        kept = {record.key: record for record in self.records} | {record.key: record for record in new}
+        kept = {record.key: record for record in self.records} | {
+            record.key: record for record in new
+        }
         self.records = list(kept.values())
 
     def find(self, competitor: str, direction: str, **of_case: Any) -> Record | None:
@@ -72,7 +86,9 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n    ".join(json.dumps(dataclasses.asdict(record)) for record in self.records)
         environment = json.dumps(self.environment, indent=2).replace("\n", "\n  ")
-        path.write_text(f'{{\n  "environment": {environment},\n  "records": [\n    {lines}\n  ]\n}}\n')
+        path.write_text(
+            f'{{\n  "environment": {environment},\n  "records": [\n    {lines}\n  ]\n}}\n'
+        )
 
     @classmethod
     def read(cls, path: Path) -> "Results":

@@ -13,10 +13,14 @@ ROWS = 1024  # queries at once, so that 12544 × 12544 pairs fit
 def response(instantiation: Instantiation, arrays: Sequence[Floats]) -> Floats:
     """Response to θ (1, N, d), φ (1, M, d), g (1, M, e) and perhaps w_f (2d,)."""
     theta, phi, g, *w_f = (_float64(array) for array in arrays)
-    return np.concatenate([_affinity(instantiation, rows, phi, w_f) @ g for rows in _rows(theta)])[None]
+    return np.concatenate([_affinity(instantiation, rows, phi, w_f) @ g for rows in _rows(theta)])[
+        None
+    ]
 
 
-def gradients(instantiation: Instantiation, arrays: Sequence[Floats], cotangent: Floats) -> list[Floats]:
+def gradients(
+    instantiation: Instantiation, arrays: Sequence[Floats], cotangent: Floats
+) -> list[Floats]:
     """Gradients of all `arrays`, in their order, by the formulas of each pairwise function."""
     theta, phi, g, *w_f = (_float64(array) for array in arrays)
     dy = _float64(cotangent)
@@ -26,7 +30,12 @@ def gradients(instantiation: Instantiation, arrays: Sequence[Floats], cotangent:
         dpairs = daffinity * (affinity > 0) / len(phi)
         da, db = dpairs.sum(1), dpairs.sum(0)
         w_theta, w_phi = np.split(w_f[0], 2)
-        return [np.outer(da, w_theta)[None], np.outer(db, w_phi)[None], dg[None], np.concatenate([da @ theta, db @ phi])]
+        return [
+            np.outer(da, w_theta)[None],
+            np.outer(db, w_phi)[None],
+            dg[None],
+            np.concatenate([da @ theta, db @ phi]),
+        ]
     if instantiation == "dot_product":
         dlogits = daffinity / len(phi)
     else:
@@ -36,10 +45,14 @@ def gradients(instantiation: Instantiation, arrays: Sequence[Floats], cotangent:
 
 def relative_error(value: Floats, exact: Floats) -> float:
     """‖value − exact‖ / ‖exact‖."""
-    return float(np.linalg.norm(np.subtract(value, exact, dtype=np.float64)) / np.linalg.norm(exact))
+    return float(
+        np.linalg.norm(np.subtract(value, exact, dtype=np.float64)) / np.linalg.norm(exact)
+    )
 
 
-def _affinity(instantiation: Instantiation, theta: Floats, phi: Floats, w_f: Sequence[Floats]) -> Floats:
+def _affinity(
+    instantiation: Instantiation, theta: Floats, phi: Floats, w_f: Sequence[Floats]
+) -> Floats:
     if instantiation == "concatenation":
         w_theta, w_phi = np.split(w_f[0], 2)
         return np.maximum((theta @ w_theta)[:, None] + phi @ w_phi, 0) / len(phi)

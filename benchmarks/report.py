@@ -12,7 +12,17 @@ from benchmarks import plot
 from benchmarks.cases import GROWTH_WIDTH, INSTANTIATIONS, MMCV_CONCATENATION, Competitor, Section
 from benchmarks.cases import NETWORK as NETWORK_CASE
 from benchmarks.records import Record, Results
-from benchmarks.targets import DIRECTIONS, OPERATIONS, RESOLUTION, Target, growth, seconds, slope, targets, temporary
+from benchmarks.targets import (
+    DIRECTIONS,
+    OPERATIONS,
+    RESOLUTION,
+    Target,
+    growth,
+    seconds,
+    slope,
+    targets,
+    temporary,
+)
 
 Format = Callable[[Record], str]
 HEAD = """# Benchmarks
@@ -45,7 +55,11 @@ nothing: {} ms. The rest, what the bare step takes beyond its convolutions alone
 whole step of {} ms (each the median of {} rounds)."""
 MEMORY = "The last clip of a video, at the peak of memory beyond what the process had before:"
 PARTS = ("convolutions", "products", "lesser")  # of the bare step
-EXCERPT = (("embedded_gaussian", 12544, 12544), ("dot_product", 12544, 12544), ("concatenation", 12544, 3136))
+EXCERPT = (
+    ("embedded_gaussian", 12544, 12544),
+    ("dot_product", 12544, 12544),
+    ("concatenation", 12544, 3136),
+)
 EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 
@@ -59,7 +73,9 @@ def write(folder: Path, readme: Path, project: Path) -> None:
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise FileNotFoundError(f"{folder} must hold results such as cpu.json; run `python -m benchmarks` first.")
+        raise FileNotFoundError(
+            f"{folder} must hold results such as cpu.json; run `python -m benchmarks` first."
+        )
     found = {path: Results.read(path) for path in paths}
     parts = [HEAD]
     for path, results in found.items():
@@ -76,7 +92,9 @@ def write(folder: Path, readme: Path, project: Path) -> None:
     begin, end = EXCERPT_MARKS
     text = project.read_text() if project.is_file() else ""
     if begin in text and end in text:
-        project.write_text(f"{text.split(begin)[0]}{begin}\n{excerpt(found[paths[0]])}\n{end}{text.split(end)[1]}")
+        project.write_text(
+            f"{text.split(begin)[0]}{begin}\n{excerpt(found[paths[0]])}\n{end}{text.split(end)[1]}"
+        )
 
 
 def markdown(results: Results, picture: str) -> str:
@@ -85,7 +103,11 @@ def markdown(results: Results, picture: str) -> str:
         f"## On {results.environment['backend'].upper()}",
         _origin(results),
         "### What was aimed at",
-        table(("", "measured", "aim", "met"), [_target_cells(target) for target in targets(results)], 1),
+        table(
+            ("", "measured", "aim", "met"),
+            [_target_cells(target) for target in targets(results)],
+            1,
+        ),
         "### Operations",
         *(_operations(results, name) for name in INSTANTIATIONS),
         "### Errors",
@@ -110,9 +132,26 @@ def training(results: dict[str, Any]) -> str:
     """What `benchmarks.training` measured on one backend."""
     seconds, where = results["seconds"], results["environment"]
     found = [
-        Target("the loop's step over the bare one", results["loop_over_bare_step"], 1.03, at_least=False),
-        Target("what a checkpoint adds, in steps", results["stall_in_steps"], 1, at_least=False, unit=" steps"),
-        Target("batches that the pipeline reads in a step", results["pipeline_over_step"], 3, at_least=True, unit=""),
+        Target(
+            "the loop's step over the bare one",
+            results["loop_over_bare_step"],
+            1.03,
+            at_least=False,
+        ),
+        Target(
+            "what a checkpoint adds, in steps",
+            results["stall_in_steps"],
+            1,
+            at_least=False,
+            unit=" steps",
+        ),
+        Target(
+            "batches that the pipeline reads in a step",
+            results["pipeline_over_step"],
+            3,
+            at_least=True,
+            unit="",
+        ),
         Target("torch's step over the bare one", results["torch_over_step"], 1, at_least=True),
     ]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
@@ -121,8 +160,17 @@ def training(results: dict[str, Any]) -> str:
         f"{versions}; commit {where['commit']}; {where['date']}, `{where['command']}`."
     )
     aims = table(("", "measured", "aim", "met"), [_target_cells(target) for target in found], 1)
-    times = table(("a step, or batch", "ms"), [[name, number(seconds[name], 1e3)] for name in seconds if name not in PARTS], 1)
-    return "\n\n".join(["### Training", origin, aims, times, *_limit(results["rounds"], where["backend"])]) + "\n"
+    times = table(
+        ("a step, or batch", "ms"),
+        [[name, number(seconds[name], 1e3)] for name in seconds if name not in PARTS],
+        1,
+    )
+    return (
+        "\n\n".join(
+            ["### Training", origin, aims, times, *_limit(results["rounds"], where["backend"])]
+        )
+        + "\n"
+    )
 
 
 def video(results: dict[str, Any]) -> str:
@@ -130,9 +178,14 @@ def video(results: dict[str, Any]) -> str:
     where, encodings = results["environment"], results["encodings"]
     found = []
     for encoding, of in encodings.items():
-        faster, alone = of["ratios"]["over the faster library"], 1 + of["ratios"]["beyond the decoder"]
+        faster, alone = (
+            of["ratios"]["over the faster library"],
+            1 + of["ratios"]["beyond the decoder"],
+        )
         found += [
-            Target(f"{encoding}: clips a second over the faster library's", faster, 1.2, at_least=True),
+            Target(
+                f"{encoding}: clips a second over the faster library's", faster, 1.2, at_least=True
+            ),
             Target(f"{encoding}: time over the decoder's alone", alone, 1.15, at_least=False),
         ]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
@@ -142,21 +195,45 @@ def video(results: dict[str, Any]) -> str:
     )
     aims = table(("", "measured", "aim", "met"), [_target_cells(target) for target in found], 1)
     names = list(next(iter(encodings.values()))["clips_per_second"])
-    rows = [[name, *(number(of["clips_per_second"][name]) for of in encodings.values())] for name in names]
+    rows = [
+        [name, *(number(of["clips_per_second"][name]) for of in encodings.values())]
+        for name in names
+    ]
     times = table(("clips a second", *encodings), rows, 1)
-    peaks = "; ".join(f"{name} {number(value)}" for name, value in results["peak_megabytes"].items())
+    peaks = "; ".join(
+        f"{name} {number(value)}" for name, value in results["peak_megabytes"].items()
+    )
     memory = f"{MEMORY} {peaks} MB."
     missing = "; ".join(f"{name}: {why}" for name, why in results["missing"].items())
-    return "\n\n".join(["### Video", origin, aims, times, memory, *([f"Not there: {missing}."] if missing else [])]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                "### Video",
+                origin,
+                aims,
+                times,
+                memory,
+                *([f"Not there: {missing}."] if missing else []),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _limit(rounds: dict[str, list[float]], backend: str) -> Iterator[str]:
     """What is said on CPU where, in three of four rounds, the lesser of both and the rest of the step exceed torch's step."""
     of_torch = map(min, rounds["torch, contiguous"], rounds["torch, channels_last"])
-    together = zip(rounds["bare"][::4], rounds["convolutions"], rounds["lesser"], of_torch, strict=True)
-    found = [(lesser, bare - alone, lesser + bare - alone, torch) for bare, alone, lesser, torch in together]
+    together = zip(
+        rounds["bare"][::4], rounds["convolutions"], rounds["lesser"], of_torch, strict=True
+    )
+    found = [
+        (lesser, bare - alone, lesser + bare - alone, torch)
+        for bare, alone, lesser, torch in together
+    ]
     if backend == "cpu" and sum(both > torch for _, _, both, torch in found) >= 0.75 * len(found):
-        lesser, rest, both, torch = (number(statistics.median(values), 1e3) for values in zip(*found, strict=True))
+        lesser, rest, both, torch = (
+            number(statistics.median(values), 1e3) for values in zip(*found, strict=True)
+        )
         ratio = number(statistics.median(both / torch for _, _, both, torch in found))
         yield LIMIT.format(lesser, rest, both, ratio, torch, len(found))
 
@@ -167,7 +244,10 @@ def excerpt(results: Results) -> str:
     rows = []
     for of in _cases(results, "operation"):
         if (of.instantiation, of.n, of.m) in EXCERPT:
-            numbers = _side_by_side(results, of, names, milliseconds) + _side_by_side(results, of, names, megabytes)[1:]
+            numbers = (
+                _side_by_side(results, of, names, milliseconds)
+                + _side_by_side(results, of, names, megabytes)[1:]
+            )
             rows.append([OPERATIONS[of.instantiation], f"{of.n:,}", f"{of.m:,}", *numbers])
     heads = _head(("nonlocal_jax", *names[1:]))
     return table(["", "queries", "keys", *heads[:2], heads[3]], rows, 1)
@@ -221,7 +301,12 @@ def _failures(results: Results) -> str:
 def _target_cells(target: Target) -> list[str]:
     met = {True: "yes", False: "no", None: "not measured"}[target.met]
     measured = "–" if target.measured is None else f"{number(target.measured)}{target.unit}"
-    return [target.claim, measured, f"{'≥' if target.at_least else '≤'} {target.bound:g}{target.unit}", met]
+    return [
+        target.claim,
+        measured,
+        f"{'≥' if target.at_least else '≤'} {target.bound:g}{target.unit}",
+        met,
+    ]
 
 
 def _cases(results: Results, section: Section) -> list[Record]:
@@ -230,10 +315,14 @@ def _cases(results: Results, section: Section) -> list[Record]:
     for record in results.records:
         if record.section == section:
             found.setdefault((record.instantiation, record.n, record.m), record)
-    return sorted(found.values(), key=lambda of: (INSTANTIATIONS.index(of.instantiation), of.n * of.m))
+    return sorted(
+        found.values(), key=lambda of: (INSTANTIATIONS.index(of.instantiation), of.n * of.m)
+    )
 
 
-def _side_by_side(results: Results, of: Record, competitors: Sequence[Competitor | str], show: Format) -> list[str]:
+def _side_by_side(
+    results: Results, of: Record, competitors: Sequence[Competitor | str], show: Format
+) -> list[str]:
     """A cell for each direction, with the competitors side by side."""
     case = {"section": of.section, "instantiation": of.instantiation, "n": of.n, "m": of.m}
     cells = []
@@ -244,7 +333,11 @@ def _side_by_side(results: Results, of: Record, competitors: Sequence[Competitor
 
 
 def _head(competitors: Sequence[str]) -> list[str]:
-    return [f"{words}, {unit}: {' · '.join(competitors)}" for unit in ("ms", "MB") for words in DIRECTIONS.values()]
+    return [
+        f"{words}, {unit}: {' · '.join(competitors)}"
+        for unit in ("ms", "MB")
+        for words in DIRECTIONS.values()
+    ]
 
 
 def _operations(results: Results, instantiation: str) -> str:
@@ -252,9 +345,15 @@ def _operations(results: Results, instantiation: str) -> str:
     rows = []
     for of in _cases(results, "operation"):
         if of.instantiation == instantiation:
-            auto = results.find("auto", "forward", section="operation", instantiation=instantiation, n=of.n, m=of.m)
+            auto = results.find(
+                "auto", "forward", section="operation", instantiation=instantiation, n=of.n, m=of.m
+            )
             took = (auto and auto.implementation) or "–"
-            numbers = [cell for show in (milliseconds, megabytes) for cell in _side_by_side(results, of, names, show)]
+            numbers = [
+                cell
+                for show in (milliseconds, megabytes)
+                for cell in _side_by_side(results, of, names, show)
+            ]
             rows.append([f"{of.n} / {of.m} / {of.d}", of.where, took, *numbers])
     if not rows:
         return ""
@@ -267,24 +366,45 @@ def _errors(results: Results) -> str:
     rows = []
     for of in _cases(results, "operation"):
         single = _side_by_side(results, of, names, lambda record: number(record.error, 1e7))[0]
-        half = _side_by_side(results, of, names[:2], lambda record: number(record.bfloat16_error, 1e3))[0]
-        gradient = _side_by_side(results, of, names, lambda record: number(record.gradient_error, 1e7))[1]
-        rows.append([OPERATIONS[of.instantiation], f"{of.n} / {of.m} / {of.d}", single, gradient, half])
+        half = _side_by_side(
+            results, of, names[:2], lambda record: number(record.bfloat16_error, 1e3)
+        )[0]
+        gradient = _side_by_side(
+            results, of, names, lambda record: number(record.gradient_error, 1e7)
+        )[1]
+        rows.append(
+            [OPERATIONS[of.instantiation], f"{of.n} / {of.m} / {of.d}", single, gradient, half]
+        )
     return table(
-        ["", "N / M / d", "auto · dense · torch", "gradients: auto · dense · torch", "bfloat16: auto · dense"], rows, 2
+        [
+            "",
+            "N / M / d",
+            "auto · dense · torch",
+            "gradients: auto · dense · torch",
+            "bfloat16: auto · dense",
+        ],
+        rows,
+        2,
     )
 
 
 def _disagreement(results: Results) -> float:
     """‖z − z ours‖ / ‖z ours‖ of the peer furthest away."""
-    return max((record.error for record in results.records if record.section == "block" and record.error), default=0.0)
+    return max(
+        (record.error for record in results.records if record.section == "block" and record.error),
+        default=0.0,
+    )
 
 
 def _blocks(results: Results) -> str:
     names = ("auto", "torch", "mmcv")
     rows = []
     for of in _cases(results, "block"):
-        numbers = [cell for show in (milliseconds, megabytes) for cell in _side_by_side(results, of, names, show)]
+        numbers = [
+            cell
+            for show in (milliseconds, megabytes)
+            for cell in _side_by_side(results, of, names, show)
+        ]
         rows.append([OPERATIONS[of.instantiation], f"{of.n} / {of.m} / {of.d}", of.where, *numbers])
     return table(["", "N / M / d", "where", *_head(("ours", "torch", "mmcv"))], rows, 3)
 
@@ -301,7 +421,12 @@ def _network(results: Results) -> str:
                 lambda record: number(record.compile_seconds),
                 lambda record: number(record.error, 1e7),
             )
-            rows.append([words, *(" · ".join("–" if r is None else show(r) for r in found) for show in shows)])
+            rows.append(
+                [
+                    words,
+                    *(" · ".join("–" if r is None else show(r) for r in found) for show in shows),
+                ]
+            )
     head = [
         "",
         *(
@@ -315,20 +440,32 @@ def _network(results: Results) -> str:
 def _growth(results: Results) -> str:
     times, memory = ("auto", "copy", "dense"), ("auto", "dense")
     rows = []
-    for name, cases in itertools.groupby(_cases(results, "growth"), key=lambda of: of.instantiation):
+    for name, cases in itertools.groupby(
+        _cases(results, "growth"), key=lambda of: of.instantiation
+    ):
         for of in cases:
-            numbers = _side_by_side(results, of, times, milliseconds) + _side_by_side(results, of, memory, megabytes)
+            numbers = _side_by_side(results, of, times, milliseconds) + _side_by_side(
+                results, of, memory, megabytes
+            )
             rows.append([OPERATIONS[name], str(of.n), *numbers])
-        exponents = _exponents(results, name, times, seconds) + _exponents(results, name, memory, temporary)
+        exponents = _exponents(results, name, times, seconds) + _exponents(
+            results, name, memory, temporary
+        )
         rows.append([OPERATIONS[name], "exponent", *exponents])
     return table(["", "N", *_head(times)[:2], *_head(memory)[2:]], rows, 1)
 
 
 def _exponents(
-    results: Results, instantiation: str, competitors: Sequence[str], value: Callable[[Record], float | None]
+    results: Results,
+    instantiation: str,
+    competitors: Sequence[str],
+    value: Callable[[Record], float | None],
 ) -> list[str]:
     """A cell for each direction: by which power of N the competitors grow."""
     return [
-        " · ".join(number(slope(*growth(results, instantiation, name, direction, value))) for name in competitors)
+        " · ".join(
+            number(slope(*growth(results, instantiation, name, direction, value)))
+            for name in competitors
+        )
         for direction in DIRECTIONS
     ]

@@ -63,7 +63,12 @@ def xla_temporary(record: Record) -> float | None:
 
 
 def ratio(
-    results: Results, above: str, below: str, direction: str, value: Callable[[Record], float | None], **case: Any
+    results: Results,
+    above: str,
+    below: str,
+    direction: str,
+    value: Callable[[Record], float | None],
+    **case: Any,
 ) -> float | None:
     """What `above` needs over what `below` needs, in the same case."""
     pair = [results.find(competitor, direction, **case) for competitor in (above, below)]
@@ -77,7 +82,11 @@ def slope(lengths: Sequence[float], values: Sequence[float]) -> float | None:
 
 
 def growth(
-    results: Results, instantiation: str, competitor: str, direction: str, value: Callable[[Record], float | None]
+    results: Results,
+    instantiation: str,
+    competitor: str,
+    direction: str,
+    value: Callable[[Record], float | None],
 ) -> tuple[list[float], list[float]]:
     """N and the values there, in rising order."""
     chosen = [
@@ -94,18 +103,26 @@ def _concatenation(results: Results) -> Iterator[Target]:
     operation = {"section": "operation", "instantiation": "concatenation", "n": 12544, "m": 3136}
     for direction, words in DIRECTIONS.items():
         measured = ratio(results, "dense", "auto", direction, seconds, **operation)
-        yield Target(f"concatenation, 12544/3136, {words}: dense's time over auto's", measured, 20, True)
+        yield Target(
+            f"concatenation, 12544/3136, {words}: dense's time over auto's", measured, 20, True
+        )
     block = {"section": "block", "instantiation": "concatenation", "n": 3136, "m": 784}
     for value, words in ((seconds, "time"), (temporary, "memory")):
         measured = ratio(results, "mmcv", "auto", "forward", value, **block)
-        yield Target(f"concatenation block, 3136/784, forward: mmcv's {words} over ours", measured, 100, True)
+        yield Target(
+            f"concatenation block, 3136/784, forward: mmcv's {words} over ours", measured, 100, True
+        )
 
 
 def _dot_product(results: Results) -> Iterator[Target]:
     case = {"instantiation": "dot_product", "n": 12544, "m": 12544}
     for section, peer, words in (
         ("operation", "dense", "dot product, 12544/12544, {}: dense's time over auto's"),
-        ("operation", "torch", "dot product, 12544/12544, {}: torch's, with all pairs, over auto's"),
+        (
+            "operation",
+            "torch",
+            "dot product, 12544/12544, {}: torch's, with all pairs, over auto's",
+        ),
         ("block", "mmcv", "dot product block, 12544/12544, {}: mmcv's time over ours"),
     ):
         for direction, spelt in DIRECTIONS.items():
@@ -118,9 +135,17 @@ def _embedded_gaussian(results: Results) -> Iterator[Target]:
     for direction, words in DIRECTIONS.items():
         name = f"embedded gaussian, 12544/12544, {words}"
         yield Target(
-            f"{name}: dense's memory over auto's", ratio(results, "dense", "auto", direction, temporary, **case), 20, True
+            f"{name}: dense's memory over auto's",
+            ratio(results, "dense", "auto", direction, temporary, **case),
+            20,
+            True,
         )
-        yield Target(f"{name}: auto's time over dense's", ratio(results, "auto", "dense", direction, seconds, **case), 1, False)
+        yield Target(
+            f"{name}: auto's time over dense's",
+            ratio(results, "auto", "dense", direction, seconds, **case),
+            1,
+            False,
+        )
 
 
 def _blocks(results: Results) -> Iterator[Target]:
@@ -129,15 +154,29 @@ def _blocks(results: Results) -> Iterator[Target]:
         for direction, words in DIRECTIONS.items():
             found = [ratio(results, peer, "auto", direction, seconds, **case) for peer in PEERS]
             measured = min((value for value in found if value is not None), default=None)
-            yield Target(f"{spelt} block, 3136/784, {words}: the fastest torch peer's time over ours", measured, 1, True)
+            yield Target(
+                f"{spelt} block, 3136/784, {words}: the fastest torch peer's time over ours",
+                measured,
+                1,
+                True,
+            )
 
 
 def _growth(results: Results) -> Iterator[Target]:
     for name in ("concatenation", "dot_product"):
         for direction, words in DIRECTIONS.items():
-            for value, of in ((seconds, "time"), (xla_temporary, "temporary memory, as XLA counts it,")):
+            for value, of in (
+                (seconds, "time"),
+                (xla_temporary, "temporary memory, as XLA counts it,"),
+            ):
                 measured = slope(*growth(results, name, "auto", direction, value))
-                yield Target(f"{name.replace('_', ' ')}, {words}: exponent of {of} in N", measured, 1.15, False, "")
+                yield Target(
+                    f"{name.replace('_', ' ')}, {words}: exponent of {of} in N",
+                    measured,
+                    1.15,
+                    False,
+                    "",
+                )
 
 
 def _errors(results: Results) -> Iterator[Target]:
@@ -149,13 +188,23 @@ def _errors(results: Results) -> Iterator[Target]:
         ):
             directions = ("both",) if "gradients" in words else ("forward",)
             worst = max(_against_dense(results, name, directions, value), default=None)
-            yield Target(f"{spelt}, every size, {words}: auto's error over dense's", worst, bound, False)
+            yield Target(
+                f"{spelt}, every size, {words}: auto's error over dense's", worst, bound, False
+            )
 
 
 def _auto(results: Results) -> Iterator[Target]:
     for name, spelt in OPERATIONS.items():
-        worst = max(_against_dense(results, name, tuple(DIRECTIONS), seconds, same_counts=False), default=None)
-        yield Target(f"{spelt}, every size and direction: auto's time over dense's, where it is not dense", worst, 1.1, False)
+        worst = max(
+            _against_dense(results, name, tuple(DIRECTIONS), seconds, same_counts=False),
+            default=None,
+        )
+        yield Target(
+            f"{spelt}, every size and direction: auto's time over dense's, where it is not dense",
+            worst,
+            1.1,
+            False,
+        )
 
 
 def _against_dense(
@@ -167,10 +216,19 @@ def _against_dense(
 ) -> Iterator[float]:
     """What auto needs over what dense needs, at every size; `same_counts`: also at those where auto is dense."""
     for record in results.records:
-        if (record.section, record.instantiation, record.competitor) != ("operation", instantiation, "auto"):
+        if (record.section, record.instantiation, record.competitor) != (
+            "operation",
+            instantiation,
+            "auto",
+        ):
             continue
         if record.direction in directions and (same_counts or record.implementation != "dense"):
-            case = {"section": "operation", "instantiation": instantiation, "n": record.n, "m": record.m}
+            case = {
+                "section": "operation",
+                "instantiation": instantiation,
+                "n": record.n,
+                "m": record.m,
+            }
             measured = ratio(results, "auto", "dense", record.direction, value, **case)
             if measured is not None:
                 yield measured
@@ -178,8 +236,17 @@ def _against_dense(
 
 def _network(results: Results) -> Iterator[Target]:
     for direction, words, bound in (("forward", "inference", 1.2), ("both", "training step", 1.0)):
-        torch, plain = (ratio(results, peer, "auto", direction, seconds, section="network") for peer in ("torch", "plain"))
+        torch, plain = (
+            ratio(results, peer, "auto", direction, seconds, section="network")
+            for peer in ("torch", "plain")
+        )
         yield Target(f"I3D R50 with 5 blocks, {words}: torch's time over ours", torch, bound, True)
         yield Target(f"I3D R50 with 5 blocks, {words}: plain Flax's time over ours", plain, 2, True)
     ours = results.find("auto", "both", section="network")
-    yield Target("I3D R50 with 5 blocks, training step: compilation", ours.compile_seconds if ours else None, 20, False, " s")
+    yield Target(
+        "I3D R50 with 5 blocks, training step: compilation",
+        ours.compile_seconds if ours else None,
+        20,
+        False,
+        " s",
+    )

@@ -58,7 +58,9 @@ class Training:
     def __init__(self, memory_format: torch.memory_format, batch_size: int) -> None:
         torch.manual_seed(0)
         self.model = ResNet20().to(memory_format=memory_format)
-        self.optimiser = torch.optim.SGD(self.model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        self.optimiser = torch.optim.SGD(
+            self.model.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=1e-4
+        )
         self.images = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=memory_format)
         self.labels = torch.arange(batch_size) % 10
         self.steps(2)
@@ -76,7 +78,9 @@ class Training:
 
 def main(batch_size: int) -> None:
     """Answer until stdin ends."""
-    of_format = {name: Training(memory_format, batch_size) for name, memory_format in FORMATS.items()}
+    of_format = {
+        name: Training(memory_format, batch_size) for name, memory_format in FORMATS.items()
+    }
     print("ready", flush=True)
     for line in sys.stdin:
         name, warm, count = line.split()

@@ -11,7 +11,12 @@ import torch
 from torch import nn
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-EVEN = {"res2": lambda i: True, "res3": lambda i: i % 2 == 0, "res4": lambda i: i % 2 == 0, "res5": lambda i: i % 2 == 1}
+EVEN = {
+    "res2": lambda i: True,
+    "res3": lambda i: i % 2 == 0,
+    "res4": lambda i: i % 2 == 0,
+    "res5": lambda i: i % 2 == 1,
+}
 
 
 class Stem(nn.Module):
@@ -19,7 +24,9 @@ class Stem(nn.Module):
 
     def __init__(self, frames: int, stride: int, pool: int, pool_padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(3, 64, (frames, 7, 7), (stride, 2, 2), (frames // 2, 3, 3), bias=False)
+        self.conv = nn.Conv3d(
+            3, 64, (frames, 7, 7), (stride, 2, 2), (frames // 2, 3, 3), bias=False
+        )
         self.bn = nn.BatchNorm3d(64)
         self.pool_layer = nn.MaxPool3d((pool, 3, 3), (pool, 2, 2), (0, pool_padding, pool_padding))
 
@@ -31,12 +38,22 @@ class Stem(nn.Module):
 class Branch(nn.Module):
     """t×1×1, 1×k×k (or 1×1×1, t×3×3), 1×1×1; BN after each, ReLU between."""
 
-    def __init__(self, channels: int, inner: int, features: int, taps: tuple[int, int], stride: int, groups: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        inner: int,
+        features: int,
+        taps: tuple[int, int],
+        stride: int,
+        groups: int,
+    ) -> None:
         super().__init__()
         a, b = taps
         self.a = nn.Conv3d(channels, inner, (a, 1, 1), 1, (a // 2, 0, 0), bias=False)
         self.a_bn = nn.BatchNorm3d(inner)
-        self.b = nn.Conv3d(inner, inner, (b, 3, 3), (1, stride, stride), (b // 2, 1, 1), groups=groups, bias=False)
+        self.b = nn.Conv3d(
+            inner, inner, (b, 3, 3), (1, stride, stride), (b // 2, 1, 1), groups=groups, bias=False
+        )
         self.b_bn = nn.BatchNorm3d(inner)
         self.c = nn.Conv3d(inner, features, 1, bias=False)
         self.c_bn = nn.BatchNorm3d(features)
@@ -50,7 +67,15 @@ class Branch(nn.Module):
 class ResidualBlock(nn.Module):
     """ReLU of the sum of the branch and the shortcut."""
 
-    def __init__(self, channels: int, inner: int, features: int, taps: tuple[int, int], stride: int, groups: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        inner: int,
+        features: int,
+        taps: tuple[int, int],
+        stride: int,
+        groups: int,
+    ) -> None:
         super().__init__()
         if channels != features or stride != 1:
             self.branch1 = nn.Conv3d(channels, features, 1, (1, stride, stride), bias=False)
@@ -79,7 +104,10 @@ class NonLocal(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X plus what it gathers."""
         keys = self.pool(x)
-        theta, phi, g = (self.get_submodule(f"conv_{n}")(a).flatten(2) for n, a in (("theta", x), ("phi", keys), ("g", keys)))
+        theta, phi, g = (
+            self.get_submodule(f"conv_{n}")(a).flatten(2)
+            for n, a in (("theta", x), ("phi", keys), ("g", keys))
+        )
         pairs = theta.transpose(1, 2) @ phi
         if self.instantiation == "embedded_gaussian":
             pairs = torch.softmax(pairs * theta.shape[1] ** -0.5, -1)
@@ -131,7 +159,10 @@ class VideoResNet(nn.Module):
                 t = 3 if kind != "c2d" and EVEN[name](i) else 1
                 taps = (1, t) if kind == "i3d_3x3x3" else (t, 1)
                 stride = 2 if i == 0 and stage > 2 else 1
-                s.add_module(f"pathway0_res{i}", ResidualBlock(channels, inner, features, taps, stride, groups))
+                s.add_module(
+                    f"pathway0_res{i}",
+                    ResidualBlock(channels, inner, features, taps, stride, groups),
+                )
                 channels = features
                 if i in (nonlocal_blocks or {}).get(name, ()):
                     s.add_module(f"pathway0_nonlocal{i}", NonLocal(channels, instantiation))

@@ -42,7 +42,11 @@ class Torch:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         outputs = run()
-        return int(torch.cuda.max_memory_allocated()) - before - sum(output.nbytes for output in outputs)
+        return (
+            int(torch.cuda.max_memory_allocated())
+            - before
+            - sum(output.nbytes for output in outputs)
+        )
 
     def to_numpy(self, output: Any) -> Floats:
         array: Floats = output.detach().float().cpu().numpy()
@@ -90,33 +94,53 @@ def build(job: Job) -> tuple[Callable[..., Any], list[Any]]:
     return function, [tensor.requires_grad_(train) for tensor in tensors]
 
 
-def respond(instantiation: Instantiation, sdpa: bool, theta: Any, phi: Any, g: Any, w_f: Any = None, scale: float = 1.0) -> Any:
+def respond(
+    instantiation: Instantiation,
+    sdpa: bool,
+    theta: Any,
+    phi: Any,
+    g: Any,
+    w_f: Any = None,
+    scale: float = 1.0,
+) -> Any:
     """Response to θ (B, N, d), φ (B, M, d), g (B, M, e), by scaled_dot_product_attention or with all N×M pairs."""
     if instantiation == "dot_product":
         return theta @ phi.mT @ (g / g.shape[-2])
     if instantiation == "concatenation":
         w_theta, w_phi = w_f.chunk(2)
-        return torch.relu((theta @ w_theta)[..., :, None] + (phi @ w_phi)[..., None, :]) @ (g / g.shape[-2])
+        return torch.relu((theta @ w_theta)[..., :, None] + (phi @ w_phi)[..., None, :]) @ (
+            g / g.shape[-2]
+        )
     if sdpa:
-        return functional.scaled_dot_product_attention(theta[:, None], phi[:, None], g[:, None], scale=scale)[:, 0]
+        return functional.scaled_dot_product_attention(
+            theta[:, None], phi[:, None], g[:, None], scale=scale
+        )[:, 0]
     return torch.softmax((theta if scale == 1 else scale * theta) @ phi.mT, dim=-1) @ g
 
 
-def block(case: Case, sdpa: bool, x: Any, w: dict[str, Any], statistics: tuple[Any, Any], train: bool) -> Any:
+def block(
+    case: Case, sdpa: bool, x: Any, w: dict[str, Any], statistics: tuple[Any, Any], train: bool
+) -> Any:
     """The block on channels-last x (B, T, H, W, C): every convolution is a matrix product."""
 
     def linear(name: str) -> Any:
         return functional.linear(x, w[f"{name}.kernel"].T, w[f"{name}.bias"])
 
     gaussian = case.instantiation == "gaussian"
-    theta, phi, g = x if gaussian else linear("theta"), x if gaussian else linear("phi"), linear("g")
+    theta, phi, g = (
+        x if gaussian else linear("theta"),
+        x if gaussian else linear("phi"),
+        linear("g"),
+    )
     if case.m < case.n:
         phi, g = _pool(phi), _pool(g)
     scale = case.d**-0.5 if case.instantiation == "embedded_gaussian" else 1.0
     theta, phi, g = (a.flatten(1, 3) for a in (theta, phi, g))
     y = respond(case.instantiation, sdpa, theta, phi, g, w.get("w_f"), scale)
     out = (y @ w["out.kernel"]).flatten(0, 1)
-    normed = functional.batch_norm(out, *statistics, w["scale"], w["bias"], training=train, momentum=0.1, eps=1e-5)
+    normed = functional.batch_norm(
+        out, *statistics, w["scale"], w["bias"], training=train, momentum=0.1, eps=1e-5
+    )
     return normed.view(x.shape) + x
 
 
@@ -131,11 +155,17 @@ def _mmcv_block(job: Job, train: bool) -> tuple[Callable[..., Any], list[Any]]:
 
     case = job.case
     module = NonLocal3d(
-        2 * case.d, mode=case.instantiation, sub_sample=case.m < case.n, norm_cfg={"type": "BN3d"}, zeros_init=False
+        2 * case.d,
+        mode=case.instantiation,
+        sub_sample=case.m < case.n,
+        norm_cfg={"type": "BN3d"},
+        zeros_init=False,
     )
     missing, unexpected = module.load_state_dict(_mmcv_state(case), strict=False)
     if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
-        raise ValueError(f"the block's weights must be {sorted(module.state_dict())}; {missing} or {unexpected} differ.")
+        raise ValueError(
+            f"the block's weights must be {sorted(module.state_dict())}; {missing} or {unexpected} differ."
+        )
     module = module.to(DEVICE).train(train)
     for parameter in module.parameters():
         if parameter.ndim == 5:  # the concatenation's w_f is a 2-D convolution
@@ -165,8 +195,13 @@ def _mmcv_state(case: Case) -> dict[str, Any]:
 def _network(job: Job) -> Callable[[], Sequence[Any]]:
     """One run: the logits of a batch of clips, or those of a training step that goes on where the last one ended."""
     model = VideoResNet(nonlocal_blocks={"res3": (1, 3), "res4": (1, 3, 5)})
-    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    shared = {name: torch.from_numpy(cases.network_weight(name, tuple(tensor.shape))) for name, tensor in state.items()}
+    state = {
+        name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()
+    }
+    shared = {
+        name: torch.from_numpy(cases.network_weight(name, tuple(tensor.shape)))
+        for name, tensor in state.items()
+    }
     model.load_state_dict(shared, strict=False)
     model = model.to(DEVICE, memory_format=_memory_format(job)).train(job.direction == "both")
     clips = _channels_second(_tensor(cases.clips(job.case)), job)
@@ -187,7 +222,11 @@ def _network(job: Job) -> Callable[[], Sequence[Any]]:
 
 
 def _memory_format(job: Job) -> Any:
-    return torch.channels_last_3d if job.competitor.endswith("channels_last") else torch.contiguous_format
+    return (
+        torch.channels_last_3d
+        if job.competitor.endswith("channels_last")
+        else torch.contiguous_format
+    )
 
 
 def _channels_second(x: Any, job: Job) -> Any:

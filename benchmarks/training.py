@@ -78,7 +78,9 @@ class Torch:
 
     def __init__(self, batch_size: int) -> None:
         command = [sys.executable, "-m", "benchmarks.torch_cifar", str(batch_size)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._read()
 
     def seconds(self, memory_format: str, steps: int) -> float:
@@ -90,7 +92,9 @@ class Torch:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the process of torch ended; is torch installed? `make bench` makes an environment that has it.")
+            raise RuntimeError(
+                "the process of torch ended; is torch installed? `make bench` makes an environment that has it."
+            )
         return line
 
     def close(self) -> None:
@@ -100,7 +104,12 @@ class Torch:
 def make_trainer() -> training.Trainer:
     """ResNet-20 by its recipe."""
     schedule = optax.constant_schedule(0.01)
-    return training.Trainer(nl.models.cifar_resnet(20), training.sgd(schedule, weight_decay=1e-4), schedule, prepare=_scaled)
+    return training.Trainer(
+        nl.models.cifar_resnet(20),
+        training.sgd(schedule, weight_decay=1e-4),
+        schedule,
+        prepare=_scaled,
+    )
 
 
 def _scaled(batch: Any, key: Any) -> Any:
@@ -119,7 +128,16 @@ def fit(folder: Path, options: training.Options, data: Any, evaluation: Any) -> 
     with training.Run(folder, {}) as run:
         console = Console(file=io.StringIO())
         mesh = training.make_mesh(devices=jax.devices()[:1])
-        training.fit(make_trainer(), options, run, mesh, data, evaluation, key=jax.random.key(0), console=console)
+        training.fit(
+            make_trainer(),
+            options,
+            run,
+            mesh,
+            data,
+            evaluation,
+            key=jax.random.key(0),
+            console=console,
+        )
 
 
 class Bare:
@@ -131,7 +149,11 @@ class Bare:
         self._state = jax.jit(trainer.init)(jax.random.key(0), self._batch)
         shardings = training.state_sharding(mesh, self._state)
         self._state = jax.device_put(self._state, shardings)
-        self._step = training.sharded_step(trainer, mesh, shardings).lower(self._state, self._batch).compile()
+        self._step = (
+            training.sharded_step(trainer, mesh, shardings)
+            .lower(self._state, self._batch)
+            .compile()
+        )
         self.seconds(WARM + 1)
 
     def seconds(self, steps: int) -> float:
@@ -155,10 +177,15 @@ class Convolutions:
         self._both: list[tuple[Timed, Timed, int]] = []
         for (channels, features, size, stride), count in CONVOLUTIONS.items():
             convolve = functools.partial(video_conv, strides=(1, stride, stride))
-            x, kernel = jnp.ones((batch_size, 1, size, size, channels)), jnp.ones((1, 3, 3, channels, features))
+            x, kernel = (
+                jnp.ones((batch_size, 1, size, size, channels)),
+                jnp.ones((1, 3, 3, channels, features)),
+            )
             y, pull = jax.vjp(convolve, x, kernel)
             rows, taps = y.size // features, 9 * channels
-            around = 9 * features // stride**2  # with a stride of 2, positions of x meet 1, 2, 2 and 4 taps
+            around = (
+                9 * features // stride**2
+            )  # with a stride of 2, positions of x meet 1, 2, 2 and 4 taps
             convolutions: Any = (
                 (convolve, x, kernel),
                 (lambda pull, y: pull(y)[1], pull, y),
@@ -169,18 +196,25 @@ class Convolutions:
                 ((taps, rows), (rows, features)),
                 ((x.size // channels, around), (around, channels)),
             )
-            for (function, *arguments), pair in list(zip(convolutions, shapes, strict=True))[: 2 if channels == 3 else 3]:
+            for (function, *arguments), pair in list(zip(convolutions, shapes, strict=True))[
+                : 2 if channels == 3 else 3
+            ]:
                 product = jax.jit(jnp.matmul), tuple(map(jnp.ones, pair))
                 self._both.append(((jax.jit(function), tuple(arguments)), product, count))
         self.seconds()
 
     def seconds(self) -> dict[str, float]:
         """Of all convolutions, of all products, and of all by the lesser of the two for each."""
-        times = [(_median(convolution), _median(product), count) for convolution, product, count in self._both]
+        times = [
+            (_median(convolution), _median(product), count)
+            for convolution, product, count in self._both
+        ]
         return {
             "convolutions": sum(count * convolution for convolution, _, count in times),
             "products": sum(count * product for _, product, count in times),
-            "lesser": sum(count * min(convolution, product) for convolution, product, count in times),
+            "lesser": sum(
+                count * min(convolution, product) for convolution, product, count in times
+            ),
         }
 
 
@@ -211,7 +245,9 @@ def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
             lambda: {"torch, contiguous": torch.seconds("contiguous", STEPS)},
             lambda: {"torch, channels_last": torch.seconds("channels_last", STEPS)},
         ]
-        turn = len(seconds["bare"])  # all in turns 1, 5, 9, ..., and in turns 5, 13, ... the other way round
+        turn = len(
+            seconds["bare"]
+        )  # all in turns 1, 5, 9, ..., and in turns 5, 13, ... the other way round
         for measure in (measures if turn % 4 == 1 else measures[:1])[:: -1 if turn % 8 > 3 else 1]:
             for name, value in measure().items():
                 seconds[name].append(value)
@@ -243,7 +279,9 @@ def stalls(config: Config, folder: Path) -> tuple[float, list[float]]:
 
     def data(step: int) -> Iterator[Any]:
         for batch in training_batches(images, config.batch_size, seed=0, start=step):
-            times.append(time.perf_counter())  # the loop takes a batch after it has started each step
+            times.append(
+                time.perf_counter()
+            )  # the loop takes a batch after it has started each step
             yield batch
 
     options = training.Options(SAVE_EVERY * (config.saves + 1), save_every=SAVE_EVERY, best=None)
@@ -269,7 +307,11 @@ def main(config: Config) -> None:
     results = {
         "environment": {
             "backend": jax.default_backend(),
-            "versions": {"jax": jax.__version__, "torch": _version("torch"), "grain": _version("grain")},
+            "versions": {
+                "jax": jax.__version__,
+                "torch": _version("torch"),
+                "grain": _version("grain"),
+            },
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "commit": git_commit(),
@@ -279,7 +321,9 @@ def main(config: Config) -> None:
         "batch_size": config.batch_size,
         "seconds": median,
         "rounds": seconds,
-        "loop_over_bare_step": statistics.median(a / b for a, b in zip(seconds["loop"], seconds["bare"], strict=True)),
+        "loop_over_bare_step": statistics.median(
+            a / b for a, b in zip(seconds["loop"], seconds["bare"], strict=True)
+        ),
         "pipeline_over_step": median["bare"] / median["pipeline"],
         "torch_over_step": torch / median["bare"],
         "save": {"step_seconds": step, "stalls_in_steps": [value / step for value in extra]},
@@ -288,7 +332,16 @@ def main(config: Config) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     file = config.output / f"{jax.default_backend()}.json"
     training.write_whole(file, json.dumps(results, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in results.items() if name not in ("rounds", "environment")}, indent=1))
+    print(
+        json.dumps(
+            {
+                name: value
+                for name, value in results.items()
+                if name not in ("rounds", "environment")
+            },
+            indent=1,
+        )
+    )
 
 
 def _version(package: str) -> str:

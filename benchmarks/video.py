@@ -35,7 +35,14 @@ from nonlocal_jax.data import stand_in
 
 FOLDER = Path(__file__).parent / "results" / "video"
 ENCODINGS = {"a keyframe in 250": "250", "a keyframe in 32": "32"}
-COMPETITORS = ("pipeline", "decoder alone", "decoder and colours", "opencv", "torchcodec, exact", "torchcodec, approximate")
+COMPETITORS = (
+    "pipeline",
+    "decoder alone",
+    "decoder and colours",
+    "opencv",
+    "torchcodec, exact",
+    "torchcodec, approximate",
+)
 VIDEOS = 16
 LONG = 18_000  # frames, ten minutes
 
@@ -60,7 +67,9 @@ class Worker:
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         command = [sys.executable, "-m", "benchmarks.video_worker", name, str(folder)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.missing = self._read().removeprefix("ready").strip()  # why it cannot run
         self._process.send_signal(signal.SIGSTOP)
 
@@ -116,7 +125,9 @@ def memory(folder: Path) -> dict[str, float]:
         file = folder / f"{frames}.mp4"
         write_video(file, 0, "32", frames)
         command = [sys.executable, "-m", "benchmarks.video_worker", "memory", str(file)]
-        found[f"{frames:,} frames"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found[f"{frames:,} frames"] = float(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        )
     return found
 
 
@@ -139,12 +150,24 @@ def side_by_side(config: Config, folder: Path) -> tuple[dict[str, list[float]], 
 def ratios(rounds: dict[str, list[float]]) -> dict[str, float]:
     """Of the pipeline to the faster of the two libraries, and what it takes beyond the decoder, as a share."""
     peers = [values for name, values in rounds.items() if name.startswith(("opencv", "torchcodec"))]
-    best: Sequence[float] = max(peers, key=statistics.median) if peers else [float("nan")] * len(rounds["pipeline"])
-    pairs = list(zip(rounds["pipeline"], best, rounds["decoder alone"], rounds["decoder and colours"], strict=True))
+    best: Sequence[float] = (
+        max(peers, key=statistics.median) if peers else [float("nan")] * len(rounds["pipeline"])
+    )
+    pairs = list(
+        zip(
+            rounds["pipeline"],
+            best,
+            rounds["decoder alone"],
+            rounds["decoder and colours"],
+            strict=True,
+        )
+    )
     return {
         "over the faster library": statistics.median(ours / peer for ours, peer, _, _ in pairs),
         "beyond the decoder": statistics.median(alone / ours - 1 for ours, _, alone, _ in pairs),
-        "beyond the decoder and colours": statistics.median(colours / ours - 1 for ours, _, _, colours in pairs),
+        "beyond the decoder and colours": statistics.median(
+            colours / ours - 1 for ours, _, _, colours in pairs
+        ),
     }
 
 
@@ -161,7 +184,11 @@ def main(config: Config) -> None:
                 write_video(of_encoding / f"{number}.mp4", number, keyframes)
             rounds, missing = side_by_side(config, of_encoding)
             medians = {who: statistics.median(values) for who, values in rounds.items()}
-            results[encoding] = {"clips_per_second": medians, "ratios": ratios(rounds), "rounds": rounds}
+            results[encoding] = {
+                "clips_per_second": medians,
+                "ratios": ratios(rounds),
+                "rounds": rounds,
+            }
         peaks = memory(folder)
     versions = {
         package: importlib.metadata.version(package)
@@ -184,7 +211,10 @@ def main(config: Config) -> None:
     }
     config.output.mkdir(parents=True, exist_ok=True)
     training.write_whole(config.output / "cpu.json", json.dumps(record, indent=1) + "\n")
-    shown = {encoding: {k: v for k, v in found.items() if k != "rounds"} for encoding, found in results.items()}
+    shown = {
+        encoding: {k: v for k, v in found.items() if k != "rounds"}
+        for encoding, found in results.items()
+    }
     print(json.dumps({"missing": missing, "encodings": shown, "peak_megabytes": peaks}, indent=1))
 
 

@@ -46,7 +46,9 @@ def pipeline(videos: Annotations) -> Iterator[Any]:
     return training_batches(TrainingClips(videos, IN_TIME, IN_SPACE, seed=SEED), BATCH, seed=SEED)
 
 
-def side_by_side(read: Callable[[Clip], Any], stack: Callable[[list[Any]], Any], videos: Annotations) -> Iterator[Any]:
+def side_by_side(
+    read: Callable[[Clip], Any], stack: Callable[[list[Any]], Any], videos: Annotations
+) -> Iterator[Any]:
     """Batches of what `read` gives, a thread for each core."""
     order = clips(videos)
     with ThreadPoolExecutor(cores()) as pool:
@@ -87,7 +89,9 @@ def opencv(clip: Clip) -> np.ndarray:
         found, frame = capture.read()
         if not found:
             raise RuntimeError(f"{clip.file}: frame {clip.frames[i]} was not there.")
-        part = cv2.resize(frame[top : top + height, left : left + width], size, interpolation=cv2.INTER_LINEAR)
+        part = cv2.resize(
+            frame[top : top + height, left : left + width], size, interpolation=cv2.INTER_LINEAR
+        )
         cv2.cvtColor(part, cv2.COLOR_BGR2RGB, dst=result[i])
         if i + 1 < len(clip.frames):
             capture.grab()
@@ -101,7 +105,9 @@ def torchcodec(seek_mode: str, clip: Clip) -> Any:
 
     decoder = VideoDecoder(str(clip.file), num_ffmpeg_threads=1, seek_mode=seek_mode)
     top, left, height, width, size = clip.window
-    frames = decoder.get_frames_at(clip.frames.tolist()).data[:, :, top : top + height, left : left + width]
+    frames = decoder.get_frames_at(clip.frames.tolist()).data[
+        :, :, top : top + height, left : left + width
+    ]
     return torch.nn.functional.interpolate(frames, size=size, mode="bilinear")
 
 
@@ -119,7 +125,9 @@ def batches(name: str, videos: Annotations) -> Iterator[Any]:
     import torch
 
     torch.set_num_threads(1)
-    return side_by_side(functools.partial(torchcodec, name.removeprefix("torchcodec, ")), torch.stack, videos)
+    return side_by_side(
+        functools.partial(torchcodec, name.removeprefix("torchcodec, ")), torch.stack, videos
+    )
 
 
 def memory(file: Path) -> float:
@@ -127,7 +135,10 @@ def memory(file: Path) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the peak from now on, not that of the imports
     before = _kilobytes("VmRSS")
     with Video(file) as video:
-        video.read(len(video) - 63 + 2 * np.arange(32), functools.partial(IN_SPACE.window, shares=np.array([0.5, 0.5, 0.5])))
+        video.read(
+            len(video) - 63 + 2 * np.arange(32),
+            functools.partial(IN_SPACE.window, shares=np.array([0.5, 0.5, 0.5])),
+        )
     return (_kilobytes("VmHWM") - before) / 1024
 
 

@@ -48,11 +48,15 @@ def serve(library: Library) -> None:
         try:
             answer = _answer(library, runs, json.loads(line))
         except Exception as error:
-            answer = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            answer = {
+                "failure": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            }
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(library: Library, runs: dict[Job, Callable[[], Sequence[Any]]], request: dict[str, Any]) -> dict[str, Any]:
+def _answer(
+    library: Library, runs: dict[Job, Callable[[], Sequence[Any]]], request: dict[str, Any]
+) -> dict[str, Any]:
     what = request["do"]
     if what == "forget":
         runs.clear()
@@ -69,7 +73,11 @@ def _answer(library: Library, runs: dict[Job, Callable[[], Sequence[Any]]], requ
             runs[job]()
         return {"seconds": _seconds(runs[job], request["calls"])}
     if what == "peak":
-        peak = _resident_peak(runs[job]) if library.backend == "cpu" else library.device_peak(runs[job])
+        peak = (
+            _resident_peak(runs[job])
+            if library.backend == "cpu"
+            else library.device_peak(runs[job])
+        )
         return {"temporary_bytes": peak} | library.facts(job)
     np.savez(request["path"], *(library.to_numpy(output) for output in library.prepare(job)()))
     return {}

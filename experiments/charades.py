@@ -26,7 +26,9 @@ from experiments import kinetics, video
 from experiments.recipes import Config as Shared
 from experiments.recipes import Recipe
 
-TOY = dataclasses.replace(kinetics.TOY, learning_rate=0.2, multi_label=True)  # the mean over 6 classes has small gradients
+TOY = dataclasses.replace(
+    kinetics.TOY, learning_rate=0.2, multi_label=True
+)  # the mean over 6 classes has small gradients
 
 
 def recipes() -> dict[str, Recipe]:

@@ -49,8 +49,17 @@ def recipes() -> dict[str, Recipe]:
     """By name: <kind>[_nl<blocks>[_<variant>]]_r<depth>_<frames>x<stride>."""
     found = {"toy_mp4": TOY}
 
-    def add(kind: str, depth: int, published: tuple[float, ...], blocks: int = 0, variant: str = "", **options: Any) -> None:
-        name = "_".join(filter(None, (kind, f"nl{blocks}" if blocks else "", variant, f"r{depth}", "32x2")))
+    def add(
+        kind: str,
+        depth: int,
+        published: tuple[float, ...],
+        blocks: int = 0,
+        variant: str = "",
+        **options: Any,
+    ) -> None:
+        name = "_".join(
+            filter(None, (kind, f"nl{blocks}" if blocks else "", variant, f"r{depth}", "32x2"))
+        )
         options = {"nonlocal_blocks": blocks, **options}
         network: Any = {"kind": "c2d" if kind == "c2d" else "i3d_3x1x1", "depth": depth, **options}
         found[name] = Recipe(IMAGENET, published=published, **network)
@@ -63,7 +72,11 @@ def recipes() -> dict[str, Recipe]:
     add("c2d", 101, (74.3,), 1)
     for stage, last, top1 in (("res2", 1, 72.7), ("res3", 2, 72.9), ("res5", 1, 72.3)):
         add("c2d", 50, (top1,), 1, stage, nonlocal_blocks={stage: (last,)})
-    for axes, of_r50, of_r101 in (("space", 72.9, 74.4), ("time", 73.1, 74.4), ("spacetime", 73.8, 75.1)):
+    for axes, of_r50, of_r101 in (
+        ("space", 72.9, 74.4),
+        ("time", 73.1, 74.4),
+        ("spacetime", 73.8, 75.1),
+    ):
         for depth, top1 in ((50, of_r50), (101, of_r101)):
             add("c2d", depth, (top1,), 5, "" if axes == "spacetime" else axes, axes=axes)
     add("c2d", 50, (74.3,), 10)
@@ -79,8 +92,12 @@ def recipes() -> dict[str, Recipe]:
             found[f"{name}_32x2"], start=f"{name}_32x2", frames=128, stride=1, batch_size=16, learning_rate=0.0025,
             boundaries=(300_000, 600_000), steps=800_000, frozen_bn=True, published=(top1,),
         )  # fmt: skip
-    for name, (clip, (frames, stride)) in itertools.product(("c2d_r50", "c2d_nl5_r50", "i3d_r50", "i3d_nl5_r50"), ZOO.items()):
-        found[f"{name}_{clip}"] = dataclasses.replace(found[f"{name}_32x2"], frames=frames, stride=stride, published=())
+    for name, (clip, (frames, stride)) in itertools.product(
+        ("c2d_r50", "c2d_nl5_r50", "i3d_r50", "i3d_nl5_r50"), ZOO.items()
+    ):
+        found[f"{name}_{clip}"] = dataclasses.replace(
+            found[f"{name}_32x2"], frames=frames, stride=stride, published=()
+        )
     return found
 
 

@@ -47,18 +47,26 @@ def test(
 
     @jax.jit
     def scores_of(variables: Any, clips: Any) -> Any:
-        return activation(model.apply(variables, normalise(clips, config.normalisation), train=False))
+        return activation(
+            model.apply(variables, normalise(clips, config.normalisation), train=False)
+        )
 
     def apply(clips: np.ndarray) -> Any:
         return scores_of(variables, training.put({"inputs": clips}, mesh)["inputs"])
 
     how = combination(config, recipe)
-    source = TestingClips(videos, in_time(config, recipe), config.clips, config.crops, recipe.test_size)
+    source = TestingClips(
+        videos, in_time(config, recipe), config.clips, config.crops, recipe.test_size
+    )
     settings = settings_of(config, recipe, videos, variables)
     folder = output / f"test-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
     with training.Run(folder, settings) as run, StopSignals() as stop:
         stored = evaluation.ScoreFolder(run.folder / "scores", f"{jax.process_index()}")
-        mine = [i for i in range(len(videos)) if i % jax.process_count() == jax.process_index() and i not in stored]
+        mine = [
+            i
+            for i in range(len(videos))
+            if i % jax.process_count() == jax.process_index() and i not in stored
+        ]
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[found]}"),
             TextColumn("left:"), TimeRemainingColumn(), console=console, speed_estimate_period=600,
@@ -71,18 +79,25 @@ def test(
                     stored.fail(video, str(views))
                 else:
                     each = evaluation.score_views(apply, views, at_once)
-                    stored.add(video, {"single": each[-1], "many": evaluation.combine(each[:-1], how)})
+                    stored.add(
+                        video, {"single": each[-1], "many": evaluation.combine(each[:-1], how)}
+                    )
                     right += _is_right(stored.found[video], videos, video)
                 if len(stored.failures) > config.unreadable * len(videos):
                     stored.write()
                     raise DataError(_too_many(stored.failures, len(videos)))
-                bar.update(task, advance=1, found=f"{100 * right / max(len(stored.found), 1):.1f}% right so far")
+                bar.update(
+                    task,
+                    advance=1,
+                    found=f"{100 * right / max(len(stored.found), 1):.1f}% right so far",
+                )
                 if stop.requested:
                     break
         stored.write()
         if stop.requested:
             console.print(
-                f"stopped by a signal; {len(stored.found):,} videos are scored, and the same command goes on", highlight=False
+                f"stopped by a signal; {len(stored.found):,} videos are scored, and the same command goes on",
+                highlight=False,
             )
             raise SystemExit(SAVED)
         if jax.process_count() > 1:
@@ -141,9 +156,14 @@ def _reported(
             draw_confusion(reports[labels["many"]], run.folder / "confusion.png")
     console.print(evaluation.table(reports), highlight=False)
     if recipe.published:
-        console.print(f"the paper, many views, %: {' / '.join(map(str, recipe.published))}", highlight=False)
+        console.print(
+            f"the paper, many views, %: {' / '.join(map(str, recipe.published))}", highlight=False
+        )
     if stored.failures:
-        console.print(f"{len(stored.failures):,} videos could not be read and are not counted", highlight=False)
+        console.print(
+            f"{len(stored.failures):,} videos could not be read and are not counted",
+            highlight=False,
+        )
     console.print(f"classes, confusion and scores: {run.folder}", highlight=False)
     return reports
 
@@ -154,7 +174,9 @@ def _is_right(scores: Mapping[str, np.ndarray], videos: Annotations, video: int)
 
 
 def _too_many(failures: Mapping[int, str], count: int) -> str:
-    return f"{len(failures)} of {count:,} videos cannot be read:\n  " + "\n  ".join(failures.values())
+    return f"{len(failures)} of {count:,} videos cannot be read:\n  " + "\n  ".join(
+        failures.values()
+    )
 
 
 def draw_confusion(found: Mapping[str, Any], file: Path) -> None:
@@ -168,8 +190,14 @@ def draw_confusion(found: Mapping[str, Any], file: Path) -> None:
     names = list(found["classes"])
     side = min(max(4.0, 0.35 * len(names) + 2), 12.0)
     figure, ax = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    image = ax.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="viridis", vmin=0, vmax=1)
-    ax.set(xlabel="answer", ylabel="truth", title=f"{found['videos']:,} videos, top-1 {100 * found['top1']['value']:.1f}%")
+    image = ax.imshow(
+        counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="viridis", vmin=0, vmax=1
+    )
+    ax.set(
+        xlabel="answer",
+        ylabel="truth",
+        title=f"{found['videos']:,} videos, top-1 {100 * found['top1']['value']:.1f}%",
+    )
     if len(names) <= 40:
         ax.set_xticks(range(len(names)), names, rotation=90)
         ax.set_yticks(range(len(names)), names)
@@ -205,7 +233,9 @@ def combination(config: Config, recipe: Recipe) -> evaluation.Combination:
     return config.combine or ("max" if recipe.multi_label else "mean")
 
 
-def settings_of(config: Config, recipe: Recipe, videos: Annotations, variables: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(
+    config: Config, recipe: Recipe, videos: Annotations, variables: Mapping[str, Any]
+) -> dict[str, Any]:
     """All that scores depend on."""
     of_recipe = (
         "depth", "kind", "nonlocal_blocks", "instantiation", "axes", "frames", "stride", "test_size", "num_classes",

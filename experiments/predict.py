@@ -33,7 +33,7 @@ from nonlocal_jax.weights import files
 from nonlocal_jax.weights.build import Choices, call, options
 from nonlocal_jax.weights.build import build as build_as
 from nonlocal_jax.weights.infer import architecture
-from nonlocal_jax.weights.load import load_checkpoint
+from nonlocal_jax.weights.loading import load_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,15 +43,21 @@ class Config(Choices):
     file: Annotated[Path, tyro.conf.Positional]  # the video
     weights: Path  # of the network, of any source that nonlocal_jax.weights reads
     data: Literal["kinetics", "charades"] = "kinetics"  # one class a video, or any number
-    recipe: str | None = None  # of experiments.kinetics or .charades; None takes the network that the file tells
+    recipe: str | None = (
+        None  # of experiments.kinetics or .charades; None takes the network that the file tells
+    )
     classes: Path | None = None  # names of the classes, one a line; else they are numbers
     top: int = 5  # classes to print
     clips: int = 10  # evenly in time
     crops: Crops = "three"  # of each clip
     size: int | None = None  # rows and columns of a crop; None is 256, or the recipe's
     views_at_once: int = 3  # clips of a batch
-    picture: Path | None = None  # file of the picture; None is the video's name with .png, in this folder
-    page: Path | None = None  # file of a page, .html, in which one points at a position and sees where it looks; None is none
+    picture: Path | None = (
+        None  # file of the picture; None is the video's name with .png, in this folder
+    )
+    page: Path | None = (
+        None  # file of a page, .html, in which one points at a position and sees where it looks; None is none
+    )
 
     def __post_init__(self) -> None:
         for name in ("top", "clips", "views_at_once"):
@@ -67,20 +73,36 @@ def network(config: Config) -> tuple[Any, dict[str, Any], InTime, int, str]:
         if config.recipe not in recipes:
             raise DataError(f"--recipe must be one of {', '.join(recipes)}; got {config.recipe!r}.")
         recipe = recipes[config.recipe]
-        settings = experiment.Config(preset=config.preset or "paper", init=config.weights, test_only=True)
+        settings = experiment.Config(
+            preset=config.preset or "paper", init=config.weights, test_only=True
+        )
         model = build(settings, recipe, recipe.num_classes)
         variables = video.initial(settings, model, recipe)
         assert variables is not None
-        return model, dict(variables), in_time(settings, recipe), config.size or recipe.test_size, "caffe2"
+        return (
+            model,
+            dict(variables),
+            in_time(settings, recipe),
+            config.size or recipe.test_size,
+            "caffe2",
+        )
     checkpoint = files.read(config.weights)
     found = architecture(checkpoint)
     chosen = options(found, config)
     if "clip" not in chosen or found.num_classes is None:
-        raise DataError(f"{config.weights} must be of a video network with a classifier; it is of {call(found, config)}.")
+        raise DataError(
+            f"{config.weights} must be of a video network with a classifier; it is of {call(found, config)}."
+        )
     model = build_as(found, config)
     variables, _ = load_checkpoint(checkpoint, model, inflate_flat=config.kind is not None)
     frames, stride = map(int, chosen["clip"].split("x"))
-    return model, variables, InTime(frames, stride), config.size or 256, "mmcv" if chosen["preset"] == "mmcv" else "caffe2"
+    return (
+        model,
+        variables,
+        InTime(frames, stride),
+        config.size or 256,
+        "mmcv" if chosen["preset"] == "mmcv" else "caffe2",
+    )
 
 
 def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: Path, title: str) -> None:
@@ -91,7 +113,9 @@ def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: Path, title: s
     import matplotlib.pyplot as plt
 
     heat = nl.visualize.measures.received(block)[0]
-    most = nl.visualize.to_pixels(block, np.unravel_index(heat.argmax(), heat.shape), of="keys").centre
+    most = nl.visualize.to_pixels(
+        block, np.unravel_index(heat.argmax(), heat.shape), of="keys"
+    ).centre
     query = nl.visualize.from_pixels(block, most)
     frames = block.queries[0]
     figure = plt.figure(figsize=(1.9 * frames + 1, 5.2), layout="constrained")
@@ -110,7 +134,9 @@ def main(config: Config) -> list[tuple[str, float]]:
     try:
         for flag, written in (("--picture", picture), ("--page", config.page)):
             if written is not None and not written.parent.is_dir():
-                raise DataError(f"{flag} must lie in a folder that is there; there is no {written.parent}.")
+                raise DataError(
+                    f"{flag} must lie in a folder that is there; there is no {written.parent}."
+                )
         names = annotations.read_classes(config.classes) if config.classes else ()
         model, variables, clip, size, colours = network(config)
         if names and len(names) != model.num_classes:
@@ -125,26 +151,40 @@ def main(config: Config) -> list[tuple[str, float]]:
         raise SystemExit(f"error: {error}") from error
     many = config.data == "charades"
     activation = jax.nn.sigmoid if many else jax.nn.softmax
-    apply = jax.jit(lambda v, clips: activation(model.apply(v, normalise(clips, colours), train=False)))
-    each = evaluation.score_views(lambda clips: apply(variables, clips), views, config.views_at_once)
+    apply = jax.jit(
+        lambda v, clips: activation(model.apply(v, normalise(clips, colours), train=False))
+    )
+    each = evaluation.score_views(
+        lambda clips: apply(variables, clips), views, config.views_at_once
+    )
     scores = evaluation.combine(each[:-1], "max" if many else "mean")
-    best = [(names[i] if names else str(i), float(scores[i])) for i in np.argsort(-scores)[: config.top].tolist()]
+    best = [
+        (names[i] if names else str(i), float(scores[i]))
+        for i in np.argsort(-scores)[: config.top].tolist()
+    ]
     table = Table("class", "score", title=f"{config.file.name}: {len(each) - 1} views")
     for name, score in best:
         table.add_row(name, f"{score:.3f}")
     console.print(table)
     middle, written = list(views)[-1], picture
     try:
-        maps = nl.visualize.affinities(model, variables, normalise(jnp.asarray(middle)[None], colours), train=False)
+        maps = nl.visualize.affinities(
+            model, variables, normalise(jnp.asarray(middle)[None], colours), train=False
+        )
         draw(middle, list(maps.values())[-1], picture, f"{best[0][0]}, {best[0][1]:.2f}")
         console.print(f"where it looked: {picture}", highlight=False)
         if config.page is not None:
             written = config.page
-            nl.visualize.explore(maps, middle, config.page, title=f"{config.file.name}: {best[0][0]}")
+            nl.visualize.explore(
+                maps, middle, config.page, title=f"{config.file.name}: {best[0][0]}"
+            )
             console.print(f"where each position looked: {config.page}", highlight=False)
     except nl.visualize.NoBlocksError as error:
         console.print(f"no picture: {error}", highlight=False)
-    except (OSError, ValueError) as error:  # a folder that may not be written to, a format that there is not, NaN
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a folder that may not be written to, a format that there is not, NaN
         raise SystemExit(f"error: no picture of where it looked, {written}: {error}") from error
     return best
 

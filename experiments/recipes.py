@@ -18,7 +18,7 @@ from nonlocal_jax.data.sampling import Crops, InTime, Rule, Short
 from nonlocal_jax.evaluation import Combination
 from nonlocal_jax.layers.block import Preset
 from nonlocal_jax.models.toy_video import ToyVideoNet
-from nonlocal_jax.models.video_resnet import Kind
+from nonlocal_jax.models.video_resnets import Kind
 from nonlocal_jax.types import Instantiation
 
 Batch = Mapping[str, Any]
@@ -70,37 +70,65 @@ class Recipe:
 class Config:
     """What both have on the command line."""
 
-    train_list: Path | None = None  # list of the videos to train with, or folder of class-name folders
+    train_list: Path | None = (
+        None  # list of the videos to train with, or folder of class-name folders
+    )
     val_list: Path | None = None  # list of the videos to test with
-    root: Path | None = None  # folder that paths in the lists are relative to, and must lie in; else that of each list
-    classes: Path | None = None  # file of the names of the classes, one a line, in the order of their numbers
-    leave_out: bool = False  # leave out videos that are missing or named twice, in place of stopping
+    root: Path | None = (
+        None  # folder that paths in the lists are relative to, and must lie in; else that of each list
+    )
+    classes: Path | None = (
+        None  # file of the names of the classes, one a line, in the order of their numbers
+    )
+    leave_out: bool = (
+        False  # leave out videos that are missing or named twice, in place of stopping
+    )
     unreadable: float = 0.01  # share of the videos that may turn out unreadable; the run stops above it, and names them
     init: Path | None = None  # weights to start from, of any source that nonlocal_jax.weights reads
     preset: Preset = "paper"  # conventions of the blocks and poolings; those of the source of the weights, if they are not ours
-    normalisation: Literal["caffe2", "slowfast", "mmcv"] = "caffe2"  # of colours; mean 114.75 and deviation 57.375 of 255
-    fps: float | None = None  # frames a second that the stride counts in, as PySlowFast's 30; None counts those of each file
+    normalisation: Literal["caffe2", "slowfast", "mmcv"] = (
+        "caffe2"  # of colours; mean 114.75 and deviation 57.375 of 255
+    )
+    fps: float | None = (
+        None  # frames a second that the stride counts in, as PySlowFast's 30; None counts those of each file
+    )
     sampling: Rule = "consecutive"  # a clip's frames are so many apart; or as PySlowFast spreads them, for its weights
-    short: Short = "loop"  # of a video shorter than a clip, start again; or hold its last frame, as PySlowFast
+    short: Short = (
+        "loop"  # of a video shorter than a clip, start again; or hold its last frame, as PySlowFast
+    )
     inverse: bool = False  # scale the shorter side so that 1 / length is uniform, as PySlowFast
     num_classes: int | None = None  # of the data set; None is the recipe's
     batch_size: int | None = None  # clips of a step, of all devices together; None is the recipe's
-    learning_rate: float | None = None  # at first; None is the recipe's, times batch size / the recipe's batch size
-    steps: int | None = None  # None is the recipe's, times the recipe's batch size / batch size, so as many epochs
+    learning_rate: float | None = (
+        None  # at first; None is the recipe's, times batch size / the recipe's batch size
+    )
+    steps: int | None = (
+        None  # None is the recipe's, times the recipe's batch size / batch size, so as many epochs
+    )
     accumulate: int = 1  # parts of a batch whose gradients are averaged, to save memory
-    batch_norm: Literal["global", "device"] = "device"  # statistics on each device, as the paper's, or over the whole batch
+    batch_norm: Literal["global", "device"] = (
+        "device"  # statistics on each device, as the paper's, or over the whole batch
+    )
     precise_bn: int = 0  # batches over which statistics are computed anew before each evaluation
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     remat: bool = False  # compute residual blocks again in the backward pass, to save memory
-    placement: Literal["replicated", "sharded"] = "replicated"  # of parameters and optimiser on the devices
+    placement: Literal["replicated", "sharded"] = (
+        "replicated"  # of parameters and optimiser on the devices
+    )
     seed: int = 0  # of initial values, order, clips and crops
     evaluate_every: int | None = None  # steps; None is a twentieth of them
-    save_every: int | None = None  # steps between checkpoints; None is a twentieth of them, and at most 1,000
+    save_every: int | None = (
+        None  # steps between checkpoints; None is a twentieth of them, and at most 1,000
+    )
     keep: int = 2  # of the latest checkpoints, beside the best
     workers: int = 0  # processes that decode; 0 decodes in threads of this one
     clips: int = 10  # of each video in testing, evenly in time
-    crops: Crops = "three"  # of each clip in testing: three, the centre, or the full frame, as the paper
-    combine: Combination | None = None  # of the scores of all views; None is the mean for one class a video, else the largest
+    crops: Crops = (
+        "three"  # of each clip in testing: three, the centre, or the full frame, as the paper
+    )
+    combine: Combination | None = (
+        None  # of the scores of all views; None is the mean for one class a video, else the largest
+    )
     views_at_once: int = 8  # clips of a batch in testing
     test_only: bool = False  # no training: test the weights of --init
     distributed: bool = False  # one of many processes; TPU pods, SLURM and Open MPI say which, elsewhere the next three do
@@ -108,11 +136,21 @@ class Config:
     processes: int | None = None  # how many
     process_id: int | None = None  # which one this is, from 0
     timeout: int = 120  # seconds to wait for the other processes
-    dry_run: bool = False  # print model, blocks, parameters, multiply-adds, memory and sharding, and stop
+    dry_run: bool = (
+        False  # print model, blocks, parameters, multiply-adds, memory and sharding, and stop
+    )
     list_recipes: bool = False  # print the recipes, and stop
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "batch_size", "steps", "evaluate_every", "save_every", "clips", "views_at_once"):
+        for name in (
+            "num_classes",
+            "batch_size",
+            "steps",
+            "evaluate_every",
+            "save_every",
+            "clips",
+            "views_at_once",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if not 0 <= self.unreadable <= 1:
@@ -136,8 +174,13 @@ def scaled(config: Config, recipe: Recipe) -> Recipe:
     return dataclasses.replace(
         recipe,
         batch_size=config.batch_size or recipe.batch_size,
-        learning_rate=recipe.learning_rate * factor if config.learning_rate is None else config.learning_rate,
-        boundaries=tuple(max(round(boundary * steps / recipe.steps), i + 1) for i, boundary in enumerate(recipe.boundaries)),
+        learning_rate=recipe.learning_rate * factor
+        if config.learning_rate is None
+        else config.learning_rate,
+        boundaries=tuple(
+            max(round(boundary * steps / recipe.steps), i + 1)
+            for i, boundary in enumerate(recipe.boundaries)
+        ),
         steps=steps,
     )
 
@@ -146,9 +189,13 @@ def build(config: Config, recipe: Recipe, num_classes: int) -> Any:
     """The network."""
     dtype = jnp.dtype(config.dtype)
     if not recipe.depth:
-        block = nl.layers.nonlocal_block(recipe.instantiation, config.preset, subsample=True, dtype=dtype)
+        block = nl.layers.nonlocal_block(
+            recipe.instantiation, config.preset, subsample=True, dtype=dtype
+        )
         return ToyVideoNet(num_classes, block, "i3d")
-    options: dict[str, Any] = {"group_size": {"res3": 4}} if config.preset == "caffe2" and recipe.frames == 128 else {}
+    options: dict[str, Any] = (
+        {"group_size": {"res3": 4}} if config.preset == "caffe2" and recipe.frames == 128 else {}
+    )
     clip: Any = f"{recipe.frames}x{recipe.stride}"
     return nl.models.video_resnet(
         recipe.depth, recipe.kind, recipe.nonlocal_blocks, clip, config.preset, num_classes,
@@ -178,7 +225,9 @@ def make_trainer(config: Config, recipe: Recipe, num_classes: int) -> training.T
 def _of_norms(params: Any) -> Any:
     """True for what belongs to a norm, which is what has a `scale`."""
     return {
-        name: _of_norms(leaf) if isinstance(leaf, Mapping) else "scale" in params and name in ("scale", "bias")
+        name: _of_norms(leaf)
+        if isinstance(leaf, Mapping)
+        else "scale" in params and name in ("scale", "bias")
         for name, leaf in params.items()
     }
 

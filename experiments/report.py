@@ -39,7 +39,11 @@ class Config:
 def hardware() -> str:
     """What this runs on."""
     device = jax.devices()[0]
-    place = f"{os.cpu_count()} CPU cores ({platform.machine()})" if device.platform == "cpu" else device.device_kind
+    place = (
+        f"{os.cpu_count()} CPU cores ({platform.machine()})"
+        if device.platform == "cpu"
+        else device.device_kind
+    )
     return f"{place}, Python {platform.python_version()}, JAX {jax.__version__}"
 
 
@@ -64,7 +68,9 @@ def read(folder: Path) -> dict[str, Any]:
         ValueError: the folder has none, or not whole.
     """
     try:
-        results, config = (json.loads((folder / name).read_text()) for name in ("results.json", "config.json"))
+        results, config = (
+            json.loads((folder / name).read_text()) for name in ("results.json", "config.json")
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} must be the folder of a finished run, with config.json and results.json: {error}."
@@ -78,7 +84,9 @@ def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} must be the log of a run, one JSON row a line: {error}.") from error
+        raise ValueError(
+            f"{file} must be the log of a run, one JSON row a line: {error}."
+        ) from error
     return [row for row in rows if row["kind"] == kind]
 
 
@@ -86,7 +94,9 @@ def grouped(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The runs that differ in nothing but seed and folder, together."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        recipe = {name: value for name, value in run["config"].items() if name not in ("seed", "output")}
+        recipe = {
+            name: value for name, value in run["config"].items() if name not in ("seed", "output")
+        }
         groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
     return list(groups.values())
 
@@ -104,7 +114,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             f"{statistics.mean(accuracies):.2f}{spread}", f"{first['steps']:,}", f"{seconds:,.0f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    lines += [""] + [f"- {run['folder'].name}: `{run['command']}`, {run['hardware']}" for run in runs]
+    lines += [""] + [
+        f"- {run['folder'].name}: `{run['command']}`, {run['hardware']}" for run in runs
+    ]
     return "\n".join(lines)
 
 
@@ -124,10 +136,22 @@ def draw_curves(folders: Sequence[Path], file: Path, title: str = "") -> None:
                 (chunk[-1]["step"], statistics.mean(row[name] for row in chunk))
                 for chunk in (train[at : at + width] for at in range(0, len(train), width))
             ]
-            ax.plot(*zip(*means, strict=True), color=f"C{i}", linewidth=1, alpha=0.5, label=f"{folder.name}, training")
+            ax.plot(
+                *zip(*means, strict=True),
+                color=f"C{i}",
+                linewidth=1,
+                alpha=0.5,
+                label=f"{folder.name}, training",
+            )
             if evaluation:
                 held_out = [(row["step"], row[name]) for row in evaluation]
-                ax.plot(*zip(*held_out, strict=True), color=f"C{i}", marker="o", markersize=4, label=f"{folder.name}, held out")
+                ax.plot(
+                    *zip(*held_out, strict=True),
+                    color=f"C{i}",
+                    marker="o",
+                    markersize=4,
+                    label=f"{folder.name}, held out",
+                )
             ax.set(xlabel="step", ylabel=name)
     axes[0].set_yscale("log")
     axes[1].legend(loc="lower right", frameon=False)

@@ -14,14 +14,23 @@ from rich.console import Console
 import nonlocal_jax as nl
 from experiments import report
 from experiments.multi_view import command, digest_of_list, test
-from experiments.recipes import Batch, Config, Recipe, build, in_time, make_trainer, recipe_table, scaled
+from experiments.recipes import (
+    Batch,
+    Config,
+    Recipe,
+    build,
+    in_time,
+    make_trainer,
+    recipe_table,
+    scaled,
+)
 from nonlocal_jax import training
 from nonlocal_jax.data import DataError, annotations, stand_in
 from nonlocal_jax.data.annotations import Annotations
 from nonlocal_jax.data.clips import CentreClips, TrainingClips, Watch, cores
 from nonlocal_jax.data.pipeline import evaluation_batches, training_batches
 from nonlocal_jax.data.sampling import InSpace
-from nonlocal_jax.weights.load import load_with_report
+from nonlocal_jax.weights.loading import load_with_report
 
 MAY_DIFFER = (
     "train_list", "val_list", "root", "classes", "output", "workers", "save_every", "keep", "unreadable", "clips", "crops",
@@ -29,18 +38,30 @@ MAY_DIFFER = (
 )  # fmt: skip
 
 
-def read_lists(config: Config, recipe: Recipe, kind: stand_in.Kind, folder: Path) -> tuple[Annotations, Annotations]:
+def read_lists(
+    config: Config, recipe: Recipe, kind: stand_in.Kind, folder: Path
+) -> tuple[Annotations, Annotations]:
     """Training and testing videos; the stand-in is made where the recipe is for it."""
     train_list, val_list, classes = config.train_list, config.val_list, config.classes
     if not recipe.depth and train_list is None and val_list is None:
         made = stand_in.make(folder / "videos", kind, threads=cores())
-        train_list, val_list, classes = made["train"], made["test"], folder / "videos" / "classes.txt"
+        train_list, val_list, classes = (
+            made["train"],
+            made["test"],
+            folder / "videos" / "classes.txt",
+        )
     if config.test_only:
         train_list = val_list
     if train_list is None or val_list is None:
-        raise DataError("--train-list and --val-list must name lists of videos; --recipe toy_mp4 alone makes its own.")
+        raise DataError(
+            "--train-list and --val-list must name lists of videos; --recipe toy_mp4 alone makes its own."
+        )
     read = functools.partial(
-        annotations.read, num_classes=recipe.num_classes, root=config.root, classes=classes, leave_out=config.leave_out
+        annotations.read,
+        num_classes=recipe.num_classes,
+        root=config.root,
+        classes=classes,
+        leave_out=config.leave_out,
     )
     train, val = read(train_list), read(val_list)
     for found, file in ((train, train_list), (val, val_list)):
@@ -54,7 +75,11 @@ def initial(config: Config, model: Any, recipe: Recipe) -> Mapping[str, Any] | N
     """The weights of --init; what they cannot have stays as it is initialised."""
     if config.init is None:
         return None
-    example = None if recipe.depth else jax.ShapeDtypeStruct((1, recipe.frames, recipe.size, recipe.size, 3), jnp.float32)
+    example = (
+        None
+        if recipe.depth
+        else jax.ShapeDtypeStruct((1, recipe.frames, recipe.size, recipe.size, 3), jnp.float32)
+    )
     parts: tuple[Any, ...] = ("classifier", "nonlocal", "statistics")
     if recipe.frozen_bn:  # norms that stay as they are, and what was trained with them
         parts = ("classifier",)
@@ -73,7 +98,12 @@ def initial(config: Config, model: Any, recipe: Recipe) -> Mapping[str, Any] | N
 
 
 def train(
-    config: Config, recipe: Recipe, kind: stand_in.Kind, output: Path, lists: tuple[Annotations, Annotations], console: Console
+    config: Config,
+    recipe: Recipe,
+    kind: stand_in.Kind,
+    output: Path,
+    lists: tuple[Annotations, Annotations],
+    console: Console,
 ) -> Mapping[str, Any]:
     """Train, from where the run was; gives the variables."""
     recipe, (train_list, val_list) = scaled(config, recipe), lists
@@ -95,33 +125,63 @@ def train(
     source = TrainingClips(train_list, clip, part, seed=config.seed, threads=threads)
     middle = CentreClips(val_list, clip, recipe.size, recipe.shorter[0], threads=threads)
 
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("dry_run", "list_recipes")}
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("dry_run", "list_recipes")
+    }
     settings |= {"train_videos": digest_of_list(train_list), "val_videos": digest_of_list(val_list)}
     variables = initial(config, trainer.model, recipe)
     with training.Run(output, settings, MAY_DIFFER) as run:
         say = functools.partial(console.print, highlight=False)
         watch_training, watch_testing = (
-            Watch(len(videos), config.unreadable, say, run.folder / f"unreadable-{split}-{jax.process_index()}.jsonl")
+            Watch(
+                len(videos),
+                config.unreadable,
+                say,
+                run.folder / f"unreadable-{split}-{jax.process_index()}.jsonl",
+            )
             for split, videos in zip(("train", "val"), lists, strict=True)
         )
 
         def data(step: int) -> Iterator[Batch]:
             return watch_training(
-                training_batches(source, recipe.batch_size, seed=config.seed, start=step, rows=rows, workers=config.workers)
+                training_batches(
+                    source,
+                    recipe.batch_size,
+                    seed=config.seed,
+                    start=step,
+                    rows=rows,
+                    workers=config.workers,
+                )
             )
 
         def evaluate() -> Iterator[Batch]:
-            return watch_testing(evaluation_batches(middle, recipe.batch_size, rows=rows, workers=config.workers))
+            return watch_testing(
+                evaluation_batches(middle, recipe.batch_size, rows=rows, workers=config.workers)
+            )
 
         result = training.fit(
-            trainer, options, run, mesh, data, evaluate, key=jax.random.key(config.seed), variables=variables, console=console
+            trainer,
+            options,
+            run,
+            mesh,
+            data,
+            evaluate,
+            key=jax.random.key(config.seed),
+            variables=variables,
+            console=console,
         )
         trained = training.fetch(result.state.variables, mesh)
         if run.writes:
             nl.weights.save(run.folder / "weights.safetensors", trained)
-            report.record(run.folder, f"{kind}: {config.train_list or 'moving digits'}", command(kind), result)
+            report.record(
+                run.folder, f"{kind}: {config.train_list or 'moving digits'}", command(kind), result
+            )
             if not recipe.multi_label:
-                report.draw_curves([run.folder], run.folder / "curves.png", title=f"{kind}: learning curves")
+                report.draw_curves(
+                    [run.folder], run.folder / "curves.png", title=f"{kind}: learning curves"
+                )
     return trained
 
 
@@ -131,14 +191,24 @@ def dry_run(config: Config, recipe: Recipe) -> str:
     trainer, mesh = make_trainer(config, recipe, recipe.num_classes), training.make_mesh()
     rows = len(training.local_rows(recipe.batch_size, mesh))
     shape = (rows, recipe.frames, recipe.size, recipe.size, 3)
-    labels = np.zeros((rows, recipe.num_classes), np.float32) if recipe.multi_label else np.zeros(rows, np.int32)
-    batch = {"inputs": np.zeros(shape, np.uint8), "labels": labels, "position": np.arange(rows, dtype=np.uint32)}
+    labels = (
+        np.zeros((rows, recipe.num_classes), np.float32)
+        if recipe.multi_label
+        else np.zeros(rows, np.int32)
+    )
+    batch = {
+        "inputs": np.zeros(shape, np.uint8),
+        "labels": labels,
+        "position": np.arange(rows, dtype=np.uint32),
+    }
     options = training.Options(recipe.steps, placement=config.placement)
     lines = [str(nl.models.cost(trainer.model, shape)), *map(str, nl.plan(shape, trainer.model))]
     return "\n".join([*lines, training.dry_run(trainer, options, mesh, batch)])
 
 
-def run(config: Config, recipes: Mapping[str, Recipe], name: str, kind: stand_in.Kind, output: Path) -> dict[str, Any] | None:
+def run(
+    config: Config, recipes: Mapping[str, Recipe], name: str, kind: stand_in.Kind, output: Path
+) -> dict[str, Any] | None:
     """One recipe, from its lists to its results."""
     console = Console()
     if config.list_recipes:
@@ -146,19 +216,27 @@ def run(config: Config, recipes: Mapping[str, Recipe], name: str, kind: stand_in
         return None
     if name not in recipes:
         raise SystemExit(f"error: --recipe must be one of {', '.join(recipes)}; got {name!r}.")
-    recipe = dataclasses.replace(recipes[name], num_classes=config.num_classes or recipes[name].num_classes)
+    recipe = dataclasses.replace(
+        recipes[name], num_classes=config.num_classes or recipes[name].num_classes
+    )
     try:
         if config.distributed:
-            training.initialize(config.coordinator, config.processes, config.process_id, timeout=config.timeout)
+            training.initialize(
+                config.coordinator, config.processes, config.process_id, timeout=config.timeout
+            )
         if config.dry_run:
             print(dry_run(config, recipe))
             return None
         if config.init is not None and not config.init.exists():
             raise DataError(f"--init must name a file of weights; there is no {config.init}.")
         if config.init is None and recipe.frozen_bn:
-            raise DataError(f"{name} keeps the norms of what it starts from: --init must name weights of {recipe.start}.")
+            raise DataError(
+                f"{name} keeps the norms of what it starts from: --init must name weights of {recipe.start}."
+            )
         if config.init is None and recipe.depth:
-            console.print(f"without --init all weights are random at first; the paper starts from {recipe.start}")
+            console.print(
+                f"without --init all weights are random at first; the paper starts from {recipe.start}"
+            )
         lists = read_lists(config, recipe, kind, output)
         for found, what in zip(lists, ("to train with", "to test with"), strict=True):
             left_out = f", {len(found.left_out):,} lines left out" if found.left_out else ""
@@ -171,5 +249,10 @@ def run(config: Config, recipes: Mapping[str, Recipe], name: str, kind: stand_in
         return test(config, recipe, kind, output, lists[1], variables, console)
     except (DataError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    except (training.RunError, training.CheckpointError, training.MismatchError, training.NonFiniteError) as error:
+    except (
+        training.RunError,
+        training.CheckpointError,
+        training.MismatchError,
+        training.NonFiniteError,
+    ) as error:
         raise SystemExit(f"error: {error}") from error

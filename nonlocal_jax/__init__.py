@@ -10,7 +10,17 @@ if TYPE_CHECKING:
     from nonlocal_jax import training
 
 __version__ = "0.1.0"
-__all__ = ["data", "describe", "layers", "models", "ops", "plan", "training", "visualize", "weights"]
+__all__ = [
+    "data",
+    "describe",
+    "layers",
+    "models",
+    "ops",
+    "plan",
+    "training",
+    "visualize",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,9 @@ Instantiation = Literal["gaussian", "embedded_gaussian", "dot_product", "concate
 Features = Float[Array, "b *positions c"]
 Embedded = Float[Array, "b *positions e"]  # the same positions, other channels
 Pooled = Float[Array, "b *pooled c"]  # the same channels, fewer positions
-PositionMask = Bool[Array, "b *positions"]  # True where the input is real, False where it is padding
+PositionMask = Bool[
+    Array, "b *positions"
+]  # True where the input is real, False where it is padding
 PooledMask = Bool[Array, "b *pooled"]
 
 # Eq. 1: y_i = 1/C(x) Σ_j f(x_i, x_j) g(x_j).

@@ -24,14 +24,36 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "notebo
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site") / "html"
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-D", "nb_execution_mode=off", "docs", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-D",
+        "nb_execution_mode=off",
+        "docs",
+        str(folder),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return folder
 
 
 def test_every_public_name_is_in_it(site):
-    for part in ("ops", "layers", "models", "weights", "visualize", "training", "data", "evaluation"):
+    for part in (
+        "ops",
+        "layers",
+        "models",
+        "weights",
+        "visualize",
+        "training",
+        "data",
+        "evaluation",
+    ):
         page = (site / "api" / f"{part}.html").read_text()
         named = set(re.findall(r'id="(nonlocal_jax\.[\w.]+)"', page))
         module = importlib.import_module(f"nonlocal_jax.{part}")
@@ -51,7 +73,9 @@ def test_every_module_of_data_is_in_it(site):
 def test_functions_that_are_named_exist(page):
     named = set(re.findall(r"\bnl\.([a-z_]+(?:\.[A-Za-z_]+)*)", page.read_text()))
     assert [
-        name for name in named if functools.reduce(lambda at, part: getattr(at, part, None), name.split("."), nl) is None
+        name
+        for name in named
+        if functools.reduce(lambda at, part: getattr(at, part, None), name.split("."), nl) is None
     ] == []
 
 
@@ -61,7 +85,9 @@ def test_flags_that_are_named_exist(monkeypatch, capsys):
     commands = {
         (page.stem, command)
         for page in PAGES
-        for command in re.findall(r"python -m ((?:experiments|nonlocal_jax)\.[^`#\"'\n]*)", page.read_text())
+        for command in re.findall(
+            r"python -m ((?:experiments|nonlocal_jax)\.[^`#\"'\n]*)", page.read_text()
+        )
     }
     assert len(commands) > 10
     for page, command in sorted(commands):
@@ -72,7 +98,10 @@ def test_flags_that_are_named_exist(monkeypatch, capsys):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         assert left.value.code == 0
         has = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-        assert {argument for argument in arguments if argument.startswith("--")} <= has, (page, command)
+        assert {argument for argument in arguments if argument.startswith("--")} <= has, (
+            page,
+            command,
+        )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +124,10 @@ def test_the_names_of_the_sources_are_those_of_their_weights(column, source, blo
     leaves = {"θ": "operation/theta/kernel", "φ": "operation/phi/kernel", "g": "operation/g/kernel", "w_f": "operation/w_f",
               "W_z": "out/kernel", "the": "out_norm/scale"}  # fmt: skip
     for word, leaf in leaves.items():
-        named, found = rows[word].split("|")[column].strip(" `"), source.to_theirs(f"{block}/{leaf}")
+        named, found = (
+            rows[word].split("|")[column].strip(" `"),
+            source.to_theirs(f"{block}/{leaf}"),
+        )
         assert bool(named) == bool(found), word
         if named.startswith("..."):
             assert found[0].endswith(named.removeprefix("..."))
@@ -117,4 +149,7 @@ def test_what_the_pages_name_is_there(site):
         source = (DOCS / f"{page}.md").read_text()
         wanted = re.findall(r"\{py:obj\}`[^<]*<(nonlocal_jax[\w.]+)>`", source)
         assert all(f"#{name}" in text for name in wanted), page
-    assert all((site / "notebooks" / f"{file.stem}.html").is_file() for file in ROOT.glob("notebooks/*.ipynb"))
+    assert all(
+        (site / "notebooks" / f"{file.stem}.html").is_file()
+        for file in ROOT.glob("notebooks/*.ipynb")
+    )

@@ -25,7 +25,11 @@ def test_it_is_its_python_file_without_outputs(file):
     """`make notebooks` writes the one from the other."""
     notebook = nbformat.read(file, 4)
     assert cells(notebook) == cells(jupytext.read(file.with_suffix(".py")))
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    assert all(
+        cell.outputs == [] and cell.execution_count is None
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    )
     assert f"/blob/main/notebooks/{file.name})" in notebook.cells[0].source  # Colab's badge
     assert "google.colab" in notebook.cells[1].source
 
@@ -37,6 +41,12 @@ def test_it_runs(file, tmp_path, monkeypatch):
     notebook = nbformat.read(file, 4)
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=PATIENCE, kernel_name="python3", resources=resources).execute()
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert any(output.output_type in ("stream", "display_data", "execute_result") for output in shown)
-    assert [path.name for path in tmp_path.iterdir()] == (["explore.html"] if file.stem.startswith("02") else [])
+    shown = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
+    assert any(
+        output.output_type in ("stream", "display_data", "execute_result") for output in shown
+    )
+    assert [path.name for path in tmp_path.iterdir()] == (
+        ["explore.html"] if file.stem.startswith("02") else []
+    )

@@ -37,7 +37,9 @@ def test_the_ten_lines_run():
 def test_published_weights_are_loaded_as_it_says(tmp_path, monkeypatch, capsys):
     """From a file of that name, with random weights, and a small clip."""
     monkeypatch.chdir(tmp_path)
-    model = nl.models.video_resnet(50, "i3d_3x1x1", nonlocal_blocks=5, clip="8x8", preset="slowfast")
+    model = nl.models.video_resnet(
+        50, "i3d_3x1x1", nonlocal_blocks=5, clip="8x8", preset="slowfast"
+    )
     shapes = jax.eval_shape(model.init, jax.random.key(0), model.example)
     weights = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), shapes)
     nl.weights.save("I3D_NLN_8x8_R50.pkl", weights, names="caffe2")
@@ -49,7 +51,9 @@ def test_published_weights_are_loaded_as_it_says(tmp_path, monkeypatch, capsys):
 
 def test_one_sees_what_it_attends_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = nl.models.video_resnet((1, 1, 6, 1), "c2d", {"res4": (5,)}, preset="slowfast", num_classes=3, width_per_group=4)
+    model = nl.models.video_resnet(
+        (1, 1, 6, 1), "c2d", {"res4": (5,)}, preset="slowfast", num_classes=3, width_per_group=4
+    )
     clip = jax.random.uniform(jax.random.key(0), (1, 8, 128, 128, 3))
     variables = jax.jit(model.init)(jax.random.key(1), clip)
     for snippet in (LOOKING, HOW_TO_LOOK):

@@ -42,16 +42,26 @@ class OfList:
     """How a list is read."""
 
     list: Annotated[Path, tyro.conf.Positional]  # the list, or the folder
-    root: Path | None = None  # folder that its paths are relative to, and must lie in; else they are relative to the list's
-    num_classes: int | None = None  # of the labels; else 157 for Charades, and what the list has for others
+    root: Path | None = (
+        None  # folder that its paths are relative to, and must lie in; else they are relative to the list's
+    )
+    num_classes: int | None = (
+        None  # of the labels; else 157 for Charades, and what the list has for others
+    )
     classes: Path | None = None  # file of the names of the classes, one a line
-    leave_out: bool = False  # leave out lines of files that are missing or named before, in place of stopping
+    leave_out: bool = (
+        False  # leave out lines of files that are missing or named before, in place of stopping
+    )
     threads: int = dataclasses.field(default_factory=cores)  # videos at a time
 
     def read(self) -> Annotations:
         """The list."""
         return annotations.read(
-            self.list, num_classes=self.num_classes, root=self.root, classes=self.classes, leave_out=self.leave_out
+            self.list,
+            num_classes=self.num_classes,
+            root=self.root,
+            classes=self.classes,
+            leave_out=self.leave_out,
         )
 
 
@@ -71,7 +81,9 @@ class Index:
     """Write a list, `path label` a line, of a folder that has a folder of videos for each class."""
 
     folder: Annotated[Path, tyro.conf.Positional]  # with the folders
-    out: Path | None = None  # the list; None is FOLDER/list.txt, and classes.txt beside it has the names
+    out: Path | None = (
+        None  # the list; None is FOLDER/list.txt, and classes.txt beside it has the names
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +92,9 @@ class Transcode(OfList):
 
     out: Annotated[Path, tyro.conf.Positional]  # folder of the copies, at the same relative paths
     shorter: int = 256  # length of the shorter side, pixels
-    keyframes: int = 32  # a frame in so many is a keyframe: fewer make clips quicker to read, and files larger
+    keyframes: int = (
+        32  # a frame in so many is a keyframe: fewer make clips quicker to read, and files larger
+    )
     crf: int = 18  # x264's quality; less is better
 
     def __post_init__(self) -> None:
@@ -110,7 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: Any = Check | Index | Transcode | StandIn
     config = (tyro.conf.FlagCreatePairsOff,)
     try:
-        command = tyro.cli(commands, args=arguments, prog="python -m nonlocal_jax.data", description=__doc__, config=config)
+        command = tyro.cli(
+            commands,
+            args=arguments,
+            prog="python -m nonlocal_jax.data",
+            description=__doc__,
+            config=config,
+        )
         match command:
             case Check():
                 return _check(command)
@@ -123,7 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(*lists.values(), sep="\n")
                 return 0
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}" if error.strerror else f"error: {error}", file=sys.stderr)
+        print(
+            f"error: {error.filename}: {error.strerror}" if error.strerror else f"error: {error}",
+            file=sys.stderr,
+        )
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2
@@ -175,7 +198,13 @@ def _check(command: Check) -> int:
         ("cannot be read", f"{len(looks) - len(good):,} videos"),
     ]
     if read.multi_label:
-        rows.insert(3, ("classes of a video", _spread((len(record.labels) for record in read.records), "{:,.0f}")))
+        rows.insert(
+            3,
+            (
+                "classes of a video",
+                _spread((len(record.labels) for record in read.records), "{:,.0f}"),
+            ),
+        )
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -191,9 +220,16 @@ def _index(command: Index) -> int:
         raise ValueError(f"{out} is there already; name another with --out.")
     names = out.with_name("classes.txt")
     folder = command.folder.absolute()
-    out.write_text("".join(f"{record.path.absolute().relative_to(folder)} {record.labels[0]}\n" for record in read.records))
+    out.write_text(
+        "".join(
+            f"{record.path.absolute().relative_to(folder)} {record.labels[0]}\n"
+            for record in read.records
+        )
+    )
     names.write_text("".join(f"{name}\n" for name in read.names))
-    print(f"{len(read):,} videos of {read.num_classes} classes: {out}, {names}; paths are relative to {command.folder}")
+    print(
+        f"{len(read):,} videos of {read.num_classes} classes: {out}, {names}; paths are relative to {command.folder}"
+    )
     return 0
 
 
@@ -201,18 +237,29 @@ def _transcode(command: Transcode) -> int:
     read = command.read()
     if any(record.frames for record in read.records):
         raise ValueError(f"{command.list} is a list of images; there is no video to copy.")
-    root = plain_path(command.root or (command.list if command.list.is_dir() else command.list.parent))
-    targets = {record.path: command.out / _relative(plain_path(record.path), root) for record in read.records}
+    root = plain_path(
+        command.root or (command.list if command.list.is_dir() else command.list.parent)
+    )
+    targets = {
+        record.path: command.out / _relative(plain_path(record.path), root)
+        for record in read.records
+    }
     _check_targets(command, targets)
     work = transcode_all(
-        list(targets.items()), command.threads, shorter=command.shorter, keyframes=command.keyframes, crf=command.crf
+        list(targets.items()),
+        command.threads,
+        shorter=command.shorter,
+        keyframes=command.keyframes,
+        crf=command.crf,
     )
     failed = {}
     for source, error in _with_bar("copying", work, len(targets)):
         if error is not None:
             failed[source] = str(error)
     _write_list(command, read, targets, failed)
-    print(f"{len(targets) - len(failed):,} videos in {command.out}, {len(failed):,} could not be copied")
+    print(
+        f"{len(targets) - len(failed):,} videos in {command.out}, {len(failed):,} could not be copied"
+    )
     _say_first(list(failed.values()))
     return 1 if failed else 0
 
@@ -227,7 +274,9 @@ def _check_targets(command: Transcode, targets: dict[Path, Path]) -> None:
     originals = {os.path.realpath(path) for path in (*targets, command.list)}
     for target in (*sources, command.out / command.list.name):
         if os.path.realpath(target) in originals:
-            raise ValueError(f"{target} would be replaced by a copy; name another folder than {command.out}.")
+            raise ValueError(
+                f"{target} would be replaced by a copy; name another folder than {command.out}."
+            )
 
 
 def _relative(path: Path, root: Path) -> Path:
@@ -235,7 +284,9 @@ def _relative(path: Path, root: Path) -> Path:
     return inside.with_suffix(".mp4")
 
 
-def _write_list(command: Transcode, read: Annotations, targets: dict[Path, Path], failed: dict[Path, str]) -> None:
+def _write_list(
+    command: Transcode, read: Annotations, targets: dict[Path, Path], failed: dict[Path, str]
+) -> None:
     """A folder's copy is its own list, and a CSV names no files; the lines of another list are those that were copied."""
     if read.kind == "folder":
         return
@@ -252,7 +303,13 @@ def _write_list(command: Transcode, read: Annotations, targets: dict[Path, Path]
 
 
 def _with_bar(what: str, work: Iterable[Any], total: int) -> Iterable[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left:"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, speed_estimate_period=600) as progress:
         yield from progress.track(work, total, description=what)
 

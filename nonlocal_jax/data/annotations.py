@@ -23,9 +23,27 @@ from typing import Any, Literal, NamedTuple
 
 from nonlocal_jax.data import DataError
 
-SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
+SUFFIXES = (
+    ".mp4",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mov",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".flv",
+    ".wmv",
+    ".3gp",
+    ".ogv",
+)
 SHOWN = 10  # problems in an error
-KINETICS, CHARADES, FRAME_LIST = "youtube_id", "actions", "original_vido_id"  # what tells the kinds apart
+KINETICS, CHARADES, FRAME_LIST = (
+    "youtube_id",
+    "actions",
+    "original_vido_id",
+)  # what tells the kinds apart
 CHARADES_CLASSES = 157
 Kind = Literal["paths", "kinetics", "charades", "frames", "folder"]
 
@@ -133,37 +151,64 @@ def read(
     header = next(csv.reader(lines[:1]), []) if len(lines[0]) < csv.field_size_limit() else []
     if lines[0].startswith(FRAME_LIST):
         parse: _Parse = functools.partial(_of_frames, where)
-        return _checked(source, "frames", _by_video(lines), parse, num_classes, leave_out, names=known)
+        return _checked(
+            source, "frames", _by_video(lines), parse, num_classes, leave_out, names=known
+        )
     if KINETICS in header:
         names = known or _names_of(source, lines)
-        parse = functools.partial(_of_kinetics, where, {_plain(name): number for number, name in enumerate(names)})
-        return _checked(source, "kinetics", _csv(source, lines), parse, num_classes or len(names), leave_out, names=names)
+        parse = functools.partial(
+            _of_kinetics, where, {_plain(name): number for number, name in enumerate(names)}
+        )
+        return _checked(
+            source,
+            "kinetics",
+            _csv(source, lines),
+            parse,
+            num_classes or len(names),
+            leave_out,
+            names=names,
+        )
     if CHARADES in header:
         parse = functools.partial(_of_charades, where)
         rows = _csv(source, lines)
-        return _checked(source, "charades", rows, parse, num_classes or CHARADES_CLASSES, leave_out, names=known)
+        return _checked(
+            source, "charades", rows, parse, num_classes or CHARADES_CLASSES, leave_out, names=known
+        )
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     parse = functools.partial(_path_and_label, where)
-    return _checked(source, "paths", numbered, parse, num_classes or len(known) or None, leave_out, names=known)
+    return _checked(
+        source, "paths", numbered, parse, num_classes or len(known) or None, leave_out, names=known
+    )
 
 
-def index(folder: Path, *, num_classes: int | None = None, names: Sequence[str] = ()) -> Annotations:
+def index(
+    folder: Path, *, num_classes: int | None = None, names: Sequence[str] = ()
+) -> Annotations:
     """The videos of class-name folders; classes are numbered in the order of their names, unless `names` says another.
 
     Raises:
         DataError: no folder with a video in it, or of a class that `names` lacks.
     """
     folders = sorted(inner for inner in folder.iterdir() if inner.is_dir())
-    videos = {inner.name: sorted(file for file in inner.iterdir() if file.suffix.lower() in SUFFIXES) for inner in folders}
+    videos = {
+        inner.name: sorted(file for file in inner.iterdir() if file.suffix.lower() in SUFFIXES)
+        for inner in folders
+    }
     videos = {name: files for name, files in videos.items() if files}
     if not videos:
-        raise DataError(f"{folder} must have a folder for each class, with videos ({', '.join(SUFFIXES)}) in it; got none.")
+        raise DataError(
+            f"{folder} must have a folder for each class, with videos ({', '.join(SUFFIXES)}) in it; got none."
+        )
     names = tuple(names) or tuple(videos)
     if unknown := [name for name in videos if name not in names]:
-        raise DataError(f"{folder / unknown[0]} must be of one of the {len(names)} classes that are named; it is none.")
+        raise DataError(
+            f"{folder / unknown[0]} must be of one of the {len(names)} classes that are named; it is none."
+        )
     if num_classes is not None and len(names) != num_classes:
         raise DataError(f"{folder} must have {num_classes} classes; it has {len(names)}.")
-    records = tuple(Record(file, (names.index(name),)) for name, files in videos.items() for file in files)
+    records = tuple(
+        Record(file, (names.index(name),)) for name, files in videos.items() for file in files
+    )
     return Annotations(records, len(names), names=names, kind="folder")
 
 
@@ -202,7 +247,9 @@ def _checked(
 ) -> Annotations:
     """All lines, or what is wrong with the first of them."""
     if names and num_classes is not None and len(names) != num_classes:
-        raise DataError(f"{source} must be of {num_classes} classes; {len(names)} are named. A file of classes may name all.")
+        raise DataError(
+            f"{source} must be of {num_classes} classes; {len(names)} are named. A file of classes may name all."
+        )
     records: list[Record] = []
     seen: dict[Path, int] = {}
     grave: list[str] = []
@@ -210,7 +257,11 @@ def _checked(
     for line, row in rows:
         try:
             record = parse(line, row)
-            if wrong := [label for label in record.labels if label < 0 or (num_classes is not None and label >= num_classes)]:
+            if wrong := [
+                label
+                for label in record.labels
+                if label < 0 or (num_classes is not None and label >= num_classes)
+            ]:
                 most = "" if num_classes is None else f" to {num_classes - 1}"
                 raise _LineError(f"labels must be from 0{most}; got {wrong[0]}")
             if record.path in seen:
@@ -225,13 +276,19 @@ def _checked(
     if grave:
         more = f"\n  and {len(grave) - SHOWN:,} more" if len(grave) > SHOWN else ""
         shown = "\n  ".join(grave[:SHOWN])
-        raise DataError(f"{source} has {len(grave):,} line(s) that cannot be used:\n  {shown}{more}")
+        raise DataError(
+            f"{source} has {len(grave):,} line(s) that cannot be used:\n  {shown}{more}"
+        )
     if not records:
-        raise DataError(f"{source} must name at least one video that is there; {len(light):,} line(s) were left out.")
+        raise DataError(
+            f"{source} must name at least one video that is there; {len(light):,} line(s) were left out."
+        )
     if num_classes is None:
         num_classes = 1 + max((max(record.labels, default=0) for record in records), default=0)
     if names and len(names) != num_classes:
-        raise DataError(f"{source} has labels up to {num_classes - 1}; {len(names)} classes are named.")
+        raise DataError(
+            f"{source} has labels up to {num_classes - 1}; {len(names)} classes are named."
+        )
     multi_label = kind in ("charades", "frames")
     return Annotations(tuple(records), num_classes, multi_label, tuple(names), tuple(light), kind)
 
@@ -242,10 +299,14 @@ def _path_and_label(where: _Where, number: int, line: str) -> Record:
         parts = line.strip().rsplit(",", 1)
     if len(parts) != 2:
         raise _LineError(f"`path label` is expected; got {_short(line)}")
-    return Record(where.file(parts[0].strip().rstrip(",")), (_integer(parts[1], "a label"),), number)
+    return Record(
+        where.file(parts[0].strip().rstrip(",")), (_integer(parts[1], "a label"),), number
+    )
 
 
-def _of_kinetics(where: _Where, numbers: Mapping[str, int], number: int, row: Mapping[str, str | None]) -> Record:
+def _of_kinetics(
+    where: _Where, numbers: Mapping[str, int], number: int, row: Mapping[str, str | None]
+) -> Record:
     label, name = row.get("label") or "", row.get("youtube_id") or ""
     if _plain(label) not in numbers:
         raise _LineError(f"{label!r} is none of the {len(numbers)} classes")
@@ -260,7 +321,9 @@ def _of_kinetics(where: _Where, numbers: Mapping[str, int], number: int, row: Ma
 def _names_of(source: Path, lines: Sequence[str]) -> tuple[str, ...]:
     names = sorted({row.get("label") or "" for _, row in _csv(source, lines)} - {""})
     if not names:
-        raise DataError(f"{source} must have a column `label`; the official list of the test split has none.")
+        raise DataError(
+            f"{source} must have a column `label`; the official list of the test split has none."
+        )
     return tuple(names)
 
 
@@ -269,7 +332,12 @@ def _of_charades(where: _Where, number: int, row: Mapping[str, str | None]) -> R
     if not name:
         raise _LineError("the column `id` is empty")
     actions = tuple(_action(text) for text in (row.get("actions") or "").split(";") if text.strip())
-    return Record(where.file(f"{name}.mp4"), tuple(sorted({action.label for action in actions})), number, actions)
+    return Record(
+        where.file(f"{name}.mp4"),
+        tuple(sorted({action.label for action in actions})),
+        number,
+        actions,
+    )
 
 
 def _action(text: str) -> Action:
@@ -302,9 +370,17 @@ def _of_frames(where: _Where, first: int, rows: Sequence[tuple[int, str]]) -> Re
             )
         frames.append(where.file(parts[3]))
         of_frame = parts[4].replace('"', "")
-        labels.append(tuple(_integer(label, "a label") for label in of_frame.split(",")) if of_frame else ())
+        labels.append(
+            tuple(_integer(label, "a label") for label in of_frame.split(",")) if of_frame else ()
+        )
     all_labels = tuple(sorted({label for of_frame in labels for label in of_frame}))
-    return Record(Path(rows[0][1].split()[0]), all_labels, first, frames=tuple(frames), frame_labels=tuple(labels))
+    return Record(
+        Path(rows[0][1].split()[0]),
+        all_labels,
+        first,
+        frames=tuple(frames),
+        frame_labels=tuple(labels),
+    )
 
 
 def _csv(source: Path, lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
@@ -313,17 +389,23 @@ def _csv(source: Path, lines: Sequence[str]) -> Iterator[tuple[int, dict[str, st
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise DataError(f"{source}: line {reader.line_num + 1} cannot be read as CSV: {error}.") from error
+        raise DataError(
+            f"{source}: line {reader.line_num + 1} cannot be read as CSV: {error}."
+        ) from error
 
 
 def _lines(source: Path) -> list[str]:
     try:
         text = source.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} must be a list in UTF-8; byte {error.start:,} is none.") from error
+        raise DataError(
+            f"{source} must be a list in UTF-8; byte {error.start:,} is none."
+        ) from error
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
-    return text.removesuffix("\n").split("\n") if text else []  # and not at what else Unicode has for an end of a line
+    return (
+        text.removesuffix("\n").split("\n") if text else []
+    )  # and not at what else Unicode has for an end of a line
 
 
 def read_classes(file: Path) -> tuple[str, ...]:
@@ -334,7 +416,9 @@ def read_classes(file: Path) -> tuple[str, ...]:
     """
     names = tuple(line.strip() for line in _lines(file) if line.strip())
     if len(set(names)) < len(names) or not names:
-        raise DataError(f"{file} must name each class once, one a line; got {len(names)} lines, {len(set(names))} names.")
+        raise DataError(
+            f"{file} must name each class once, one a line; got {len(names)} lines, {len(set(names))} names."
+        )
     return names
 
 

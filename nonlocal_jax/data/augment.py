@@ -36,4 +36,6 @@ def random_crop(images: Image, keys: ExampleKeys, padding: int) -> Image:
 def random_flip(images: Pixels, keys: ExampleKeys) -> Pixels:
     """Each image (B, H, W, C), or video (B, T, H, W, C), or its mirror image, with equal chances."""
     flips = jax.vmap(jax.random.bernoulli)(keys)
-    return jnp.where(jnp.expand_dims(flips, tuple(range(1, images.ndim))), images[..., ::-1, :], images)
+    return jnp.where(
+        jnp.expand_dims(flips, tuple(range(1, images.ndim))), images[..., ::-1, :], images
+    )

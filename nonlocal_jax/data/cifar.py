@@ -155,7 +155,9 @@ def _records(file: Path, archive: Archive, split: Split) -> Iterator[bytes]:
                         raise DataError(f"{file}: {name} ends within a record of {size} bytes.")
                     yield record
     except (tarfile.TarError, EOFError, KeyError, OSError) as error:
-        raise DataError(f"{file} cannot be read as the archive of {archive.url}: {error}.") from error
+        raise DataError(
+            f"{file} cannot be read as the archive of {archive.url}: {error}."
+        ) from error
 
 
 def _read(file: Path, archive: Archive) -> Images:
@@ -168,7 +170,9 @@ def _read(file: Path, archive: Archive) -> Images:
         reader.close()
     size = archive.label_bytes + PIXELS
     if wrong := [len(record) for record in records if len(record) != size]:
-        raise DataError(f"{file} must have records of {size} bytes; one has {wrong[0]}. Delete it, to make it anew.")
+        raise DataError(
+            f"{file} must have records of {size} bytes; one has {wrong[0]}. Delete it, to make it anew."
+        )
     table = np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
     planes = table[:, archive.label_bytes :].reshape(-1, CHANNELS, SIDE, SIDE)
     labels = table[:, archive.label_bytes - 1].astype(np.int32)
@@ -191,7 +195,10 @@ def _fetch(name: Name, archive: Archive, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     info = UrlInfo(size=archive.size, checksum=archive.sha256, filename=archive.name)
     manager = tfds.download.DownloadManager(
-        download_dir=folder / "downloads", dataset_name=name, url_infos={archive.url: info}, force_checksums_validation=True
+        download_dir=folder / "downloads",
+        dataset_name=name,
+        url_infos={archive.url: info},
+        force_checksums_validation=True,
     )
     try:
         downloaded = manager.download(archive.url)

@@ -26,7 +26,10 @@ from nonlocal_jax.data.sampling import CROPS, Clips, Crops, InSpace, InTime, cro
 from nonlocal_jax.types import Array
 
 ATTEMPTS = 10  # records, one after the other, that may fail before an example is given up
-RECORD, FAILURE = "record", "failure"  # of a batch: which was asked for, and why it could not be read, or nothing
+RECORD, FAILURE = (
+    "record",
+    "failure",
+)  # of a batch: which was asked for, and why it could not be read, or nothing
 
 # Mean and standard deviation of each source, of numbers from 0 to 255.
 NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
@@ -50,7 +53,9 @@ def normalise(clips: Any, source: str = "caffe2") -> Array:
     [-2.0, -0.013, 2.444]
     """
     if source not in NORMALISATIONS:
-        raise ValueError(f"source must be one of {', '.join(map(repr, NORMALISATIONS))}; got {source!r}.")
+        raise ValueError(
+            f"source must be one of {', '.join(map(repr, NORMALISATIONS))}; got {source!r}."
+        )
     mean, std = (np.asarray(numbers, np.float32) for numbers in NORMALISATIONS[source])
     x = jnp.asarray(clips).astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
@@ -90,11 +95,20 @@ class TrainingClips:
         size = self.in_space.size
         inputs = np.empty((len(indices), self.in_time.frames, size, size, 3), np.uint8)
         each = functools.partial(self._one, inputs)
-        found = list(_pool(self.threads).map(each, range(len(indices)), indices.tolist(), epochs.tolist()))
+        found = list(
+            _pool(self.threads).map(each, range(len(indices)), indices.tolist(), epochs.tolist())
+        )
         labels, failures = zip(*found, strict=True)
-        return {"inputs": inputs, "labels": np.stack(labels), RECORD: indices, FAILURE: np.array(failures, dtype=np.str_)}
+        return {
+            "inputs": inputs,
+            "labels": np.stack(labels),
+            RECORD: indices,
+            FAILURE: np.array(failures, dtype=np.str_),
+        }
 
-    def _one(self, inputs: np.ndarray, place: int, index: int, epoch: int) -> tuple[np.ndarray, str]:
+    def _one(
+        self, inputs: np.ndarray, place: int, index: int, epoch: int
+    ) -> tuple[np.ndarray, str]:
         rng = np.random.default_rng([self.seed, epoch, index])
         failures: list[str] = []
         for _ in range(ATTEMPTS):
@@ -103,7 +117,11 @@ class TrainingClips:
             try:
                 with open_frames(record) as video:
                     frames = self.in_time.clip(len(video), video.rate, shares[0])
-                    video.read(frames, functools.partial(self.in_space.window, shares=shares[1:]), inputs[place])
+                    video.read(
+                        frames,
+                        functools.partial(self.in_space.window, shares=shares[1:]),
+                        inputs[place],
+                    )
                     return _labels(self.annotations, record, video, frames), (failures or [""])[0]
             except VideoError as error:
                 failures.append(str(error))
@@ -135,8 +153,14 @@ class CentreClips:
     def read(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Clips (B, T, size, size, 3), uint8, the labels of their videos, and "mask", which of them could be read."""
         inputs = np.empty((len(indices), self.in_time.frames, self.size, self.size, 3), np.uint8)
-        failures = list(_pool(self.threads).map(functools.partial(self._one, inputs), range(len(indices)), indices.tolist()))
-        labels = np.stack([video_labels(self.annotations, self.annotations.records[index]) for index in indices])
+        failures = list(
+            _pool(self.threads).map(
+                functools.partial(self._one, inputs), range(len(indices)), indices.tolist()
+            )
+        )
+        labels = np.stack(
+            [video_labels(self.annotations, self.annotations.records[index]) for index in indices]
+        )
         mask = np.array([not failure for failure in failures])
         failed = np.array(failures, dtype=np.str_)
         return {"inputs": inputs, "labels": labels, RECORD: indices, FAILURE: failed, "mask": mask}
@@ -144,7 +168,9 @@ class CentreClips:
     def _one(self, inputs: np.ndarray, place: int, index: int) -> str:
         try:
             with open_frames(self.annotations.records[index]) as video:
-                video.read(self.in_time.clips(len(video), video.rate, 1)[0], self._window, inputs[place])
+                video.read(
+                    self.in_time.clips(len(video), video.rate, 1)[0], self._window, inputs[place]
+                )
         except VideoError as error:
             inputs[place] = 0
             return str(error)
@@ -178,7 +204,9 @@ class Views:
         """Each (T, rows, columns, 3): clip by clip, and last the single view."""
         for clip in self.clips[:-1]:
             yield from crops(self.frames[clip], self.size, self.crops)
-        yield from crops(self.frames[self.clips[-1]], self.size, "full" if self.crops == "full" else "centre")
+        yield from crops(
+            self.frames[self.clips[-1]], self.size, "full" if self.crops == "full" else "centre"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +257,9 @@ class Watch:
     [['inputs'], ['inputs']]
     """
 
-    def __init__(self, records: int, share: float, say: Callable[[str], None], file: Path | None = None) -> None:
+    def __init__(
+        self, records: int, share: float, say: Callable[[str], None], file: Path | None = None
+    ) -> None:
         """What is in the file was seen already.
 
         Args:
@@ -253,7 +283,9 @@ class Watch:
             DataError: more videos failed than may; it names all.
         """
         for batch in batches:
-            for record, failure in zip(batch.pop(RECORD).tolist(), batch.pop(FAILURE).tolist(), strict=True):
+            for record, failure in zip(
+                batch.pop(RECORD).tolist(), batch.pop(FAILURE).tolist(), strict=True
+            ):
                 if failure and record not in self.failed:
                     self._count(record, failure)
             if len(self.failed) > self.share * self.records:
@@ -279,7 +311,9 @@ def _labels(annotations: Annotations, record: Record, video: Any, frames: np.nda
     if record.frames:
         return _as_array(annotations, set(itertools.chain(*record.frame_labels[first : last + 1])))
     start, end = video.seconds(np.array([first, last]))
-    return _as_array(annotations, {a.label for a in record.actions if a.start <= end and a.end >= start})
+    return _as_array(
+        annotations, {a.label for a in record.actions if a.start <= end and a.end >= start}
+    )
 
 
 def _as_array(annotations: Annotations, labels: Iterable[int]) -> np.ndarray:

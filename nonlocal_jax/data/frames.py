@@ -27,7 +27,12 @@ class ImageFrames:
     def __enter__(self) -> "ImageFrames":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         pass
 
     def __len__(self) -> int:
@@ -37,7 +42,12 @@ class ImageFrames:
         """When frames are shown, from that of the first one on."""
         return np.asarray(indices) / self.rate
 
-    def read(self, indices: Sequence[int] | np.ndarray, crop: Crop | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        crop: Crop | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """As `Video.read`."""
         indices = np.asarray(indices)
         for index in np.unique(indices).tolist():
@@ -46,7 +56,9 @@ class ImageFrames:
             if out is None:
                 out = np.empty((len(indices), *pixels.shape), np.uint8)
             if pixels.shape != out.shape[1:]:
-                raise VideoError(f"{self.files[index]} is {pixels.shape[:2]}, others are {out.shape[1:3]}.")
+                raise VideoError(
+                    f"{self.files[index]} is {pixels.shape[:2]}, others are {out.shape[1:3]}."
+                )
             out[indices == index] = pixels
         if out is None or not len(indices):
             raise IndexError("indices must name at least one frame; got none.")

@@ -23,9 +23,13 @@ class Images:
 
     def __post_init__(self) -> None:
         if self.images.ndim != 4 or self.images.dtype != np.uint8:
-            raise ValueError(f"images must be uint8 (n, H, W, channels); got {self.images.dtype} {self.images.shape}.")
+            raise ValueError(
+                f"images must be uint8 (n, H, W, channels); got {self.images.dtype} {self.images.shape}."
+            )
         if self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f"labels must be ({len(self.images)},), one an image; got {self.labels.shape}.")
+            raise ValueError(
+                f"labels must be ({len(self.images)},), one an image; got {self.labels.shape}."
+            )
         if wrong := [label for label in self.labels if not 0 <= label < self.num_classes]:
             raise ValueError(f"labels must be from 0 to {self.num_classes - 1}; got {wrong[0]}.")
 

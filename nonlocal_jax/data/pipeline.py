@@ -32,7 +32,13 @@ class Source(Protocol):
 
 
 def training_batches(
-    source: Source, batch_size: int, *, seed: int, start: int = 0, rows: Rows | None = None, workers: int = 0
+    source: Source,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    rows: Rows | None = None,
+    workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches, each epoch in a new order, every example once in it; a batch may reach into the next epoch.
 
@@ -61,11 +67,17 @@ def training_batches(
     """
     import grain
 
-    for name, value, least in (("the examples", len(source), 1), ("batch_size", batch_size, 1), ("start", start, 0)):
+    for name, value, least in (
+        ("the examples", len(source), 1),
+        ("batch_size", batch_size, 1),
+        ("start", start, 0),
+    ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}.")
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    batches = order.batch(batch_size).map_with_index(_Read(source, batch_size, rows or range(batch_size)))
+    batches = order.batch(batch_size).map_with_index(
+        _Read(source, batch_size, rows or range(batch_size))
+    )
     return iter(_ahead(batches.slice(slice(start, None)), workers))
 
 
@@ -86,10 +98,14 @@ def evaluation_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     batches = grain.MapDataset.range(-(-len(source) // batch_size))
-    return iter(_ahead(batches.map(_ReadInOrder(source, batch_size, rows or range(batch_size))), workers))
+    return iter(
+        _ahead(batches.map(_ReadInOrder(source, batch_size, rows or range(batch_size))), workers)
+    )
 
 
-def read_ahead(read: Callable[[int], Any], indices: Sequence[int], threads: int = THREADS) -> Iterator[tuple[int, Any]]:
+def read_ahead(
+    read: Callable[[int], Any], indices: Sequence[int], threads: int = THREADS
+) -> Iterator[tuple[int, Any]]:
     """Pairs of an index and what is read, in order, by some threads that are a few ahead.
 
     Args:
@@ -105,7 +121,9 @@ def read_ahead(read: Callable[[int], Any], indices: Sequence[int], threads: int 
     if not len(indices):
         return iter(())
     pairs = grain.MapDataset.source(list(indices)).map(lambda index: (index, read(index)))
-    return iter(pairs.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)))
+    return iter(
+        pairs.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +135,10 @@ class _Read:
     def __call__(self, step: int, indices: np.ndarray) -> dict[str, np.ndarray]:
         rows = np.asarray(self.rows)
         position = (step * self.batch_size + rows).astype(np.uint32)
-        return {**self.source.read(np.asarray(indices)[rows], position // len(self.source)), "position": position}
+        return {
+            **self.source.read(np.asarray(indices)[rows], position // len(self.source)),
+            "position": position,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +151,11 @@ class _ReadInOrder:
         position = batch * self.batch_size + np.asarray(self.rows)
         mask = position < len(self.source)
         read = self.source.read(np.where(mask, position, 0))
-        return {**read, "position": position.astype(np.uint32), "mask": mask & read.get("mask", True)}
+        return {
+            **read,
+            "position": position.astype(np.uint32),
+            "mask": mask & read.get("mask", True),
+        }
 
 
 def _ahead(batches: Any, workers: int) -> Any:
@@ -142,6 +167,12 @@ def _ahead(batches: Any, workers: int) -> Any:
     if workers:
         if not absl.flags.FLAGS.is_parsed():
             absl.flags.FLAGS.mark_as_parsed()  # grain's workers read flags, which only absl's own programs parse
-        options = grain.multiprocessing.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-        return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(options)
-    return batches.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD))
+        options = grain.multiprocessing.MultiprocessingOptions(
+            num_workers=workers, per_worker_buffer_size=AHEAD
+        )
+        return batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        ).mp_prefetch(options)
+    return batches.to_iter_dataset(
+        grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
+    )

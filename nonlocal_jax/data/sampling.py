@@ -84,7 +84,9 @@ class InTime:
         """
         if clips < 1:
             raise ValueError(f"clips must be at least 1; got {clips}.")
-        return np.stack([self.clip(count, rate, 0.5 if clips == 1 else i / (clips - 1)) for i in range(clips)])
+        return np.stack(
+            [self.clip(count, rate, 0.5 if clips == 1 else i / (clips - 1)) for i in range(clips)]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,9 @@ class InSpace:
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= self.shorter[0] <= self.shorter[1]:
-            raise ValueError(f"size and shorter must be 1 ≤ size ≤ least ≤ greatest; got {self.size} of {self.shorter}.")
+            raise ValueError(
+                f"size and shorter must be 1 ≤ size ≤ least ≤ greatest; got {self.size} of {self.shorter}."
+            )
 
     def window(self, height: int, width: int, shares: Float[np.ndarray, "3"]) -> Window:
         """The part of a frame (height, width) that is scaled to the crop.
@@ -126,7 +130,10 @@ class InSpace:
         else:
             shorter = least + math.floor(shares[0] * (greatest - least + 1))
         side = max(round(min(height, width) * self.size / shorter), 1)
-        top, left = (math.floor(share * (room - side + 1)) for share, room in zip(shares[1:], (height, width), strict=True))
+        top, left = (
+            math.floor(share * (room - side + 1))
+            for share, room in zip(shares[1:], (height, width), strict=True)
+        )
         return Window(top, left, side, side, (self.size, self.size))
 
 
@@ -137,7 +144,13 @@ def whole(height: int, width: int, shorter: int) -> Window:
     (256, 341)
     """
     scale = shorter / min(height, width)
-    return Window(0, 0, height, width, (max(math.floor(height * scale), shorter), max(math.floor(width * scale), shorter)))
+    return Window(
+        0,
+        0,
+        height,
+        width,
+        (max(math.floor(height * scale), shorter), max(math.floor(width * scale), shorter)),
+    )
 
 
 def crops(frames: np.ndarray, size: int, kind: Crops) -> list[np.ndarray]:
@@ -159,6 +172,9 @@ def crops(frames: np.ndarray, size: int, kind: Crops) -> list[np.ndarray]:
     rows, columns = frames.shape[-3] - size, frames.shape[-2] - size
     parts = []
     for share in (0.0, 0.5, 1.0) if kind == "three" else (0.5,):
-        down, across = (math.ceil((share if room == max(rows, columns) else 0.5) * room) for room in (rows, columns))
+        down, across = (
+            math.ceil((share if room == max(rows, columns) else 0.5) * room)
+            for room in (rows, columns)
+        )
         parts.append(frames[..., down : down + size, across : across + size, :])
     return parts

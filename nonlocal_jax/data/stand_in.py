@@ -23,10 +23,21 @@ from nonlocal_jax.data.toy_video import Split, load_scans
 DIGITS = (0, 1, 4)
 CLASSES = tuple(f"{digit} moves {way}" for digit in DIGITS for way in ("up", "down"))
 RATES = (12, 15, 24, 25, 30)  # frames a second
-SHAPES = ((64, 64), (64, 86), (96, 72), (72, 128), (84, 63), (75, 101))  # (height, width); the last two are odd
+SHAPES = (
+    (64, 64),
+    (64, 86),
+    (96, 72),
+    (72, 128),
+    (84, 63),
+    (75, 101),
+)  # (height, width); the last two are odd
 SECONDS = {"kinetics": (1.6, 2.6), "charades": (3.0, 5.0)}  # of a video, least and greatest
 Kind = Literal["kinetics", "charades"]
-OPTIONS = {"crf": "20", "preset": "veryfast", "x264-params": "asm=0"}  # its assembly writes other bytes each time
+OPTIONS = {
+    "crf": "20",
+    "preset": "veryfast",
+    "x264-params": "asm=0",
+}  # its assembly writes other bytes each time
 NUMBER: dict[Split, int] = {"train": 240, "test": 60}
 
 
@@ -52,7 +63,9 @@ def write(
     import av
 
     with av.open(str(file), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001), options=options or {})
+        stream: Any = container.add_stream(
+            "libx264", rate=Fraction(rate).limit_denominator(1001), options=options or {}
+        )
         stream.codec_context.thread_count = 1
         if rotation:
             stream.set_display_rotation(rotation)
@@ -75,7 +88,9 @@ def write_sound(file: Path, seconds: float = 1.0, rate: int = 8000) -> None:
 
     with av.open(str(file), "w") as container:
         stream: Any = container.add_stream("aac", rate=rate, layout="mono")
-        wave = np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate, dtype=np.float32)[None]
+        wave = np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate, dtype=np.float32)[
+            None
+        ]
         frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
         frame.sample_rate = rate
         for part in (frame, None):
@@ -125,7 +140,9 @@ class Clip:
         return [(label, first, after - 1) for label, (first, after) in spans]
 
 
-def make(folder: Path, kind: Kind, *, numbers: dict[Split, int] | None = None, threads: int = 2) -> dict[Split, Path]:
+def make(
+    folder: Path, kind: Kind, *, numbers: dict[Split, int] | None = None, threads: int = 2
+) -> dict[Split, Path]:
     """Write the set, once: what is there whole is left as it is.
 
     Args:
@@ -139,7 +156,10 @@ def make(folder: Path, kind: Kind, *, numbers: dict[Split, int] | None = None, t
     """
     numbers = numbers or NUMBER
     suffix = "txt" if kind == "kinetics" else "csv"
-    lists: dict[Split, Path] = {"train": folder / f"train.{suffix}", "test": folder / f"test.{suffix}"}
+    lists: dict[Split, Path] = {
+        "train": folder / f"train.{suffix}",
+        "test": folder / f"test.{suffix}",
+    }
     done, wanted = folder / "stand_in.json", {"kind": kind, "numbers": numbers}
     if done.exists() and json.loads(done.read_text()) == wanted:
         return lists
@@ -147,7 +167,9 @@ def make(folder: Path, kind: Kind, *, numbers: dict[Split, int] | None = None, t
     for split, file in lists.items():
         clips = [Clip(kind, split, number) for number in range(numbers[split])]
         with ThreadPoolExecutor(threads) as pool:
-            actions = dict(zip(clips, pool.map(functools.partial(_write, folder), clips), strict=True))
+            actions = dict(
+                zip(clips, pool.map(functools.partial(_write, folder), clips), strict=True)
+            )
         names = [clip.name for clip in clips]
         if split == "train":
             names += _spoil(folder)
@@ -177,31 +199,47 @@ def _spoil(folder: Path) -> list[str]:
 
 def _list(kind: Kind, names: Sequence[str], actions: dict[str, tuple[Action, ...]]) -> str:
     if kind == "kinetics":
-        return "".join(f"{name}.mp4 {actions[name][0].label if name in actions else 0}\n" for name in names)
+        return "".join(
+            f"{name}.mp4 {actions[name][0].label if name in actions else 0}\n" for name in names
+        )
     rows = ["id,actions,length"]
     for name in names:
-        texts = [f"c{label:03d} {start:.2f} {end:.2f}" for label, start, end in actions.get(name, ())]
-        rows.append(f"{name},{';'.join(texts)},{max((a.end for a in actions.get(name, ())), default=0):.2f}")
+        texts = [
+            f"c{label:03d} {start:.2f} {end:.2f}" for label, start, end in actions.get(name, ())
+        ]
+        rows.append(
+            f"{name},{';'.join(texts)},{max((a.end for a in actions.get(name, ())), default=0):.2f}"
+        )
     return "\n".join(rows) + "\n"
 
 
 def _background(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
     """Coloured patches, dark, that drift sideways."""
-    patches = rng.uniform(0, 90, (height // 8 + 2, (width + count) // 8 + 2, 3)).repeat(8, 0).repeat(8, 1)
-    return np.stack([patches[:height, t // 2 : t // 2 + width] for t in range(count)]).astype(np.float32)
+    patches = (
+        rng.uniform(0, 90, (height // 8 + 2, (width + count) // 8 + 2, 3)).repeat(8, 0).repeat(8, 1)
+    )
+    return np.stack([patches[:height, t // 2 : t // 2 + width] for t in range(count)]).astype(
+        np.float32
+    )
 
 
-def _move(video: np.ndarray, rng: np.random.Generator, split: Split, label: int, first: int, last: int) -> None:
+def _move(
+    video: np.ndarray, rng: np.random.Generator, split: Split, label: int, first: int, last: int
+) -> None:
     """Draw a digit that crosses the middle of the frame, up or down, from one frame to another."""
     scans, counts = _scans(split)
     digit = DIGITS[label // 2]
     height, width = video.shape[1:3]
     size = round(0.4 * min(height, width) / 8) * 8
-    ink = np.kron(scans[digit, rng.integers(counts[digit])], np.ones((size // 8, size // 8)))[..., None]
+    ink = np.kron(scans[digit, rng.integers(counts[digit])], np.ones((size // 8, size // 8)))[
+        ..., None
+    ]
     colour = rng.uniform(150, 255, 3)
     left = round(rng.uniform(0.25, 0.75) * (width - size))
     rows = np.linspace(0.9, 0.1, last - first + 1) * (height - size)
-    for frame, row in zip(range(first, last + 1), rows if label % 2 == 0 else rows[::-1], strict=True):
+    for frame, row in zip(
+        range(first, last + 1), rows if label % 2 == 0 else rows[::-1], strict=True
+    ):
         part = video[frame, round(row) : round(row) + size, left : left + size]
         part[:] = (1 - ink) * part + ink * colour
 

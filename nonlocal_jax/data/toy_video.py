@@ -61,8 +61,12 @@ class Scene:
     frames: int = 8  # of a clip
     size: int = 16  # height and width, pixels
     visible: int = 2  # consecutive frames in which a digit of `same_digit`, or a stroke, is seen
-    gap: int = 3  # frames, at least, from the last one of the first digit to the first one of the second
-    distance: int = 6  # pixels, at least, between the two digits of `same_digit`, along rows or columns
+    gap: int = (
+        3  # frames, at least, from the last one of the first digit to the first one of the second
+    )
+    distance: int = (
+        6  # pixels, at least, between the two digits of `same_digit`, along rows or columns
+    )
     noise: float = 0.1  # standard deviation; ink is 1
     strokes: int = 2  # distractors in a clip
     stroke_ink: float = 0.5  # of a digit's
@@ -73,7 +77,11 @@ class Scene:
             "size": (self.size, SIDE, "a digit's side"),
             "visible": (self.visible, 1, "one frame"),
             "gap": (self.gap, 1, "one frame"),
-            "frames": (self.frames, 2 * self.visible + self.gap - 1, "two digits and the gap between them"),
+            "frames": (
+                self.frames,
+                2 * self.visible + self.gap - 1,
+                "two digits and the gap between them",
+            ),
             "strokes": (self.strokes, 0, "none"),
             "noise": (self.noise, 0, "none"),
         }
@@ -81,7 +89,9 @@ class Scene:
             if not value >= least:  # true of NaN too
                 raise ValueError(f"{name} must be at least {least}, {why}; got {value}.")
         if not 0 <= self.distance <= room:
-            raise ValueError(f"distance must be from 0 to {room}, the room that a digit has; got {self.distance}.")
+            raise ValueError(
+                f"distance must be from 0 to {room}, the room that a digit has; got {self.distance}."
+            )
 
 
 def load_scans(split: Split) -> Scans:
@@ -101,7 +111,9 @@ def load_scans(split: Split) -> Scans:
         classes.append(images[order[:held_out] if split == "test" else order[held_out:]])
     counts = [len(images) for images in classes]
     return Scans(
-        images=jnp.asarray(np.stack([np.resize(images, (max(counts), SIDE, SIDE)) for images in classes])),
+        images=jnp.asarray(
+            np.stack([np.resize(images, (max(counts), SIDE, SIDE)) for images in classes])
+        ),
         counts=jnp.asarray(counts, jnp.int32),
     )
 
@@ -161,19 +173,27 @@ def _single_digit(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
     digit = jax.random.randint(k_digit, (), 0, CLASSES)
     place = jax.random.randint(k_place, (2,), 0, scene.size - SIDE + 1)
     ink = _paste(_draw(k_scan, scans, digit), place, scene)[None]
-    clutter = _clutter(k_background, image)[:1]  # the first frame of a clip, with as many strokes as others have
-    return _clip(k_background, ink, clutter, digit, jnp.concatenate([jnp.zeros(1, int), place])[None], scene)
+    clutter = _clutter(k_background, image)[
+        :1
+    ]  # the first frame of a clip, with as many strokes as others have
+    return _clip(
+        k_background, ink, clutter, digit, jnp.concatenate([jnp.zeros(1, int), place])[None], scene
+    )
 
 
 def _same_digit(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
-    k_label, k_classes, k_scans, k_places, k_first, k_second, k_background = jax.random.split(key, 7)
+    k_label, k_classes, k_scans, k_places, k_first, k_second, k_background = jax.random.split(
+        key, 7
+    )
     same = jax.random.bernoulli(k_label)
     digits = _different_classes(k_classes)
     digits = jnp.where(same, digits[0], digits)
 
     pairs = _distant_places(scene)
     places = pairs[jax.random.randint(k_places, (), 0, len(pairs))]  # (2, 2)
-    after = scene.visible + scene.gap - 1  # frames from the start of the first digit to that of the second, at least
+    after = (
+        scene.visible + scene.gap - 1
+    )  # frames from the start of the first digit to that of the second, at least
     last = scene.frames - scene.visible
     first = jax.random.randint(k_first, (), 0, last - after + 1)
     starts = jnp.stack([first, jax.random.randint(k_second, (), first + after, last + 1)])
@@ -182,7 +202,9 @@ def _same_digit(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
     pasted = jax.vmap(lambda scan, place: _paste(scan, place, scene))(scanned, places)
     ink = jnp.einsum("dt,dhw->thw", _seen(starts, scene), pasted)
     clutter = _clutter(k_background, scene)
-    return _clip(k_background, ink, clutter, same.astype(int), jnp.column_stack([starts, places]), scene)
+    return _clip(
+        k_background, ink, clutter, same.astype(int), jnp.column_stack([starts, places]), scene
+    )
 
 
 def _moving_digit(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
@@ -199,30 +221,47 @@ def _moving_pair(key: PRNGKeyArray, scans: Scans, scene: Scene) -> Clips:
     a, b = jax.random.choice(k_directions, len(DIRECTIONS), (2,), replace=False)
     third = jax.random.randint(k_third, (), 0, len(DIRECTIONS))
     directions = jnp.stack([a, jnp.where(same, a, b), third])
-    return _moving(k_move, scans, jnp.stack([pair, pair, other]), directions, same.astype(int), scene)
+    return _moving(
+        k_move, scans, jnp.stack([pair, pair, other]), directions, same.astype(int), scene
+    )
 
 
 def _moving(
-    key: PRNGKeyArray, scans: Scans, digits: Int[Array, " n"], directions: Int[Array, " n"], label: Array, scene: Scene
+    key: PRNGKeyArray,
+    scans: Scans,
+    digits: Int[Array, " n"],
+    directions: Int[Array, " n"],
+    label: Array,
+    scene: Scene,
 ) -> Clips:
     """Digits that move by a pixel a frame and stay inside."""
     k_scans, k_places, k_background = jax.random.split(key, 3)
     steps = jnp.asarray(DIRECTIONS)[directions]  # (n, 2)
     way = (scene.frames - 1) * steps
     room = scene.size - SIDE
-    starts = jax.random.randint(k_places, steps.shape, jnp.maximum(-way, 0), room - jnp.maximum(way, 0) + 1)
+    starts = jax.random.randint(
+        k_places, steps.shape, jnp.maximum(-way, 0), room - jnp.maximum(way, 0) + 1
+    )
     places = starts[:, None] + jnp.arange(scene.frames)[None, :, None] * steps[:, None]  # (n, T, 2)
-    scanned = jax.vmap(lambda k, digit: _draw(k, scans, digit))(jax.random.split(k_scans, len(digits)), digits)
+    scanned = jax.vmap(lambda k, digit: _draw(k, scans, digit))(
+        jax.random.split(k_scans, len(digits)), digits
+    )
     paste = jax.vmap(jax.vmap(lambda scan, place: _paste(scan, place, scene), (None, 0)))
     clutter = _clutter(k_background, scene)
     ink = paste(scanned, places).max(axis=0)
     return _clip(k_background, ink, clutter, label, jnp.pad(starts, ((0, 0), (1, 0))), scene)
 
 
-def _clip(key: PRNGKeyArray, ink: Frames, clutter: Frames, label: Array, corners: Array, scene: Scene) -> Clips:
+def _clip(
+    key: PRNGKeyArray, ink: Frames, clutter: Frames, label: Array, corners: Array, scene: Scene
+) -> Clips:
     """Digits over strokes, and noise over everything; `corners` are frame, row and column of each digit."""
     noise = scene.noise * jax.random.normal(jax.random.fold_in(key, 1), ink.shape)
-    return Clips((jnp.maximum(ink, clutter) + noise)[..., None], label, corners + jnp.array([[0, SIDE // 2, SIDE // 2]]))
+    return Clips(
+        (jnp.maximum(ink, clutter) + noise)[..., None],
+        label,
+        corners + jnp.array([[0, SIDE // 2, SIDE // 2]]),
+    )
 
 
 def _different_classes(key: PRNGKeyArray) -> Int[Array, "2"]:
@@ -265,6 +304,8 @@ def _stroke(ends: Float[Array, "2 2"], scene: Scene) -> Float[Array, "h w"]:
     along = along * jnp.minimum(1.0, SIDE / jnp.maximum(jnp.linalg.norm(along), 1.0))
     rows, columns = jnp.indices((scene.size, scene.size), dtype=jnp.float32)
     down, right = rows - start[0], columns - start[1]
-    nearest = jnp.clip((down * along[0] + right * along[1]) / jnp.maximum(along @ along, 1e-6), 0, 1)
+    nearest = jnp.clip(
+        (down * along[0] + right * along[1]) / jnp.maximum(along @ along, 1e-6), 0, 1
+    )
     distance = jnp.hypot(down - nearest * along[0], right - nearest * along[1])
     return scene.stroke_ink * jnp.clip(1.5 - distance, 0, 1)

@@ -16,7 +16,9 @@ from nonlocal_jax.data.video import Video
 PARTIAL = ".partial"
 
 
-def transcode(source: Path, target: Path, *, shorter: int = 256, keyframes: int = 32, crf: int = 18) -> None:
+def transcode(
+    source: Path, target: Path, *, shorter: int = 256, keyframes: int = 32, crf: int = 18
+) -> None:
     """One file as H.264 in MP4, without sound, turned as it is shown, every frame at its time; whole or not at all.
 
     Args:
@@ -36,12 +38,18 @@ def transcode(source: Path, target: Path, *, shorter: int = 256, keyframes: int 
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with Video(source) as video:
-            video.surely(functools.partial(_copy, video, partial, shorter, {"crf": str(crf), "g": str(keyframes)}))
+            video.surely(
+                functools.partial(
+                    _copy, video, partial, shorter, {"crf": str(crf), "g": str(keyframes)}
+                )
+            )
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(target)
     except av.FFmpegError as error:
-        raise VideoError(f"{source}: cannot be copied to {target} ({error.strerror or error}).") from error
+        raise VideoError(
+            f"{source}: cannot be copied to {target} ({error.strerror or error})."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -60,7 +68,11 @@ def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> No
         first = 0
         for number, frame in enumerate(_scaled(video, shorter)):
             if not number:
-                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name
+                stream.width, stream.height, stream.pix_fmt = (
+                    frame.width,
+                    frame.height,
+                    frame.format.name,
+                )
                 stream.codec_context.time_base = base
                 if frame.interlaced_frame:
                     stream.codec_context.flags |= int(Flags.interlaced_dct | Flags.interlaced_me)
@@ -80,7 +92,9 @@ def transcode_all(
         Each source when it is done, and what went wrong with it, if anything.
     """
     with ThreadPoolExecutor(threads) as pool:
-        jobs = {pool.submit(_unless_there, source, target, options): source for source, target in pairs}
+        jobs = {
+            pool.submit(_unless_there, source, target, options): source for source, target in pairs
+        }
         try:
             for job in as_completed(jobs):
                 error = job.exception()
@@ -105,10 +119,22 @@ def _scaled(video: Video, shorter: int) -> Iterator[Any]:
         if graph is None:
             turns = round(frame.rotation / QUARTER) % 4
             scale = shorter / min(frame.width, frame.height)
-            width, height = (2 * max(math.floor(n * scale / 2), (shorter + 1) // 2) for n in (frame.width, frame.height))
+            width, height = (
+                2 * max(math.floor(n * scale / 2), (shorter + 1) // 2)
+                for n in (frame.width, frame.height)
+            )
             graph = av.filter.Graph()
-            filters = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=video.time_base)]
-            filters.append(graph.add("scale", f"{width}:{height}:flags=bicubic:out_range=tv:interl=-1"))
+            filters = [
+                graph.add_buffer(
+                    width=frame.width,
+                    height=frame.height,
+                    format=frame.format,
+                    time_base=video.time_base,
+                )
+            ]
+            filters.append(
+                graph.add("scale", f"{width}:{height}:flags=bicubic:out_range=tv:interl=-1")
+            )
             filters += [graph.add("transpose", "cclock") for _ in range(turns)]
             filters += [graph.add("format", "yuv420p"), graph.add("buffersink")]
             graph.link_nodes(*filters).configure()

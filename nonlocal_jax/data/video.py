@@ -27,13 +27,31 @@ import numpy as np
 from nonlocal_jax.data import VideoError
 from nonlocal_jax.data.convert import Convert, Crop, check_size, words
 
-FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "gif", "ivf", "jpeg_pipe", "png_pipe")
+FORMATS = (
+    "mov",
+    "matroska",
+    "avi",
+    "mpegts",
+    "mpeg",
+    "flv",
+    "asf",
+    "ogg",
+    "gif",
+    "ivf",
+    "jpeg_pipe",
+    "png_pipe",
+)
 # Decoders that can leave out frames from which no other is predicted (HEVC's tell for their layer alone), and that can be asked
 # for what they hold back before the end (MPEG-4's would repeat a frame).
 SKIPPING = ("h264",)
-HIDING, SHOWN = ("vp8", "libvpx"), 0x10  # decoders with packets that are not shown; the bit of the first byte that says so
+HIDING, SHOWN = (
+    ("vp8", "libvpx"),
+    0x10,
+)  # decoders with packets that are not shown; the bit of the first byte that says so
 STARTS = 64  # packets that tell whether a file's B-frames are timed as such
-UNTIMELY = ("mpeg4",)  # decoders whose files often time B-frames by the order of decoding, as AVI has it
+UNTIMELY = (
+    "mpeg4",
+)  # decoders whose files often time B-frames by the order of decoding, as AVI has it
 MOST = 1 << 32  # bytes of frames that are read at once, an hour of 112×112
 AT_ONCE = 8  # frames that are decoded before they are converted: by turns, the two drive each other out of the caches
 
@@ -108,17 +126,28 @@ class Video:
 
         options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
         # A title that is not UTF-8 is no reason to stop, as it would be for PyAV before 19.
-        lenient: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+        lenient: dict[str, Any] = (
+            {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+        )
         try:
             self._container = av.open(f"file:{self.path}", options=options, **lenient)
         except (av.FFmpegError, ValueError) as error:
             raise VideoError(f"{self.path}: no video that can be read ({words(error)}).") from error
         try:
             covers = av.stream.Disposition.attached_pic
-            videos = [stream for stream in self._container.streams.video if not stream.disposition & covers]
+            videos = [
+                stream
+                for stream in self._container.streams.video
+                if not stream.disposition & covers
+            ]
             if not videos:
-                others = {"a cover" if stream.type == "video" else stream.type for stream in self._container.streams}
-                raise VideoError(f"{self.path}: no video stream, only {', '.join(sorted(others)) or 'nothing'}.")
+                others = {
+                    "a cover" if stream.type == "video" else stream.type
+                    for stream in self._container.streams
+                }
+                raise VideoError(
+                    f"{self.path}: no video stream, only {', '.join(sorted(others)) or 'nothing'}."
+                )
             self._stream = videos[0]
             codec = self._stream.codec_context
             if codec is None:
@@ -132,7 +161,12 @@ class Video:
             raise
         self._at_start = True
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._container.close()
 
     def __len__(self) -> int:
@@ -187,7 +221,9 @@ class Video:
 
     def _wrong_times(self) -> _TimesError:
         """Take the next slower way to a timeline."""
-        ways = (self._from_packets, self._from_frames) if self.timeline.step else (self._from_frames,)
+        ways = (
+            (self._from_packets, self._from_frames) if self.timeline.step else (self._from_frames,)
+        )
         self._timeline = self._first_of(*ways)
         return _TimesError()
 
@@ -205,10 +241,17 @@ class Video:
                 continue
             except IndexError as error:
                 if len(self) < before:
-                    raise VideoError(f"{self.path}: it has {len(self)} frames that can be decoded, not {before}.") from error
+                    raise VideoError(
+                        f"{self.path}: it has {len(self)} frames that can be decoded, not {before}."
+                    ) from error
                 raise
 
-    def read(self, indices: Sequence[int] | np.ndarray, crop: Crop | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        indices: Sequence[int] | np.ndarray,
+        crop: Crop | None = None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Frames, or a part of each, by their number.
 
         Args:
@@ -237,10 +280,14 @@ class Video:
                 pixels = convert(frame)
                 if out is None:
                     if len(indices) * pixels.size > MOST:
-                        raise VideoError(f"{self.path}: {len(indices)} frames of {pixels.shape[:2]} take over {MOST:,} bytes.")
+                        raise VideoError(
+                            f"{self.path}: {len(indices)} frames of {pixels.shape[:2]} take over {MOST:,} bytes."
+                        )
                     out = np.empty((len(indices), *pixels.shape), np.uint8)
                 if pixels.shape != out.shape[1:]:
-                    raise VideoError(f"{self.path}: frame {index} is {pixels.shape[:2]}, others are {out.shape[1:3]}.")
+                    raise VideoError(
+                        f"{self.path}: frame {index} is {pixels.shape[:2]}, others are {out.shape[1:3]}."
+                    )
                 for place in places[index]:
                     out[place] = pixels
         if out is None or not len(indices):
@@ -259,7 +306,9 @@ class Video:
 
         wanted = sorted(set(indices))
         if wanted and not 0 <= wanted[0] <= wanted[-1] < len(self):
-            raise IndexError(f"{self.path} has frames 0 to {len(self) - 1}; got {wanted[0]} to {wanted[-1]}.")
+            raise IndexError(
+                f"{self.path} has frames 0 to {len(self) - 1}; got {wanted[0]} to {wanted[-1]}."
+            )
         left = set(wanted)
         # A stream that does not keep to the rules is decoded again, as a whole.
         ways = (self._seeking, self._in_order) if self.timeline.keyframes else (self._in_order,)
@@ -278,7 +327,9 @@ class Video:
         if not reason and not self.timeline.sure:
             raise self._wrong_times()  # all was decoded, and some of the times were of no frame
         reason = reason or "its packets end before"
-        raise VideoError(f"{self.path}: frame {min(left)} of {len(self)} cannot be decoded ({reason}).")
+        raise VideoError(
+            f"{self.path}: frame {min(left)} of {len(self)} cannot be decoded ({reason})."
+        )
 
     def _seeking(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """From keyframe to keyframe; what is neither wanted nor needed is skipped."""
@@ -330,7 +381,9 @@ class Video:
                 yield from checked(packet.decode())
             wanted.discard(packet.pts)
             if not wanted and packet.dts is not None and (not step or packet.dts >= last):
-                yield from checked(codec.decode(None))  # what it holds back; no later packet changes it
+                yield from checked(
+                    codec.decode(None)
+                )  # what it holds back; no later packet changes it
                 return
 
     def _packets_from(self, keyframe: int, time: int) -> tuple[int, Iterator[Any]]:
@@ -339,7 +392,9 @@ class Video:
             self._container.seek(seek_to, stream=self._stream, backward=True)
             self._stream.codec_context.flush_buffers()
             self._at_start = False
-            packets = itertools.dropwhile(lambda packet: not packet.is_keyframe, self._container.demux(self._stream))
+            packets = itertools.dropwhile(
+                lambda packet: not packet.is_keyframe, self._container.demux(self._stream)
+            )
             first = next(packets, None)
             if first is not None and first.pts is not None and first.pts <= time:
                 return seek_to, itertools.chain([first], packets)
@@ -374,18 +429,30 @@ class Video:
     def _from_index(self) -> Timeline | None:
         """From the sample table of an MP4 file, whose times are those of decoding: a constant frame rate tells the rest."""
         stream = self._stream
-        if "mp4" not in self._container.format.name or not stream.frames or stream.start_time is None:
+        if (
+            "mp4" not in self._container.format.name
+            or not stream.frames
+            or stream.start_time is None
+        ):
             return None
-        entries = [(entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries]
+        entries = [
+            (entry.timestamp, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries
+        ]
         decoded = [time for time, _, _ in entries]
         steps = set(np.diff(decoded).tolist())
-        if len(entries) != stream.frames or len(steps) != 1 or any(discard for _, _, discard in entries):
+        if (
+            len(entries) != stream.frames
+            or len(steps) != 1
+            or any(discard for _, _, discard in entries)
+        ):
             return None
         (step,) = steps
         if step <= 0 or not self._starts_well():
             return None
         times = range(stream.start_time, stream.start_time + step * len(entries), step)
-        delay = stream.start_time - decoded[0]  # a keyframe is shown as much later than it is decoded as the first one is
+        delay = (
+            stream.start_time - decoded[0]
+        )  # a keyframe is shown as much later than it is decoded as the first one is
         keyframes = [time + delay for time, is_keyframe, _ in entries if is_keyframe]
         return Timeline(times, keyframes, len(times), step=step)
 
@@ -413,10 +480,18 @@ class Video:
         """From all packets, undecoded, where the times of frames that are not shown as they are decoded look right."""
         times, keyframes, starts = [], [], None
         codec = self._stream.codec_context
-        hidden, reordered, untimely = codec.name in HIDING, codec.has_b_frames, codec.name in UNTIMELY
+        hidden, reordered, untimely = (
+            codec.name in HIDING,
+            codec.has_b_frames,
+            codec.name in UNTIMELY,
+        )
         self._rewind()
         for packet in self._container.demux(self._stream):
-            if packet.size == 0 or packet.is_discard or (hidden and not memoryview(packet)[0] & SHOWN):
+            if (
+                packet.size == 0
+                or packet.is_discard
+                or (hidden and not memoryview(packet)[0] & SHOWN)
+            ):
                 continue
             if packet.pts is None:
                 return None
@@ -426,13 +501,17 @@ class Video:
             if starts is None:
                 starts = packet.is_keyframe
         ascending = sorted(times)
-        if len(set(times)) < len(times) or (reordered and (untimely or (times == ascending and len(times) > 1))):
+        if len(set(times)) < len(times) or (
+            reordered and (untimely or (times == ascending and len(times) > 1))
+        ):
             return None
         if times and not (starts and min(times) == keyframes[0]):
             return self._without_lost_frames(times, sorted(keyframes))
         return Timeline(ascending, sorted(keyframes), len(times))
 
-    def _without_lost_frames(self, times: Sequence[int], keyframes: Sequence[int]) -> Timeline | None:
+    def _without_lost_frames(
+        self, times: Sequence[int], keyframes: Sequence[int]
+    ) -> Timeline | None:
         """Of a file that was cut at no keyframe: decoding up to the second keyframe shows what is lost at the start."""
         second = keyframes[1] if len(keyframes) > 1 else math.inf
         shown: list[int] = []

@@ -121,6 +121,8 @@ def bootstrap_interval(
 
 def _check(scores: np.ndarray, count: int) -> None:
     if len(scores) != count or not count:
-        raise ValueError(f"there must be scores of each video, and at least one; got {len(scores)} of {count} videos.")
+        raise ValueError(
+            f"there must be scores of each video, and at least one; got {len(scores)} of {count} videos."
+        )
     if np.isnan(scores).any():
         raise ValueError("scores must be numbers; got NaN.")

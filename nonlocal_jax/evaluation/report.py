@@ -18,7 +18,9 @@ from nonlocal_jax.evaluation.metrics import (
 )
 
 
-def single_label_report(scores: Scores, labels: Labels, names: Sequence[str] = ()) -> dict[str, Any]:
+def single_label_report(
+    scores: Scores, labels: Labels, names: Sequence[str] = ()
+) -> dict[str, Any]:
     """Of videos with one class each: top-1 and top-5 with intervals, accuracy by class, confusion.
 
     Args:
@@ -34,10 +36,16 @@ def single_label_report(scores: Scores, labels: Labels, names: Sequence[str] = (
     report: dict[str, Any] = {"videos": len(labels)}
     for k in (1, 5):
         right = int(top_k(scores, labels, k).sum())
-        report[f"top{k}"] = {"value": right / len(labels), "interval": accuracy_interval(right, len(labels))}
+        report[f"top{k}"] = {
+            "value": right / len(labels),
+            "interval": accuracy_interval(right, len(labels)),
+        }
     counts = table.sum(axis=1)
     report["classes"] = {
-        name: {"videos": int(counts[i]), "accuracy": float(table[i, i] / counts[i]) if counts[i] else None}
+        name: {
+            "videos": int(counts[i]),
+            "accuracy": float(table[i, i] / counts[i]) if counts[i] else None,
+        }
         for i, name in enumerate(_names(names, len(counts)))
     }
     report["confusion"] = table.tolist()
@@ -65,7 +73,10 @@ def multi_label_report(scores: Scores, truth: Truth, names: Sequence[str] = ()) 
 
     return {
         "videos": len(truth),
-        "mAP": {"value": mean_average_precision(scores, truth), "interval": bootstrap_interval(of, len(truth), samples=200)},
+        "mAP": {
+            "value": mean_average_precision(scores, truth),
+            "interval": bootstrap_interval(of, len(truth), samples=200),
+        },
         "weighted_mAP": float(np.nansum(each * counts) / counts.sum()),
         "classes": {
             name: {"videos": int(counts[i]), "AP": None if np.isnan(each[i]) else float(each[i])}
@@ -83,7 +94,9 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
     | 1 view | 4 | 75.00 (30.0 to 95.0) |
     """
     metrics = [name for name in ("top1", "top5", "mAP") if name in next(iter(reports.values()))]
-    lines = ["| " + " | ".join(["tested with", "videos", *(f"{name}, %" for name in metrics)]) + " |"]
+    lines = [
+        "| " + " | ".join(["tested with", "videos", *(f"{name}, %" for name in metrics)]) + " |"
+    ]
     lines.append("|---|" + "--:|" * (1 + len(metrics)))
     for label, report in reports.items():
         cells = [label, f"{report['videos']:,}"]

@@ -16,7 +16,9 @@ Combination = Literal["mean", "max"]
 Apply = Callable[[np.ndarray], Any]  # (B, T, H, W, C) -> scores (B, classes)
 
 
-def score_views(apply: Apply, views: Iterable[np.ndarray], batch_size: int) -> Float[np.ndarray, "views classes"]:
+def score_views(
+    apply: Apply, views: Iterable[np.ndarray], batch_size: int
+) -> Float[np.ndarray, "views classes"]:
     """The scores of each view, a few views at a time; the last batch is filled up, so that all have one shape.
 
     Args:
@@ -36,7 +38,9 @@ def score_views(apply: Apply, views: Iterable[np.ndarray], batch_size: int) -> F
     return np.concatenate(rows)
 
 
-def combine(scores: Float[np.ndarray, "views classes"], how: Combination = "mean") -> Float[np.ndarray, " classes"]:
+def combine(
+    scores: Float[np.ndarray, "views classes"], how: Combination = "mean"
+) -> Float[np.ndarray, " classes"]:
     """One row for the video: the mean of its views, as for Kinetics, or of each class the largest, as for Charades."""
     if how not in ("mean", "max"):
         raise ValueError(f"how must be 'mean' or 'max'; got {how!r}.")
@@ -81,12 +85,17 @@ class ScoreFolder:
                 with part.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                     names = [name for name in arrays.files if name not in ("videos", "failures")]
                     table = {name: arrays[name] for name in names}
-                    videos, failures = arrays["videos"].tolist(), json.loads(str(arrays["failures"]))
+                    videos, failures = (
+                        arrays["videos"].tolist(),
+                        json.loads(str(arrays["failures"])),
+                    )
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise ValueError(
                     f"{part} must be scores that were written here: {error}. Delete it, to make it anew."
                 ) from error
-            self.found |= {video: {name: table[name][i] for name in names} for i, video in enumerate(videos)}
+            self.found |= {
+                video: {name: table[name][i] for name in names} for i, video in enumerate(videos)
+            }
             self.failures |= {int(video): reason for video, reason in failures.items()}
 
     def __contains__(self, video: int) -> bool:
@@ -114,12 +123,19 @@ class ScoreFolder:
             return
         videos = [video for video in self._new if video in self.found]
         names = self.found[videos[0]] if videos else {}
-        table: dict[str, Any] = {name: np.stack([self.found[video][name] for video in videos]) for name in names}
+        table: dict[str, Any] = {
+            name: np.stack([self.found[video][name] for video in videos]) for name in names
+        }
         failures = {video: self.failures[video] for video in self._new if video in self.failures}
         part = self.folder / f"{min(self._new):08d}-{max(self._new):08d}-by-{self.writer}.npz"
         partial = part.with_suffix(".partial")
         with partial.open("wb") as out:
-            np.savez(out, videos=np.array(videos, np.int64), failures=np.array(json.dumps(failures)), **table)
+            np.savez(
+                out,
+                videos=np.array(videos, np.int64),
+                failures=np.array(json.dumps(failures)),
+                **table,
+            )
             out.flush()
             os.fsync(out.fileno())
         partial.replace(part)

@@ -2,11 +2,18 @@
 
 from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
 from nonlocal_jax.layers.conv import VideoConv, video_conv
-from nonlocal_jax.layers.describe import BlockDescription, describe
-from nonlocal_jax.layers.instantiations import Concatenation, DotProduct, EmbeddedGaussian, Gaussian, NonLocalOperation
+from nonlocal_jax.layers.description import BlockDescription, describe
+from nonlocal_jax.layers.instantiations import (
+    Concatenation,
+    DotProduct,
+    EmbeddedGaussian,
+    Gaussian,
+    NonLocalOperation,
+)
 from nonlocal_jax.layers.norm import Affine, BatchNorm, freeze_batch_norm
-from nonlocal_jax.layers.plan import BlockPlan, plan
+from nonlocal_jax.layers.planning import BlockPlan, plan
 from nonlocal_jax.layers.pooling import max_pool, pool_mask, strided_max_pool
+from nonlocal_jax.layers.tap import PairwiseCall, SumLayout, enclosing_block, nonlocal_response, tap
 
 __all__ = [
     "Affine",
@@ -19,13 +26,18 @@ __all__ = [
     "Gaussian",
     "NonLocalBlock",
     "NonLocalOperation",
+    "PairwiseCall",
+    "SumLayout",
     "VideoConv",
     "describe",
+    "enclosing_block",
     "freeze_batch_norm",
     "max_pool",
     "nonlocal_block",
+    "nonlocal_response",
     "plan",
     "pool_mask",
     "strided_max_pool",
+    "tap",
     "video_conv",
 ]

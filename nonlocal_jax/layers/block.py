@@ -21,6 +21,7 @@ from nonlocal_jax.layers.instantiations import (
     zero_bias,
 )
 from nonlocal_jax.layers.norm import BatchNorm, across_devices
+from nonlocal_jax.layers.tap import enclosing_block
 from nonlocal_jax.types import Affinity, Array, Features, Instantiation, PositionMask, Scalar
 
 Preset = Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"]
@@ -75,7 +76,12 @@ class NonLocalBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Features, *, mask: PositionMask | None = None, train: bool = False, return_map: bool = False
+        self,
+        x: Features,
+        *,
+        mask: PositionMask | None = None,
+        train: bool = False,
+        return_map: bool = False,
     ) -> Features | tuple[Features, Affinity]:
         """z, of the shape of x.
 
@@ -92,7 +98,8 @@ class NonLocalBlock(nn.Module):
         Raises:
             ValueError, TypeError: as the operation does.
         """
-        y: Any = self.operation(x, mask=mask, return_map=return_map)
+        with enclosing_block(self):
+            y: Any = self.operation(x, mask=mask, return_map=return_map)
         if return_map:
             y, affinity = y
         zeros = nn.initializers.zeros
@@ -113,17 +120,25 @@ class NonLocalBlock(nn.Module):
         if mask is not None:
             residual = jnp.where(mask[..., None], residual, 0)
         if self.is_mutable_collection("intermediates") and not self.is_initializing():
-            self.sow("intermediates", "residual_ratio", _residual_ratio(residual, x, mask, self.operation.axis_name))
+            self.sow(
+                "intermediates",
+                "residual_ratio",
+                _residual_ratio(residual, x, mask, self.operation.axis_name),
+            )
         z = (x + residual).astype(x.dtype)
         return (z, affinity) if return_map else z
 
-    def _normalise(self, norm: Callable[..., nn.Module], x: Array, mask: Array | None, train: bool) -> Array:
+    def _normalise(
+        self, norm: Callable[..., nn.Module], x: Array, mask: Array | None, train: bool
+    ) -> Array:
         options: dict[str, Any] = {"scale_init": nn.initializers.zeros} if self.zero_init else {}
         axis_name = None if self.is_initializing() else self.operation.axis_name
         options |= across_devices(norm, axis_name)
         module = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="out_norm", **options)
         if isinstance(module, nn.BatchNorm):
-            return module(x, use_running_average=not train, mask=_never_empty(mask, x, 0, axis_name))
+            return module(
+                x, use_running_average=not train, mask=_never_empty(mask, x, 0, axis_name)
+            )
         if isinstance(module, nn.GroupNorm | nn.InstanceNorm):
             if mask is not None and axis_name is not None:
                 raise ValueError(
@@ -134,7 +149,9 @@ class NonLocalBlock(nn.Module):
         return module(x)  # by position: padding cannot reach the others
 
 
-def _never_empty(mask: Array | None, x: Array, first_axis: int, axis_name: str | None = None) -> Array | None:
+def _never_empty(
+    mask: Array | None, x: Array, first_axis: int, axis_name: str | None = None
+) -> Array | None:
     """The mask for a norm over the axes from `first_axis` on, of the shape of x.
 
     Statistics of no position at all would be NaN, and so would gradients; where all is padding, all counts, and still
@@ -186,7 +203,9 @@ class _Convention:
 def _uniform_bias(fan_in: int) -> Initializer:
     """PyTorch's default for a bias, U(−1/√fan_in, 1/√fan_in)."""
     bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
 
 
 _normal_001 = nn.initializers.normal(0.01)
@@ -233,7 +252,9 @@ CONVENTIONS: dict[Preset, _Convention] = {
 }
 
 
-def nonlocal_block(instantiation: Instantiation, preset: Preset = "paper", **overrides: Any) -> NonLocalBlock:
+def nonlocal_block(
+    instantiation: Instantiation, preset: Preset = "paper", **overrides: Any
+) -> NonLocalBlock:
     """A non-local block in the conventions of one source.
 
     | preset              | softmax scale | pooling       | biases            | initialisation    | ε of BN      |
@@ -264,26 +285,39 @@ def nonlocal_block(instantiation: Instantiation, preset: Preset = "paper", **ove
     (True, 'before', (1, 3, 3))
     """
     if instantiation not in OPERATIONS:
-        raise ValueError(f"instantiation must be one of {', '.join(map(repr, OPERATIONS))}; got {instantiation!r}.")
+        raise ValueError(
+            f"instantiation must be one of {', '.join(map(repr, OPERATIONS))}; got {instantiation!r}."
+        )
     if preset not in CONVENTIONS:
-        raise ValueError(f"preset must be one of {', '.join(map(repr, CONVENTIONS))}; got {preset!r}.")
+        raise ValueError(
+            f"preset must be one of {', '.join(map(repr, CONVENTIONS))}; got {preset!r}."
+        )
     convention = CONVENTIONS[preset]
     if instantiation not in convention.instantiations:
         has = " and ".join(map(repr, convention.instantiations))
-        raise ValueError(f"preset {preset!r} has no {instantiation!r}: {convention.source} has {has}.")
+        raise ValueError(
+            f"preset {preset!r} has no {instantiation!r}: {convention.source} has {has}."
+        )
 
     operation_type = OPERATIONS[instantiation]
     of_operation, of_block = _attributes(operation_type), _attributes(NonLocalBlock) - {"operation"}
     if unknown := overrides.keys() - of_operation - of_block:
         known = ", ".join(sorted(of_operation | of_block))
-        raise TypeError(f"a {instantiation} block has no attribute {', '.join(sorted(unknown))}; it has {known}.")
-    chosen = {field.name: getattr(convention, field.name) for field in dataclasses.fields(convention)}
+        raise TypeError(
+            f"a {instantiation} block has no attribute {', '.join(sorted(unknown))}; it has {known}."
+        )
+    chosen = {
+        field.name: getattr(convention, field.name) for field in dataclasses.fields(convention)
+    }
     out = {"kernel_init": chosen.pop("out_kernel_init") or convention.kernel_init}
     for_operation, for_block = chosen | overrides, chosen | out | overrides
     operation = operation_type(
-        **{name: value for name, value in for_operation.items() if name in of_operation - {"name"}}, parent=None
+        **{name: value for name, value in for_operation.items() if name in of_operation - {"name"}},
+        parent=None,
     )
-    return NonLocalBlock(operation, **{name: value for name, value in for_block.items() if name in of_block})
+    return NonLocalBlock(
+        operation, **{name: value for name, value in for_block.items() if name in of_block}
+    )
 
 
 def _attributes(module: type[nn.Module]) -> set[str]:

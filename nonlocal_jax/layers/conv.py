@@ -32,7 +32,9 @@ class Lowering(NamedTuple):
     by_kernel: Lowered
 
 
-def dot_over_positions(x: Array, kernel: Array, dimension_numbers: lax.DotDimensionNumbers, **options: Any) -> Array:
+def dot_over_positions(
+    x: Array, kernel: Array, dimension_numbers: lax.DotDimensionNumbers, **options: Any
+) -> Array:
     """The `dot_general` of an `nn.Dense` over channels: a 1×1×1 convolution of x (*positions, C), kernel (C, features).
 
     On CPU all positions are the rows of one matrix: from several position axes XLA makes a transposed copy of ȳ for the
@@ -76,7 +78,12 @@ def lowering(
         return Lowering(_product, _product)
     if cpu and groups == 1 and (in_tiles := _in_tiles_where_faster(x, kernel, strides, dtype)):
         return in_tiles
-    seen = x[0] * math.prod(-(-n // stride) for n, stride in zip(x[1:4], strides, strict=True)) * taps * kernel[3]
+    seen = (
+        x[0]
+        * math.prod(-(-n // stride) for n, stride in zip(x[1:4], strides, strict=True))
+        * taps
+        * kernel[3]
+    )
     if cpu and groups == 1 and taps <= 27 and kernel[3] <= BLOCK and seen * 4 <= CACHED:
         return Lowering(_side_by_side, _side_by_side)
     if groups == 1 and kernel[1:3] == (1, 1):
@@ -84,14 +91,18 @@ def lowering(
     return Lowering(_planes, _frame_by_frame if cpu and groups == 1 and kernel[3] <= 4 else _planes)
 
 
-def _in_tiles_where_faster(x: tuple[int, ...], kernel: tuple[int, ...], strides: Triple, dtype: Any) -> Lowering | None:
+def _in_tiles_where_faster(
+    x: tuple[int, ...], kernel: tuple[int, ...], strides: Triple, dtype: Any
+) -> Lowering | None:
     """Tiles save products, and cost sums over x and y, and a larger kernel that is made anew each time.
 
     So they pay where a position has many products, by half the harmonic mean of channels and features, and where there are
     many positions: each product has a row for each tile. The numbers are measured.
     """
     (t, h, w, channels, features), (batch, *positions) = kernel, x[:-1]
-    if {t, h, w} - {1, 3} or h != w or dtype in (jnp.bfloat16, jnp.float16):  # half precision has no digits to spare
+    if (
+        {t, h, w} - {1, 3} or h != w or dtype in (jnp.bfloat16, jnp.float16)
+    ):  # half precision has no digits to spare
         return None
     if h == 1:
         positions = [-(-n // stride) for n, stride in zip(positions, strides, strict=True)]
@@ -102,7 +113,13 @@ def _in_tiles_where_faster(x: tuple[int, ...], kernel: tuple[int, ...], strides:
     rows = batch * math.prod(-(-n // tile) for n, tile in zip(positions, tiles, strict=True))
     width_of_products = channels * features / (channels + features)
     enough = (30 if t == 3 else 16) if h == 3 else 100 if length == 4 else 150
-    if width_of_products < enough or rows < 64 or strides != (1, 1, 1) or length % tiles[0] or min(height, width) < h:
+    if (
+        width_of_products < enough
+        or rows < 64
+        or strides != (1, 1, 1)
+        or length % tiles[0]
+        or min(height, width) < h
+    ):
         return None
     of_value = of_kernel = _of(_in_tiles, tiles=tiles)
     if t == 1 and over_space == (4, 1):
@@ -112,7 +129,13 @@ def _in_tiles_where_faster(x: tuple[int, ...], kernel: tuple[int, ...], strides:
     return Lowering(of_value, of_kernel)
 
 
-def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int = 1, axis_name: str | None = None) -> Array:
+def video_conv(
+    x: Video,
+    kernel: Array,
+    strides: Triple = (1, 1, 1),
+    groups: int = 1,
+    axis_name: str | None = None,
+) -> Array:
     """y[p] = Σ_tap x[strides · p + tap] W[tap], zeros beyond the borders, as `jax.lax.conv_general_dilated` in 3-D.
 
     Args:
@@ -143,18 +166,35 @@ def video_conv(x: Video, kernel: Array, strides: Triple = (1, 1, 1), groups: int
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _convolve(x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool) -> Array:
-    return _lowered(lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo).value, x, kernel, strides, groups)
+    return _lowered(
+        lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo).value,
+        x,
+        kernel,
+        strides,
+        groups,
+    )
 
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
 def _convolve_jvp(
-    strides: Triple, groups: int, has_halo: bool, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+    strides: Triple,
+    groups: int,
+    has_halo: bool,
+    primals: tuple[Array, Array],
+    tangents: tuple[Any, Any],
 ) -> tuple[Array, Array]:
     (x, kernel), (dx, dkernel) = primals, tangents
-    chosen, zero = lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo), jax.custom_derivatives.SymbolicZero
+    chosen, zero = (
+        lowering(x.shape, kernel.shape, strides, groups, x.dtype, has_halo),
+        jax.custom_derivatives.SymbolicZero,
+    )
     y = _convolve(x, kernel, strides, groups, has_halo)
     parts = [] if isinstance(dx, zero) else [_lowered(chosen.value, dx, kernel, strides, groups)]
-    parts += [] if isinstance(dkernel, zero) else [_lowered(chosen.by_kernel, x, dkernel, strides, groups)]
+    parts += (
+        []
+        if isinstance(dkernel, zero)
+        else [_lowered(chosen.by_kernel, x, dkernel, strides, groups)]
+    )
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 
@@ -177,13 +217,20 @@ def _product(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
 
 def _side_by_side(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
     """All taps in the channels, one product."""
-    return _dot(jnp.concatenate(_taps(x, kernel.shape[:3], strides), axis=-1), kernel.reshape(-1, kernel.shape[-1]))
+    return _dot(
+        jnp.concatenate(_taps(x, kernel.shape[:3], strides), axis=-1),
+        kernel.reshape(-1, kernel.shape[-1]),
+    )
 
 
-def _temporal(x: Array, kernel: Array, strides: Triple, groups: int, padding: int | None = None) -> Array:
+def _temporal(
+    x: Array, kernel: Array, strides: Triple, groups: int, padding: int | None = None
+) -> Array:
     """t×1×1, a 2-D convolution (t, 1) over (T, H·W); the padding is in time, None is half of the taps."""
     x = x[:, :, :: strides[1], :: strides[2]]
-    y = _conv2d(x.reshape(*x.shape[:2], -1, x.shape[-1]), kernel[:, :, 0], (strides[0], 1), padding=padding)
+    y = _conv2d(
+        x.reshape(*x.shape[:2], -1, x.shape[-1]), kernel[:, :, 0], (strides[0], 1), padding=padding
+    )
     return y.reshape(x.shape[0], -1, *x.shape[2:4], kernel.shape[-1])
 
 
@@ -193,24 +240,34 @@ def _shifted_products(x: Array, kernel: Array, strides: Triple, groups: int) -> 
     x = x[:, :, :: strides[1], :: strides[2]]
     products = _dot(x, jnp.moveaxis(kernel[:, 0, 0], 0, 1).reshape(channels, taps * features))
     shifted = _taps(products, (taps, 1, 1), (strides[0], 1, 1))
-    return functools.reduce(jnp.add, (part[..., i * features : (i + 1) * features] for i, part in enumerate(shifted)))
+    return functools.reduce(
+        jnp.add, (part[..., i * features : (i + 1) * features] for i, part in enumerate(shifted))
+    )
 
 
-def _planes(x: Array, kernel: Array, strides: Triple, groups: int, padding: int | None = None) -> Array:
+def _planes(
+    x: Array, kernel: Array, strides: Triple, groups: int, padding: int | None = None
+) -> Array:
     """A 2-D convolution of every frame, the taps in time in the channels; the padding is in time, None is half of the taps."""
-    x, kernel = _time_in_channels(x, kernel, strides[0], groups, kernel.shape[0] // 2 if padding is None else padding)
+    x, kernel = _time_in_channels(
+        x, kernel, strides[0], groups, kernel.shape[0] // 2 if padding is None else padding
+    )
     y = _conv2d(x.reshape(-1, *x.shape[2:]), kernel, strides[1:], groups)
     return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
-def _in_tiles(x: Array, kernel: Array, strides: Triple, groups: int, tiles: tuple[int, ...]) -> Array:
+def _in_tiles(
+    x: Array, kernel: Array, strides: Triple, groups: int, tiles: tuple[int, ...]
+) -> Array:
     """Three taps in tiles of so many outputs along (T, H, W); 1 is no tile. Along H and W the stride is 1."""
     if kernel.shape[1:3] == (1, 1) and strides[1:] != (1, 1):
         x, strides = x[:, :, :: strides[1], :: strides[2]], (strides[0], 1, 1)
     for axis, tile in enumerate(tiles):
         if tile > 1:
             others = (*tiles[:axis], 1, *tiles[axis + 1 :])
-            along_others = functools.partial(_in_tiles, strides=strides, groups=groups, tiles=others)
+            along_others = functools.partial(
+                _in_tiles, strides=strides, groups=groups, tiles=others
+            )
             return tiled(x, kernel, axis, tile, along_others)
     return (_product if kernel.shape[2] == 1 else _joined_rows)(x, kernel, strides, groups)
 
@@ -218,7 +275,9 @@ def _in_tiles(x: Array, kernel: Array, strides: Triple, groups: int, tiles: tupl
 def _joined_rows(x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
     """1×1×w: rows side by side, zeros between them, so that there is width enough for all cores."""
     rows, width, between = math.prod(x.shape[:3]), x.shape[3], kernel.shape[2] // 2
-    joined = next((m for m in range(1, rows) if rows % m == 0 and m * (width + between) >= JOINED), rows)
+    joined = next(
+        (m for m in range(1, rows) if rows % m == 0 and m * (width + between) >= JOINED), rows
+    )
     apart = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, between), (0, 0)))
     y = _conv2d(apart.reshape(rows // joined, 1, -1, x.shape[-1]), kernel[0], (1, 1))
     return y.reshape(*apart.shape[:-1], -1)[:, :, :, :width]
@@ -241,32 +300,56 @@ def _frame_by_frame(x: Array, kernel: Array, strides: Triple, groups: int) -> Ar
     padding = t // 2 // stride + 1
     y = jnp.zeros((batch, steps + 2 * padding, rows * columns, features), x.dtype)
     for phase in range(stride):
-        to = {(phase + t // 2 - k) // stride: k for k in range(t) if (phase + t // 2 - k) % stride == 0}
+        to = {
+            (phase + t // 2 - k) // stride: k
+            for k in range(t)
+            if (phase + t // 2 - k) % stride == 0
+        }
         first, in_order = min(to, default=0), [to[at] for at in sorted(to)]
         count = len(range(phase, length, stride))
         if not in_order or not count:
             continue
 
         @jax.checkpoint
-        def step(y: Array, i: Array, phase: int = phase, first: int = first, in_order: Any = in_order, n: int = count) -> Any:
+        def step(
+            y: Array,
+            i: Array,
+            phase: int = phase,
+            first: int = first,
+            in_order: Any = in_order,
+            n: int = count,
+        ) -> Any:
             clip, at = i // n, i % n
-            frame = lax.dynamic_index_in_dim(frames, clip * length + at * stride + phase, keepdims=False)
+            frame = lax.dynamic_index_in_dim(
+                frames, clip * length + at * stride + phase, keepdims=False
+            )
             matrix = jnp.concatenate(
                 [
-                    frame[r % strides[1], c % strides[2], :, r // strides[1] :, c // strides[2] :][:, :rows, :columns]
+                    frame[r % strides[1], c % strides[2], :, r // strides[1] :, c // strides[2] :][
+                        :, :rows, :columns
+                    ]
                     for r, c in itertools.product(range(h), range(w))
                 ]
             ).reshape(h * w * channels, -1)
-            seen = jnp.stack([lax.dot_general(matrix, flat[k], (((0,), (0,)), ((), ()))) for k in in_order])
-            return y + lax.dynamic_update_slice(jnp.zeros_like(y), seen[None], (clip, at + padding + first, 0, 0)), None
+            seen = jnp.stack(
+                [lax.dot_general(matrix, flat[k], (((0,), (0,)), ((), ()))) for k in in_order]
+            )
+            return y + lax.dynamic_update_slice(
+                jnp.zeros_like(y), seen[None], (clip, at + padding + first, 0, 0)
+            ), None
 
         y, _ = lax.scan(step, y, jnp.arange(batch * count))
     return y[:, padding : padding + steps].reshape(batch, steps, rows, columns, features)
 
 
-def _phases(x: Array, taps: tuple[int, int], out: tuple[int, int], strides: tuple[int, ...]) -> Array:
+def _phases(
+    x: Array, taps: tuple[int, int], out: tuple[int, int], strides: tuple[int, ...]
+) -> Array:
     """Frames (B·T, stride, stride, C, rows, columns) of padded x: each tap of a strided kernel sees a slice of them."""
-    sizes = [-(-(tap + (n - 1) * stride) // stride) for tap, n, stride in zip(taps, out, strides, strict=True)]
+    sizes = [
+        -(-(tap + (n - 1) * stride) // stride)
+        for tap, n, stride in zip(taps, out, strides, strict=True)
+    ]
     around = [
         (tap // 2, size * stride - n - tap // 2, 0)
         for tap, size, stride, n in zip(taps, sizes, strides, x.shape[2:4], strict=True)
@@ -286,12 +369,20 @@ def _taps(x: Array, taps: tuple[int, ...], strides: Triple) -> list[Array]:
     axes = tuple(zip(x.shape[1:4], strides, strict=True))
     starts = itertools.product(*map(range, taps))
     return [
-        padded[:, *(slice(first, first + length, stride) for first, (length, stride) in zip(start, axes, strict=True))]
+        padded[
+            :,
+            *(
+                slice(first, first + length, stride)
+                for first, (length, stride) in zip(start, axes, strict=True)
+            ),
+        ]
         for start in starts
     ]
 
 
-def _time_in_channels(x: Array, kernel: Array, stride: int, groups: int, padding: int) -> tuple[Array, Array]:
+def _time_in_channels(
+    x: Array, kernel: Array, stride: int, groups: int, padding: int
+) -> tuple[Array, Array]:
     """The taps in time in the channels; each group keeps its own together."""
     taps, features = kernel.shape[0], kernel.shape[-1]
     if taps == 1:
@@ -305,10 +396,14 @@ def _time_in_channels(x: Array, kernel: Array, stride: int, groups: int, padding
         shifted = lax.pad(x, zero, [(0, 0, 0), (before, after, 0), *[(0, 0, 0)] * 3])[:, ::stride]
         frames.append(shifted.reshape(*shifted.shape[:-1], groups, -1))
     x = jnp.stack(frames, axis=-2)
-    return x.reshape(*x.shape[:4], -1), jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], -1, features)
+    return x.reshape(*x.shape[:4], -1), jnp.moveaxis(kernel, 0, 2).reshape(
+        *kernel.shape[1:3], -1, features
+    )
 
 
-def _conv2d(x: Array, kernel: Array, strides: tuple[int, ...], groups: int = 1, padding: int | None = None) -> Array:
+def _conv2d(
+    x: Array, kernel: Array, strides: tuple[int, ...], groups: int = 1, padding: int | None = None
+) -> Array:
     of_rows, of_columns = (size // 2 for size in kernel.shape[:2])
     of_rows = of_rows if padding is None else padding
     return lax.conv_general_dilated(
@@ -361,4 +456,6 @@ class VideoConv(nn.Module):
         shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        return video_conv(x, kernel, self.strides, self.groups, None if self.is_initializing() else self.axis_name)
+        return video_conv(
+            x, kernel, self.strides, self.groups, None if self.is_initializing() else self.axis_name
+        )

@@ -19,12 +19,20 @@ def with_halo(x: Array, axis_name: str, before: int, after: int, beyond: float =
     Returns:
         (B, before + n + after, ...).
     """
-    ahead = [_from(x, axis_name, hop, min(rows, x.shape[1]), beyond) for hop, rows in _hops(before, x.shape[1])]
-    behind = [_from(x, axis_name, -hop, min(rows, x.shape[1]), beyond) for hop, rows in _hops(after, x.shape[1])]
+    ahead = [
+        _from(x, axis_name, hop, min(rows, x.shape[1]), beyond)
+        for hop, rows in _hops(before, x.shape[1])
+    ]
+    behind = [
+        _from(x, axis_name, -hop, min(rows, x.shape[1]), beyond)
+        for hop, rows in _hops(after, x.shape[1])
+    ]
     return jnp.concatenate([*reversed(ahead), x, *behind], axis=1) if ahead or behind else x
 
 
-def local_windows(length: int, window: int, stride: int, padding: int, axis_name: str) -> tuple[int, int]:
+def local_windows(
+    length: int, window: int, stride: int, padding: int, axis_name: str
+) -> tuple[int, int]:
     """The halo, (before, after), with which each device computes the windows that begin in its own rows.
 
     Args:
@@ -53,8 +61,14 @@ def _hops(rows: int, length: int) -> list[tuple[int, int]]:
 def _from(x: Array, axis_name: str, hop: int, rows: int, beyond: float) -> Array:
     """The last rows of the device `hop` places ahead, or the first ones of one that is behind, where hop is negative."""
     size = lax.axis_size(axis_name)
-    part = lax.slice_in_dim(x, x.shape[1] - rows, None, axis=1) if hop > 0 else lax.slice_in_dim(x, 0, rows, axis=1)
-    received = lax.ppermute(part, axis_name, [(i, i + hop) for i in range(size) if 0 <= i + hop < size])
+    part = (
+        lax.slice_in_dim(x, x.shape[1] - rows, None, axis=1)
+        if hop > 0
+        else lax.slice_in_dim(x, 0, rows, axis=1)
+    )
+    received = lax.ppermute(
+        part, axis_name, [(i, i + hop) for i in range(size) if 0 <= i + hop < size]
+    )
     if beyond == 0:  # which is what a device without such a neighbour receives
         return received
     index = lax.axis_index(axis_name)

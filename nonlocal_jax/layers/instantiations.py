@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from nonlocal_jax import ops
 from nonlocal_jax.layers.conv import dot_over_positions
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
-from nonlocal_jax.types import Affinity, Array, Embedded, Features, Instantiation, PositionMask, PRNGKeyArray
+from nonlocal_jax.layers.tap import Axes, SumLayout, nonlocal_response
+from nonlocal_jax.types import Affinity, Array, Embedded, Features, PositionMask, PRNGKeyArray
 
 Initializer = Callable[..., Array]
-Axes = Literal["spacetime", "space", "time"]
-
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
@@ -91,11 +90,20 @@ class NonLocalOperation(nn.Module):
             pooled = max_pool(x, window, mask)
             theta, phi, g = self._theta(x), self._phi(pooled), self._dense("g", pooled)
         else:
-            theta, phi, g = self._theta(x), max_pool(self._phi(x), window, mask), max_pool(self._dense("g", x), window, mask)
+            theta, phi, g = (
+                self._theta(x),
+                max_pool(self._phi(x), window, mask),
+                max_pool(self._dense("g", x), window, mask),
+            )
         groups = None if self.group_size is None else positions[0] // self.group_size
-        key_mask = None if mask is None else to_rows(pool_mask(mask, window)[..., None], self.axes, groups)[..., 0]
+        key_mask = (
+            None
+            if mask is None
+            else to_rows(pool_mask(mask, window)[..., None], self.axes, groups)[..., 0]
+        )
         theta, phi, g = (to_rows(a, self.axes, groups) for a in (theta, phi, g))
-        y, affinity = self._respond(theta, phi, g, key_mask, return_map)
+        layout = SumLayout(positions, window, self.axes, groups)
+        y, affinity = self._respond(theta, phi, g, key_mask, layout, return_map)
         y = _from_rows(y, self.axes, positions)
         return y if affinity is None or not return_map else (y, affinity)
 
@@ -117,43 +125,66 @@ class NonLocalOperation(nn.Module):
             name=name,
         )(x)
 
-    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
-        """The name of f, its parameters and its options."""
+    def pairwise(self, theta: Array) -> dict[str, Any]:
+        """The name of f as "instantiation", and its parameters and options, as `nonlocal_response` takes them."""
         raise NotImplementedError
 
     def _respond(
-        self, theta: Array, phi: Array, g: Array, key_mask: Array | None, return_map: bool
+        self,
+        theta: Array,
+        phi: Array,
+        g: Array,
+        key_mask: Array | None,
+        layout: SumLayout,
+        return_map: bool,
     ) -> tuple[Array, Array | None]:
-        """Y, and the affinity for who asks for it, be it with `mutable=["intermediates"]`: (B, ..., N, M)."""
-        name, parameters, options = self._pairwise(theta)
-        options["key_mask"] = key_mask
+        """Returns y and, if it is requested, the affinity (B, ..., N, M)."""
         # Parameters are made outside the map; and over space, or within groups, all keys of a query are on its device.
-        if not self.is_initializing() and self.axes != "space" and self.group_size is None:
-            options["axis_name"] = self.axis_name
+        splits = not self.is_initializing() and self.axes != "space" and self.group_size is None
+        options: dict[str, Any] = self.pairwise(theta)
+        options |= {"key_mask": key_mask, "axis_name": self.axis_name if splits else None}
+        y = nonlocal_response(
+            self,
+            theta=theta,
+            phi=phi,
+            g=g,
+            implementation=self.implementation,
+            layout=layout,
+            **options,
+        )
         sown = self.is_mutable_collection("intermediates") and not self.is_initializing()
-        affinity = ops.affinity(name, theta, phi, *parameters, **options) if sown or return_map else None
+        if not (sown or return_map):
+            return y, None
+        affinity = ops.affinity(theta=theta, phi=phi, **options)
         if sown:
             self.sow("intermediates", "affinity", affinity)
-        y = getattr(ops, name)(theta, phi, g, *parameters, implementation=self.implementation, **options)
         return y, affinity
 
     def _check(self, x: Array, mask: Array | None) -> tuple[int, ...]:
         """Raise what `__call__` says it raises; return the pooling window."""
         positions = x.shape[1:-1]
         if len(positions) not in (1, 2, 3):
-            raise ValueError(f"x must have shape (B, *positions, C) with one, two or three position axes; got shape {x.shape}.")
+            raise ValueError(
+                f"x must have shape (B, *positions, C) with one, two or three position axes; got shape {x.shape}."
+            )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"x must be floating point; got {x.dtype}.")
         if self.inner_features is not None and self.inner_features < 1:
-            raise ValueError(f"inner_features must be at least 1, or None for half the channels; got {self.inner_features}.")
+            raise ValueError(
+                f"inner_features must be at least 1, or None for half the channels; got {self.inner_features}."
+            )
         for name, value, options in (
             ("axes", self.axes, ("spacetime", "space", "time")),
             ("pool_order", self.pool_order, ("after", "before")),
         ):
             if value not in options:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}.")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}."
+                )
         if self.axes != "spacetime" and len(positions) != 3:
-            raise ValueError(f"axes={self.axes!r} wants (T, H, W) positions, x of rank 5; got shape {x.shape}.")
+            raise ValueError(
+                f"axes={self.axes!r} wants (T, H, W) positions, x of rank 5; got shape {x.shape}."
+            )
         self._check_groups(positions)
         if mask is not None:
             if getattr(mask, "dtype", None) != jnp.bool_:
@@ -161,7 +192,9 @@ class NonLocalOperation(nn.Module):
                     f"mask must be an array of bool, True where x is real; got {getattr(mask, 'dtype', type(mask))}."
                 )
             if mask.shape != x.shape[:-1]:
-                raise ValueError(f"mask must have shape {x.shape[:-1]}, one entry per position; got {mask.shape}.")
+                raise ValueError(
+                    f"mask must have shape {x.shape[:-1]}, one entry per position; got {mask.shape}."
+                )
         return self.subsampling(positions)
 
     def _check_groups(self, positions: tuple[int, ...]) -> None:
@@ -173,7 +206,9 @@ class NonLocalOperation(nn.Module):
                 f"and axes={self.axes!r}."
             )
         if self.group_size < 1 or positions[0] % self.group_size:
-            raise ValueError(f"group_size must divide the {positions[0]} frames; got {self.group_size}.")
+            raise ValueError(
+                f"group_size must divide the {positions[0]} frames; got {self.group_size}."
+            )
 
     def subsampling(self, positions: tuple[int, ...]) -> tuple[int, ...]:
         """The window of the keys' max pooling on a map of these sizes. Raises ValueError where it does not fit."""
@@ -184,22 +219,34 @@ class NonLocalOperation(nn.Module):
         elif isinstance(self.subsample, Sequence):
             window = tuple(self.subsample)
         else:
-            raise ValueError(f"subsample must be True, False or a size for each position axis; got {self.subsample!r}.")
+            raise ValueError(
+                f"subsample must be True, False or a size for each position axis; got {self.subsample!r}."
+            )
         if len(window) != len(positions) or min(window) < 1:
-            raise ValueError(f"subsample must have {len(positions)} sizes of at least 1; got {window}.")
+            raise ValueError(
+                f"subsample must have {len(positions)} sizes of at least 1; got {window}."
+            )
         if any(size > length for size, length in zip(window, positions, strict=True)):
-            raise ValueError(f"the subsampling window {window} must not be larger than the map {positions}; use a smaller one.")
+            raise ValueError(
+                f"the subsampling window {window} must not be larger than the map {positions}; use a smaller one."
+            )
         if self.axis_name is not None and not self.is_initializing() and positions[0] % window[0]:
             raise ValueError(
                 f"the subsampling window {window} must divide the part of the first position axis that each device of "
                 f"{self.axis_name!r} holds; got {positions[0]}."
             )
         if self.axes == "space" and window[0] > 1:
-            raise ValueError(f"axes='space' sums over one frame, so its window must be 1 in time; got {window}.")
+            raise ValueError(
+                f"axes='space' sums over one frame, so its window must be 1 in time; got {window}."
+            )
         if self.axes == "time" and max(window[1:]) > 1:
-            raise ValueError(f"axes='time' sums over one pixel, so its window must be 1 in space; got {window}.")
+            raise ValueError(
+                f"axes='time' sums over one pixel, so its window must be 1 in space; got {window}."
+            )
         if self.group_size is not None and self.group_size % window[0]:
-            raise ValueError(f"a window of {window[0]} frames must divide group_size {self.group_size}.")
+            raise ValueError(
+                f"a window of {window[0]} frames must divide group_size {self.group_size}."
+            )
         return window
 
 
@@ -221,8 +268,8 @@ class Gaussian(NonLocalOperation):
     def _phi(self, x: Array) -> Array:
         return x
 
-    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
-        return "gaussian", (), {}
+    def pairwise(self, theta: Array) -> dict[str, Any]:
+        return {"instantiation": "gaussian"}
 
 
 class EmbeddedGaussian(NonLocalOperation):
@@ -243,8 +290,9 @@ class EmbeddedGaussian(NonLocalOperation):
 
     use_scale: bool = False
 
-    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
-        return "embedded_gaussian", (), {"scale": theta.shape[-1] ** -0.5 if self.use_scale else 1.0}
+    def pairwise(self, theta: Array) -> dict[str, Any]:
+        scale = theta.shape[-1] ** -0.5 if self.use_scale else 1.0
+        return {"instantiation": "embedded_gaussian", "scale": scale}
 
 
 class DotProduct(NonLocalOperation):
@@ -259,8 +307,8 @@ class DotProduct(NonLocalOperation):
     ((2, 11, 3), ['g', 'phi', 'theta'])
     """
 
-    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
-        return "dot_product", (), {}
+    def pairwise(self, theta: Array) -> dict[str, Any]:
+        return {"instantiation": "dot_product"}
 
 
 class Concatenation(NonLocalOperation):
@@ -280,11 +328,14 @@ class Concatenation(NonLocalOperation):
 
     w_f_init: Initializer | None = None
 
-    def _pairwise(self, theta: Array) -> tuple[Instantiation, tuple[Array, ...], dict[str, Any]]:
-        return "concatenation", (self.param("w_f", self._init_w_f, 2 * theta.shape[-1]).astype(theta.dtype),), {}
+    def pairwise(self, theta: Array) -> dict[str, Any]:
+        w_f = self.param("w_f", self._init_w_f, 2 * theta.shape[-1])
+        return {"instantiation": "concatenation", "w_f": w_f.astype(theta.dtype)}
 
     def _init_w_f(self, key: PRNGKeyArray, size: int) -> Array:
-        return (self.w_f_init or self.kernel_init)(key, (size, 1), self.param_dtype)[:, 0]  # fan-in 2d, one output
+        return (self.w_f_init or self.kernel_init)(key, (size, 1), self.param_dtype)[
+            :, 0
+        ]  # fan-in 2d, one output
 
 
 def to_rows(x: Array, axes: Axes, groups: int | None) -> Array:
@@ -301,5 +352,7 @@ def to_rows(x: Array, axes: Axes, groups: int | None) -> Array:
 def _from_rows(y: Array, axes: Axes, positions: tuple[int, ...]) -> Array:
     """The inverse of `to_rows`."""
     if axes == "time":
-        y = jnp.moveaxis(y.reshape(y.shape[0], math.prod(positions[1:]), positions[0], y.shape[-1]), 2, 1)
+        y = jnp.moveaxis(
+            y.reshape(y.shape[0], math.prod(positions[1:]), positions[0], y.shape[-1]), 2, 1
+        )
     return y.reshape(y.shape[0], *positions, y.shape[-1])

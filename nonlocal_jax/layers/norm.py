@@ -38,7 +38,9 @@ class BatchNorm(nn.BatchNorm):
     use_fast_variance: bool = False
 
     @nn.compact
-    def __call__(self, x: Features, use_running_average: bool | None = None, *, mask: Any = None) -> Features:
+    def __call__(
+        self, x: Features, use_running_average: bool | None = None, *, mask: Any = None
+    ) -> Features:
         """Normalise each channel.
 
         Args:
@@ -51,7 +53,9 @@ class BatchNorm(nn.BatchNorm):
         """
         if self.axis != -1:
             raise ValueError(f"axis must be -1, channels last; got {self.axis}.")
-        running = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        running = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
         channels = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(channels, jnp.float32))
         var = self.variable("batch_stats", "var", lambda: jnp.ones(channels, jnp.float32))
@@ -64,10 +68,14 @@ class BatchNorm(nn.BatchNorm):
                 var.value = self.momentum * var.value + (1 - self.momentum) * v
         scale = jax.lax.rsqrt(v + self.epsilon)
         if self.use_scale:
-            scale = scale * self.param("scale", self.scale_init, channels, self.param_dtype).astype(jnp.float32)
+            scale = scale * self.param("scale", self.scale_init, channels, self.param_dtype).astype(
+                jnp.float32
+            )
         shift = -m * scale
         if self.use_bias:
-            shift = shift + self.param("bias", self.bias_init, channels, self.param_dtype).astype(jnp.float32)
+            shift = shift + self.param("bias", self.bias_init, channels, self.param_dtype).astype(
+                jnp.float32
+            )
         outer = range(x.ndim - 1)
         y = _at_least_float32(x) * jnp.expand_dims(scale, outer) + jnp.expand_dims(shift, outer)
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
@@ -84,7 +92,9 @@ class BatchNorm(nn.BatchNorm):
             if mask is None:
                 return jax.lax.pmean(jnp.mean(a, over), **across)
             real = jnp.broadcast_to(mask, a.shape)  # more of it on some devices than on others
-            return jax.lax.psum(jnp.sum(a, over, where=real), **across) / jax.lax.psum(jnp.sum(real, over), **across)
+            return jax.lax.psum(jnp.sum(a, over, where=real), **across) / jax.lax.psum(
+                jnp.sum(real, over), **across
+            )
 
         m = mean(x)
         if self.use_fast_variance:
@@ -131,7 +141,9 @@ def across_devices(norm: Callable[..., nn.Module], axis_name: str | None) -> dic
     A norm that names axes of its own (`functools.partial(BatchNorm, axis_name=...)`) keeps them.
     """
     kind = norm.func if isinstance(norm, functools.partial) else norm
-    if axis_name is None or not (isinstance(kind, type) and issubclass(kind, nn.BatchNorm | nn.GroupNorm)):
+    if axis_name is None or not (
+        isinstance(kind, type) and issubclass(kind, nn.BatchNorm | nn.GroupNorm)
+    ):
         return {}
     return {"axis_name": getattr(norm, "keywords", {}).get("axis_name", axis_name)}
 
@@ -160,13 +172,22 @@ def freeze_batch_norm(variables: Mapping[str, Any], epsilon: float = 1e-5) -> di
     {'params': {'n': {'bias': Array([-2.], dtype=float32), 'scale': Array([3.], dtype=float32)}}}
     """
     if not variables.get("batch_stats"):
-        raise ValueError(f"variables must hold batch_stats to fold; got the collections {sorted(variables)}.")
+        raise ValueError(
+            f"variables must hold batch_stats to fold; got the collections {sorted(variables)}."
+        )
 
     def fold(params: Any, statistics: Any) -> Any:
         if "mean" in statistics and not isinstance(statistics["mean"], Mapping):
             scale: Array = jax.lax.rsqrt(statistics["var"] + epsilon) * params.get("scale", 1.0)
             return {"bias": params.get("bias", 0.0) - statistics["mean"] * scale, "scale": scale}
-        return {**params, **{name: fold(params.get(name, {}), inner) for name, inner in statistics.items()}}
+        return {
+            **params,
+            **{name: fold(params.get(name, {}), inner) for name, inner in statistics.items()},
+        }
 
-    rest = {name: collection for name, collection in variables.items() if name not in ("params", "batch_stats")}
+    rest = {
+        name: collection
+        for name, collection in variables.items()
+        if name not in ("params", "batch_stats")
+    }
     return {"params": fold(variables["params"], variables["batch_stats"]), **rest}

@@ -35,13 +35,19 @@ def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = N
     if mask is None:
         return _max_over_windows(x, window)
     if mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask must have shape {x.shape[:-1]}, one entry per position; got {mask.shape}.")
+        raise ValueError(
+            f"mask must have shape {x.shape[:-1]}, one entry per position; got {mask.shape}."
+        )
     pooled = _max_over_windows(jnp.where(mask[..., None], x, -jnp.inf), window)
     return jnp.where(pool_mask(mask, window)[..., None], pooled, 0)
 
 
 def strided_max_pool(
-    x: Features, window: tuple[int, ...], strides: tuple[int, ...], padding: tuple[int, ...], axis_name: str | None = None
+    x: Features,
+    window: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: tuple[int, ...],
+    axis_name: str | None = None,
 ) -> Pooled:
     """The largest value of each window, the windows `strides` apart; padding is never the largest.
 
@@ -71,7 +77,9 @@ def strided_max_pool(
         return max_pool(x, window)
     for axis, (size, stride, pad) in enumerate(zip(window, strides, padding, strict=True), start=1):
         if size > x.shape[axis] + 2 * pad:
-            raise ValueError(f"window must not be larger than the padded map; got {size} for {x.shape[axis]} + 2·{pad}.")
+            raise ValueError(
+                f"window must not be larger than the padded map; got {size} for {x.shape[axis]} + 2·{pad}."
+            )
         if (size, stride, pad) != (1, 1, 0):
             x = _max_along(x, axis, size, stride, pad)
     return x
@@ -99,8 +107,12 @@ def pool_mask(mask: PositionMask, window: tuple[int, ...]) -> PooledMask:
 
 def _max_over_windows(x: Array, window: tuple[int, ...]) -> Array:
     positions = x.shape[1:-1]
-    if len(window) != len(positions) or not all(1 <= size <= n for size, n in zip(window, positions, strict=True)):
-        raise ValueError(f"window must have a size from 1 to that of the map for each axis of {positions}; got {window}.")
+    if len(window) != len(positions) or not all(
+        1 <= size <= n for size, n in zip(window, positions, strict=True)
+    ):
+        raise ValueError(
+            f"window must have a size from 1 to that of the map for each axis of {positions}; got {window}."
+        )
     return x if math.prod(window) == 1 else _largest(x, window)
 
 
@@ -108,13 +120,17 @@ def _max_over_windows(x: Array, window: tuple[int, ...]) -> Array:
 def _largest(x: Array, window: tuple[int, ...]) -> Array:
     x = _whole_windows(x, window)
     for axis, size in enumerate(window, start=1):
-        places = [jax.lax.slice_in_dim(x, start, None, stride=size, axis=axis) for start in range(size)]
+        places = [
+            jax.lax.slice_in_dim(x, start, None, stride=size, axis=axis) for start in range(size)
+        ]
         x = functools.reduce(jnp.maximum, places)
     return x
 
 
 @_largest.defjvp
-def _largest_jvp(window: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _largest_jvp(
+    window: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
     """The first of the largest has the derivative. Which one that is is kept in bytes, so that x need not be.
 
     It comes from a reduction because XLA on CPU would do anything else again in the gradient, from x.
@@ -123,21 +139,32 @@ def _largest_jvp(window: tuple[int, ...], primals: tuple[Array], tangents: tuple
     in_window = tuple(range(2, 2 * len(window) + 1, 2))
     x, dx = (_in_windows(a, window) for a in (*primals, *tangents))
     places = math.prod(window)
-    place = jnp.arange(places, dtype=np.min_scalar_type(places)).reshape(1, *(n for size in window for n in (1, size)), 1)
+    place = jnp.arange(places, dtype=np.min_scalar_type(places)).reshape(
+        1, *(n for size in window for n in (1, size)), 1
+    )
     equal = x == jnp.expand_dims(largest, in_window)
-    winner = jnp.min(jnp.where(equal, place, place.dtype.type(places)), axis=in_window, keepdims=True)
+    winner = jnp.min(
+        jnp.where(equal, place, place.dtype.type(places)), axis=in_window, keepdims=True
+    )
     return largest, jnp.sum(jnp.where(winner == place, dx, 0), axis=in_window)
 
 
 def _in_windows(x: Array, window: tuple[int, ...]) -> Array:
     """(B, pooled, window, pooled, window, ..., C)."""
     x = _whole_windows(x, window)
-    cut = (n for length, size in zip(x.shape[1:-1], window, strict=True) for n in (length // size, size))
+    cut = (
+        n
+        for length, size in zip(x.shape[1:-1], window, strict=True)
+        for n in (length // size, size)
+    )
     return x.reshape(x.shape[0], *cut, x.shape[-1])
 
 
 def _whole_windows(x: Array, window: tuple[int, ...]) -> Array:
-    return x[:, *(slice(length // size * size) for length, size in zip(x.shape[1:-1], window, strict=True))]
+    return x[
+        :,
+        *(slice(length // size * size) for length, size in zip(x.shape[1:-1], window, strict=True)),
+    ]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
@@ -152,12 +179,16 @@ def _max_along_jvp(
     largest = _max_along(*primals, axis, size, stride, padding)
     dx = _places(*tangents, 0.0, axis, size, stride, padding)
     derivative = dx[-1]
-    for place, dplace in reversed(list(zip(_places(*primals, -jnp.inf, axis, size, stride, padding), dx, strict=True))[:-1]):
+    for place, dplace in reversed(
+        list(zip(_places(*primals, -jnp.inf, axis, size, stride, padding), dx, strict=True))[:-1]
+    ):
         derivative = jnp.where(place == largest, dplace, derivative)
     return largest, derivative
 
 
-def _places(x: Array, beyond: float, axis: int, size: int, stride: int, padding: int) -> list[Array]:
+def _places(
+    x: Array, beyond: float, axis: int, size: int, stride: int, padding: int
+) -> list[Array]:
     """What is at each place of all windows along one axis."""
     around = [(0, 0)] * x.ndim
     around[axis] = (padding, padding)

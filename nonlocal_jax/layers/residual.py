@@ -36,6 +36,8 @@ def _relu_of_sum(x: Array, branch: Array) -> Array:
 
 
 @_relu_of_sum.defjvp
-def _relu_of_sum_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _relu_of_sum_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     y, (dx, dbranch) = _relu_of_sum(*primals), tangents
     return y, jnp.where(y > 0, dx + dbranch, 0)

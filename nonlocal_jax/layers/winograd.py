@@ -14,7 +14,9 @@ from nonlocal_jax.types import Array
 POINTS = {2: (0, 1, -1), 4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)}
 
 
-def tiled(x: Array, kernel: Array, axis: int, tile: int, convolve: Callable[[Array, Array], Array]) -> Array:
+def tiled(
+    x: Array, kernel: Array, axis: int, tile: int, convolve: Callable[[Array, Array], Array]
+) -> Array:
     """y[p] = Σ_tap x[p + tap − 1] ∗ kernel[tap] along one axis, where ∗ is a product, or a convolution along the others.
 
     y = Aᵀ ((G kernel) ∗ (Bᵀ x)) for each tile of y: of three taps and m outputs, m + 2 products where there are 3 m. What an
@@ -39,7 +41,9 @@ def tiled(x: Array, kernel: Array, axis: int, tile: int, convolve: Callable[[Arr
     of_output, of_kernel, of_input = _matrices(tile)
     at, length = axis + 1, x.shape[axis + 1]
     tiles = -(-length // tile)
-    beside = 1 if tiles > 1 else 0  # a tile of zeros on both sides; to the only one they are not even added
+    beside = (
+        1 if tiles > 1 else 0
+    )  # a tile of zeros on both sides; to the only one they are not even added
 
     around = [(0, 0, 0)] * x.ndim
     around[at] = (beside * tile, (tiles + beside) * tile - length, 0)
@@ -57,7 +61,9 @@ def tiled(x: Array, kernel: Array, axis: int, tile: int, convolve: Callable[[Arr
     kernels = _combine(of_kernel, lax.split(kernel, [1] * 3, axis))
     outputs = _combine(of_output, [convolve(*pair) for pair in zip(inputs, kernels, strict=True)])
     y = jnp.stack(outputs, at + 1)
-    return lax.slice_in_dim(y.reshape(*y.shape[:at], tiles * tile, *y.shape[at + 2 :]), 0, length, axis=at)
+    return lax.slice_in_dim(
+        y.reshape(*y.shape[:at], tiles * tile, *y.shape[at + 2 :]), 0, length, axis=at
+    )
 
 
 def _matrices(tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,5 +79,11 @@ def _matrices(tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _combine(matrix: np.ndarray, arrays: Sequence[Array | None]) -> list[Array]:
     """Matrix times arrays, of which None is zero."""
-    rows = ([(factor, a) for factor, a in zip(row, arrays, strict=True) if factor and a is not None] for row in matrix.tolist())
-    return [functools.reduce(jnp.add, (a if factor == 1 else factor * a for factor, a in row)) for row in rows]
+    rows = (
+        [(factor, a) for factor, a in zip(row, arrays, strict=True) if factor and a is not None]
+        for row in matrix.tolist()
+    )
+    return [
+        functools.reduce(jnp.add, (a if factor == 1 else factor * a for factor, a in row))
+        for row in rows
+    ]

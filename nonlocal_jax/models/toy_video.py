@@ -29,9 +29,13 @@ class Bottleneck(nn.Module):
     def __call__(self, x: Features, *, train: bool = False) -> Features:
         """X (B, T, H, W, C), of the same shape as the result."""
         norm = functools.partial(BatchNorm, use_running_average=not train)
-        y = nn.relu(norm(name="norm1")(VideoConv(self.inner_features, (self.frames, 1, 1), name="conv1")(x)))
+        y = nn.relu(
+            norm(name="norm1")(VideoConv(self.inner_features, (self.frames, 1, 1), name="conv1")(x))
+        )
         y = nn.relu(norm(name="norm2")(VideoConv(self.inner_features, (1, 3, 3), name="conv2")(y)))
-        y = norm(name="norm3", scale_init=nn.initializers.zeros)(VideoConv(x.shape[-1], name="conv3")(y))
+        y = norm(name="norm3", scale_init=nn.initializers.zeros)(
+            VideoConv(x.shape[-1], name="conv3")(y)
+        )
         return relu_of_sum(x, y)
 
 
@@ -53,7 +57,9 @@ class LocalBlock(nn.Module):
         norm = functools.partial(BatchNorm, use_running_average=not train)
         y = nn.relu(norm(name="norm1")(VideoConv(self.inner_features, name="conv1")(x)))
         y = nn.relu(norm(name="norm2")(VideoConv(self.inner_features, (3, 3, 3), name="conv2")(y)))
-        return x + norm(name="norm3", scale_init=nn.initializers.zeros)(VideoConv(x.shape[-1], name="conv3")(y))
+        return x + norm(name="norm3", scale_init=nn.initializers.zeros)(
+            VideoConv(x.shape[-1], name="conv3")(y)
+        )
 
 
 class ToyVideoNet(nn.Module):
@@ -94,7 +100,9 @@ class ToyVideoNet(nn.Module):
     def __call__(self, clip: Video, *, train: bool = False) -> Logits:
         """Clip (B, T, H, W, channels) -> logits (B, num_classes)."""
         if self.kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(Kind)))}; got {self.kind!r}.")
+            raise ValueError(
+                f"kind must be one of {', '.join(map(repr, get_args(Kind)))}; got {self.kind!r}."
+            )
         x: Any = clip
         stem_norm = functools.partial(BatchNorm, use_running_average=self.freeze_stem or not train)
         for i, (features, stride) in enumerate(((16, 1), (32, 2), (64, 2)), start=1):

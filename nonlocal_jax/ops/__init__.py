@@ -139,7 +139,9 @@ def embedded_gaussian(
     arguments.check_scale(scale)
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     g = arguments.check_values(g, phi, key_mask)
-    return _run("embedded_gaussian", theta, phi, g, key_mask, implementation, axis_name, scale=scale)
+    return _run(
+        "embedded_gaussian", theta, phi, g, key_mask, implementation, axis_name, scale=scale
+    )
 
 
 def dot_product(
@@ -316,9 +318,15 @@ def explain(
     """
     arguments.check_instantiation(instantiation)
     if backend not in (None, *machine.MACHINES):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, machine.MACHINES))}, or None; got {backend!r}.")
-    theta, phi, g = jax.eval_shape(_checked, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (theta, phi, g)))
-    return cost.choose(instantiation, _sizes(theta, phi, g, masked), implementation, backend or machine.backend())
+        raise ValueError(
+            f"backend must be one of {', '.join(map(repr, machine.MACHINES))}, or None; got {backend!r}."
+        )
+    theta, phi, g = jax.eval_shape(
+        _checked, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (theta, phi, g))
+    )
+    return cost.choose(
+        instantiation, _sizes(theta, phi, g, masked), implementation, backend or machine.backend()
+    )
 
 
 def _checked(theta: Array, phi: Array, g: Array) -> tuple[Array, Array, Array]:
@@ -344,10 +352,14 @@ def _run(
     if sizes.batch == 1:  # matrix products without a batch are faster on CPU
         theta, phi, g = (x.reshape(x.shape[-2:]) for x in (theta, phi, g))
         key_mask = None if key_mask is None else key_mask.reshape(-1)
-    chosen: str = cost.choose(instantiation, sizes, implementation, machine.backend()).implementation
+    chosen: str = cost.choose(
+        instantiation, sizes, implementation, machine.backend()
+    ).implementation
     if axis_name is not None:
         if instantiation == "dot_product" and implementation != "dense":
-            chosen = "reassociated"  # one small sum crosses between devices, whatever is fastest on one
+            chosen = (
+                "reassociated"  # one small sum crosses between devices, whatever is fastest on one
+            )
         elif chosen == "streaming" and sharded.takes_ring(phi, g, axis_name):
             chosen = "ring"
         elif chosen != "sorted":
@@ -393,4 +405,6 @@ def _affinity(
 
 def _sizes(theta: Shaped, phi: Shaped, g: Shaped, masked: bool) -> cost.Sizes:
     batch = math.prod(theta.shape[:-2])
-    return cost.Sizes(batch, theta.shape[-2], phi.shape[-2], theta.shape[-1], g.shape[-1], g.dtype, masked)
+    return cost.Sizes(
+        batch, theta.shape[-2], phi.shape[-2], theta.shape[-1], g.shape[-1], g.dtype, masked
+    )

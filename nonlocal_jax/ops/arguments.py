@@ -47,7 +47,9 @@ def check_pairs(
         )
     for name, x, row in ((theta_name, theta, "query"), (phi_name, phi, "key")):
         if not 1 <= x.shape[-2] <= MOST_ROWS:
-            raise ValueError(f"{name} must hold at least one {row}, and at most {MOST_ROWS:,}; got shape {x.shape}.")
+            raise ValueError(
+                f"{name} must hold at least one {row}, and at most {MOST_ROWS:,}; got shape {x.shape}."
+            )
     if key_mask is None:
         return theta, phi, None
     key_mask = jnp.asarray(key_mask)
@@ -80,7 +82,9 @@ def check_w_f(w_f: Array | None, theta: Array) -> Array:
         raise ValueError(f"the concatenation needs w_f of shape {expected}; got None.")
     w_f = _floating("w_f", w_f)
     if w_f.shape != expected:
-        raise ValueError(f"w_f must have shape {expected}, first for theta, then for phi; got {w_f.shape}.")
+        raise ValueError(
+            f"w_f must have shape {expected}, first for theta, then for phi; got {w_f.shape}."
+        )
     return w_f
 
 

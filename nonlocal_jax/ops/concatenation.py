@@ -39,8 +39,16 @@ T = TypeVar("T")
 
 LEAF = 8  # rows; on CPU 2 and 4 are as fast with more memory, 16 is slower
 BLOCK = 32  # leaves
-PACKED = {"cpu": 64, "gpu": 64, "tpu": 32}  # bits of the integers that are sorted; a TPU has none of 64
-AT_ONCE = {"cpu": 1 << 17, "gpu": 1 << 26, "tpu": 1 << 26}  # numbers of the rows that `_dots` looks up
+PACKED = {
+    "cpu": 64,
+    "gpu": 64,
+    "tpu": 32,
+}  # bits of the integers that are sorted; a TPU has none of 64
+AT_ONCE = {
+    "cpu": 1 << 17,
+    "gpu": 1 << 26,
+    "tpu": 1 << 26,
+}  # numbers of the rows that `_dots` looks up
 
 
 def respond(a: Array, b: Array, g: Array, key_mask: Array | None) -> Array:
@@ -79,7 +87,9 @@ def _sum_of_kept_forward(a: Array, b: Array, g: Array, n: Array) -> tuple[Array,
     return y, (a, b, g, n, *kept)
 
 
-def _sum_of_kept_backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Array, Array, None]:
+def _sum_of_kept_backward(
+    residuals: tuple[Any, ...], dy: Array
+) -> tuple[Array, Array, Array, None]:
     return *_each(_backward, *residuals, dy), None
 
 
@@ -102,7 +112,14 @@ def _forward(a: Array, b: Array, g: Array, n: Array) -> tuple[Array, tuple[Any, 
 
 
 def _backward(
-    a: Array, b: Array, g: Array, n: Array, order: "_Order", kept: Array, descending: Array, dy: Array
+    a: Array,
+    b: Array,
+    g: Array,
+    n: Array,
+    order: "_Order",
+    kept: Array,
+    descending: Array,
+    dy: Array,
 ) -> tuple[Array, Array, Array]:
     """One sample's gradients. With S_i the sum of g over the keys that i keeps, and T_j that of ȳ over the queries that keep j:
 
@@ -133,12 +150,16 @@ class _Tables(NamedTuple):
     """The names are those at the top of the file."""
 
     r: Array  # (blocks,)
-    sums: Array  # (block · 2 · blocks, e): for each place of a block, C and then F / n of all blocks
+    sums: (
+        Array  # (block · 2 · blocks, e): for each place of a block, C and then F / n of all blocks
+    )
 
 
 def _order(values: Array, rows: Array, real: Array) -> _Order:
     """What follows the first `real` values is never kept, so it may be any finite number: the last real one."""
-    values = jnp.where(lax.iota(jnp.int32, values.size) < real, values, values[jnp.maximum(real - 1, 0)])
+    values = jnp.where(
+        lax.iota(jnp.int32, values.size) < real, values, values[jnp.maximum(real - 1, 0)]
+    )
     values = jnp.where(jnp.isneginf(values), 0, values)  # where none is real
     block = min(BLOCK, values.size // LEAF + 1)
     padding = (0, block * LEAF - values.size % (block * LEAF))
@@ -167,7 +188,9 @@ def _tables(order: _Order, x: Array, n: Array) -> _Tables:
     within = jnp.matmul(before, leaves.reshape(block, -1), precision=lax.Precision.HIGHEST)
     within = within.reshape(block + 1, 2, blocks, -1)
     c = jnp.cumsum(_shift(within[-1, 0]), axis=0)
-    f = jnp.cumsum(_shift(within[-1, 1]) + ((_shift(r) - r) / n)[:, None] * c, axis=0)  # c is 0 in the first block
+    f = jnp.cumsum(
+        _shift(within[-1, 1]) + ((_shift(r) - r) / n)[:, None] * c, axis=0
+    )  # c is 0 in the first block
     return _Tables(r, (within[:-1] + jnp.stack([c, f])[None]).reshape(-1, x.shape[1]))
 
 
@@ -182,7 +205,9 @@ class _Places(NamedTuple):
     block: Array  # of the first leaf that is not kept whole
     c: Array  # its rows of `_Tables.sums`
     f: Array
-    rest: tuple[tuple[Array, Array, Array], ...]  # that leaf's rows: whether it is kept, its value, which row it is
+    rest: tuple[
+        tuple[Array, Array, Array], ...
+    ]  # that leaf's rows: whether it is kept, its value, which row it is
 
 
 def _find(order: _Order, kept: Array) -> _Places:
@@ -190,11 +215,16 @@ def _find(order: _Order, kept: Array) -> _Places:
     leaf = kept // LEAF
     c = leaf % block * (2 * blocks) + leaf // block
     values, rows = order.values.reshape(-1, LEAF), order.rows.reshape(-1, LEAF)
-    rest = ((place < kept % LEAF, _take(values[:, place], leaf), _take(rows[:, place], leaf)) for place in range(LEAF - 1))
+    rest = (
+        (place < kept % LEAF, _take(values[:, place], leaf), _take(rows[:, place], leaf))
+        for place in range(LEAF - 1)
+    )
     return _Places(leaf // block, c, c + blocks, tuple(rest))
 
 
-def _weighted(order: _Order, tables: _Tables, x: Array, offsets: Array, kept: Array, n: Array) -> Array:
+def _weighted(
+    order: _Order, tables: _Tables, x: Array, offsets: Array, kept: Array, n: Array
+) -> Array:
     """1/n times the sum of the first `kept` rows of x, each times offset + its value."""
     places = _find(order, kept)
     offsets = jnp.where(kept > 0, offsets, 0)  # which may be infinite where nothing is kept

@@ -76,13 +76,20 @@ class Explanation:
             "implementation   GFLOP (with gradients)   temporary MB (with gradients)",
         ]
         for cost in self.costs:
-            flops, megabytes = (tuple(x / 10**power for x in pair) for pair, power in ((cost.flops, 9), (cost.temporary, 6)))
-            numbers = f"{flops[0]:10.3f} ({flops[1]:.3f})   {megabytes[0]:14.1f} ({megabytes[1]:.1f})"
+            flops, megabytes = (
+                tuple(x / 10**power for x in pair)
+                for pair, power in ((cost.flops, 9), (cost.temporary, 6))
+            )
+            numbers = (
+                f"{flops[0]:10.3f} ({flops[1]:.3f})   {megabytes[0]:14.1f} ({megabytes[1]:.1f})"
+            )
             lines.append(f"{cost.implementation:12s} {cost.refusal or numbers}")
         return "\n".join(lines)
 
 
-def choose(instantiation: Instantiation, sizes: Sizes, implementation: Implementation, backend: str) -> Explanation:
+def choose(
+    instantiation: Instantiation, sizes: Sizes, implementation: Implementation, backend: str
+) -> Explanation:
     """The implementation that runs where `implementation` is asked for.
 
     Raises:
@@ -91,14 +98,18 @@ def choose(instantiation: Instantiation, sizes: Sizes, implementation: Implement
     known = IMPLEMENTATIONS[instantiation]
     if implementation not in ("auto", *known):
         expected = ", ".join(map(repr, ("auto", *known)))
-        raise ValueError(f"implementation of {instantiation} must be one of {expected}; got {implementation!r}.")
+        raise ValueError(
+            f"implementation of {instantiation} must be one of {expected}; got {implementation!r}."
+        )
     costs = tuple(_cost(instantiation, name, sizes, backend) for name in known)
     possible = [cost for cost in costs if cost.refusal is None]
     if implementation != "auto":
         refusal = next(cost.refusal for cost in costs if cost.implementation == implementation)
         if refusal:
             others = ", ".join(repr(cost.implementation) for cost in possible)
-            raise ValueError(f"implementation {implementation!r} cannot serve here: {refusal}. Possible are 'auto', {others}.")
+            raise ValueError(
+                f"implementation {implementation!r} cannot serve here: {refusal}. Possible are 'auto', {others}."
+            )
         return Explanation(implementation, "it was asked for", costs)
     chosen = min(possible, key=lambda cost: cost.seconds)
     dense = costs[0]
@@ -110,7 +121,9 @@ def choose(instantiation: Instantiation, sizes: Sizes, implementation: Implement
     return Explanation(chosen.implementation, reason, costs)
 
 
-def _cost(instantiation: Instantiation, implementation: Implementation, sizes: Sizes, backend: str) -> Cost:
+def _cost(
+    instantiation: Instantiation, implementation: Implementation, sizes: Sizes, backend: str
+) -> Cost:
     """One row of the table; bytes moved are those of temporaries only, since inputs and results are the same for all."""
     batch, n, m, d, e, dtype, _ = sizes
     item = jnp.promote_types(dtype, jnp.float32).itemsize
@@ -120,7 +133,9 @@ def _cost(instantiation: Instantiation, implementation: Implementation, sizes: S
         case "dense":
             products = pairs * e if instantiation == "concatenation" else pairs * (d + e)
             flops = (2 * products, 6 * products)
-            passes, copies = {"concatenation": (8, (1, 2)), "dot_product": (6, (1, 2))}.get(instantiation, (12, (1, 3)))
+            passes, copies = {"concatenation": (8, (1, 2)), "dot_product": (6, (1, 2))}.get(
+                instantiation, (12, (1, 3))
+            )
             temporary = (copies[0] * pairs * item, copies[1] * pairs * item)
             moved = passes * pairs * item if pairs * item > machine.cache else 0
         case "streaming":
@@ -142,9 +157,14 @@ def _cost(instantiation: Instantiation, implementation: Implementation, sizes: S
             temporary = (batch * d * e * item, 2 * batch * d * e * item)
             moved = 6 * batch * d * e * item
         case "sorted":
-            table = 2 * concatenation.BLOCK // concatenation.LEAF + 2  # multiply-adds for a row's number
+            table = (
+                2 * concatenation.BLOCK // concatenation.LEAF + 2
+            )  # multiply-adds for a row's number
             lookup = concatenation.LEAF + 1
-            flops = (2 * batch * e * (table * m + lookup * n), 2 * batch * e * (table * (2 * m + n) + 2 * lookup * (n + m)))
+            flops = (
+                2 * batch * e * (table * m + lookup * n),
+                2 * batch * e * (table * (2 * m + n) + 2 * lookup * (n + m)),
+            )
             at_once = 1 if backend == "cpu" else max(batch, 1)  # samples
             temporary = (at_once * m * e * item // 2, at_once * max(n, m) * e * item // 2)
             moved = 6 * batch * (n + m) * e * item
@@ -162,8 +182,12 @@ def cudnn_refusal(sizes: Sizes, backend: str) -> str | None:
     if sizes.dtype not in (jnp.float16, jnp.bfloat16):
         return f"cuDNN's attention takes float16 and bfloat16, and the inputs are {sizes.dtype}"
     if sizes.d != sizes.e:
-        return f"cuDNN's attention wants values as wide as keys; got {sizes.e} and {sizes.d} channels"
+        return (
+            f"cuDNN's attention wants values as wide as keys; got {sizes.e} and {sizes.d} channels"
+        )
     most = 256 if int(capability) >= 9 else 128
     if sizes.d > most or sizes.d % 8:
-        return f"cuDNN's head size is a multiple of 8 up to {most} on this GPU; got {sizes.d} channels"
+        return (
+            f"cuDNN's head size is a multiple of 8 up to {most} on this GPU; got {sizes.d} channels"
+        )
     return None

@@ -13,7 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.types import Affinity, Array, ConcatenationWeights, KeyMask, Keys, Queries, Responses, Values
+from nonlocal_jax.types import (
+    Affinity,
+    Array,
+    ConcatenationWeights,
+    KeyMask,
+    Keys,
+    Queries,
+    Responses,
+    Values,
+)
 
 
 def respond(affinity: Affinity, g: Values) -> Responses:
@@ -26,7 +35,9 @@ def gaussian(x: Queries, keys: Keys, key_mask: KeyMask | None) -> Affinity:
     return embedded_gaussian(x, keys, 1.0, key_mask)
 
 
-def embedded_gaussian(theta: Queries, phi: Keys, scale: float | Array, key_mask: KeyMask | None) -> Affinity:
+def embedded_gaussian(
+    theta: Queries, phi: Keys, scale: float | Array, key_mask: KeyMask | None
+) -> Affinity:
     """Eq. 3: f = exp(scale · θ_i·φ_j), C = Σ_j f; so f/C is a softmax over the keys."""
     logits = scale * jnp.einsum("...nd,...md->...nm", widen(theta), widen(phi))
     if key_mask is not None:
@@ -44,7 +55,9 @@ def dot_product(theta: Queries, phi: Keys, key_mask: KeyMask | None) -> Affinity
     return _over_number_of_keys(f, key_mask)
 
 
-def concatenation(theta: Queries, phi: Keys, w_f: ConcatenationWeights, key_mask: KeyMask | None) -> Affinity:
+def concatenation(
+    theta: Queries, phi: Keys, w_f: ConcatenationWeights, key_mask: KeyMask | None
+) -> Affinity:
     """Eq. 5: f = ReLU(w_f · [θ_i, φ_j]), C = N. The product splits: w_f · [θ_i, φ_j] = a_i + b_j."""
     a, b = project(theta, phi, w_f)
     f = jax.nn.relu(a[..., :, None] + b[..., None, :])
@@ -54,7 +67,9 @@ def concatenation(theta: Queries, phi: Keys, w_f: ConcatenationWeights, key_mask
 def project(theta: Queries, phi: Keys, w_f: ConcatenationWeights) -> tuple[Array, Array]:
     """The two halves of w_f · [θ_i, φ_j]: a (..., N) and b (..., M)."""
     w_theta, w_phi = jnp.split(widen(w_f), 2)
-    return jnp.einsum("...nd,d->...n", widen(theta), w_theta), jnp.einsum("...md,d->...m", widen(phi), w_phi)
+    return jnp.einsum("...nd,d->...n", widen(theta), w_theta), jnp.einsum(
+        "...md,d->...m", widen(phi), w_phi
+    )
 
 
 def _over_number_of_keys(f: Affinity, key_mask: KeyMask | None) -> Affinity:

@@ -7,7 +7,9 @@ from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.types import KeyMask, Keys, Queries, Responses, Values
 
 
-def reassociated(theta: Queries, phi: Keys, g: Values, key_mask: KeyMask | None, axis_name: str | None = None) -> Responses:
+def reassociated(
+    theta: Queries, phi: Keys, g: Values, key_mask: KeyMask | None, axis_name: str | None = None
+) -> Responses:
     """1/n Σ_j (θ_i·φ_j) g_j = θ_i (1/n Σ_j φ_j g_jᵀ): (N + M)·d·e multiply-adds instead of N·M·(d + e).
 
     Args:

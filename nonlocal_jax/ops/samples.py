@@ -19,4 +19,6 @@ def over_samples(function: Callable[..., T], at_once: int, *xs: Any) -> T:
         return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], xs)))
     if at_once == batch:
         return jax.vmap(function)(*xs)
-    return lax.map(lambda sample: function(*sample), xs, batch_size=at_once if at_once > 1 else None)
+    return lax.map(
+        lambda sample: function(*sample), xs, batch_size=at_once if at_once > 1 else None
+    )

@@ -28,12 +28,18 @@ from nonlocal_jax.ops import softmax
 from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.types import Array, KeyMask, Keys, Queries, Responses, Values
 
-GATHERED_BYTES = 1 << 28  # of the keys and values of all devices, beyond which they go around instead
+GATHERED_BYTES = (
+    1 << 28
+)  # of the keys and values of all devices, beyond which they go around instead
 
 
 def gather(axis_name: str, key_mask: Array | None, *rows: Array) -> tuple[Any, ...]:
     """The mask (..., M) and the rows (..., M, c) of all devices, in their order."""
-    mask = None if key_mask is None else lax.all_gather(key_mask, axis_name, axis=key_mask.ndim - 1, tiled=True)
+    mask = (
+        None
+        if key_mask is None
+        else lax.all_gather(key_mask, axis_name, axis=key_mask.ndim - 1, tiled=True)
+    )
     return mask, *(lax.all_gather(x, axis_name, axis=x.ndim - 2, tiled=True) for x in rows)
 
 
@@ -42,7 +48,14 @@ def takes_ring(phi: Keys, g: Values, axis_name: str) -> bool:
     return bool(lax.axis_size(axis_name) * (phi.nbytes + g.nbytes) > GATHERED_BYTES)
 
 
-def ring(theta: Queries, phi: Keys, g: Values, scale: float | Array, key_mask: KeyMask | None, axis_name: str) -> Responses:
+def ring(
+    theta: Queries,
+    phi: Keys,
+    g: Values,
+    scale: float | Array,
+    key_mask: KeyMask | None,
+    axis_name: str,
+) -> Responses:
     """Softmax over the keys of all devices, of which each holds one part at a time.
 
     Args:
@@ -58,7 +71,11 @@ def ring(theta: Queries, phi: Keys, g: Values, scale: float | Array, key_mask: K
     """
     batch = theta.shape[:-2]
     theta, phi, g = (widen(x).reshape(-1, *x.shape[-2:]) for x in (theta, phi, g))
-    mask = jnp.ones(phi.shape[:-1], bool) if key_mask is None else key_mask.reshape(-1, key_mask.shape[-1])
+    mask = (
+        jnp.ones(phi.shape[:-1], bool)
+        if key_mask is None
+        else key_mask.reshape(-1, key_mask.shape[-1])
+    )
     y = _ring(axis_name, theta, phi, g, jnp.asarray(scale, theta.dtype), mask)
     return y.reshape(*batch, *y.shape[1:])
 
@@ -68,7 +85,9 @@ def _ring(axis_name: str, theta: Array, phi: Array, g: Array, scale: Array, mask
     return _forward(axis_name, theta, phi, g, scale, mask)[0]
 
 
-def _forward(axis_name: str, theta: Array, phi: Array, g: Array, scale: Array, mask: Array) -> tuple[Array, tuple[Array, ...]]:
+def _forward(
+    axis_name: str, theta: Array, phi: Array, g: Array, scale: Array, mask: Array
+) -> tuple[Array, tuple[Array, ...]]:
     def of_part(part: Any) -> tuple[Array, Array]:
         phi, g, mask = part
         y, lse = softmax.in_tiles(theta, phi, g, scale, mask)
@@ -79,7 +98,10 @@ def _forward(axis_name: str, theta: Array, phi: Array, g: Array, scale: Array, m
         part = _pass_on(part, axis_name)
         more, lse_of_part = of_part(part)
         total = jnp.logaddexp(lse, lse_of_part)
-        weights = (jnp.exp(x - jnp.where(jnp.isneginf(total), 0, total))[..., None] for x in (lse, lse_of_part))
+        weights = (
+            jnp.exp(x - jnp.where(jnp.isneginf(total), 0, total))[..., None]
+            for x in (lse, lse_of_part)
+        )
         y = sum(weight * x for weight, x in zip(weights, (y, more), strict=True))
         return part, y, total
 
@@ -95,11 +117,17 @@ def _backward(axis_name: str, residuals: tuple[Array, ...], dy: Array) -> tuple[
     def add(_: Any, state: Any) -> Any:
         (phi, g, mask, dphi, dg), dtheta = state
         of_part = softmax.differentiate(theta, phi, g, scale, mask, dy, mean, lse)
-        dtheta, dphi, dg = (total + more for total, more in zip((dtheta, dphi, dg), of_part, strict=True))
-        return _pass_on((phi, g, mask, dphi, dg), axis_name), dtheta  # after the last part, all are home again
+        dtheta, dphi, dg = (
+            total + more for total, more in zip((dtheta, dphi, dg), of_part, strict=True)
+        )
+        return _pass_on(
+            (phi, g, mask, dphi, dg), axis_name
+        ), dtheta  # after the last part, all are home again
 
     part = (phi, g, mask, jnp.zeros_like(phi), jnp.zeros_like(g))
-    (_, _, _, dphi, dg), dtheta = lax.fori_loop(0, lax.axis_size(axis_name), add, (part, jnp.zeros_like(theta)))
+    (_, _, _, dphi, dg), dtheta = lax.fori_loop(
+        0, lax.axis_size(axis_name), add, (part, jnp.zeros_like(theta))
+    )
     return scale * dtheta, scale * dphi, dg, jnp.sum(dtheta * theta), None
 
 
@@ -109,4 +137,6 @@ _ring.defvjp(_forward, _backward)
 def _pass_on(part: Any, axis_name: str) -> Any:
     """Each device's part to the next one."""
     size = lax.axis_size(axis_name)
-    return jax.tree.map(lambda x: lax.ppermute(x, axis_name, [(i, (i + 1) % size) for i in range(size)]), part)
+    return jax.tree.map(
+        lambda x: lax.ppermute(x, axis_name, [(i, (i + 1) % size) for i in range(size)]), part
+    )

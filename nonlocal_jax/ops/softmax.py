@@ -30,7 +30,11 @@ T = TypeVar("T")
 Index = Array | int
 # Rows and columns of a tile at most; on CPU 700 to 1,600 measured alike, 256 and 3,000 slower.
 TILE = {"cpu": 1024, "gpu": 2048, "tpu": 2048}
-TILE_NUMBERS = {"cpu": 1 << 20, "gpu": 1 << 26, "tpu": 1 << 26}  # of the tiles of all samples that are done at once
+TILE_NUMBERS = {
+    "cpu": 1 << 20,
+    "gpu": 1 << 26,
+    "tpu": 1 << 26,
+}  # of the tiles of all samples that are done at once
 KEPT_BYTES = {"cpu": 16 << 20, "gpu": 0, "tpu": 0}
 
 
@@ -55,7 +59,9 @@ def tiling(batch: int, n: int, m: int, machine: str) -> Tiling:
     """
     queries, keys = (_even_part(size, TILE[machine]) for size in (n, m))
     at_once = max(TILE_NUMBERS[machine] // (queries * keys), 1)
-    samples = max((size for size in range(1, min(batch, at_once) + 1) if batch % size == 0), default=1)
+    samples = max(
+        (size for size in range(1, min(batch, at_once) + 1) if batch % size == 0), default=1
+    )
     return Tiling(samples, queries, keys)
 
 
@@ -68,7 +74,9 @@ def _even_part(size: int, largest: int) -> int:
     return next(exact, -(-size // (fewest * 8)) * 8)
 
 
-def streaming(theta: Queries, phi: Keys, g: Values, scale: float | Array, key_mask: KeyMask | None) -> Responses:
+def streaming(
+    theta: Queries, phi: Keys, g: Values, scale: float | Array, key_mask: KeyMask | None
+) -> Responses:
     """Softmax over the keys, tile by tile.
 
     Args:
@@ -84,7 +92,9 @@ def streaming(theta: Queries, phi: Keys, g: Values, scale: float | Array, key_ma
     batch = theta.shape[:-2]
     theta, phi, g = (widen(x).reshape(-1, *x.shape[-2:]) for x in (theta, phi, g))
     mask = None if key_mask is None else key_mask.reshape(-1, key_mask.shape[-1])
-    return _streaming(theta, phi, g, jnp.asarray(scale, theta.dtype), mask).reshape(*batch, *theta.shape[1:-1], g.shape[-1])
+    return _streaming(theta, phi, g, jnp.asarray(scale, theta.dtype), mask).reshape(
+        *batch, *theta.shape[1:-1], g.shape[-1]
+    )
 
 
 @jax.custom_vjp
@@ -92,7 +102,9 @@ def _streaming(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | N
     return in_tiles(theta, phi, g, scale, mask)[0]
 
 
-def _forward(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, tuple[Any, ...]]:
+def _forward(
+    theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
     if _keeps(theta, phi):
         y, *kept = over_samples(partial(_respond_keeping, scale=scale), 1, theta, phi, g, mask)
     else:
@@ -100,14 +112,25 @@ def _forward(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | Non
     return y, (theta, phi, g, scale, mask, y, *kept)
 
 
-def in_tiles(theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None) -> tuple[Array, Array]:
+def in_tiles(
+    theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None
+) -> tuple[Array, Array]:
     """The responses (B, N, e) and λ (B, N); for a query without keys both are 0."""
     tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
-    return over_samples(partial(_respond, scale=scale, tiles=tiles), tiles.samples, theta, phi, g, mask)
+    return over_samples(
+        partial(_respond, scale=scale, tiles=tiles), tiles.samples, theta, phi, g, mask
+    )
 
 
 def differentiate(
-    theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None, dy: Array, mean: Array, lse: Array
+    theta: Array,
+    phi: Array,
+    g: Array,
+    scale: Array,
+    mask: Array | None,
+    dy: Array,
+    mean: Array,
+    lse: Array,
 ) -> tuple[Array, Array, Array]:
     """θ̄ / scale, φ̄ / scale and ḡ, given ȳ, Σ_j p_ij ȳ_i·g_j and λ."""
     tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], backend())
@@ -132,7 +155,9 @@ def _backward(residuals: tuple[Any, ...], dy: Array) -> tuple[Array | None, ...]
 _streaming.defvjp(_forward, _backward)
 
 
-def _respond(theta: Array, phi: Array, g: Array, mask: Array | None, scale: Array, tiles: Tiling) -> tuple[Array, Array]:
+def _respond(
+    theta: Array, phi: Array, g: Array, mask: Array | None, scale: Array, tiles: Tiling
+) -> tuple[Array, Array]:
     """The response (N, e) and λ (N,) of one sample."""
     n = theta.shape[0]
     theta, (phi, g, mask) = _pad(theta, tiles.queries), _pad_keys(phi, g, mask, tiles.keys)
@@ -168,7 +193,15 @@ def _respond(theta: Array, phi: Array, g: Array, mask: Array | None, scale: Arra
 
 
 def _differentiate(
-    theta: Array, phi: Array, g: Array, mask: Array | None, dy: Array, mean: Array, lse: Array, scale: Array, tiles: Tiling
+    theta: Array,
+    phi: Array,
+    g: Array,
+    mask: Array | None,
+    dy: Array,
+    mean: Array,
+    lse: Array,
+    scale: Array,
+    tiles: Tiling,
 ) -> tuple[Array, Array, Array]:
     """θ̄ / scale, φ̄ / scale and ḡ of one sample. Tiles are (keys, queries), so that the two products which add to φ̄ and
     ḡ take them as they lie in memory.
@@ -201,7 +234,9 @@ def _differentiate(
     return dtheta[:n], dphi[:m], dg[:m]
 
 
-def _respond_keeping(theta: Array, phi: Array, g: Array, mask: Array | None, scale: Array) -> tuple[Array, Array, Array]:
+def _respond_keeping(
+    theta: Array, phi: Array, g: Array, mask: Array | None, scale: Array
+) -> tuple[Array, Array, Array]:
     """The response (N, e), and for the gradient exp(logit − m) (M, N) and its sums l (N,)."""
     logits = phi @ (scale * theta).T
     if mask is not None:
@@ -242,7 +277,9 @@ def _pad(x: Array, multiple: int) -> Array:
     return jnp.pad(x, [(0, -x.shape[0] % multiple)] + [(0, 0)] * (x.ndim - 1))
 
 
-def _pad_keys(phi: Array, g: Array, mask: Array | None, multiple: int) -> tuple[Array, Array, Array | None]:
+def _pad_keys(
+    phi: Array, g: Array, mask: Array | None, multiple: int
+) -> tuple[Array, Array, Array | None]:
     if phi.shape[0] % multiple and mask is None:
         mask = jnp.ones(phi.shape[0], bool)
     return _pad(phi, multiple), _pad(g, multiple), None if mask is None else _pad(mask, multiple)
@@ -253,7 +290,9 @@ def _finite(largest: Array) -> Array:
     return jnp.where(jnp.isneginf(largest), 0, largest)
 
 
-def cudnn(theta: Queries, phi: Keys, g: Values, scale: float | Array, key_mask: KeyMask | None) -> Responses:
+def cudnn(
+    theta: Queries, phi: Keys, g: Values, scale: float | Array, key_mask: KeyMask | None
+) -> Responses:
     """Softmax over the keys in NVIDIA's kernel; what it can serve is `cost.cudnn_refusal`'s to say.
 
     A mask becomes a bias (..., N, M), so memory is linear only without one.
@@ -271,11 +310,17 @@ def cudnn(theta: Queries, phi: Keys, g: Values, scale: float | Array, key_mask: 
     batch = theta.shape[:-2]
     if not isinstance(scale, int | float):  # cuDNN's own is a constant
         theta, scale = (widen(theta) * scale).astype(theta.dtype), 1.0
-    queries, keys, values = (x.reshape(-1, x.shape[-2], 1, x.shape[-1]) for x in (theta, phi, g))  # one head
+    queries, keys, values = (
+        x.reshape(-1, x.shape[-2], 1, x.shape[-1]) for x in (theta, phi, g)
+    )  # one head
     mask = None
     if key_mask is not None:
         shape = (queries.shape[0], 1, queries.shape[1], keys.shape[1])
         mask = jnp.broadcast_to(key_mask.reshape(shape[0], 1, 1, shape[-1]), shape)
-    y = jax.nn.dot_product_attention(queries, keys, values, mask=mask, scale=scale, implementation="cudnn")
+    y = jax.nn.dot_product_attention(
+        queries, keys, values, mask=mask, scale=scale, implementation="cudnn"
+    )
     y = y.reshape(*batch, *y.shape[1:2], y.shape[-1])
-    return y if key_mask is None else jnp.where(key_mask.any(axis=-1)[..., None, None], y, 0)  # a query without keys
+    return (
+        y if key_mask is None else jnp.where(key_mask.any(axis=-1)[..., None, None], y, 0)
+    )  # a query without keys

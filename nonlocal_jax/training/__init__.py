@@ -5,7 +5,6 @@ Wants `pip install nonlocal_jax[experiments]`: optax, filelock and tensorboard b
 
 from nonlocal_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
 from nonlocal_jax.training.distributed import initialize
-from nonlocal_jax.training.dry_run import dry_run
 from nonlocal_jax.training.loop import NonFiniteError, Options, Result, fit
 from nonlocal_jax.training.mesh import (
     batch_sharding,
@@ -19,6 +18,7 @@ from nonlocal_jax.training.mesh import (
     sum_of_moments,
 )
 from nonlocal_jax.training.optimiser import cosine_schedule, sgd, step_schedule
+from nonlocal_jax.training.preview import dry_run
 from nonlocal_jax.training.run import Run, RunError, write_whole
 from nonlocal_jax.training.step import (
     Trainer,

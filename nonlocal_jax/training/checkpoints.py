@@ -63,7 +63,9 @@ class Checkpoints:
         folder: absolute.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, best: str | None = None, mode: str = "max") -> None:
+    def __init__(
+        self, folder: Path, keep: int = 2, best: str | None = None, mode: str = "max"
+    ) -> None:
         """Open a folder, which is made if it is not there.
 
         Args:
@@ -87,7 +89,9 @@ class Checkpoints:
         if best is not None:
             sign = 1 if mode == "max" else -1
             by_metric = preservation_policy.BestN(
-                get_metric_fn=lambda metrics: sign * metrics[best], n=1, keep_checkpoints_without_metrics=False
+                get_metric_fn=lambda metrics: sign * metrics[best],
+                n=1,
+                keep_checkpoints_without_metrics=False,
             )
             policies.append(by_metric)
         self._manager = ocp.CheckpointManager(
@@ -95,7 +99,9 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
-                best_fn=None if best is None else lambda metrics: metrics[best],  # else Orbax does not write metrics
+                best_fn=None
+                if best is None
+                else lambda metrics: metrics[best],  # else Orbax does not write metrics
                 best_mode=mode,
             ),
             item_names=("state", "record"),
@@ -106,7 +112,13 @@ class Checkpoints:
         """Of the checkpoints that are whole, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Tree, record: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Tree,
+        record: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Begin to save; the arrays may be changed or given away as soon as this returns.
 
         Args:
@@ -125,11 +137,17 @@ class Checkpoints:
         }
         text = json.dumps({"step": step, "leaves": leaves, "record": dict(record)}, sort_keys=True)
         sealed = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(sealed))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(sealed)
+        )
         try:
-            self._manager.save(step, args=items, metrics={**self._unknown, **(metrics or {})} or None, force=True)
+            self._manager.save(
+                step, args=items, metrics={**self._unknown, **(metrics or {})} or None, force=True
+            )
         except Exception as error:
-            raise CheckpointError(f"the checkpoint of step {step} could not be written to {self.folder}: {error}") from error
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}"
+            ) from error
 
     def wait(self) -> None:
         """Until what was begun is on the disk.
@@ -141,7 +159,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise CheckpointError(f"a checkpoint could not be written to {self.folder}: {error}") from error
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.folder}: {error}"
+            ) from error
 
     def close(self) -> None:
         """Wait, and let the threads go."""
@@ -170,7 +190,9 @@ class Checkpoints:
             return None
         if shardings is None:
             shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), like)
-        target = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, shardings)
+        target = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), like, shardings
+        )
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
@@ -200,7 +222,9 @@ class Checkpoints:
         expected = {path: leaf["digest"] for path, leaf in content["leaves"].items()}
         found = dict(zip(_flat(state), _digests(state), strict=True))
         if changed := [path for path in expected if found[path] != expected[path]]:
-            raise _DamagedError(f"{len(changed)} of its arrays changed on the disk, the first {changed[0]}")
+            raise _DamagedError(
+                f"{len(changed)} of its arrays changed on the disk, the first {changed[0]}"
+            )
         return Restored(step, state, content["record"])
 
     def _read(self, step: int, **items: Any) -> Any:
@@ -212,7 +236,10 @@ class Checkpoints:
     def _put_aside(self, step: int) -> None:
         multihost_utils.sync_global_devices(f"put aside {step}")  # all have read it
         if jax.process_index() == 0:
-            names = (self.folder / f"corrupt-{step}{suffix}" for suffix in ("", *(f"-{i}" for i in range(1, 1000))))
+            names = (
+                self.folder / f"corrupt-{step}{suffix}"
+                for suffix in ("", *(f"-{i}" for i in range(1, 1000)))
+            )
             (self.folder / str(step)).rename(next(name for name in names if not name.exists()))
         multihost_utils.sync_global_devices(f"put {step} aside")
         self._manager.reload()
@@ -221,20 +248,28 @@ class Checkpoints:
 def _flat(tree: Tree) -> dict[str, Any]:
     """The leaves by their paths, in the order of `jax.tree.leaves`."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
 def _compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> None:
     start = f"the checkpoint of step {step} is of another model or optimiser: "
     if extra := [path for path in saved if path not in wanted]:
-        raise MismatchError(f"{start}it has {extra[0]}, which this one has not ({len(extra)} such).")
+        raise MismatchError(
+            f"{start}it has {extra[0]}, which this one has not ({len(extra)} such)."
+        )
     if missing := [path for path in wanted if path not in saved]:
         raise MismatchError(f"{start}it lacks {missing[0]} ({len(missing)} such).")
     for path, leaf in wanted.items():
-        was, now = (tuple(saved[path]["shape"]), saved[path]["dtype"]), (tuple(leaf.shape), str(leaf.dtype))
+        was, now = (
+            (tuple(saved[path]["shape"]), saved[path]["dtype"]),
+            (tuple(leaf.shape), str(leaf.dtype)),
+        )
         if was != now:
-            raise MismatchError(f"{start}{path} is {was[1]} {was[0]} in it, and {now[1]} {now[0]} here.")
+            raise MismatchError(
+                f"{start}{path} is {was[1]} {was[0]} in it, and {now[1]} {now[0]} here."
+            )
 
 
 def _digests(tree: Tree) -> list[str]:
@@ -252,7 +287,9 @@ def _digests(tree: Tree) -> list[str]:
 def _digest(x: Array) -> Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
+    words = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(
+        jnp.uint32
+    )
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):  # no reshape: a split leaf stays where it is
         place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)

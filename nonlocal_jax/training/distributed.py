@@ -8,7 +8,11 @@ MESSAGE = 1024  # bytes of a message that one process sends to all
 
 
 def initialize(
-    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None, *, timeout: int = 120
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 120,
 ) -> None:
     """Join the other processes, before anything else is done with JAX.
 
@@ -32,7 +36,11 @@ def initialize(
             f"{coordinator!r}, {processes}, {process_id}."
         )
     jax.distributed.initialize(
-        coordinator, processes, process_id, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout
+        coordinator,
+        processes,
+        process_id,
+        initialization_timeout=timeout,
+        heartbeat_timeout_seconds=timeout,
     )
 
 
@@ -43,5 +51,9 @@ def tell_all(message: str | None) -> str | None:
     sent = np.zeros(MESSAGE, np.uint8)
     encoded = (message or "").encode()[:MESSAGE]
     sent[: len(encoded)] = list(encoded)
-    received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).rstrip(b"\0").decode(errors="ignore")
+    received = (
+        bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent)))
+        .rstrip(b"\0")
+        .decode(errors="ignore")
+    )
     return received or None

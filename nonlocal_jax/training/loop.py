@@ -122,7 +122,9 @@ def fit(
     """
     loop = _Loop(trainer, options, run, mesh, data, evaluation)
     example = {name: np.zeros((1, *x.shape[1:]), x.dtype) for name, x in next(data(0)).items()}
-    numbers = np.asarray(jax.random.key_data(key))  # NumPy's arrays are the same on every process, JAX's are of one
+    numbers = np.asarray(
+        jax.random.key_data(key)
+    )  # NumPy's arrays are the same on every process, JAX's are of one
 
     def init(numbers: Any, example: Batch) -> TrainState:
         return trainer.init(jax.random.wrap_key_data(numbers), example, variables)
@@ -178,7 +180,12 @@ class _Loop:
         self._sum_of_moments = sum_of_moments(trainer, mesh)
 
     def run_from(
-        self, state: TrainState, step: int, shardings: Tree, checkpoints: Checkpoints, stop: StopSignals
+        self,
+        state: TrainState,
+        step: int,
+        shardings: Tree,
+        checkpoints: Checkpoints,
+        stop: StopSignals,
     ) -> TrainState:
         options = self.options
         saved = step if checkpoints.steps else -1
@@ -227,7 +234,9 @@ class _Loop:
                 self.clock.go()
 
     def _say_stopped(self, step: int) -> NoReturn:
-        self.bar.say(f"stopped by a signal; step {step} is saved, and the same command goes on from there")
+        self.bar.say(
+            f"stopped by a signal; step {step} is saved, and the same command goes on from there"
+        )
         raise Stopped(step)
 
     def _compile(self, state: TrainState, batch: Batch, shardings: Tree) -> Any:
@@ -265,16 +274,24 @@ class _Loop:
         self.bar.doing("evaluating")
         precise = state
         if self.options.precise_bn and state.batch_stats:
-            batches = itertools.islice(zip(self.data(step), itertools.count(step), strict=False), self.options.precise_bn)
-            total = self._sum_of_moments(state, itertools.takewhile(lambda _: not stop.requested, batches))
+            batches = itertools.islice(
+                zip(self.data(step), itertools.count(step), strict=False), self.options.precise_bn
+            )
+            total = self._sum_of_moments(
+                state, itertools.takewhile(lambda _: not stop.requested, batches)
+            )
             if stop.requested:
                 return state
-            precise = dataclasses.replace(state, batch_stats=precise_bn.statistics(total, self.options.precise_bn))
+            precise = dataclasses.replace(
+                state, batch_stats=precise_bn.statistics(total, self.options.precise_bn)
+            )
         unless_stopped = itertools.takewhile(lambda _: not stop.requested, self.evaluation())
         sums = self._sum_of_evaluations(precise.variables, ((batch,) for batch in unless_stopped))
         if stop.requested:
             return state
-        values = {name: float(value) for name, value in jax.device_get(sums or {"count": 0}).items()}
+        values = {
+            name: float(value) for name, value in jax.device_get(sums or {"count": 0}).items()
+        }
         count = values.pop("count")
         if not count:
             raise ValueError("the evaluation must have at least one example; got none.")
@@ -286,5 +303,11 @@ class _Loop:
         return precise
 
     def _save(self, checkpoints: Checkpoints, step: int, state: TrainState) -> None:
-        record = {"seconds": self.clock.seconds, "evaluated": self.evaluated, "metrics": self.metrics}
-        checkpoints.save(step, state, record, self.metrics if self.evaluated == step and self.metrics else None)
+        record = {
+            "seconds": self.clock.seconds,
+            "evaluated": self.evaluated,
+            "metrics": self.metrics,
+        }
+        checkpoints.save(
+            step, state, record, self.metrics if self.evaluated == step and self.metrics else None
+        )

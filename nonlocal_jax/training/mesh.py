@@ -11,7 +11,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nonlocal_jax.training.precise_bn import moments
-from nonlocal_jax.training.step import Batch, Metrics, Trainer, TrainState, evaluation_step, train_step
+from nonlocal_jax.training.step import (
+    Batch,
+    Metrics,
+    Trainer,
+    TrainState,
+    evaluation_step,
+    train_step,
+)
 
 Tree = Any
 Placement = Literal["replicated", "sharded"]
@@ -34,7 +41,9 @@ def make_mesh(positions: int = 1, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else list(devices)
     if positions < 1 or len(devices) % positions:
-        raise ValueError(f"positions must divide the number of devices, {len(devices)}; got {positions}.")
+        raise ValueError(
+            f"positions must divide the number of devices, {len(devices)}; got {positions}."
+        )
     return Mesh(np.array(devices).reshape(-1, positions), ("data", "positions"))
 
 
@@ -98,7 +107,9 @@ def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
         if name != "inputs" or parts == 1:
             return jax.make_array_from_process_local_data(sharding, x)
         examples = jax.make_array_from_process_local_data(sharding, np.arange(len(x))).shape[0]
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, INPUTS), x, (examples, *x.shape[1:]))
+        return jax.make_array_from_process_local_data(
+            NamedSharding(mesh, INPUTS), x, (examples, *x.shape[1:])
+        )
 
     return {name: place(name, x) for name, x in batch.items()}
 
@@ -116,7 +127,9 @@ def local_rows(batch_size: int, mesh: Mesh) -> range:
     if batch_size < 1 or batch_size % parts:
         raise ValueError(f"the batch must split over {parts} devices; got {batch_size} examples.")
     of_devices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    bounds = [index[0].indices(batch_size)[:2] for index in of_devices.values() if index is not None]
+    bounds = [
+        index[0].indices(batch_size)[:2] for index in of_devices.values() if index is not None
+    ]
     return range(min(start for start, _ in bounds), max(stop for _, stop in bounds))
 
 
@@ -137,20 +150,33 @@ def sharded_step(trainer: Trainer, mesh: Mesh, shardings: Tree) -> Any:
     else:
         step = functools.partial(train_step, trainer, shards=mesh.shape["data"])
     step, replicated = _on_each_device(step, mesh, axes), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, in_shardings=(shardings, None), out_shardings=(shardings, replicated), donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, None),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
 
 
-def sum_of_evaluations(trainer: Trainer, mesh: Mesh) -> Callable[[Tree, Iterable[tuple[Batch]]], Metrics]:
+def sum_of_evaluations(
+    trainer: Trainer, mesh: Mesh
+) -> Callable[[Tree, Iterable[tuple[Batch]]], Metrics]:
     """`evaluation_step` summed over the batches of a mesh: a function of variables and of tuples (batch,)."""
     trainer, axes = _of_mesh(trainer, mesh)
-    return _sum(_on_each_device(functools.partial(evaluation_step, trainer), mesh, axes - {"data"}), mesh)
+    return _sum(
+        _on_each_device(functools.partial(evaluation_step, trainer), mesh, axes - {"data"}), mesh
+    )
 
 
-def sum_of_moments(trainer: Trainer, mesh: Mesh) -> Callable[[TrainState, Iterable[tuple[Batch, int]]], Tree]:
+def sum_of_moments(
+    trainer: Trainer, mesh: Mesh
+) -> Callable[[TrainState, Iterable[tuple[Batch, int]]], Tree]:
     """`precise_bn.moments` summed over the batches of a mesh: a function of the state and of pairs (batch, step)."""
     trainer, axes = _of_mesh(trainer, mesh)
     axis_name = "data" if trainer.batch_norm == "device" else None
-    return _sum(_on_each_device(functools.partial(moments, trainer, axis_name=axis_name), mesh, axes), mesh)
+    return _sum(
+        _on_each_device(functools.partial(moments, trainer, axis_name=axis_name), mesh, axes), mesh
+    )
 
 
 def _of_mesh(trainer: Trainer, mesh: Mesh) -> tuple[Trainer, set[str]]:
@@ -171,7 +197,9 @@ def _of_mesh(trainer: Trainer, mesh: Mesh) -> tuple[Trainer, set[str]]:
     return trainer, of_norms | ({"positions"} if trainer.positions else set())
 
 
-def _on_each_device(function: Callable[..., Tree], mesh: Mesh, axes: set[str]) -> Callable[..., Tree]:
+def _on_each_device(
+    function: Callable[..., Tree], mesh: Mesh, axes: set[str]
+) -> Callable[..., Tree]:
     """`function`, whose second argument is a batch, on each device by itself along some axes."""
     if not axes:
         return function
@@ -181,15 +209,26 @@ def _on_each_device(function: Callable[..., Tree], mesh: Mesh, axes: set[str]) -
         return PartitionSpec(*(axis if axis in axes else None for axis in spec))
 
     def on_each(first: Any, batch: Batch, *rest: Any) -> Tree:
-        of_batch = {name: kept(INPUTS if name == "inputs" else PartitionSpec("data")) for name in batch}
+        of_batch = {
+            name: kept(INPUTS if name == "inputs" else PartitionSpec("data")) for name in batch
+        }
         specs = (PartitionSpec(), of_batch, *[PartitionSpec()] * len(rest))
-        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names=axes, check_vma=False)
+        mapped = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=PartitionSpec(),
+            axis_names=axes,
+            check_vma=False,
+        )
         return mapped(first, batch, *rest)
 
     return on_each
 
 
-def _sum(function: Callable[..., Tree], mesh: Mesh) -> Callable[[Any, Iterable[tuple[Any, ...]]], Tree]:
+def _sum(
+    function: Callable[..., Tree], mesh: Mesh
+) -> Callable[[Any, Iterable[tuple[Any, ...]]], Tree]:
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def add(total: Tree, *arguments: Any) -> Tree:
@@ -206,7 +245,9 @@ def _sum(function: Callable[..., Tree], mesh: Mesh) -> Callable[[Any, Iterable[t
             arguments = (fixed, put(batch, mesh), *rest)
             if total is None:
                 shapes = jax.eval_shape(function, *arguments)
-                total = jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), replicated)
+                total = jax.device_put(
+                    jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), replicated
+                )
             total = jitted(total, *arguments)
         return total
 

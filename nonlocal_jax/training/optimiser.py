@@ -54,7 +54,9 @@ def sgd(
     if clip_norm is not None:
         _in_range("clip_norm", clip_norm, 0 < clip_norm < math.inf, "positive and finite, or None")
     if not callable(schedule):
-        _in_range("the learning rate", float(schedule), 0 <= schedule < math.inf, "at least 0 and finite")
+        _in_range(
+            "the learning rate", float(schedule), 0 <= schedule < math.inf, "at least 0 and finite"
+        )
 
     def mask(params: Any) -> Any:
         return decays(params, norms=decay_norms, biases=decay_biases)
@@ -78,7 +80,12 @@ def decays(params: Mapping[str, Any], *, norms: bool, biases: bool) -> dict[str,
 
 
 def step_schedule(
-    peak: float, boundaries: Sequence[int], *, factor: float = 0.1, warmup: int = 0, warmup_from: float = 0.0
+    peak: float,
+    boundaries: Sequence[int],
+    *,
+    factor: float = 0.1,
+    warmup: int = 0,
+    warmup_from: float = 0.0,
 ) -> optax.Schedule:
     """The peak, times `factor` from each boundary on; a linear warm-up before.
 
@@ -104,14 +111,20 @@ def step_schedule(
     _check_peak(peak, warmup, warmup_from)
     ascending = [warmup, *boundaries]
     if any(later <= earlier for earlier, later in itertools.pairwise(ascending)):
-        raise ValueError(f"boundaries must ascend and lie after the {warmup} steps of warm-up; got {tuple(boundaries)}.")
+        raise ValueError(
+            f"boundaries must ascend and lie after the {warmup} steps of warm-up; got {tuple(boundaries)}."
+        )
     pieces = [optax.constant_schedule(peak * factor**i) for i in range(len(boundaries) + 1)]
     if not warmup:
         return optax.join_schedules(pieces, list(boundaries))
-    return optax.join_schedules([optax.linear_schedule(warmup_from * peak, peak, warmup), *pieces], ascending)
+    return optax.join_schedules(
+        [optax.linear_schedule(warmup_from * peak, peak, warmup), *pieces], ascending
+    )
 
 
-def cosine_schedule(peak: float, steps: int, *, warmup: int = 0, warmup_from: float = 0.0, end: float = 0.0) -> optax.Schedule:
+def cosine_schedule(
+    peak: float, steps: int, *, warmup: int = 0, warmup_from: float = 0.0, end: float = 0.0
+) -> optax.Schedule:
     """Half a period of a cosine from the peak to `end`, a share of the peak, at step `steps`; a linear warm-up before.
 
     Raises:
@@ -124,7 +137,9 @@ def cosine_schedule(peak: float, steps: int, *, warmup: int = 0, warmup_from: fl
     _check_peak(peak, warmup, warmup_from)
     _in_range("warmup", warmup, warmup < steps, f"below steps, {steps}")
     _in_range("end", end, 0 <= end <= 1, "a share from 0 to 1")
-    return optax.warmup_cosine_decay_schedule(warmup_from * peak if warmup else peak, peak, warmup, steps, end * peak)
+    return optax.warmup_cosine_decay_schedule(
+        warmup_from * peak if warmup else peak, peak, warmup, steps, end * peak
+    )
 
 
 def _check_peak(peak: float, warmup: int, warmup_from: float) -> None:

@@ -19,7 +19,14 @@ from nonlocal_jax.types import Array
 Tree = Any
 
 
-def moments(trainer: Trainer, state: TrainState, batch: Batch, step: int | Array, *, axis_name: str | None = None) -> Tree:
+def moments(
+    trainer: Trainer,
+    state: TrainState,
+    batch: Batch,
+    step: int | Array,
+    *,
+    axis_name: str | None = None,
+) -> Tree:
     """Of each norm's input the mean and, in the place of the variance, the mean of squares, over one batch.
 
     Args:
@@ -34,12 +41,18 @@ def moments(trainer: Trainer, state: TrainState, batch: Batch, step: int | Array
 
     def at_once(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if isinstance(context.module, nn.BatchNorm):
-            object.__setattr__(context.module, "momentum", 0.0)  # then what it stores is of this batch alone
+            object.__setattr__(
+                context.module, "momentum", 0.0
+            )  # then what it stores is of this batch alone
         return call(*args, **kwargs)
 
     with nn.intercept_methods(at_once):
         _, changed = trainer.model.apply(
-            state.variables, batch["inputs"], train=True, mutable=["batch_stats"], rngs={"dropout": key}
+            state.variables,
+            batch["inputs"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
         )
     of_batch = _map_norms(lambda mean, var: (mean, var + jnp.square(mean)), changed["batch_stats"])
     return of_batch if axis_name is None else jax.lax.pmean(of_batch, axis_name)
@@ -54,7 +67,9 @@ def statistics(total: Tree, batches: int) -> Tree:
     (2.0, 2.0)
     """
     average = jax.tree.map(lambda x: x / batches, total)
-    return _map_norms(lambda mean, second: (mean, jnp.maximum(second - jnp.square(mean), 0)), average)
+    return _map_norms(
+        lambda mean, second: (mean, jnp.maximum(second - jnp.square(mean), 0)), average
+    )
 
 
 def _map_norms(function: Callable[[Array, Array], tuple[Array, Array]], tree: Tree) -> Tree:

@@ -6,7 +6,14 @@ from types import TracebackType
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 SHOWN = ("loss", "accuracy", "learning_rate")
 
@@ -20,19 +27,30 @@ class Bar:
             TextColumn("left:"), TimeRemainingColumn(elapsed_when_finished=True),
         )  # fmt: skip
         self.console = console
-        self._progress = Progress(*columns, console=console, disable=jax.process_index() != 0, speed_estimate_period=60)
-        self._task: TaskID = self._progress.add_task("training", total=steps, completed=step, metrics="")
+        self._progress = Progress(
+            *columns, console=console, disable=jax.process_index() != 0, speed_estimate_period=60
+        )
+        self._task: TaskID = self._progress.add_task(
+            "training", total=steps, completed=step, metrics=""
+        )
 
     def __enter__(self) -> "Bar":
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._progress.stop()
 
     def step(self, step: int, metrics: dict[str, float], rate: float) -> None:
         """After a step: `rate` in examples a second."""
-        shown = ", ".join(f"{name.replace('_', ' ')} {metrics[name]:.3g}" for name in SHOWN if name in metrics)
+        shown = ", ".join(
+            f"{name.replace('_', ' ')} {metrics[name]:.3g}" for name in SHOWN if name in metrics
+        )
         text = f"{shown}, {rate:,.0f} examples/s"
         self._progress.update(self._task, completed=step, description="training", metrics=text)
 

@@ -38,7 +38,9 @@ class Run:
     {'step': 1, 'kind': 'train', 'loss': 2.5}
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], may_differ: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], may_differ: tuple[str, ...] = ()
+    ) -> None:
         """Nothing is touched yet.
 
         Args:
@@ -80,7 +82,12 @@ class Run:
             return str(error)
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for file in (self._rows, self._events):
             if file is not None:
                 file.close()
@@ -93,7 +100,9 @@ class Run:
             try:
                 before = json.loads(file.read_text())
             except ValueError as error:
-                raise RunError(f"{file} is not JSON ({error}); mend it, or take another folder.") from error
+                raise RunError(
+                    f"{file} is not JSON ({error}); mend it, or take another folder."
+                ) from error
             for name in _differences(before, self.config):
                 if name.split(".")[0] not in self.may_differ:
                     was, now = (_at(tree, name) for tree in (before, self.config))
@@ -112,11 +121,17 @@ class Run:
 
         file = self.folder / "metrics.jsonl"
         if file.exists():
-            kept = [line for line in file.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+            kept = [
+                line
+                for line in file.read_text(errors="replace").splitlines()
+                if _step_of(line) <= step
+            ]
             write_whole(file, "".join(line + "\n" for line in kept))
         self._rows = file.open("a")
         self._events = EventFileWriter(str(self.folder))
-        restart = Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        restart = Event(
+            wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)
+        )
         self._events.add_event(restart)  # TensorBoard drops what it has of later steps
 
     def log(self, step: int, kind: str, values: Mapping[str, float]) -> None:
@@ -133,12 +148,19 @@ class Run:
             self._rows.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
             self._rows.flush()
         except OSError as error:
-            raise RunError(f"the log in {self.folder} cannot be written: {error.strerror}.") from error
+            raise RunError(
+                f"the log in {self.folder} cannot be written: {error.strerror}."
+            ) from error
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        points = [Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in values.items()]
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
+        points = [
+            Summary.Value(tag=f"{kind}/{name}", simple_value=value)
+            for name, value in values.items()
+        ]
+        self._events.add_event(
+            Event(wall_time=time.time(), step=step, summary=Summary(value=points))
+        )
 
     def keep_batch(self, step: int, batch: Mapping[str, Any], values: Mapping[str, float]) -> Path:
         """Write the batch, or this process's share of it, that a step could not bear; return the file."""
@@ -146,7 +168,9 @@ class Run:
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in batch.items()}
         np.savez(file, **arrays)
-        file.with_suffix(".json").write_text(json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}) + "\n")
+        file.with_suffix(".json").write_text(
+            json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}) + "\n"
+        )
         return file
 
 
@@ -171,7 +195,11 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     """The names of what differs, with dots for what is nested."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(new for new in now if new not in before)]
-        return [d for one in names for d in _differences(before.get(one), now.get(one), f"{name}.{one}" if name else one)]
+        return [
+            d
+            for one in names
+            for d in _differences(before.get(one), now.get(one), f"{name}.{one}" if name else one)
+        ]
     return [] if before == now else [name]
 
 

@@ -15,7 +15,9 @@ from nonlocal_jax.ops.machine import backend
 from nonlocal_jax.types import Array, PRNGKeyArray
 
 Tree = Any
-Batch = Mapping[str, Any]  # "inputs" and "labels", what else `prepare` reads, and in evaluation "mask"
+Batch = Mapping[
+    str, Any
+]  # "inputs" and "labels", what else `prepare` reads, and in evaluation "mask"
 Metrics = dict[str, Array]
 RATIO = "residual_ratio"
 
@@ -48,7 +50,11 @@ class TrainState:
     def variables(self) -> dict[str, Any]:
         """What the model is evaluated with: the averaged parameters, where there are such."""
         params = self.params if self.average is None else self.average
-        return {"params": params, "batch_stats": self.batch_stats} if self.batch_stats else {"params": params}
+        return (
+            {"params": params, "batch_stats": self.batch_stats}
+            if self.batch_stats
+            else {"params": params}
+        )
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -70,7 +76,9 @@ def smoothed_cross_entropy(smoothing: float) -> Callable[[Array, Array], Array]:
         raise ValueError(f"smoothing must be at least 0 and below 1; got {smoothing}.")
 
     def loss(logits: Array, labels: Array) -> Array:
-        return cross_entropy(logits, optax.smooth_labels(one_hot(labels, logits.shape[-1]), smoothing))
+        return cross_entropy(
+            logits, optax.smooth_labels(one_hot(labels, logits.shape[-1]), smoothing)
+        )
 
     return loss
 
@@ -96,7 +104,11 @@ def mixup(batch: Batch, key: PRNGKeyArray, alpha: float, num_classes: int) -> Ba
     def mix(x: Array) -> Array:
         return share * x + (1 - share) * jnp.flip(x, 0)
 
-    return {**batch, "inputs": mix(batch["inputs"]), "labels": mix(one_hot(batch["labels"], num_classes))}
+    return {
+        **batch,
+        "inputs": mix(batch["inputs"]),
+        "labels": mix(one_hot(batch["labels"], num_classes)),
+    }
 
 
 def one_hot(labels: Array, num_classes: int) -> Array:
@@ -151,7 +163,9 @@ class Trainer:
         """The mapped axis over which the model splits the positions of each example."""
         return getattr(self.model, "axis_name", None)
 
-    def init(self, key: PRNGKeyArray, batch: Batch, variables: Mapping[str, Any] | None = None) -> TrainState:
+    def init(
+        self, key: PRNGKeyArray, batch: Batch, variables: Mapping[str, Any] | None = None
+    ) -> TrainState:
         """The state before the first step.
 
         Args:
@@ -174,7 +188,12 @@ class Trainer:
 
 
 def train_step(
-    trainer: Trainer, state: TrainState, batch: Batch, *, axis_name: str | None = None, shards: int = 1
+    trainer: Trainer,
+    state: TrainState,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+    shards: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update.
 
@@ -196,7 +215,9 @@ def train_step(
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
-    def loss_of(params: Tree, part: tuple[Array, Array], dropout: PRNGKeyArray) -> tuple[Array, tuple[Tree, Metrics]]:
+    def loss_of(
+        params: Tree, part: tuple[Array, Array], dropout: PRNGKeyArray
+    ) -> tuple[Array, tuple[Tree, Metrics]]:
         inputs, labels = part
         logits: Any
         logits, changed = trainer.model.apply(
@@ -221,7 +242,10 @@ def train_step(
             return jax.tree.map(jnp.add, total, differentiate(state.params, *part)), None
 
         first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (parts, keys))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, state.params, *first))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(differentiate, state.params, *first),
+        )
         # XLA on CPU runs a loop's body on one core.
         total, _ = jax.lax.scan(add, zeros, (parts, keys), unroll=k if backend() == "cpu" else 1)
         (_, (batch_stats, metrics)), gradient = jax.tree.map(lambda x: x / k, total)
@@ -235,13 +259,17 @@ def train_step(
     average = state.average
     if trainer.average is not None:
         average = optax.incremental_update(params, average, 1 - trainer.average)
-    return TrainState(state.step + 1, params, batch_stats, opt_state, state.key_data, average), metrics
+    return TrainState(
+        state.step + 1, params, batch_stats, opt_state, state.key_data, average
+    ), metrics
 
 
 def _split(x: Array, parts: int, shards: int) -> Array:
     """(B, ...) -> (parts, B / parts, ...), each part with as much of each shard, so that nothing moves between devices."""
     if x.shape[0] % (parts * shards):
-        raise ValueError(f"the batch must split into {parts} parts on {shards} devices; got {x.shape[0]} examples.")
+        raise ValueError(
+            f"the batch must split into {parts} parts on {shards} devices; got {x.shape[0]} examples."
+        )
     x = x.reshape(shards, parts, -1, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0).reshape(parts, -1, *x.shape[3:])
 
@@ -251,7 +279,9 @@ def residual_ratios(intermediates: Mapping[str, Any], place: tuple[str, ...] = (
     ratios = {}
     for name, value in intermediates.items():
         if name == RATIO:
-            ratios["/".join((RATIO, *place))] = jnp.mean(jnp.stack([jnp.mean(one) for one in value]))
+            ratios["/".join((RATIO, *place))] = jnp.mean(
+                jnp.stack([jnp.mean(one) for one in value])
+            )
         elif isinstance(value, Mapping):
             ratios |= residual_ratios(value, (*place, name))
     return ratios
@@ -262,12 +292,17 @@ def evaluation_step(trainer: Trainer, variables: Mapping[str, Any], batch: Batch
     mask = batch["mask"]
     batch = trainer.prepare(batch, None)
     logits: Any = trainer.model.apply(variables, batch["inputs"], train=False)
-    values = {"loss": trainer.loss(logits, batch["labels"]), **trainer.metrics(logits, batch["labels"])}
+    values = {
+        "loss": trainer.loss(logits, batch["labels"]),
+        **trainer.metrics(logits, batch["labels"]),
+    }
     sums = {name: jnp.sum(jnp.where(mask, value, 0)) for name, value in values.items()}
     return {"count": jnp.sum(mask), **sums}
 
 
-def pmap_step(trainer: Trainer, axis_name: str = "data") -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def pmap_step(
+    trainer: Trainer, axis_name: str = "data"
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step under `jax.pmap`, for who uses it: equal to that of a mesh with `batch_norm="device"`.
 
     Args:

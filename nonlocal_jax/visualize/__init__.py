@@ -8,12 +8,19 @@ Matplotlib is loaded when something is drawn.
 """
 
 from nonlocal_jax.visualize import measures
-from nonlocal_jax.visualize.affinities import AffinityMap, NoBlocksError, affinities
-from nonlocal_jax.visualize.explore import explore
 from nonlocal_jax.visualize.frames import from_pixels, to_pixels
 from nonlocal_jax.visualize.geometry import GeometryError, Pixels
+from nonlocal_jax.visualize.maps import AffinityMap, NoBlocksError, affinities
 from nonlocal_jax.visualize.movie import animate
-from nonlocal_jax.visualize.pictures import arrows, entropy, heatmap, query_dependence, received, time_by_time
+from nonlocal_jax.visualize.page import explore
+from nonlocal_jax.visualize.pictures import (
+    arrows,
+    entropy,
+    heatmap,
+    query_dependence,
+    received,
+    time_by_time,
+)
 
 __all__ = [
     "AffinityMap",

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from nonlocal_jax.visualize.affinities import AffinityMap
 from nonlocal_jax.visualize.geometry import Geometry, Pixels, pixels_of
+from nonlocal_jax.visualize.maps import AffinityMap
 
 
 def to_pixels(affinity: AffinityMap, positions: Any, of: str = "queries") -> Pixels:
@@ -68,7 +68,9 @@ def from_pixels(affinity: AffinityMap, where: Any) -> tuple[int, ...]:
     size = np.array(affinity.geometry().input)
     where = np.asarray(where, float)
     if where.shape != size.shape or not ((where >= -0.5) & (where <= size - 0.5)).all():
-        raise ValueError(f"where must be {len(size)} numbers, a position inside the input {tuple(size.tolist())}; got {where}.")
+        raise ValueError(
+            f"where must be {len(size)} numbers, a position inside the input {tuple(size.tolist())}; got {where}."
+        )
     every = np.moveaxis(np.indices(affinity.queries), 0, -1).reshape(-1, len(affinity.queries))
     distance = np.abs(to_pixels(affinity, every).centre - where).sum(axis=-1)
     return tuple(every[distance.argmin()].tolist())
@@ -101,13 +103,19 @@ class Scene:
         field = self.keys.fields[0]
         if field is None:
             return 0
-        return int(np.abs(field.stride * np.arange(self.keys.grid[0]) + field.centre - self.centres[panel]).argmin())
+        return int(
+            np.abs(
+                field.stride * np.arange(self.keys.grid[0]) + field.centre - self.centres[panel]
+            ).argmin()
+        )
 
     @property
     def centres(self) -> Float[np.ndarray, " t"]:
         """The middle, in time, of each frame of the map."""
         frames = np.arange(self.queries.grid[0])
-        return pixels_of(self.queries, np.stack([frames, 0 * frames, 0 * frames], axis=-1)).centre[:, 0]
+        return pixels_of(self.queries, np.stack([frames, 0 * frames, 0 * frames], axis=-1)).centre[
+            :, 0
+        ]
 
     def edges(self, of: str) -> tuple[Float[np.ndarray, " columns"], Float[np.ndarray, " rows"]]:
         """Where the cells of a map of "queries" or "keys" begin and end, along columns and rows, in pixels.
@@ -118,7 +126,9 @@ class Scene:
         edges = []
         for axis in (2, 1):
             field, n, length = geometry.fields[axis], geometry.grid[axis], geometry.input[axis]
-            between: Any = [] if field is None else field.stride * (np.arange(1, n) - 0.5) + field.centre
+            between: Any = (
+                [] if field is None else field.stride * (np.arange(1, n) - 0.5) + field.centre
+            )
             edges.append(np.array([-0.5, *between, length - 0.5]).clip(-0.5, length - 0.5))
         return edges[0], edges[1]
 
@@ -145,7 +155,9 @@ def scene(affinity: AffinityMap, clip: Any) -> Scene:
     """
     queries, keys = affinity.geometry("queries"), affinity.geometry("keys")
     if len(queries.input) not in (2, 3) or len(queries.grid) not in (2, 3):
-        raise ValueError(f"pictures want a map of (T, H, W) or (H, W); {affinity.block} has {queries.grid}.")
+        raise ValueError(
+            f"pictures want a map of (T, H, W) or (H, W); {affinity.block} has {queries.grid}."
+        )
     clip = np.asarray(clip)
     if clip.ndim == len(queries.input) + 2 and len(clip) == 1:
         clip = clip[0]
@@ -164,7 +176,9 @@ def scene(affinity: AffinityMap, clip: Any) -> Scene:
     queries, keys = _with_time(queries), _with_time(keys)
     for field, axis in zip(queries.fields, range(3), strict=True):
         if field is not None and field.axis != axis:
-            raise ValueError(f"pictures want the axes of a map in the order of the input's; those of {affinity.block} are not.")
+            raise ValueError(
+                f"pictures want the axes of a map in the order of the input's; those of {affinity.block} are not."
+            )
     one = Scene(np.empty((0, 1, 1, 3)), np.empty(0, int), queries, keys)
     numbers = np.floor(one.centres + 0.5).astype(int).clip(0, len(clip) - 1)
     pictures = np.broadcast_to(clip, (*clip.shape[:-1], 3))[numbers].astype(np.float32)
@@ -175,7 +189,10 @@ def _with_time(geometry: Geometry) -> Geometry:
     """That of an image as of a clip of one frame; a map without time, of a video, as one that sees all of it."""
     fields, grid, size = geometry.fields, geometry.grid, geometry.input
     if len(size) == 2:
-        fields, size = tuple(field and dataclasses.replace(field, axis=field.axis + 1) for field in fields), (1, *size)
+        fields, size = (
+            tuple(field and dataclasses.replace(field, axis=field.axis + 1) for field in fields),
+            (1, *size),
+        )
     if len(grid) == 2:
         fields, grid = (None, *fields), (1, *grid)
     return Geometry(fields, grid, size)

@@ -47,7 +47,9 @@ class Field:
         """Each index sees itself."""
         return cls(axis, 1, 0, 1, np.arange(length), np.arange(length))
 
-    def through(self, taps: int = 1, stride: int = 1, padding: tuple[int, int] = (0, 0), dilation: int = 1) -> "Field":
+    def through(
+        self, taps: int = 1, stride: int = 1, padding: tuple[int, int] = (0, 0), dilation: int = 1
+    ) -> "Field":
         """After a convolution or a pooling.
 
         >>> after = Field.of_input(0, 224).through(7, 2, (3, 3)).through(3, 2, (1, 1))  # conv1 and pool1 of a ResNet
@@ -57,7 +59,9 @@ class Field:
         before, behind = padding
         span = (taps - 1) * dilation + 1
         count = (len(self.first) + before + behind - span) // stride + 1
-        seen = np.arange(count)[:, None] * stride + np.arange(taps) * dilation - before  # indices of this field
+        seen = (
+            np.arange(count)[:, None] * stride + np.arange(taps) * dilation - before
+        )  # indices of this field
         real = (seen >= 0) & (seen < len(self.first))
         seen = np.clip(seen, 0, len(self.first) - 1)
         return Field(
@@ -73,7 +77,10 @@ class Field:
         """The smallest field that holds both, as of a sum; None where there is none."""
         if (self.axis, self.stride) != (other.axis, other.stride):
             return None
-        start, end = min(self.start, other.start), max(self.start + self.size, other.start + other.size)
+        start, end = (
+            min(self.start, other.start),
+            max(self.start + self.size, other.start + other.size),
+        )
         first, last = np.minimum(self.first, other.first), np.maximum(self.last, other.last)
         return Field(self.axis, self.stride, start, end - start, first, last)
 
@@ -100,9 +107,12 @@ class Geometry:
     def pooled(self, window: Sequence[int]) -> "Geometry":
         """That of keys which are the largest of windows, as the non-local block subsamples them."""
         fields = tuple(
-            None if field is None else field.through(size, size) for field, size in zip(self.fields, window, strict=True)
+            None if field is None else field.through(size, size)
+            for field, size in zip(self.fields, window, strict=True)
         )
-        return Geometry(fields, tuple(n // size for n, size in zip(self.grid, window, strict=True)), self.input)
+        return Geometry(
+            fields, tuple(n // size for n, size in zip(self.grid, window, strict=True)), self.input
+        )
 
 
 class Pixels(NamedTuple):
@@ -123,15 +133,25 @@ class Pixels(NamedTuple):
 def pixels_of(geometry: Geometry, positions: Any) -> Pixels:
     """What positions (..., grid axes) see. Raises IndexError where one lies outside the grid."""
     positions = np.asarray(positions)
-    if positions.ndim == 0 or positions.shape[-1] != len(geometry.grid) or not np.issubdtype(positions.dtype, np.integer):
+    if (
+        positions.ndim == 0
+        or positions.shape[-1] != len(geometry.grid)
+        or not np.issubdtype(positions.dtype, np.integer)
+    ):
         raise ValueError(
             f"positions must be integers, (..., {len(geometry.grid)}) for a map of {geometry.grid}; got {positions.dtype} "
             f"of shape {positions.shape}."
         )
     outside = (positions < 0) | (positions >= np.array(geometry.grid))
     if outside.any():
-        position = tuple(positions.reshape(-1, len(geometry.grid))[np.nonzero(outside.reshape(-1, outside.shape[-1]))[0][0]])
-        raise IndexError(f"positions must lie inside the map {geometry.grid}; got {tuple(map(int, position))}.")
+        position = tuple(
+            positions.reshape(-1, len(geometry.grid))[
+                np.nonzero(outside.reshape(-1, outside.shape[-1]))[0][0]
+            ]
+        )
+        raise IndexError(
+            f"positions must lie inside the map {geometry.grid}; got {tuple(map(int, position))}."
+        )
     shape = (*positions.shape[:-1], len(geometry.input))
     limit = np.array(geometry.input) - 1
     first, last = np.zeros(shape, np.int64), np.broadcast_to(limit, shape).copy()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from nonlocal_jax.visualize.affinities import AffinityMap
+from nonlocal_jax.visualize.maps import AffinityMap
 
 
 class QueryDependence(NamedTuple):
@@ -81,12 +81,19 @@ def time_by_time(affinity: AffinityMap) -> Float[np.ndarray, "b t keys_t"]:
         ValueError: a map without frames, or affinities that are not finite.
     """
     if len(affinity.queries) != 3:
-        raise ValueError(f"time by time wants a map of (T, H, W); {affinity.block} has {affinity.queries}.")
+        raise ValueError(
+            f"time by time wants a map of (T, H, W); {affinity.block} has {affinity.queries}."
+        )
     frames, of_keys = affinity.queries[0], affinity.keys[0]
     out = np.zeros((affinity.batch, frames, of_keys))
     for ids, key_ids, weights in affinity.chunks():
-        of_query, to = ids // math.prod(affinity.queries[1:]), key_ids // math.prod(affinity.keys[1:])
-        onto = np.stack([shares(weights)[..., to == t].sum(axis=-1) for t in range(of_keys)], axis=-1)
+        of_query, to = (
+            ids // math.prod(affinity.queries[1:]),
+            key_ids // math.prod(affinity.keys[1:]),
+        )
+        onto = np.stack(
+            [shares(weights)[..., to == t].sum(axis=-1) for t in range(of_keys)], axis=-1
+        )
         for t in np.unique(of_query):
             out[:, t] += onto[:, of_query == t].sum(axis=1)
     return (out / math.prod(affinity.queries[1:])).astype(np.float32)
@@ -117,9 +124,13 @@ def query_dependence(affinity: AffinityMap) -> QueryDependence:
     of_queries, of_keys = affinity.sums
     count = there[:, of_queries].sum(axis=-1)  # (B, sums), as all that follows
     rows = np.maximum(count, 1)
-    alike = np.square(units[:, of_keys]).sum(axis=-1)  # Σ over all ordered pairs, of which `count` are i = i', with cos 1
+    alike = np.square(units[:, of_keys]).sum(
+        axis=-1
+    )  # Σ over all ordered pairs, of which `count` are i = i', with cos 1
     cosine = np.where(count > 1, 1 - (alike - count) / np.maximum(count * (count - 1), 1), 0)
-    divergence = _entropy(total[:, of_keys] / rows[..., None]) - entropies[:, of_queries].sum(axis=-1) / rows
+    divergence = (
+        _entropy(total[:, of_keys] / rows[..., None]) - entropies[:, of_queries].sum(axis=-1) / rows
+    )
     return QueryDependence(*(each.clip(0).mean(axis=-1) for each in (cosine, divergence)))
 
 

@@ -8,14 +8,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from nonlocal_jax.visualize.affinities import AffinityMap
+from nonlocal_jax.visualize.maps import AffinityMap
 from nonlocal_jax.visualize.pictures import arrows
 
 Picture = UInt8[np.ndarray, "h w 3"]
 
 
 def animate(
-    affinity: AffinityMap, clip: Any, queries: Any, file: Path | str, *, top: int = 20, sample: int = 0, seconds: float = 0.5
+    affinity: AffinityMap,
+    clip: Any,
+    queries: Any,
+    file: Path | str,
+    *,
+    top: int = 20,
+    sample: int = 0,
+    seconds: float = 0.5,
 ) -> Path:
     """Write `arrows` of one position after another: of a track through the clip, or of a walk over the map.
 
@@ -52,7 +59,9 @@ def animate(
     return file
 
 
-def _pictures(affinity: AffinityMap, clip: Any, queries: Any, top: int, sample: int) -> Iterator[Picture]:
+def _pictures(
+    affinity: AffinityMap, clip: Any, queries: Any, top: int, sample: int
+) -> Iterator[Picture]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for query in queries.tolist():
@@ -74,10 +83,16 @@ def _write_mp4(pictures: Iterator[Picture], file: Path, seconds: float) -> None:
     with av.open(str(file), "w") as container:
         stream: Any = None
         for picture in pictures:
-            height, width = (n // 2 * 2 for n in picture.shape[:2])  # H.264 with 4:2:0 wants them even
+            height, width = (
+                n // 2 * 2 for n in picture.shape[:2]
+            )  # H.264 with 4:2:0 wants them even
             if stream is None:
-                stream = container.add_stream("libx264", rate=Fraction(1 / seconds).limit_denominator(1000))
+                stream = container.add_stream(
+                    "libx264", rate=Fraction(1 / seconds).limit_denominator(1000)
+                )
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(picture[:height, :width]), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -13,14 +13,18 @@ import numpy as np
 from jaxtyping import Float
 
 from nonlocal_jax.visualize import measures
-from nonlocal_jax.visualize.affinities import AffinityMap
 from nonlocal_jax.visualize.frames import Scene, of_sample
+from nonlocal_jax.visualize.maps import AffinityMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-QUERY, POSITIVE, NEGATIVE = "#0072B2", "#E69F00", "#CC79A7"  # blue, orange and pink of Okabe and Ito
+QUERY, POSITIVE, NEGATIVE = (
+    "#0072B2",
+    "#E69F00",
+    "#CC79A7",
+)  # blue, orange and pink of Okabe and Ito
 COLUMNS = 8  # panels of a row
 WEIGHTS = {
     "gaussian": "weights of a softmax, sum 1",
@@ -94,13 +98,23 @@ def arrows(
                 path_effects=[withStroke(linewidth=width + 1.2, foreground="white", alpha=0.5 * strength)],
             )
         )  # fmt: skip
-    dot = Line2D([pixel[1]], [pixel[0]], marker="o", color=QUERY, markeredgecolor="white", markersize=8, zorder=5)
+    dot = Line2D(
+        [pixel[1]],
+        [pixel[0]],
+        marker="o",
+        color=QUERY,
+        markeredgecolor="white",
+        markersize=8,
+        zorder=5,
+    )
     dot.set_transform(axes[panel].transData)
     axes[panel].figure.add_artist(dot)  # above the arrows, which belong to the figure as well
     held = float(share.reshape(-1)[order].sum())
     dashed = " (negative ones dashed)" if (row.reshape(-1)[order] < 0).any() else ""
     largest_hold = f"the {len(order)} largest{dashed} hold {held:.0%}"
-    _caption(figure, f"{one.block} · {_called(one)} · {largest_hold} · {WEIGHTS[one.instantiation]}")
+    _caption(
+        figure, f"{one.block} · {_called(one)} · {largest_hold} · {WEIGHTS[one.instantiation]}"
+    )
     return figure
 
 
@@ -126,11 +140,15 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
     one, at = of_sample(affinity, clip, sample)
     queries = np.atleast_2d(np.asarray(queries))
     if not 1 <= len(queries) <= 16 or not queries.size:
-        raise ValueError(f"queries must be from 1 to 16, each a row of the picture; got {len(queries) if queries.size else 0}.")
+        raise ValueError(
+            f"queries must be from 1 to 16, each a row of the picture; got {len(queries) if queries.size else 0}."
+        )
     rows = one.rows(queries)[0]
     signed = one.instantiation == "dot_product"
     counted = one.counted()[0][tuple(queries.T)]
-    relative = np.stack([np.sign(row) * _shares(row) * count for row, count in zip(rows, counted, strict=True)])
+    relative = np.stack(
+        [np.sign(row) * _shares(row) * count for row, count in zip(rows, counted, strict=True)]
+    )
     largest = max(float(np.abs(relative).max()), 1e-12)
     norm = CenteredNorm(0, largest) if signed else Normalize(0, largest)
     figure, axes = _panels(at, None, rows=len(queries))
@@ -143,7 +161,9 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
                 alpha=0.1 + 0.8 * np.sqrt(np.abs(over) / largest),
             )  # fmt: skip
         panel, *pixel = at.place(_of_clip(query), "queries")
-        line[panel].plot(pixel[1], pixel[0], "o", color="#56B4E9", markeredgecolor="black", markersize=7)
+        line[panel].plot(
+            pixel[1], pixel[0], "o", color="#56B4E9", markeredgecolor="black", markersize=7
+        )
     _bar(figure, cells, axes, "× uniform")
     _caption(figure, f"{one.block} · {_called(one)} · from the dot · {WEIGHTS[one.instantiation]}")
     return figure
@@ -170,8 +190,21 @@ def time_by_time(affinity: AffinityMap, *, sample: int = 0) -> "Figure":
     if table.size <= 100:
         for (t, to), value in np.ndenumerate(table):
             dark = value < 0.6 * table.max()
-            ax.text(to, t, f"{100 * value:.0f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
-    ax.set(xlabel="to frame of the map", ylabel="from frame", xticks=range(of_keys), yticks=range(frames))
+            ax.text(
+                to,
+                t,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                color="white" if dark else "black",
+                fontsize=9,
+            )
+    ax.set(
+        xlabel="to frame of the map",
+        ylabel="from frame",
+        xticks=range(of_keys),
+        yticks=range(frames),
+    )
     ax.set_title(f"{affinity.block}: share of the weight, %", fontsize=10)
     figure.colorbar(image, ax=ax, format=lambda value, _: f"{100 * value:.0f}%")
     return figure
@@ -196,13 +229,20 @@ def entropy(affinity: AffinityMap, clip: Any, *, sample: int = 0) -> "Figure":
     figure, axes = _panels(at, None)
     most = int(one.counted().max())
     for values, ax in zip(effective, axes[0], strict=True):
-        cells = ax.pcolormesh(*at.edges("queries"), values, cmap="cividis", vmin=1, vmax=most, alpha=0.75)
+        cells = ax.pcolormesh(
+            *at.edges("queries"), values, cmap="cividis", vmin=1, vmax=most, alpha=0.75
+        )
     _bar(figure, cells, axes, "keys, in effect")
-    _caption(figure, f"{one.block} · {_called(one)} · exp(entropy) of each position's shares, of {most} keys")
+    _caption(
+        figure,
+        f"{one.block} · {_called(one)} · exp(entropy) of each position's shares, of {most} keys",
+    )
     return figure
 
 
-def received(affinity: AffinityMap, clip: Any, *, sample: int = 0, axes: "Sequence[Axes] | None" = None) -> "Figure":
+def received(
+    affinity: AffinityMap, clip: Any, *, sample: int = 0, axes: "Sequence[Axes] | None" = None
+) -> "Figure":
     """How much each position is looked at, by all: its mean share, as a multiple of the uniform share.
 
     Args:
@@ -224,10 +264,13 @@ def received(affinity: AffinityMap, clip: Any, *, sample: int = 0, axes: "Sequen
     for panel, ax in enumerate(axes):
         over = heat[at.key_frame(panel)]
         alpha = 0.1 + 0.8 * np.sqrt(over / largest)
-        cells = ax.pcolormesh(*at.edges("keys"), over, cmap="inferno", vmin=0, vmax=largest, alpha=alpha)
+        cells = ax.pcolormesh(
+            *at.edges("keys"), over, cmap="inferno", vmin=0, vmax=largest, alpha=alpha
+        )
     _bar(figure, cells, [axes], "× uniform")
     _caption(
-        figure, f"{one.block} · {_called(one)} · how much each position is looked at by all · {WEIGHTS[one.instantiation]}"
+        figure,
+        f"{one.block} · {_called(one)} · how much each position is looked at by all · {WEIGHTS[one.instantiation]}",
     )
     return figure
 
@@ -250,7 +293,9 @@ def query_dependence(maps: Mapping[str, AffinityMap], *, sample: int = 0) -> "Fi
     found = {name: measures.query_dependence(one[sample]) for name, one in maps.items()}
     figure = _new(8.0, 1.2 + 0.45 * len(found))
     labels = ("cosine distance of two queries' maps", "what the query tells of the key, nats")
-    for ax, label, values in zip(figure.subplots(1, 2, sharey=True), labels, zip(*found.values(), strict=True), strict=True):
+    for ax, label, values in zip(
+        figure.subplots(1, 2, sharey=True), labels, zip(*found.values(), strict=True), strict=True
+    ):
         numbers = [float(value[0]) for value in values]
         bars = ax.barh(list(found), numbers, height=0.5, color=QUERY)
         ax.bar_label(bars, [f"{number:.3g}" for number in numbers], padding=3)
@@ -275,7 +320,9 @@ def _new(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=110)
 
 
-def _panels(at: Scene, axes: "Sequence[Axes] | None", rows: int = 1) -> "tuple[Figure, list[list[Axes]]]":
+def _panels(
+    at: Scene, axes: "Sequence[Axes] | None", rows: int = 1
+) -> "tuple[Figure, list[list[Axes]]]":
     """For each row, one of the axes for each frame of the map, with the frame on it."""
     frames, height, width = at.pictures.shape[:3]
     if axes is None:

@@ -32,21 +32,27 @@ def applied(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
     """`model.apply` and its variables; of an NNX model the same, made of its state. Raises TypeError for anything else."""
     if isinstance(model, nn.Module):
         if variables is None:
-            raise TypeError("variables of a Linen module must be those that `init` gives; got None.")
+            raise TypeError(
+                "variables of a Linen module must be those that `init` gives; got None."
+            )
         return model.apply, variables
     from flax import nnx  # which loads optax
 
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a Linen or an NNX module; got {type(model).__name__}.")
     if variables is not None:
-        raise TypeError(f"variables of an NNX module must be None, as it holds its own; got {type(variables).__name__}.")
+        raise TypeError(
+            f"variables of an NNX module must be None, as it holds its own; got {type(variables).__name__}."
+        )
     definition, state = nnx.split(model)
 
     def apply(state: Any, x: Array, *, mutable: Any = False, **kwargs: Any) -> Any:
         merged = nnx.merge(definition, state)
         for path, module in nnx.iter_modules(merged):
             if isinstance(module, nnx.bridge.ToNNX):  # Linen modules in it are told where they are
-                module.to_nnx__module = module.to_nnx__module.clone(name=MARK + "/".join(map(str, path)))
+                module.to_nnx__module = module.to_nnx__module.clone(
+                    name=MARK + "/".join(map(str, path))
+                )
         y = merged(x, **kwargs)
         return (y, {}) if mutable else y
 
@@ -54,13 +60,15 @@ def applied(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
 
 
 @contextlib.contextmanager
-def intercepted(interceptor: Callable[..., Any]) -> Iterator[None]:
-    """Every method of a Linen module goes through the interceptor, those too of which JAX has a trace, as under `nnx.jit`."""
-    with jax.disable_jit(), set_xla_metadata(nonlocal_jax_trace=str(next(TRACES))), nn.intercept_methods(interceptor):
+def untraced() -> Iterator[None]:
+    """Every method of a module runs in Python, those too of which JAX has a trace already, as under `nnx.jit`."""
+    with jax.disable_jit(), set_xla_metadata(nonlocal_jax_trace=str(next(TRACES))):
         yield
 
 
-def geometries(apply: Callable[..., Any], variables: Any, x: Any, **kwargs: Any) -> dict[str, Geometry | GeometryError]:
+def geometries(
+    apply: Callable[..., Any], variables: Any, x: Any, **kwargs: Any
+) -> dict[str, Geometry | GeometryError]:
     """The geometry of the input of every non-local block, or what is in the way, by the block's name.
 
     Left out is what mixes all positions: the non-local blocks on the way and sums over whole axes, such as norms' statistics.
@@ -81,11 +89,13 @@ def geometries(apply: Callable[..., Any], variables: Any, x: Any, **kwargs: Any)
     """
 
     def run(variables: Any, x: Array) -> Any:
-        with intercepted(_as_windows):
+        with untraced(), nn.intercept_methods(_as_windows):
             return apply(variables, x, **of_one)
 
     batch, *size = x.shape[:-1]
-    of_one = jax.tree.map(lambda leaf: leaf[:1] if jnp.ndim(leaf) and len(leaf) == batch else leaf, kwargs)
+    of_one = jax.tree.map(
+        lambda leaf: leaf[:1] if jnp.ndim(leaf) and len(leaf) == batch else leaf, kwargs
+    )
     of_one |= {"rngs": kwargs["rngs"]} if "rngs" in kwargs else {}  # keys are arrays too
     traced = jax.make_jaxpr(run)(variables, jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)).jaxpr
     of_input: Known = (None, *map(Field.of_input, range(len(size)), size), None)
@@ -95,14 +105,17 @@ def geometries(apply: Callable[..., Any], variables: Any, x: Any, **kwargs: Any)
     return followed
 
 
-def place(operation: nn.Module) -> str:
+def place(block: nn.Module) -> str:
     """The name of a block: its path, as in `params`; that of the operation where it stands alone; in NNX that of attributes."""
-    block = operation.parent if isinstance(operation.parent, NonLocalBlock) else operation
     root: Any = block
     while isinstance(root.parent, nn.Module):
         root = root.parent
     in_nnx = (root.name or "").removeprefix(MARK) if (root.name or "").startswith(MARK) else ""
     return "/".join(filter(None, [in_nnx, *block.path])) or type(block).__name__
+
+
+def _block(operation: nn.Module) -> nn.Module:
+    return operation.parent if isinstance(operation.parent, NonLocalBlock) else operation
 
 
 def numbered(name: str, index: int) -> str:
@@ -116,7 +129,10 @@ def _as_windows(call: Any, args: Any, kwargs: Any, context: nn.module.Intercepto
     if context.method_name != "__call__":
         return call(*args, **kwargs)
     if isinstance(module, VideoConv):
-        kernel = jnp.zeros((*module.kernel_size, args[0].shape[-1] // module.groups, module.features), args[0].dtype)
+        kernel = jnp.zeros(
+            (*module.kernel_size, args[0].shape[-1] // module.groups, module.features),
+            args[0].dtype,
+        )
         padding = [(size // 2, size // 2) for size in module.kernel_size]
         return jax.lax.conv_general_dilated(
             args[0], kernel, module.strides, padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
@@ -125,8 +141,10 @@ def _as_windows(call: Any, args: Any, kwargs: Any, context: nn.module.Intercepto
     if isinstance(module, nn.Dense):
         return jnp.broadcast_to(args[0][..., :1], (*args[0].shape[:-1], module.features))
     if isinstance(module, NonLocalOperation):
-        x = checkpoint_name(args[0], MARK + place(module))
-        features = max(x.shape[-1] // 2, 1) if module.inner_features is None else module.inner_features
+        x = checkpoint_name(args[0], MARK + place(_block(module)))
+        features = (
+            max(x.shape[-1] // 2, 1) if module.inner_features is None else module.inner_features
+        )
         y = jnp.broadcast_to(x[..., :1], (*x.shape[:-1], features))
         return (y, call(*args, **kwargs)[1]) if kwargs.get("return_map") else y
     return call(*args, **kwargs)
@@ -142,14 +160,29 @@ POINTWISE = frozenset([
     "nextafter", "not", "optimization_barrier", "or", "pow", "real", "reduce_precision", "rem", "round", "rsqrt",
     "select_n", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 ])  # fmt: skip
-REDUCTIONS = frozenset(["argmax", "argmin", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum"])
-WINDOWS = frozenset(["reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum"])
+REDUCTIONS = frozenset(
+    [
+        "argmax",
+        "argmin",
+        "reduce_and",
+        "reduce_max",
+        "reduce_min",
+        "reduce_or",
+        "reduce_prod",
+        "reduce_sum",
+    ]
+)
+WINDOWS = frozenset(
+    ["reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum"]
+)
 # What moves along axes, and the parameter that names them.
 CUMULATIVE = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum")
 ALONG = {"rev": "dimensions", "sort": "dimension", **dict.fromkeys(CUMULATIVE, "axis")}
 
 
-def _follow(jaxpr: Any, known: Sequence[Known], size: tuple[int, ...], found: dict[str, Any]) -> list[Known]:
+def _follow(
+    jaxpr: Any, known: Sequence[Known], size: tuple[int, ...], found: dict[str, Any]
+) -> list[Known]:
     """What is known of the outputs of a jaxpr, from what is known of its inputs; blocks that are marked go to `found`."""
     of: dict[Any, Known] = dict(zip(jaxpr.invars, known, strict=True))
 
@@ -167,13 +200,17 @@ def _follow(jaxpr: Any, known: Sequence[Known], size: tuple[int, ...], found: di
             outputs = [(None,) * len(out.aval.shape) for out in equation.outvars]
         else:
             try:
-                outputs = [_step(name, equation, inputs, out.aval.shape) for out in equation.outvars]
+                outputs = [
+                    _step(name, equation, inputs, out.aval.shape) for out in equation.outvars
+                ]
             except GeometryError as error:
                 outputs = [str(error)] * len(equation.outvars)
         if name == "name" and str(equation.params["name"]).startswith(MARK):
             of_block = _geometry(inputs[0], equation.invars[0].aval.shape[1:-1], size)
             block = str(equation.params["name"]).removeprefix(MARK)
-            found[next(n for i in range(len(found) + 1) if (n := numbered(block, i)) not in found)] = of_block
+            found[
+                next(n for i in range(len(found) + 1) if (n := numbered(block, i)) not in found)
+            ] = of_block
         of |= dict(zip(equation.outvars, outputs, strict=True))
     return [look(atom) for atom in jaxpr.outvars]
 
@@ -182,14 +219,20 @@ def _has_fields(known: Known) -> bool:
     return isinstance(known, str) or any(field is not None for field in known)
 
 
-def _geometry(known: Known, grid: tuple[int, ...], size: tuple[int, ...]) -> Geometry | GeometryError:
+def _geometry(
+    known: Known, grid: tuple[int, ...], size: tuple[int, ...]
+) -> Geometry | GeometryError:
     if isinstance(known, str):
         return GeometryError(f"receptive fields cannot be followed through {known}.")
     fields = known[1:-1]
     if known[0]:
-        return GeometryError("frames are folded into the batch: the map is of an image; give the model one frame at a time.")
+        return GeometryError(
+            "frames are folded into the batch: the map is of an image; give the model one frame at a time."
+        )
     if any(field is None and n > 1 for field, n in zip(fields, grid, strict=True)) or known[-1]:
-        return GeometryError(f"the axes of a map of {grid} must each run along an axis of the input {size}.")
+        return GeometryError(
+            f"the axes of a map of {grid} must each run along an axis of the input {size}."
+        )
     return Geometry(fields, grid, size)
 
 
@@ -199,7 +242,8 @@ def _step(name: str, equation: Any, inputs: Sequence[Known], shape: tuple[int, .
     shapes = [atom.aval.shape for atom in equation.invars]
     if name in POINTWISE:
         return functools.reduce(
-            functools.partial(_hull, name), [one for one, s in zip(inputs, shapes, strict=True) if s == shape]
+            functools.partial(_hull, name),
+            [one for one, s in zip(inputs, shapes, strict=True) if s == shape],
         )
     if any(isinstance(one, str) for one in inputs):
         raise GeometryError(next(one for one in inputs if isinstance(one, str)))
@@ -210,9 +254,13 @@ def _step(name: str, equation: Any, inputs: Sequence[Known], shape: tuple[int, .
         case "squeeze":
             return tuple(field for i, field in enumerate(first) if i not in params["dimensions"])
         case "broadcast_in_dim":
-            to = dict(zip(params["broadcast_dimensions"], zip(first, shapes[0], strict=True), strict=True))
+            to = dict(
+                zip(params["broadcast_dimensions"], zip(first, shapes[0], strict=True), strict=True)
+            )
             fields = [to.get(i, (None, 1)) for i in range(len(shape))]
-            return tuple(field if size == n else None for (field, size), n in zip(fields, shape, strict=True))
+            return tuple(
+                field if size == n else None for (field, size), n in zip(fields, shape, strict=True)
+            )
         case "reshape":
             return _reshape(first, shapes[0], shape)
         case _ if name in REDUCTIONS:
@@ -220,8 +268,15 @@ def _step(name: str, equation: Any, inputs: Sequence[Known], shape: tuple[int, .
         case "pad":
             return _by_dim(name, first, params["padding_config"], _border)
         case "slice":
-            cut = zip(params["start_indices"], params["limit_indices"], params["strides"] or (1,) * len(shape), strict=True)
-            return _by_dim(name, first, cut, lambda f, p: f.through(1, p[2], (-p[0], p[1] - len(f.first))))
+            cut = zip(
+                params["start_indices"],
+                params["limit_indices"],
+                params["strides"] or (1,) * len(shape),
+                strict=True,
+            )
+            return _by_dim(
+                name, first, cut, lambda f, p: f.through(1, p[2], (-p[0], p[1] - len(f.first)))
+            )
         case "split" | "concatenate":
             axis = params["axis" if name == "split" else "dimension"]
             if any(one[axis] is not None for one in inputs if isinstance(one, tuple)):
@@ -245,8 +300,12 @@ def _step(name: str, equation: Any, inputs: Sequence[Known], shape: tuple[int, .
     raise GeometryError(name)
 
 
-def _by_dim(name: str, fields: Any, params: Any, rule: Callable[[Field, Any], Field | None]) -> Known:
-    out = tuple(None if field is None else rule(field, p) for field, p in zip(fields, params, strict=True))
+def _by_dim(
+    name: str, fields: Any, params: Any, rule: Callable[[Field, Any], Field | None]
+) -> Known:
+    out = tuple(
+        None if field is None else rule(field, p) for field, p in zip(fields, params, strict=True)
+    )
     if any(new is None and old is not None for new, old in zip(out, fields, strict=True)):
         raise GeometryError(f"{name} that puts zeros between positions")
     return out
@@ -274,7 +333,9 @@ def _convolution(fields: Any, kernel: tuple[int, ...], params: Any) -> Known:
         if field is not None:
             if params["lhs_dilation"][i] != 1:
                 raise GeometryError("a transposed convolution")
-            out[to] = field.through(taps, params["window_strides"][i], params["padding"][i], params["rhs_dilation"][i])
+            out[to] = field.through(
+                taps, params["window_strides"][i], params["padding"][i], params["rhs_dilation"][i]
+            )
     return tuple(out)
 
 
@@ -294,7 +355,10 @@ def _hull(name: str, left: Known, right: Known) -> Known:
     """Those of a sum."""
     if isinstance(left, str) or isinstance(right, str):
         return left if isinstance(left, str) else right
-    fields = tuple(a.joined(b) if a is not None and b is not None else a or b for a, b in zip(left, right, strict=True))
+    fields = tuple(
+        a.joined(b) if a is not None and b is not None else a or b
+        for a, b in zip(left, right, strict=True)
+    )
     if any(a is not None and joined is None for a, joined in zip(left, fields, strict=True)):
         raise GeometryError(f"{name} of maps whose strides differ")
     return fields

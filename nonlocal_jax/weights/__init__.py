@@ -2,11 +2,11 @@
 
 from nonlocal_jax.weights.files import Checkpoint, read
 from nonlocal_jax.weights.inflation import inflate
-from nonlocal_jax.weights.load import load, load_report
+from nonlocal_jax.weights.loading import load, load_report
 from nonlocal_jax.weights.report import LoadedWeight, LoadReport
-from nonlocal_jax.weights.save import export, save
+from nonlocal_jax.weights.saving import export, save
 from nonlocal_jax.weights.unpickle import FileFormatError, UnsafeFileError
-from nonlocal_jax.weights.verify import Verification, verify
+from nonlocal_jax.weights.verification import Verification, verify
 
 __all__ = [
     "Checkpoint",

@@ -22,11 +22,11 @@ from nonlocal_jax.weights import files
 from nonlocal_jax.weights.build import Choices, build, call, open_questions
 from nonlocal_jax.weights.entries import name_of, read_names
 from nonlocal_jax.weights.infer import Architecture, architecture
-from nonlocal_jax.weights.load import Part, load_checkpoint
+from nonlocal_jax.weights.loading import Part, load_checkpoint
 from nonlocal_jax.weights.names import flatten, unflatten
 from nonlocal_jax.weights.report import dims, table
-from nonlocal_jax.weights.save import save
-from nonlocal_jax.weights.verify import TOLERANCE, verify
+from nonlocal_jax.weights.saving import save
+from nonlocal_jax.weights.verification import TOLERANCE, verify
 
 Names = Literal[
     "nonlocal_jax",
@@ -62,7 +62,9 @@ class Verify(Choices):
     """Load a file; compare the weights with the file's, and each layer, each stage and the logits with their definitions."""
 
     file: Annotated[Path, tyro.conf.arg(metavar="FILE")]  # the file, or the folder of Orbax
-    tolerance: float = TOLERANCE  # the largest difference that is accepted, relative to the largest value
+    tolerance: float = (
+        TOLERANCE  # the largest difference that is accepted, relative to the largest value
+    )
     seed: int = 0  # of the random clip
 
 
@@ -81,7 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     config = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
     commands: Any = Inspect | Convert | Verify
-    command = tyro.cli(commands, args=arguments, prog="python -m nonlocal_jax.weights", description=__doc__, config=config)
+    command = tyro.cli(
+        commands,
+        args=arguments,
+        prog="python -m nonlocal_jax.weights",
+        description=__doc__,
+        config=config,
+    )
     try:
         match command:
             case Inspect():
@@ -91,7 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return _verify(command)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}" if error.strerror else f"error: {error}", file=sys.stderr)
+        print(
+            f"error: {error.filename}: {error.strerror}" if error.strerror else f"error: {error}",
+            file=sys.stderr,
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, VerificationError) else 2
@@ -101,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(command: Inspect) -> int:
     checkpoint = files.read(command.file)
     numbers = sum(math.prod(array.shape) for array in checkpoint.arrays.values())
-    print(f"{command.file}: {checkpoint.format}, {len(checkpoint.arrays)} arrays, {numbers:,} numbers")
+    print(
+        f"{command.file}: {checkpoint.format}, {len(checkpoint.arrays)} arrays, {numbers:,} numbers"
+    )
     targets: dict[str, str] = {}
     wrong = None
     try:
@@ -115,7 +128,12 @@ def _inspect(command: Inspect) -> int:
     except ValueError as error:  # the entries are shown all the same
         wrong = error
     rows = [
-        (key, dims(array.shape), array.dtype.name, targets.get(key, "not a weight" if targets else "unknown"))
+        (
+            key,
+            dims(array.shape),
+            array.dtype.name,
+            targets.get(key, "not a weight" if targets else "unknown"),
+        )
         for key, array in checkpoint.arrays.items()
     ]
     print(table("Entries", ("name", "shape", "dtype", "here"), rows))
@@ -130,15 +148,21 @@ def _convert(command: Convert) -> int:
     if command.out.exists() and not (command.overwrite and command.out.is_file()):
         raise FileExistsError(f"{command.out} is there already; --overwrite replaces a file.")
     if not command.out.parent.is_dir():
-        raise FileNotFoundError(f"{command.out.parent} is no folder; {command.out.name} cannot be written there.")
+        raise FileNotFoundError(
+            f"{command.out.parent} is no folder; {command.out.name} cannot be written there."
+        )
     checkpoint = files.read(command.file)
     found = architecture(checkpoint)
-    variables, report = load_checkpoint(checkpoint, build(found, command), **_load_options(found, command))
+    variables, report = load_checkpoint(
+        checkpoint, build(found, command), **_load_options(found, command)
+    )
     from_file = {weight.target for weight in report.weights if weight.source and weight.target}
     leaves = {target: leaf for target, leaf in flatten(variables).items() if target in from_file}
     save(command.out, unflatten(leaves), command.names)
     print(f"network: {call(found, command)}")
-    print(f"{report.summary.partition(';')[0]}; written to {command.out} by the names of {command.names}")
+    print(
+        f"{report.summary.partition(';')[0]}; written to {command.out} by the names of {command.names}"
+    )
     return 0
 
 
@@ -149,7 +173,9 @@ def _verify(command: Verify) -> int:
     print(f"network: {call(found, command)}")
     try:
         options = _load_options(found, command)
-        verification = verify(checkpoint, model, seed=command.seed, tolerance=command.tolerance, **options)
+        verification = verify(
+            checkpoint, model, seed=command.seed, tolerance=command.tolerance, **options
+        )
     except ValueError as error:
         raise VerificationError(str(error)) from error
     print(verification)

@@ -8,7 +8,7 @@ import flax.linen as nn
 
 from nonlocal_jax import models
 from nonlocal_jax.layers.block import CONVENTIONS, Preset
-from nonlocal_jax.models.video_resnet import Clip, Kind
+from nonlocal_jax.models.video_resnets import Clip, Kind
 from nonlocal_jax.types import Instantiation
 from nonlocal_jax.weights.entries import NATIVE
 from nonlocal_jax.weights.infer import MNIST, Architecture
@@ -27,9 +27,15 @@ class Choices:
     """What a file does not tell, or what is wanted instead. None is what the file says or, failing that, the default."""
 
     clip: Clip | None = None  # frames x stride, for the layout; by default 8x8, for mmaction2 32x2
-    kind: Kind | None = None  # inflates the kernels of an image network or a C2D; by default an image network becomes a C2D
-    instantiation: Instantiation | None = None  # by default embedded_gaussian, where the file leaves it and dot_product open
-    preset: Preset | None = None  # whose conventions; by default those of the source whose names the file has
+    kind: Kind | None = (
+        None  # inflates the kernels of an image network or a C2D; by default an image network becomes a C2D
+    )
+    instantiation: Instantiation | None = (
+        None  # by default embedded_gaussian, where the file leaves it and dot_product open
+    )
+    preset: Preset | None = (
+        None  # whose conventions; by default those of the source whose names the file has
+    )
     fold: bool = False  # fold running statistics of BatchNorm into affine maps
 
 
@@ -49,16 +55,28 @@ def options(found: Architecture, choices: Choices = Choices()) -> dict[str, Any]
     instantiation = choices.instantiation or found.instantiation or "embedded_gaussian"
     if found.network == MNIST:
         if wrong := [name for name in ("clip", "kind", "preset", "fold") if getattr(choices, name)]:
-            raise ValueError(f"{MNIST} has no {wrong[0]} to choose; got {getattr(choices, wrong[0])!r}.")
+            raise ValueError(
+                f"{MNIST} has no {wrong[0]} to choose; got {getattr(choices, wrong[0])!r}."
+            )
         return {"instantiation": instantiation}
     preset = choices.preset or PRESETS.get(found.source) or _preset(found, instantiation)
     kind = choices.kind or ("c2d" if found.kind == "image" else found.kind)
-    arguments: dict[str, Any] = {"depth": found.depth, "kind": kind, "nonlocal_blocks": dict(found.nonlocal_blocks)}
+    arguments: dict[str, Any] = {
+        "depth": found.depth,
+        "kind": kind,
+        "nonlocal_blocks": dict(found.nonlocal_blocks),
+    }
     for count in (0, 1, 5, 10):
-        if not found.nonlocal_blocks or _positions(found.blocks, count, preset) == found.nonlocal_blocks:
+        if (
+            not found.nonlocal_blocks
+            or _positions(found.blocks, count, preset) == found.nonlocal_blocks
+        ):
             arguments["nonlocal_blocks"] = count
             break
-    arguments |= {"clip": choices.clip or ("32x2" if found.source == "mmaction2" else "8x8"), "preset": preset}
+    arguments |= {
+        "clip": choices.clip or ("32x2" if found.source == "mmaction2" else "8x8"),
+        "preset": preset,
+    }
     if found.num_classes is not None:
         arguments["num_classes"] = found.num_classes
     if found.nonlocal_blocks:
@@ -67,7 +85,11 @@ def options(found: Architecture, choices: Choices = Choices()) -> dict[str, Any]
             arguments["block_options"] = block
         # video-nonlocal-net sums over groups of frames where it has frozen norms and long maps.
         frozen_net = found.source == "caffe2" and found.frozen_bn and not found.nonlocal_norm
-        if frozen_net and arguments["clip"] in ("32x4", "128x1") and "res3" in found.nonlocal_blocks:
+        if (
+            frozen_net
+            and arguments["clip"] in ("32x4", "128x1")
+            and "res3" in found.nonlocal_blocks
+        ):
             arguments["group_size"] = {"res3": 4}
     if found.frozen_bn or choices.fold:
         arguments["frozen_bn"] = True
@@ -107,15 +129,21 @@ def open_questions(found: Architecture, choices: Choices = Choices()) -> list[st
     """What the file does not tell and was not chosen, a sentence each."""
     out, has_blocks = [], found.network == MNIST or found.nonlocal_blocks
     if has_blocks and found.instantiation is None and choices.instantiation is None:
-        out.append("pairwise function: embedded_gaussian and dot_product have the same weights; embedded_gaussian is taken")
+        out.append(
+            "pairwise function: embedded_gaussian and dot_product have the same weights; embedded_gaussian is taken"
+        )
     if found.network == MNIST:
         return out
     if choices.clip is None:
-        out.append(f"clip: layouts have the same weights; {options(found, choices)['clip']} is taken")
+        out.append(
+            f"clip: layouts have the same weights; {options(found, choices)['clip']} is taken"
+        )
     if found.source in (NATIVE, "torchvision") and choices.preset is None:
         out.append(f"preset: {options(found, choices)['preset']} is taken")
     if found.kind == "image" and choices.kind is None:
-        out.append("kind: an image network; it becomes a c2d, or is inflated if another kind is asked for")
+        out.append(
+            "kind: an image network; it becomes a c2d, or is inflated if another kind is asked for"
+        )
     if found.num_classes is None:
         out.append("no classifier: any num_classes fits, with initialise=('classifier',)")
     if found.frozen_bn:
@@ -123,7 +151,9 @@ def open_questions(found: Architecture, choices: Choices = Choices()) -> list[st
     return out
 
 
-def _positions(blocks: tuple[int, ...], count: int, preset: Preset) -> Mapping[str, tuple[int, ...]] | None:
+def _positions(
+    blocks: tuple[int, ...], count: int, preset: Preset
+) -> Mapping[str, tuple[int, ...]] | None:
     """Where so many blocks would be; None where they have no place."""
     try:
         return models.video_resnet(blocks, "c2d", count, preset=preset).nonlocal_blocks  # type: ignore[arg-type]
@@ -151,6 +181,9 @@ def _preset(found: Architecture, instantiation: Instantiation) -> Preset:
     if not found.nonlocal_blocks:
         return "paper"
     fits = (
-        p for p in order if instantiation in CONVENTIONS[p].instantiations and not _block_options(found, p).keys() - {"norm"}
+        p
+        for p in order
+        if instantiation in CONVENTIONS[p].instantiations
+        and not _block_options(found, p).keys() - {"norm"}
     )
     return next(fits, "paper")

@@ -54,7 +54,9 @@ def read_names(checkpoint: Checkpoint) -> tuple[Source | None, list[Entry], list
         elif found := source.to_ours(name):
             ours, row = found
             ours_array, flat = row.transform.to_ours(array), array.ndim == 4
-            entries.append(Entry(key, variable_path(ours), ours_array, flat, array.shape, row.transform.shapes))
+            entries.append(
+                Entry(key, variable_path(ours), ours_array, flat, array.shape, row.transform.shapes)
+            )
         elif source.holds_no_weights(name):
             others.append(LoadedWeight(key, "", array.shape, (), "not a weight"))
         else:
@@ -71,9 +73,14 @@ def detect(checkpoint: Checkpoint) -> Source | None:
     keys = [strip_prefix(key) for key in checkpoint.arrays]
     if keys and all(key.startswith(("params/", "batch_stats/")) for key in keys):
         return None
-    known = {source.name: sum(source.to_ours(key) is not None for key in keys) for source in SOURCES}
+    known = {
+        source.name: sum(source.to_ours(key) is not None for key in keys) for source in SOURCES
+    }
     best = max(SOURCES, key=lambda source: known[source.name])
-    if 2 * known[best.name] < sum(not best.holds_no_weights(key) for key in keys) or not known[best.name]:
+    if (
+        2 * known[best.name] < sum(not best.holds_no_weights(key) for key in keys)
+        or not known[best.name]
+    ):
         some = ", ".join(keys[:4])
         raise ValueError(
             f"{checkpoint.path} has the names of none of {', '.join(known)}, nor of this library; its first are {some}."

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 from nonlocal_jax import models
-from nonlocal_jax.models.video_resnet import DEPTHS, STAGES, Kind
+from nonlocal_jax.models.video_resnets import DEPTHS, STAGES, Kind
 from nonlocal_jax.types import Instantiation
 from nonlocal_jax.weights.entries import Entry, name_of, read_names
 from nonlocal_jax.weights.files import Checkpoint
@@ -54,7 +54,9 @@ class Architecture:
     @property
     def depth(self) -> int | tuple[int, ...]:
         """50, 101 or 152, or the residual blocks of each stage."""
-        return next((depth for depth, blocks in DEPTHS.items() if blocks == self.blocks), self.blocks)
+        return next(
+            (depth for depth, blocks in DEPTHS.items() if blocks == self.blocks), self.blocks
+        )
 
 
 def architecture(checkpoint: Checkpoint) -> Architecture:
@@ -89,7 +91,9 @@ def _architecture(source: str, entries: list[Entry]) -> Architecture:
     shapes = {entry.target.partition("/")[2]: entry.array.shape for entry in entries}
     if {"conv2/kernel", "fc1/kernel"} <= shapes.keys():
         found = Architecture(source, MNIST, **_pairwise(shapes, ["nonlocal1", "nonlocal2"]))
-        return dataclasses.replace(found, num_classes=shapes["fc2/kernel"][-1] if "fc2/kernel" in shapes else None)
+        return dataclasses.replace(
+            found, num_classes=shapes["fc2/kernel"][-1] if "fc2/kernel" in shapes else None
+        )
     blocks = _residual_blocks(shapes)
     places = _nonlocal_blocks(shapes, blocks)
     flat = {entry.flat for entry in entries if re.search(r"/conv(1|_[abc])/kernel$", entry.target)}
@@ -99,9 +103,12 @@ def _architecture(source: str, entries: list[Entry]) -> Architecture:
         blocks=blocks,
         kind="image" if flat == {True} else _kind(shapes, blocks),
         nonlocal_blocks={
-            stage: tuple(i for _, i in group) for stage, group in itertools.groupby(places, lambda place: place[0])
+            stage: tuple(i for _, i in group)
+            for stage, group in itertools.groupby(places, lambda place: place[0])
         },
-        subsample=_subsample(source, [entry.key for entry in entries if "/operation/g/" in entry.target]),
+        subsample=_subsample(
+            source, [entry.key for entry in entries if "/operation/g/" in entry.target]
+        ),
         frozen_bn=_frozen(shapes),
         num_classes=shapes["head/kernel"][-1] if "head/kernel" in shapes else None,
         **_pairwise(shapes, [f"nonlocal_{stage}_{i}" for stage, i in places]),
@@ -113,7 +120,9 @@ def _residual_blocks(shapes: Shapes) -> tuple[int, ...]:
     """How many each stage has, their numbers without a hole."""
     counts = []
     for stage in STAGES:
-        numbers = sorted({int(m[1]) for path in shapes if (m := re.match(rf"{stage}_(\d+)/", path))})
+        numbers = sorted(
+            {int(m[1]) for path in shapes if (m := re.match(rf"{stage}_(\d+)/", path))}
+        )
         if not numbers:
             raise ValueError(f"it has no {stage}, so it is none of the networks here")
         if hole := [i for i in range(numbers[-1]) if i not in numbers]:
@@ -128,16 +137,22 @@ def _residual_blocks(shapes: Shapes) -> tuple[int, ...]:
 def _kernel(shapes: Shapes, place: str) -> tuple[int, ...]:
     shape = shapes.get(f"{place}/kernel")
     if shape is None or len(shape) != 5:
-        raise ValueError(f"{place} must have a kernel of 4 or 5 axes; it has {'none' if shape is None else shape}")
+        raise ValueError(
+            f"{place} must have a kernel of 4 or 5 axes; it has {'none' if shape is None else shape}"
+        )
     return shape
 
 
 def _nonlocal_blocks(shapes: Shapes, blocks: tuple[int, ...]) -> list[tuple[str, int]]:
     """The stage and number of the residual block that each comes after."""
-    found = {(m[1], int(m[2])) for path in shapes if (m := re.match(r"nonlocal_(res[2-5])_(\d+)/", path))}
+    found = {
+        (m[1], int(m[2])) for path in shapes if (m := re.match(r"nonlocal_(res[2-5])_(\d+)/", path))
+    }
     for stage, i in sorted(found):
         if i >= (count := blocks[STAGES.index(stage)]):
-            raise ValueError(f"there is a non-local block after residual block {i} of {stage}, which has {count}")
+            raise ValueError(
+                f"there is a non-local block after residual block {i} of {stage}, which has {count}"
+            )
     return sorted(found)
 
 
@@ -156,8 +171,15 @@ def _kind(shapes: Shapes, blocks: tuple[int, ...]) -> Kind:
         wanted = {"conv1": model.conv1_frames}
         for stage, of_stage in zip(STAGES, model.taps, strict=True):
             for i, pair in enumerate(of_stage):
-                wanted |= {f"{stage}_{i}/{conv}": n for conv, n in zip(("conv_a", "conv_b"), pair, strict=True)}
-        wrong[kind] = [f"{place} is {taps[place]} where it has {n}" for place, n in wanted.items() if taps[place] != n]
+                wanted |= {
+                    f"{stage}_{i}/{conv}": n
+                    for conv, n in zip(("conv_a", "conv_b"), pair, strict=True)
+                }
+        wrong[kind] = [
+            f"{place} is {taps[place]} where it has {n}"
+            for place, n in wanted.items()
+            if taps[place] != n
+        ]
     nearest = min(KINDS, key=lambda kind: len(wrong[kind]))
     if wrong[nearest]:
         raise ValueError(
@@ -171,7 +193,9 @@ def _widths(shapes: Shapes, blocks: tuple[int, ...]) -> dict[str, Any]:
     *_, per_group, inner = _kernel(shapes, "res2_0/conv_b")
     groups = inner // per_group if per_group and inner % per_group == 0 else 0
     if not groups or inner % groups:
-        raise ValueError(f"res2_0/conv_b has {inner} channels, of which each sees {per_group}: that is no number of groups")
+        raise ValueError(
+            f"res2_0/conv_b has {inner} channels, of which each sees {per_group}: that is no number of groups"
+        )
     for s, (stage, count) in enumerate(zip(STAGES, blocks, strict=True)):
         for i in range(count):
             wanted = {
@@ -199,7 +223,9 @@ def _pairwise(shapes: Shapes, places: list[str]) -> dict[str, Any]:
         instantiation = "gaussian" if places else None
     return {
         "instantiation": instantiation,
-        "embedding_bias": _all("a bias of g", (f"{place}/operation/g/bias" in shapes for place in places)),
+        "embedding_bias": _all(
+            "a bias of g", (f"{place}/operation/g/bias" in shapes for place in places)
+        ),
         "out_bias": _all("a bias of W_z", (f"{place}/out/bias" in shapes for place in places)),
         "nonlocal_norm": _all("a norm", (f"{place}/out_norm/scale" in shapes for place in places)),
     }
@@ -214,12 +240,18 @@ def _all(what: str, each: Iterable[bool]) -> bool:
 
 def _subsample(source: str, keys: list[str]) -> bool | None:
     """Whether a pooling follows g, which is then the first of two; from its names in mmaction2."""
-    return _all("a pooling of their keys", (".g.0." in key for key in keys)) if keys and source == "mmaction2" else None
+    return (
+        _all("a pooling of their keys", (".g.0." in key for key in keys))
+        if keys and source == "mmaction2"
+        else None
+    )
 
 
 def _frozen(shapes: Shapes) -> bool:
     norms = sorted(path.removesuffix("/scale") for path in shapes if path.endswith("/scale"))
-    with_statistics = [norm for norm in norms if f"{norm}/mean" in shapes and f"{norm}/var" in shapes]
+    with_statistics = [
+        norm for norm in norms if f"{norm}/mean" in shapes and f"{norm}/var" in shapes
+    ]
     if with_statistics and (without := sorted(set(norms) - set(with_statistics))):
         raise ValueError(f"{with_statistics[0]} has running statistics, but {without[0]} has none")
     return not with_statistics

@@ -32,7 +32,11 @@ class Transform:
 
 def _flat(array: Weights, axes: int) -> Weights:
     """Without the axes of length 1 after the first few; other shapes stay, and are then refused for what they are."""
-    return array.reshape(array.shape[:axes]) if array.size and set(array.shape[axes:]) <= {1} else array
+    return (
+        array.reshape(array.shape[:axes])
+        if array.size and set(array.shape[axes:]) <= {1}
+        else array
+    )
 
 
 def _conv_to_ours(array: Weights) -> Weights:
@@ -47,16 +51,24 @@ def _matrix_to_ours(array: Weights) -> Weights:
 
 
 VECTOR = Transform("(C,) → (C,)", lambda a: _flat(a, 1), lambda a: a)
-CONV = Transform("(O, I, T, H, W) → (T, H, W, I, O)", _conv_to_ours, lambda a: a.transpose(4, 3, 0, 1, 2))
+CONV = Transform(
+    "(O, I, T, H, W) → (T, H, W, I, O)", _conv_to_ours, lambda a: a.transpose(4, 3, 0, 1, 2)
+)
 CONV2D = Transform(
     "(O, I, H, W) → (H, W, I, O)",
     lambda a: a.transpose(2, 3, 1, 0) if a.ndim == 4 else a,
     lambda a: a.transpose(3, 2, 0, 1),
 )
 DENSE = Transform("(O, I) → (I, O)", _matrix_to_ours, lambda a: a.T)
-POINTWISE = Transform("(O, I, 1, 1, 1) → (I, O)", _matrix_to_ours, lambda a: a.T[..., None, None, None])
+POINTWISE = Transform(
+    "(O, I, 1, 1, 1) → (I, O)", _matrix_to_ours, lambda a: a.T[..., None, None, None]
+)
 POINTWISE2D = Transform("(O, I, 1, 1) → (I, O)", _matrix_to_ours, lambda a: a.T[..., None, None])
-W_F = Transform("(1, 2d, 1, 1) → (2d,)", lambda a: _flat(a[0], 1) if a.ndim > 1 else a, lambda a: a[None, :, None, None])
+W_F = Transform(
+    "(1, 2d, 1, 1) → (2d,)",
+    lambda a: _flat(a[0], 1) if a.ndim > 1 else a,
+    lambda a: a[None, :, None, None],
+)
 
 
 def dense_of_map(channels: int, height: int, width: int) -> Transform:
@@ -110,7 +122,11 @@ class Source:
         for row in self.rows:
             if match := self._pattern(row, "theirs").fullmatch(theirs):
                 return _fill(
-                    row.ours, {field: self._word(field, word, back=True) for field, word in match.groupdict().items()}
+                    row.ours,
+                    {
+                        field: self._word(field, word, back=True)
+                        for field, word in match.groupdict().items()
+                    },
                 ), row
         return None
 
@@ -118,7 +134,10 @@ class Source:
         """Their name of one here, and its row; None where there is no such row."""
         for row in self.rows:
             if match := self._pattern(row, "ours").fullmatch(ours):
-                return _fill(row.theirs, {field: self._word(field, word) for field, word in match.groupdict().items()}), row
+                return _fill(
+                    row.theirs,
+                    {field: self._word(field, word) for field, word in match.groupdict().items()},
+                ), row
         return None
 
     def holds_no_weights(self, theirs: str) -> bool:
@@ -127,10 +146,17 @@ class Source:
 
     def _word(self, field: str, word: str, back: bool = False) -> str:
         words = self.words.get(field, {})
-        return {there: here for here, there in words.items()}.get(word, word) if back else words.get(word, word)
+        return (
+            {there: here for here, there in words.items()}.get(word, word)
+            if back
+            else words.get(word, word)
+        )
 
     def _pattern(self, row: Row, side: str) -> re.Pattern[str]:
-        words = tuple((field, tuple(w.values() if side == "theirs" else w.keys())) for field, w in self.words.items())
+        words = tuple(
+            (field, tuple(w.values() if side == "theirs" else w.keys()))
+            for field, w in self.words.items()
+        )
         return _compiled(getattr(row, side), words)
 
 

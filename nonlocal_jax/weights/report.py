@@ -78,7 +78,11 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], wide
 
     out = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
     for name in header:
-        out.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+        out.add_column(
+            name.removeprefix(">"),
+            justify="right" if name.startswith(">") else "left",
+            overflow="fold",
+        )
     for row in rows:
         out.add_row(*map(escape, row))
     terminal = Console().width if sys.stdout.isatty() else wide

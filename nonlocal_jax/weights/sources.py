@@ -18,7 +18,9 @@ from nonlocal_jax.weights.names import (
 
 
 def _rows(*rows: tuple[str, str, Transform, str, str]) -> tuple[Row, ...]:
-    return tuple(Row(theirs, ours, transform, (there, here)) for theirs, ours, transform, there, here in rows)
+    return tuple(
+        Row(theirs, ours, transform, (there, here)) for theirs, ours, transform, there, here in rows
+    )
 
 
 def _stages(*theirs: str) -> dict[str, str]:
@@ -141,7 +143,9 @@ _TORCHVISION = _rows(
     ("fc.bias", "head/bias", VECTOR, "fc.bias", "head/bias"),
 )  # fmt: skip
 _LAYERS = _stages("layer1", "layer2", "layer3", "layer4")
-TORCHVISION = Source("torchvision", _TORCHVISION, {"stage": _LAYERS, "x": BRANCH, "stat": STATISTICS}, COUNTERS)
+TORCHVISION = Source(
+    "torchvision", _TORCHVISION, {"stage": _LAYERS, "x": BRANCH, "stat": STATISTICS}, COUNTERS
+)
 
 _BLOCK = "backbone.{stage}.{i}.non_local_block"
 _OPERATION = "nonlocal_{stage}_{i}/operation"
@@ -238,14 +242,23 @@ def _pytorchvideo(name: str, head: str, example: str, *stages: str) -> Source:
         (f"{head}.proj.weight", "head/kernel", DENSE, f"{head}.proj.weight", "head/kernel"),
         (f"{head}.proj.bias", "head/bias", VECTOR, f"{head}.proj.bias", "head/bias"),
     )  # fmt: skip
-    return Source(name, rows, {"stage": _stages(*stages), "x": {x: x for x in "abc"}, "stat": STATISTICS}, COUNTERS)
+    return Source(
+        name,
+        rows,
+        {"stage": _stages(*stages), "x": {x: x for x in "abc"}, "stat": STATISTICS},
+        COUNTERS,
+    )
 
 
 # pool2 is a block of its own there, of c2d_r50 and i3d_r50.
-PYTORCHVIDEO = _pytorchvideo("pytorchvideo", "blocks.6", "blocks.3", "blocks.1", "blocks.3", "blocks.4", "blocks.5")
+PYTORCHVIDEO = _pytorchvideo(
+    "pytorchvideo", "blocks.6", "blocks.3", "blocks.1", "blocks.3", "blocks.4", "blocks.5"
+)
 
 
-def _non_local_pytorch(name: str, conv: Mapping[str, str], norm: Mapping[str, str], block: Mapping[str, str]) -> Source:
+def _non_local_pytorch(
+    name: str, conv: Mapping[str, str], norm: Mapping[str, str], block: Mapping[str, str]
+) -> Source:
     c, n, b = conv["2"], norm["2"], block["2"]
     rows = _rows(
         ("{conv}.weight", "conv{conv}/kernel", CONV2D, f"{c}.weight", "conv2/kernel"),
@@ -279,7 +292,13 @@ def _non_local_pytorch(name: str, conv: Mapping[str, str], norm: Mapping[str, st
         ("fc.3.weight", "fc2/kernel", DENSE, "fc.3.weight", "fc2/kernel"),
         ("fc.3.bias", "fc2/bias", VECTOR, "fc.3.bias", "fc2/bias"),
     )  # fmt: skip
-    words = {"conv": conv, "norm": norm, "block": block, "stat": STATISTICS, "pooled": {"phi": "phi", "g": "g"}}
+    words = {
+        "conv": conv,
+        "norm": norm,
+        "block": block,
+        "stat": STATISTICS,
+        "pooled": {"phi": "phi", "g": "g"},
+    }
     return Source(name, rows, words, COUNTERS)
 
 
@@ -297,4 +316,12 @@ NON_LOCAL_PYTORCH_FIRST = _non_local_pytorch(
     {"1": "convs.4", "2": "convs.9"},
 )
 
-SOURCES = (CAFFE2, SLOWFAST, MMACTION2, PYTORCHVIDEO, TORCHVISION, NON_LOCAL_PYTORCH, NON_LOCAL_PYTORCH_FIRST)
+SOURCES = (
+    CAFFE2,
+    SLOWFAST,
+    MMACTION2,
+    PYTORCHVIDEO,
+    TORCHVISION,
+    NON_LOCAL_PYTORCH,
+    NON_LOCAL_PYTORCH_FIRST,
+)

@@ -71,9 +71,13 @@ class Tensor:
         if not self.nbytes:
             return np.zeros(self.shape, self.dtype)
         size = self.dtype.itemsize
-        view = np.ndarray(self.shape, self.dtype, content, self.offset * size, [n * size for n in self.strides])
+        view = np.ndarray(
+            self.shape, self.dtype, content, self.offset * size, [n * size for n in self.strides]
+        )
         array = np.asarray(view, order="C")
-        return array if order == sys.byteorder else array.view(f"u{size}").byteswap().view(self.dtype)
+        return (
+            array if order == sys.byteorder else array.view(f"u{size}").byteswap().view(self.dtype)
+        )
 
 
 # What the names of torch stand for. What they are called with is the file's: anything, and any number of it.
@@ -81,28 +85,41 @@ class Tensor:
 
 def _storage(known: dict[str, Storage], pid: object) -> Storage:
     match pid:
-        case ("storage", np.dtype() as dtype, str() as key, str(), size, *view) if view in ([], [None]):
+        case ("storage", np.dtype() as dtype, str() as key, str(), size, *view) if view in (
+            [],
+            [None],
+        ):
             storage = Storage(key, dtype, *integers((size,)))
             if known.setdefault(key, storage).nbytes == storage.nbytes:
                 return storage
             raise FileFormatError(
                 f"storage {key!a:.40} is said to have {known[key].nbytes} bytes and to have {storage.nbytes}."
             )
-    raise FileFormatError(f"its pickle refers to {kind(pid)} outside it; expected a whole storage of real numbers.")
+    raise FileFormatError(
+        f"its pickle refers to {kind(pid)} outside it; expected a whole storage of real numbers."
+    )
 
 
-def _tensor(storage: object, offset: object, shape: object, strides: object, dtype: object = None) -> Tensor:
+def _tensor(
+    storage: object, offset: object, shape: object, strides: object, dtype: object = None
+) -> Tensor:
     dtype = storage.dtype if dtype is None and isinstance(storage, Storage) else dtype
     if not isinstance(storage, Storage) or not isinstance(dtype, np.dtype):
-        raise FileFormatError(f"a tensor is made of {kind(storage)} and {kind(dtype)}; expected a storage and a dtype.")
+        raise FileFormatError(
+            f"a tensor is made of {kind(storage)} and {kind(dtype)}; expected a storage and a dtype."
+        )
     sizes, steps, (start,) = integers(shape), integers(strides), integers((offset,))
     if len(sizes) != len(steps):
         raise FileFormatError(f"a tensor of {len(sizes)} axes has {len(steps)} strides.")
     nbytes = size_of(sizes, dtype.itemsize)
     steps = tuple(step if n > 1 else 0 for n, step in zip(sizes, steps, strict=True))
-    end = dtype.itemsize * (1 + start + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True)))
+    end = dtype.itemsize * (
+        1 + start + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
+    )
     if nbytes and end > storage.nbytes:
-        raise UnsafeFileError(f"a tensor {sizes} reaches to byte {end} of a storage of {storage.nbytes}.")
+        raise UnsafeFileError(
+            f"a tensor {sizes} reaches to byte {end} of a storage of {storage.nbytes}."
+        )
     return Tensor(storage, dtype, start, sizes, steps)
 
 
@@ -122,7 +139,9 @@ def _tensor_v3(*arguments: object) -> Tensor:
 
 def _no_metadata(metadata: tuple[object, ...]) -> None:
     if any(metadata):
-        raise FileFormatError("a tensor is stored to be negated or conjugated later. Call resolve_neg() before saving.")
+        raise FileFormatError(
+            "a tensor is stored to be negated or conjugated later. Call resolve_neg() before saving."
+        )
 
 
 def _parameter(data: object, grad: object, hooks: object) -> object:
@@ -137,12 +156,31 @@ _INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "ui
 _DTYPES = {name: np.dtype(name) for name in ["float64", "float32", "float16", "bool", *_INTEGERS]}
 _DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 _STORAGES = {
-    **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Bool": "bool"},
+    **{
+        "Double": "float64",
+        "Float": "float32",
+        "Half": "float16",
+        "BFloat16": "bfloat16",
+        "Bool": "bool",
+    },
     **{"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"},
 }
 _UNREAD = {
-    "complex tensors": ["ComplexFloatStorage", "ComplexDoubleStorage", "complex32", "complex64", "complex128"],
-    "quantised tensors": ["QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage", "qint8"],
+    "complex tensors": [
+        "ComplexFloatStorage",
+        "ComplexDoubleStorage",
+        "complex32",
+        "complex64",
+        "complex128",
+    ],
+    "quantised tensors": [
+        "QInt8Storage",
+        "QUInt8Storage",
+        "QInt32Storage",
+        "QUInt4x2Storage",
+        "QUInt2x4Storage",
+        "qint8",
+    ],
     "8-bit floats": ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"],
 }
 TORCH_NAMES: Names = {
@@ -172,7 +210,9 @@ class _Zip:
             raise FileFormatError(f"its zip directory is damaged ({error!s:.100}).") from error
         members = self.archive.infolist()
         if self.archive.start_dir != start or len(members) > MAX_MEMBERS:
-            raise UnsafeFileError(f"its zip directory is inconsistent, or has over {MAX_MEMBERS} members.")
+            raise UnsafeFileError(
+                f"its zip directory is inconsistent, or has over {MAX_MEMBERS} members."
+            )
         for member in sorted(members, key=lambda member: member.header_offset, reverse=True):
             _check_member(file, member, end=start)
             start = member.header_offset
@@ -185,14 +225,27 @@ class _Zip:
         if member is None:
             raise FileFormatError(f"its zip archive lacks {name!a:.100}.")
         if member.file_size > at_most:
-            raise UnsafeFileError(f"{name!a:.100} has {member.file_size} bytes in its zip archive; expected at most {at_most}.")
+            raise UnsafeFileError(
+                f"{name!a:.100} has {member.file_size} bytes in its zip archive; expected at most {at_most}."
+            )
         try:
             with self.archive.open(member) as stream:
                 data = stream.read(member.file_size)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise FileFormatError(f"{name!a:.100} is damaged in its zip archive ({error!s:.100}). Fetch it again.") from error
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+        ) as error:
+            raise FileFormatError(
+                f"{name!a:.100} is damaged in its zip archive ({error!s:.100}). Fetch it again."
+            ) from error
         if len(data) != member.file_size:
-            raise FileFormatError(f"{name!a:.100} has {len(data)} bytes of {member.file_size} in its zip archive.")
+            raise FileFormatError(
+                f"{name!a:.100} has {len(data)} bytes of {member.file_size} in its zip archive."
+            )
         return data
 
 
@@ -201,12 +254,16 @@ def _directory_start(file: io.BufferedIOBase, size: int) -> int:
     file.seek(max(0, size - 98))
     tail = file.read().rjust(98, b"\0")
     if tail[76:80] != b"PK\5\6":
-        raise FileFormatError("cut short: a zip archive ends with its directory, and this does not. Fetch it again.")
+        raise FileFormatError(
+            "cut short: a zip archive ends with its directory, and this does not. Fetch it again."
+        )
     length, end = int.from_bytes(tail[88:92], "little"), size - 22
     if tail[:4] == b"PK\6\6" and tail[56:60] == b"PK\6\7":
         length, end = int.from_bytes(tail[40:48], "little"), size - 98
     if length > min(end, MAX_DIRECTORY):
-        raise UnsafeFileError(f"its zip directory has {length} bytes; expected at most {min(end, MAX_DIRECTORY)}.")
+        raise UnsafeFileError(
+            f"its zip directory has {length} bytes; expected at most {min(end, MAX_DIRECTORY)}."
+        )
     return end - length
 
 
@@ -215,8 +272,13 @@ def _check_member(file: io.BufferedIOBase, member: zipfile.ZipInfo, end: int) ->
     name = member.orig_filename
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
         raise UnsafeFileError(f"its zip archive has a member outside it, {name!a:.100}.")
-    if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise FileFormatError(f"{name!a:.100} in its zip archive is encrypted, or compressed otherwise than torch can read.")
+    if member.flag_bits & 1 or member.compress_type not in (
+        zipfile.ZIP_STORED,
+        zipfile.ZIP_DEFLATED,
+    ):
+        raise FileFormatError(
+            f"{name!a:.100} in its zip archive is encrypted, or compressed otherwise than torch can read."
+        )
     stored = member.compress_type == zipfile.ZIP_STORED
     if member.file_size > member.compress_size * (1 if stored else MAX_RATIO):
         raise UnsafeFileError(
@@ -224,9 +286,16 @@ def _check_member(file: io.BufferedIOBase, member: zipfile.ZipInfo, end: int) ->
         )
     file.seek(max(0, member.header_offset))
     header = file.read(30).ljust(30, b"\0")
-    start = member.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    start = (
+        member.header_offset
+        + 30
+        + int.from_bytes(header[26:28], "little")
+        + int.from_bytes(header[28:30], "little")
+    )
     if member.header_offset < 0 or header[:4] != b"PK\3\4" or start + member.compress_size > end:
-        raise UnsafeFileError(f"{name!a:.100} overlaps what follows it in its zip archive, or is not where it should be.")
+        raise UnsafeFileError(
+            f"{name!a:.100} overlaps what follows it in its zip archive, or is not where it should be."
+        )
 
 
 @dataclass(frozen=True)
@@ -241,21 +310,35 @@ class TorchFile:
 def _read_zip(file: io.BufferedIOBase, size: int) -> TorchFile:
     zipped = _Zip(file, size)
     root = next(iter(zipped.members), "").split("/")[0]
-    if f"{root}/constants.pkl" in zipped.members or any(name.startswith(f"{root}/code/") for name in zipped.members):
-        raise FileFormatError("it is a TorchScript archive, a program with weights; save its state_dict() instead.")
+    if f"{root}/constants.pkl" in zipped.members or any(
+        name.startswith(f"{root}/code/") for name in zipped.members
+    ):
+        raise FileFormatError(
+            "it is a TorchScript archive, a program with weights; save its state_dict() instead."
+        )
     if f"{root}/data.pkl" not in zipped.members:
         some = ", ".join(list(zipped.members)[:3])
-        raise FileFormatError(f"it is a zip archive that torch.save did not write: it has no data.pkl, but {some!a:.100}.")
-    order = zipped.read(f"{root}/byteorder", 8).decode("latin1") if f"{root}/byteorder" in zipped.members else "little"
+        raise FileFormatError(
+            f"it is a zip archive that torch.save did not write: it has no data.pkl, but {some!a:.100}."
+        )
+    order = (
+        zipped.read(f"{root}/byteorder", 8).decode("latin1")
+        if f"{root}/byteorder" in zipped.members
+        else "little"
+    )
     if order not in ("little", "big"):
         raise FileFormatError(f"its byte order must be little or big; got {order!a}.")
     pickled = zipped.read(f"{root}/data.pkl", MAX_PICKLE)
-    tree = load(Source(io.BytesIO(pickled), len(pickled)), TORCH_NAMES, functools.partial(_storage, {}))
+    tree = load(
+        Source(io.BytesIO(pickled), len(pickled)), TORCH_NAMES, functools.partial(_storage, {})
+    )
 
     def content(storage: Storage) -> bytes:
         data = zipped.read(f"{root}/data/{storage.key}", storage.nbytes)
         if len(data) != storage.nbytes:
-            raise FileFormatError(f"storage {storage.key!a:.40} must have {storage.nbytes} bytes; it has {len(data)}.")
+            raise FileFormatError(
+                f"storage {storage.key!a:.40} must have {storage.nbytes} bytes; it has {len(data)}."
+            )
         return data
 
     return TorchFile(tree, content, order)
@@ -265,18 +348,24 @@ def _read_legacy(file: io.BufferedIOBase, size: int) -> TorchFile:
     """Pickles: a magic number, the protocol, the writer's machine, the object, the keys. Then each storage, after its size."""
     source = Source(file, size)
     if load(source, {}) != LEGACY_MAGIC or load(source, {}) != LEGACY_PROTOCOL:
-        raise FileFormatError(f"it starts as a file of torch, but not as one of protocol {LEGACY_PROTOCOL}.")
+        raise FileFormatError(
+            f"it starts as a file of torch, but not as one of protocol {LEGACY_PROTOCOL}."
+        )
     load(source, {})
     storages: dict[str, Storage] = {}
     tree = load(source, TORCH_NAMES, functools.partial(_storage, storages))
     keys = load(source, {})
-    if not isinstance(keys, list) or any(not isinstance(key, str) or key not in storages for key in keys):
+    if not isinstance(keys, list) or any(
+        not isinstance(key, str) or key not in storages for key in keys
+    ):
         raise FileFormatError("its list of storages is not that of its tensors.")
     starts: dict[str, int] = {}
     for key in keys:
         count = int.from_bytes(source.read(8), "little")
         if count != storages[key].size:
-            raise FileFormatError(f"storage {key!a:.40} must have {storages[key].size} elements; it has {count}.")
+            raise FileFormatError(
+                f"storage {key!a:.40} must have {storages[key].size} elements; it has {count}."
+            )
         starts[key] = source.skip(storages[key].nbytes)
 
     def content(storage: Storage) -> bytes:

@@ -27,7 +27,9 @@ OPCODES = (  # those whose code in the standard library is left as it is
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT"
 )
-Names = Mapping[tuple[str, str], object]  # where it gives text, that says what is harmless but not read
+Names = Mapping[
+    tuple[str, str], object
+]  # where it gives text, that says what is harmless but not read
 Storages = Callable[[object], object]  # from a persistent id
 NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 
@@ -58,21 +60,27 @@ class Source:
     def _take(self, n: int) -> None:
         self.spend(1)
         if n > self.left:
-            raise FileFormatError(f"cut short: {n} more bytes should follow, {self.left} do. Fetch it again.")
+            raise FileFormatError(
+                f"cut short: {n} more bytes should follow, {self.left} do. Fetch it again."
+            )
         self.left -= n
 
     def readline(self) -> bytes:
         self.spend(1)
         line = self.file.readline(self.left)
         if not line.endswith(b"\n"):
-            raise FileFormatError(f"cut short: it ends within the line {line[:40]!r}. Fetch it again.")
+            raise FileFormatError(
+                f"cut short: it ends within the line {line[:40]!r}. Fetch it again."
+            )
         self.left -= len(line)
         return line
 
     def spend(self, steps: int) -> None:
         self.steps -= steps
         if self.steps < 0:
-            raise UnsafeFileError(f"its pickle takes more than {MAX_STEPS} steps; weights never need as many.")
+            raise UnsafeFileError(
+                f"its pickle takes more than {MAX_STEPS} steps; weights never need as many."
+            )
 
 
 class DType:
@@ -82,8 +90,14 @@ class DType:
         self.numpy = np.dtype(name)
 
     def fill(self, state: object) -> None:
-        if not isinstance(state, tuple) or state[1:2] not in (("<",), (">",), ("|",), ("=",)) or state[2:5] != (None,) * 3:
-            raise UnsafeFileError(f"the state of a numpy dtype is not that of a number: {kind(state)}.")
+        if (
+            not isinstance(state, tuple)
+            or state[1:2] not in (("<",), (">",), ("|",), ("=",))
+            or state[2:5] != (None,) * 3
+        ):
+            raise UnsafeFileError(
+                f"the state of a numpy dtype is not that of a number: {kind(state)}."
+            )
         self.numpy = self.numpy.newbyteorder(state[1])
 
 
@@ -102,12 +116,27 @@ class NumpyArray:
 
     def fill(self, state: object) -> None:
         match state:
-            case (int(), tuple() as shape, DType() as dtype, int() as fortran, str() | bytes() as data) if self.dtype is None:
-                self.shape, self.dtype, self.fortran, self.data = integers(shape), dtype, fortran, data
+            case (
+                int(),
+                tuple() as shape,
+                DType() as dtype,
+                int() as fortran,
+                str() | bytes() as data,
+            ) if self.dtype is None:
+                self.shape, self.dtype, self.fortran, self.data = (
+                    integers(shape),
+                    dtype,
+                    fortran,
+                    data,
+                )
             case _:
-                raise UnsafeFileError(f"the state of a numpy array is not that of new numbers: {kind(state)}.")
+                raise UnsafeFileError(
+                    f"the state of a numpy array is not that of new numbers: {kind(state)}."
+                )
         if len(data) != (nbytes := size_of(shape, dtype.numpy.itemsize)):
-            raise FileFormatError(f"an array {shape} of {dtype.numpy} takes {nbytes} bytes; it comes with {len(data)}.")
+            raise FileFormatError(
+                f"an array {shape} of {dtype.numpy} takes {nbytes} bytes; it comes with {len(data)}."
+            )
 
     def array(self) -> np.ndarray:
         if self.dtype is None:
@@ -130,9 +159,15 @@ def kind(value: object) -> str:
 
 def integers(value: object) -> tuple[int, ...]:
     """As in a shape or in strides: few, none negative, none beyond what can be addressed."""
-    if isinstance(value, tuple) and len(value) <= MAX_AXES and all(type(n) is int and 0 <= n <= sys.maxsize for n in value):
+    if (
+        isinstance(value, tuple)
+        and len(value) <= MAX_AXES
+        and all(type(n) is int and 0 <= n <= sys.maxsize for n in value)
+    ):
         return value
-    raise FileFormatError(f"sizes and strides must be up to {MAX_AXES} integers from 0 to {sys.maxsize}; got {kind(value)}.")
+    raise FileFormatError(
+        f"sizes and strides must be up to {MAX_AXES} integers from 0 to {sys.maxsize}; got {kind(value)}."
+    )
 
 
 def size_of(shape: tuple[int, ...], itemsize: int) -> int:
@@ -145,10 +180,16 @@ def size_of(shape: tuple[int, ...], itemsize: int) -> int:
 def insert(target: Any, items: list[Any]) -> Any:
     """Keys and values, in turn, into a dict. No tuple is a key: to hash a deep one overflows the stack."""
     if type(target) not in (dict, OrderedDict) or len(items) % 2:
-        raise FileFormatError(f"keys and values do not pair up, or belong to no dict but {kind(target)}.")
+        raise FileFormatError(
+            f"keys and values do not pair up, or belong to no dict but {kind(target)}."
+        )
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | bytes | int | float | None) or (isinstance(key, int) and key.bit_length() > 64):
-            raise FileFormatError(f"a key of a dict must be text or a number of 64 bits; got {kind(key)}.")
+        if not isinstance(key, str | bytes | int | float | None) or (
+            isinstance(key, int) and key.bit_length() > 64
+        ):
+            raise FileFormatError(
+                f"a key of a dict must be text or a number of 64 bits; got {kind(key)}."
+            )
         target[key] = value
     return target
 
@@ -158,16 +199,22 @@ def insert(target: Any, items: list[Any]) -> Any:
 
 def _reconstruct(cls: object, shape: object, typecode: object) -> NumpyArray:
     if cls is not NumpyArray or shape != (0,):
-        raise UnsafeFileError("numpy's _reconstruct is asked for something else than an empty array to fill.")
+        raise UnsafeFileError(
+            "numpy's _reconstruct is asked for something else than an empty array to fill."
+        )
     return NumpyArray()
 
 
-def _frombuffer(data: object, dtype: object, shape: object, order: object, axes: object = None) -> NumpyArray:
+def _frombuffer(
+    data: object, dtype: object, shape: object, order: object, axes: object = None
+) -> NumpyArray:
     array = NumpyArray()
     array.fill((1, shape, dtype, order == "F", data))
     if order == "K":
         array.axes = integers(axes)
-    if order not in ("C", "F", "K") or (array.axes and sorted(array.axes) != list(range(len(array.shape)))):
+    if order not in ("C", "F", "K") or (
+        array.axes and sorted(array.axes) != list(range(len(array.shape)))
+    ):
         raise FileFormatError(f"the axes of an array {array.shape} come in an unknown order.")
     return array
 
@@ -181,7 +228,9 @@ def _scalar(dtype: object, data: object) -> NumpyArray:
 def _dtype(name: object, align: object = False, copy: object = False) -> DType:
     if not isinstance(name, str) or name not in NUMBERS:
         what = name if isinstance(name, str) else kind(name)
-        raise UnsafeFileError(f"it asks for numpy.dtype({what!a:.40}); only arrays of real numbers and bools are read.")
+        raise UnsafeFileError(
+            f"it asks for numpy.dtype({what!a:.40}); only arrays of real numbers and bools are read."
+        )
     return DType(name)
 
 
@@ -193,9 +242,13 @@ def _encode(text: object, encoding: object) -> str:
 
 
 def _ordered(pairs: object = ()) -> OrderedDict[Any, Any]:
-    if not isinstance(pairs, list | tuple) or any(not isinstance(p, list | tuple) or len(p) != 2 for p in pairs):
+    if not isinstance(pairs, list | tuple) or any(
+        not isinstance(p, list | tuple) or len(p) != 2 for p in pairs
+    ):
         raise UnsafeFileError(f"OrderedDict is made of something else than pairs: {kind(pairs)}.")
-    ordered: OrderedDict[Any, Any] = insert(OrderedDict(), [item for pair in pairs for item in pair])
+    ordered: OrderedDict[Any, Any] = insert(
+        OrderedDict(), [item for pair in pairs for item in pair]
+    )
     return ordered
 
 
@@ -216,7 +269,9 @@ class _Opcodes(dict[int, Callable[[Any], None]]):
         names = [op.name for op in pickletools.opcodes if ord(op.code) == code]
         if not names:
             raise FileFormatError(f"its pickle is damaged: byte {code:#04x} is no opcode.")
-        raise UnsafeFileError(f"its pickle uses the opcode {names[0]}, which weights are never written with. {NOTHING_RAN}")
+        raise UnsafeFileError(
+            f"its pickle uses the opcode {names[0]}, which weights are never written with. {NOTHING_RAN}"
+        )
 
 
 _Base: Any = pickle._Unpickler
@@ -232,18 +287,26 @@ class _Unpickler(_Base):
     def find_class(self, module: str, name: str) -> object:
         found = self.names.get((module, name))
         if found is None:
-            raise UnsafeFileError(f"it asks for {f'{module}.{name}'!a:.100}, which weights never need. {NOTHING_RAN}")
+            raise UnsafeFileError(
+                f"it asks for {f'{module}.{name}'!a:.100}, which weights never need. {NOTHING_RAN}"
+            )
         if isinstance(found, str):
-            raise FileFormatError(f"it holds {found} ({module}.{name}), which are not read. Convert them before saving.")
+            raise FileFormatError(
+                f"it holds {found} ({module}.{name}), which are not read. Convert them before saving."
+            )
         return found
 
     def persistent_load(self, pid: object) -> object:
         if self.storage is None:
-            raise UnsafeFileError("its pickle refers to data outside it, as only those of torch may.")
+            raise UnsafeFileError(
+                "its pickle refers to data outside it, as only those of torch may."
+            )
         return self.storage(pid)
 
     def _bytearray(self) -> None:
-        self.append(self.read(struct.unpack("<Q", self.read(8))[0]))  # the base class fills one of any size with zeros
+        self.append(
+            self.read(struct.unpack("<Q", self.read(8))[0])
+        )  # the base class fills one of any size with zeros
 
     def _frame(self) -> None:
         self.read(8)  # its length; frames only help to read ahead
@@ -256,15 +319,21 @@ class _Unpickler(_Base):
         arguments, function = self.stack.pop(), self.stack[-1]
         if not callable(function) or not isinstance(arguments, tuple):
             raise FileFormatError(f"its pickle calls {kind(function)} with {kind(arguments)}.")
-        self.source.spend(sum(len(a) for a in arguments if isinstance(a, list | tuple)))  # which the function may copy
+        self.source.spend(
+            sum(len(a) for a in arguments if isinstance(a, list | tuple))
+        )  # which the function may copy
         self.stack[-1] = function(*arguments)
 
     def _build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, NumpyArray | DType):
             target.fill(state)
-        elif not isinstance(target, OrderedDict):  # its attributes, such as torch's _metadata, are left out
-            raise UnsafeFileError(f"its pickle sets the state of {kind(target)}, which weights never need. {NOTHING_RAN}")
+        elif not isinstance(
+            target, OrderedDict
+        ):  # its attributes, such as torch's _metadata, are left out
+            raise UnsafeFileError(
+                f"its pickle sets the state of {kind(target)}, which weights never need. {NOTHING_RAN}"
+            )
 
     def _dict(self) -> None:
         items = self.pop_mark()
@@ -279,7 +348,10 @@ class _Unpickler(_Base):
         insert(self.stack[-1], items)
 
     dispatch = _Opcodes(
-        {code: _Base.dispatch[code] for code in (getattr(pickle, name)[0] for name in OPCODES.split())}
+        {
+            code: _Base.dispatch[code]
+            for code in (getattr(pickle, name)[0] for name in OPCODES.split())
+        }
         | {pickle.FRAME[0]: _frame, pickle.BYTEARRAY8[0]: _bytearray, pickle.INST[0]: _instance}
         | {pickle.REDUCE[0]: _reduce, pickle.BUILD[0]: _build}
         | {pickle.DICT[0]: _dict, pickle.SETITEM[0]: _setitem, pickle.SETITEMS[0]: _setitems}
@@ -299,9 +371,21 @@ def load(source: Source, names: Names = NUMPY_NAMES, storage: Storages | None = 
         FileFormatError: a pickle that is damaged or ends early.
     """
     try:
-        with warnings.catch_warnings(action="error", category=DeprecationWarning):  # of escapes that are none, in text
+        with warnings.catch_warnings(
+            action="error", category=DeprecationWarning
+        ):  # of escapes that are none, in text
             return _Unpickler(source, names, storage).load()
     except (FileFormatError, UnsafeFileError):
         raise  # as it is
-    except (pickle.UnpicklingError, ValueError, TypeError, AttributeError, LookupError, struct.error, Warning) as error:
-        raise FileFormatError(f"its pickle is damaged ({type(error).__name__}: {error!s:.100}).") from error
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        struct.error,
+        Warning,
+    ) as error:
+        raise FileFormatError(
+            f"its pickle is damaged ({type(error).__name__}: {error!s:.100})."
+        ) from error

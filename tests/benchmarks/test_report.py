@@ -18,7 +18,8 @@ ENVIRONMENT = {
 
 def record(section, instantiation, n, m, competitor, direction="forward", **values):
     return dataclasses.replace(
-        Record.of(Case(section, instantiation, n, m, 7, "here"), competitor, direction, "a day"), **values
+        Record.of(Case(section, instantiation, n, m, 7, "here"), competitor, direction, "a day"),
+        **values,
     )
 
 
@@ -37,8 +38,18 @@ def results():
             record(*block, "torch pairs", seconds=0.06, temporary_bytes=30_000_000),
             record(*block, "mmcv contiguous", seconds=9.0, temporary_bytes=15_000_000_000),
             record(*block, "mmcv channels_last", seconds=8.0, temporary_bytes=500_000_000),
-            record("block", "concatenation", 784, 196, "mmcv contiguous", failure="RuntimeError: no memory"),
-            *(record("growth", "dot_product", n, n // 4, "auto", seconds=1e-9 * n**2) for n in (300, 20, 1000)),
+            record(
+                "block",
+                "concatenation",
+                784,
+                196,
+                "mmcv contiguous",
+                failure="RuntimeError: no memory",
+            ),
+            *(
+                record("growth", "dot_product", n, n // 4, "auto", seconds=1e-9 * n**2)
+                for n in (300, 20, 1000)
+            ),
         ],
     )
 
@@ -76,7 +87,13 @@ def test_growth_is_sorted_and_fitted(results):
 
 
 def test_memory_below_the_resolution_does_not_flatter():
-    results = Results({}, [record("block", "gaussian", 5, 3, name, temporary_bytes=0) for name in ("auto", "torch sdpa")])
+    results = Results(
+        {},
+        [
+            record("block", "gaussian", 5, 3, name, temporary_bytes=0)
+            for name in ("auto", "torch sdpa")
+        ],
+    )
     assert ratio(results, "torch", "auto", "forward", temporary, section="block") == 1
 
 
@@ -97,12 +114,18 @@ def test_report_is_written_with_its_picture(results, tmp_path):
     report.write(tmp_path / "results", tmp_path / "README.md", project)
     text = (tmp_path / "README.md").read_text()
     assert "| concatenation | 3136 / 784 / 7 | here | 50.0 · 60.0 · 8,000 |" in text
-    assert "| concatenation, 12544/3136, forward: dense's time over auto's | 15.0× | ≥ 20× | no |" in text
+    assert (
+        "| concatenation, 12544/3136, forward: dense's time over auto's | 15.0× | ≥ 20× | no |"
+        in text
+    )
     assert "| dot product | exponent | 2.00 · – · – |" in text
     assert "RuntimeError: no memory" in text
     before, *lines, after = project.read_text().splitlines()
     assert (before, after) == ("before", "after")
-    assert lines[3] == "| concatenation | 12,544 | 3,136 | 20.0 · 300 · – | 40.0 · 1,200 · – | – · – · – |"
+    assert (
+        lines[3]
+        == "| concatenation | 12,544 | 3,136 | 20.0 · 300 · – | 40.0 · 1,200 · – | – · – · – |"
+    )
     assert (tmp_path / "results" / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -113,7 +136,15 @@ def test_report_without_results_says_what_to_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0.0, "0"), (0.0123, "0.012"), (1.234, "1.23"), (15.0, "15.0"), (467.4, "467"), (9000, "9,000")],
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (0.0123, "0.012"),
+        (1.234, "1.23"),
+        (15.0, "15.0"),
+        (467.4, "467"),
+        (9000, "9,000"),
+    ],
 )
 def test_numbers_have_three_digits(value, text):
     assert report.number(value) == text
@@ -148,5 +179,8 @@ def test_training_is_reported_against_its_aims():
         "nothing: 150 ms. The rest, what the bare step takes beyond its convolutions alone, is 100 ms. Both take 250 ms, 1.25×"
         in text
     )
-    results["rounds"]["torch, channels_last"] = [0.2, 0.3]  # in one round of two torch's step is longer
+    results["rounds"]["torch, channels_last"] = [
+        0.2,
+        0.3,
+    ]  # in one round of two torch's step is longer
     assert "Neither the library's" not in report.training(results)

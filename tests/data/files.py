@@ -9,7 +9,9 @@ from nonlocal_jax.data import stand_in
 def scene(count, height, width):
     """Something that moves over something that does not, and noise, so that no two frames are equal."""
     rng = np.random.default_rng(count)
-    frames = rng.integers(0, 40, (count, height, width, 3)) + np.linspace(0, 120, width)[:, None].astype(int)
+    frames = rng.integers(0, 40, (count, height, width, 3)) + np.linspace(0, 120, width)[
+        :, None
+    ].astype(int)
     for t in range(count):
         frames[t, : height // 2, (3 * t) % width : (3 * t) % width + 9] += 90
     return frames.astype(np.uint8)
@@ -48,12 +50,18 @@ def cut(file, first, source=None, muxer=None, **options):
     """From a packet on; "keyframe" is the second one."""
     whole = file.with_name(f"whole_{file.name}")
     if source is None:
-        stand_in.write(whole, scene(60, 48, 64), options={"sc_threshold": "0", "g": "15", **options})
+        stand_in.write(
+            whole, scene(60, 48, 64), options={"sc_threshold": "0", "g": "15", **options}
+        )
     else:
         FILES[source](whole)
     if first == "keyframe":
         with av.open(str(whole)) as container:
-            first = [number for number, packet in enumerate(container.demux(video=0)) if packet.is_keyframe][1]
+            first = [
+                number
+                for number, packet in enumerate(container.demux(video=0))
+                if packet.is_keyframe
+            ][1]
     remux(whole, file, lambda number, packet: packet if number >= first else None, muxer)
 
 
@@ -64,7 +72,11 @@ def with_a_hidden_packet(file):
 
     def change(number, packet):
         content = bytes(packet)
-        return packet if number != 7 else with_content(packet, bytes([content[0] & 0xEF]) + content[1:])
+        return (
+            packet
+            if number != 7
+            else with_content(packet, bytes([content[0] & 0xEF]) + content[1:])
+        )
 
     remux(whole, file, change)
 
@@ -84,7 +96,10 @@ def timed_as_decoded(file, source="open_gop.mp4"):
 def with_short_groups(file):
     """Keyframes that follow each other more quickly than frames wait to be shown."""
     with av.open(str(file), "w") as container:
-        options = {"forced-idr": "1", "x264-params": "bframes=3:b-adapt=0:b-pyramid=normal:keyint=40"}
+        options = {
+            "forced-idr": "1",
+            "x264-params": "bframes=3:b-adapt=0:b-pyramid=normal:keyint=40",
+        }
         stream = container.add_stream("libx264", rate=25, options=options)
         stream.width, stream.height = 64, 48
         for number, pixels in enumerate(scene(50, 48, 64)):
@@ -123,38 +138,61 @@ def shown_late(file, pause=20):
 IRREGULAR = np.cumsum(np.random.default_rng(1).uniform(0.01, 0.12, 50)).tolist()
 FILES = {
     "long_gop.mp4": lambda f: stand_in.write(f, scene(70, 48, 64)),
-    "no_b_frames.mp4": lambda f: stand_in.write(f, scene(40, 48, 64), options={"bf": "0", "g": "15"}),
+    "no_b_frames.mp4": lambda f: stand_in.write(
+        f, scene(40, 48, 64), options={"bf": "0", "g": "15"}
+    ),
     "open_gop.mp4": lambda f: stand_in.write(
-        f, scene(60, 48, 64), options={"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"}
+        f,
+        scene(60, 48, 64),
+        options={"x264-params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0"},
     ),
     "all_key.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), options={"g": "1"}),
-    "every_other_key.mp4": lambda f: stand_in.write(f, scene(21, 48, 64), options={"g": "2", "bf": "1"}),
-    "intra_refresh.mp4": lambda f: stand_in.write(f, scene(50, 48, 64), options={"x264-params": "intra-refresh=1:keyint=12"}),
+    "every_other_key.mp4": lambda f: stand_in.write(
+        f, scene(21, 48, 64), options={"g": "2", "bf": "1"}
+    ),
+    "intra_refresh.mp4": lambda f: stand_in.write(
+        f, scene(50, 48, 64), options={"x264-params": "intra-refresh=1:keyint=12"}
+    ),
     "odd.mp4": lambda f: stand_in.write(f, scene(30, 45, 67), options={"g": "8"}),
-    "irregular.mp4": lambda f: stand_in.write(f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}),
-    "irregular.mkv": lambda f: stand_in.write(f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}),
+    "irregular.mp4": lambda f: stand_in.write(
+        f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}
+    ),
+    "irregular.mkv": lambda f: stand_in.write(
+        f, scene(50, 48, 64), times=IRREGULAR, options={"g": "10"}
+    ),
     "turned.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=90),
     "upside_down.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=180),
     "turned_back.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=-90),
     "stream.ts": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
     "b_frames.avi": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
     "mpeg4.avi": lambda f: other_codec(f, scene(40, 48, 64), "mpeg4", options={"g": "12"}),
-    "mpeg2.mpg": lambda f: other_codec(f, scene(40, 48, 64), "mpeg2video", options={"g": "12", "bf": "2"}),
-    "odd.webm": lambda f: other_codec(f, scene(30, 45, 67), "libvpx-vp9", options={"g": "10", "deadline": "realtime"}),
+    "mpeg2.mpg": lambda f: other_codec(
+        f, scene(40, 48, 64), "mpeg2video", options={"g": "12", "bf": "2"}
+    ),
+    "odd.webm": lambda f: other_codec(
+        f, scene(30, 45, 67), "libvpx-vp9", options={"g": "10", "deadline": "realtime"}
+    ),
     "tiny.mkv": lambda f: other_codec(f, scene(5, 1, 1), "ffv1", "bgr0"),
     "one.mp4": lambda f: stand_in.write(f, scene(1, 48, 64)),
     "hevc.mp4": lambda f: other_codec(
-        f, scene(40, 48, 64), "libx265", options={"x265-params": "keyint=12:temporal-layers=1:log-level=none"}
+        f,
+        scene(40, 48, 64),
+        "libx265",
+        options={"x265-params": "keyint=12:temporal-layers=1:log-level=none"},
     ),
     "hidden.webm": with_a_hidden_packet,
     "short_groups.mp4": with_short_groups,
     "timed_as_decoded.mp4": timed_as_decoded,
     "timed_as_decoded.mkv": timed_as_decoded,
-    "mpeg4_b_frames.avi": lambda f: other_codec(f, scene(40, 48, 64), "mpeg4", options={"g": "12", "bf": "2"}),
+    "mpeg4_b_frames.avi": lambda f: other_codec(
+        f, scene(40, 48, 64), "mpeg4", options={"g": "12", "bf": "2"}
+    ),
     "interlaced.mp4": lambda f: stand_in.write(
         f, scene(40, 64, 64), options={"flags": "+ildct+ilme", "x264-params": "tff=1", "g": "10"}
     ),
-    "ten_bit.mp4": lambda f: other_codec(f, scene(40, 48, 64), "libx264", "yuv420p10le", {"g": "10"}),
+    "ten_bit.mp4": lambda f: other_codec(
+        f, scene(40, 48, 64), "libx264", "yuv420p10le", {"g": "10"}
+    ),
     "turning.gif": lambda f: other_codec(f, scene(12, 48, 64), "gif", "rgb8"),
     "cover.mp4": with_cover,
     "shown_late.mp4": shown_late,
@@ -164,7 +202,9 @@ FILES = {
     "cut_b_frames.mkv": lambda f: cut(f, 7),
     "cut_open_gop.mkv": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
     "cut_open_gop.mp4": lambda f: cut(f, "keyframe", **{"x264-params": "open-gop=1"}),
-    "cut_without_edits.mp4": lambda f: cut(f, "keyframe", muxer={"use_editlist": "0"}, **{"x264-params": "open-gop=1"}),
+    "cut_without_edits.mp4": lambda f: cut(
+        f, "keyframe", muxer={"use_editlist": "0"}, **{"x264-params": "open-gop=1"}
+    ),
     "cut_in_refresh.mkv": lambda f: cut(f, 7, **{"x264-params": "intra-refresh=1"}),
     "cut_mpeg2.ts": lambda f: cut(f, 5, "mpeg2.mpg"),
 }

@@ -58,9 +58,15 @@ def test_official_kinetics(folder):
     assert [record.labels for record in found.records] == [(0,), (1,)]
     assert found.names == ("abseiling", "air drumming")
     classes = write(folder, "zumba\nair drumming\nabseiling\n", "classes.txt")
-    assert [record.labels for record in annotations.read(folder / "train.csv", classes=classes).records] == [(2,), (1,)]
-    with pytest.raises(DataError, match="column `label`; the official list of the test split has none"):
-        annotations.read(write(folder, "youtube_id,time_start,time_end,split\nx1,5,15,test\n", "test.csv"))
+    assert [
+        record.labels for record in annotations.read(folder / "train.csv", classes=classes).records
+    ] == [(2,), (1,)]
+    with pytest.raises(
+        DataError, match="column `label`; the official list of the test split has none"
+    ):
+        annotations.read(
+            write(folder, "youtube_id,time_start,time_end,split\nx1,5,15,test\n", "test.csv")
+        )
 
 
 CHARADES = '''id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length
@@ -71,7 +77,9 @@ AB12C,HR43,Kitchen,6,7,Yes,"A person, cooking",food,"none; ""really""",c092 11.9
 def test_numbers_of_classes_are_those_of_all_lists(folder):
     """Of a list with some of the classes, numbers in the order of their names would be others."""
     official = write(folder, OFFICIAL, "train.csv")
-    with pytest.raises(DataError, match=r"must be of 400 classes; 2 are named\. A file of classes may name all"):
+    with pytest.raises(
+        DataError, match=r"must be of 400 classes; 2 are named\. A file of classes may name all"
+    ):
         annotations.read(official, num_classes=400)
     classes = write(folder, "abseiling\nair drumming\n", "classes.txt")
     plain = write(folder, "a.mp4 1\n", "plain.txt")
@@ -84,7 +92,10 @@ def test_numbers_of_classes_are_those_of_all_lists(folder):
 def test_lines_end_at_line_feeds_alone(folder):
     (folder / "a\x85b.mp4").touch()
     (folder / "list.txt").write_bytes("a.mp4 1\r\na\x85b.mp4 2\r\n".encode())
-    assert [record.path.name for record in annotations.read(folder / "list.txt").records] == ["a.mp4", "a\x85b.mp4"]
+    assert [record.path.name for record in annotations.read(folder / "list.txt").records] == [
+        "a.mp4",
+        "a\x85b.mp4",
+    ]
 
 
 def test_charades(folder):
@@ -157,19 +168,28 @@ def test_paths_outside_the_root(folder):
         assert annotations.read(file).records  # anywhere, as long as no root is given
         with pytest.raises(DataError, match=r"line 1: .*secret.mp4 lies outside the root"):
             annotations.read(file, root=folder)
-    assert annotations.read(write(folder, "inside/../a.mp4 1\n"), root=folder).records[0].path == folder / "a.mp4"
+    assert (
+        annotations.read(write(folder, "inside/../a.mp4 1\n"), root=folder).records[0].path
+        == folder / "a.mp4"
+    )
 
 
 def test_lines_to_leave_out(folder):
     file = write(folder, "a.mp4 1\nnone.mp4 1\na.mp4 2\n")
-    with pytest.raises(DataError, match=r"has 2 line\(s\) that cannot be used:\n  line 2.*\n  line 3"):
+    with pytest.raises(
+        DataError, match=r"has 2 line\(s\) that cannot be used:\n  line 2.*\n  line 3"
+    ):
         annotations.read(file)
     found = annotations.read(file, leave_out=True)
     assert len(found) == 1
     assert [text.split(":")[0] for text in found.left_out] == ["line 2", "line 3"]
-    with pytest.raises(DataError, match="line 1: a label must be a whole number"):  # that is no matter of files
+    with pytest.raises(
+        DataError, match="line 1: a label must be a whole number"
+    ):  # that is no matter of files
         annotations.read(write(folder, "a.mp4 x\n"), leave_out=True)
-    with pytest.raises(DataError, match=r"at least one video that is there; 1 line\(s\) were left out"):
+    with pytest.raises(
+        DataError, match=r"at least one video that is there; 1 line\(s\) were left out"
+    ):
         annotations.read(write(folder, "none.mp4 1\n"), leave_out=True)
 
 
@@ -185,4 +205,6 @@ def test_lists_that_are_none(folder):
     with pytest.raises(DataError, match="must be a list in UTF-8; byte 8 is none"):
         annotations.read(folder / "binary.txt")
     with pytest.raises(DataError, match="must name each class once"):
-        annotations.read(write(folder, "a.mp4 1\n"), classes=write(folder, "one\none\n", "classes.txt"))
+        annotations.read(
+            write(folder, "a.mp4 1\n"), classes=write(folder, "one\none\n", "classes.txt")
+        )

@@ -30,7 +30,9 @@ def make_archive(folder, name="cifar10", each=EACH, cut=0, missing=()):
     with tarfile.open(folder / archive.name, "w:gz") as tar:
         for split, names in archive.files.items():
             for file in names:
-                table = rng.integers(0, 256, (each, archive.label_bytes + cifar.PIXELS), dtype=np.uint8)
+                table = rng.integers(
+                    0, 256, (each, archive.label_bytes + cifar.PIXELS), dtype=np.uint8
+                )
                 table[:, : archive.label_bytes] = rng.integers(0, 10, (each, archive.label_bytes))
                 records.setdefault(split, []).append(table)
                 if file not in missing:
@@ -39,7 +41,9 @@ def make_archive(folder, name="cifar10", each=EACH, cut=0, missing=()):
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     content = (folder / archive.name).read_bytes()
-    archive = dataclasses.replace(archive, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    archive = dataclasses.replace(
+        archive, size=len(content), sha256=hashlib.sha256(content).hexdigest()
+    )
     return archive, {split: np.concatenate(tables) for split, tables in records.items()}
 
 
@@ -51,10 +55,14 @@ def test_every_pixel_and_label(name, split, tmp_path):
     table = records[split]
     assert images.num_classes == {"cifar10": 10, "cifar100": 100}[name]
     assert images.images.shape == (len(table), 32, 32, 3)
-    np.testing.assert_array_equal(images.labels, table[:, archive.label_bytes - 1])  # the fine one of CIFAR-100
+    np.testing.assert_array_equal(
+        images.labels, table[:, archive.label_bytes - 1]
+    )  # the fine one of CIFAR-100
     pixels = table[:, archive.label_bytes :]
     for n, y, x, c in ((0, 0, 0, 0), (3, 31, 0, 1), (5, 4, 17, 2), (6, 31, 31, 0)):
-        assert images.images[n, y, x, c] == pixels[n, 1024 * c + 32 * y + x]  # red, green, blue planes, row by row
+        assert (
+            images.images[n, y, x, c] == pixels[n, 1024 * c + 32 * y + x]
+        )  # red, green, blue planes, row by row
 
 
 def test_the_records_are_read_again_without_the_archive(tmp_path):
@@ -63,7 +71,10 @@ def test_the_records_are_read_again_without_the_archive(tmp_path):
     (tmp_path / archive.name).unlink()
     again = cifar.load("cifar10", "train", tmp_path, archive)
     np.testing.assert_array_equal(again.images, first.images)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["cifar10-test.array_record", "cifar10-train.array_record"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "cifar10-test.array_record",
+        "cifar10-train.array_record",
+    ]
     assert "tensorflow" not in sys.modules
 
 
@@ -73,7 +84,10 @@ def test_the_official_checksums_are_those_of_tensorflow_datasets():
 
     for name, archive in ARCHIVES.items():
         infos = checksums.load_url_infos(resource_utils.tfds_path(f"url_checksums/{name}.txt"))
-        assert (infos[archive.url].checksum, infos[archive.url].size) == (archive.sha256, archive.size)
+        assert (infos[archive.url].checksum, infos[archive.url].size) == (
+            archive.sha256,
+            archive.size,
+        )
 
 
 def test_another_archive_is_refused(tmp_path):
@@ -109,7 +123,10 @@ def test_offline_it_fails_at_once_and_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
     begun = time.monotonic()
-    with pytest.raises(DataError, match=r"www.cs.toronto.edu cannot be reached .* put cifar-10-binary.tar.gz, from https://"):
+    with pytest.raises(
+        DataError,
+        match=r"www.cs.toronto.edu cannot be reached .* put cifar-10-binary.tar.gz, from https://",
+    ):
         cifar.load("cifar10", "train", tmp_path / "data")
     assert time.monotonic() - begun < 10
 

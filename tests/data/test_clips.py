@@ -92,13 +92,17 @@ def test_the_same_whatever_reads_it(source):
     rows = [batches(source, 3, rows=range(*half)) for half in ((0, 2), (2, 4))]  # by hosts
     for whole_batch, first, second in zip(threads, *rows, strict=False):
         for name in whole_batch:
-            np.testing.assert_array_equal(whole_batch[name], np.concatenate([first[name], second[name]]))
+            np.testing.assert_array_equal(
+                whole_batch[name], np.concatenate([first[name], second[name]])
+            )
 
 
 def test_each_epoch_and_seed_has_clips_of_its_own(source):
     once, again = source.read(np.array([1, 1]), np.array([0, 1]))["inputs"]
     assert not np.array_equal(once, again)
-    other = TrainingClips(source.annotations, IN_TIME, IN_SPACE, seed=4).read(np.array([1]), np.array([0]))["inputs"][0]
+    other = TrainingClips(source.annotations, IN_TIME, IN_SPACE, seed=4).read(
+        np.array([1]), np.array([0])
+    )["inputs"][0]
     assert not np.array_equal(once, other)
     assert once.shape == (4, 16, 16, 3)
 
@@ -118,7 +122,11 @@ def test_clips_are_what_sampling_says(source):
 def test_what_cannot_be_read_is_replaced_by_its_own_random_numbers(source):
     damaged, sound = 12, 13
     read = source.read(np.array([damaged, 0, sound]), np.array([1, 1, 1]))
-    assert ["damaged.mp4: no video" in read["failure"][0], read["failure"][1], "only audio" in read["failure"][2]] == [
+    assert [
+        "damaged.mp4: no video" in read["failure"][0],
+        read["failure"][1],
+        "only audio" in read["failure"][2],
+    ] == [
         True,
         "",
         True,
@@ -136,11 +144,19 @@ def test_watch_counts_and_stops(source):
     watch = Watch(len(source), share=0.2, say=said.append)
     seen = list(itertools.islice(watch(training_batches(source, 4, seed=5)), 12))
     assert all("failure" not in batch for batch in seen)
-    assert sorted(text.split(": ")[0] for text in said) == ["1 of 14 videos cannot be read", "2 of 14 videos cannot be read"]
+    assert sorted(text.split(": ")[0] for text in said) == [
+        "1 of 14 videos cannot be read",
+        "2 of 14 videos cannot be read",
+    ]
     with pytest.raises(
-        DataError, match=r"(?s)2 of 14 videos cannot be read, more than 10\.0%:\n.*(damaged.*sound|sound.*damaged)"
+        DataError,
+        match=r"(?s)2 of 14 videos cannot be read, more than 10\.0%:\n.*(damaged.*sound|sound.*damaged)",
     ):
-        list(itertools.islice(Watch(len(source), 0.1, said.append)(training_batches(source, 4, seed=5)), 12))
+        list(
+            itertools.islice(
+                Watch(len(source), 0.1, said.append)(training_batches(source, 4, seed=5)), 12
+            )
+        )
 
 
 def test_watch_counts_a_video_once(source, lists, tmp_path):
@@ -167,7 +183,10 @@ def test_watch_counts_a_video_once(source, lists, tmp_path):
 def test_nothing_but_broken_videos(tmp_path):
     (tmp_path / "empty.mp4").touch()
     broken = Annotations((Record(tmp_path / "empty.mp4", (0,)),), 1)
-    with pytest.raises(DataError, match=r"(?s)too many videos cannot be read; in a row:\n  .*empty.mp4: the file is empty"):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)too many videos cannot be read; in a row:\n  .*empty.mp4: the file is empty",
+    ):
         TrainingClips(broken, IN_TIME, IN_SPACE).read(np.array([0]))
 
 
@@ -191,7 +210,11 @@ def test_views(lists, monkeypatch):
     decoded = []
     decode = Video.decode
     monkeypatch.setattr(
-        Video, "decode", lambda self, indices: ((i, frame) for i, frame in decode(self, indices) if decoded.append(i) or True)
+        Video,
+        "decode",
+        lambda self, indices: (
+            (i, frame) for i, frame in decode(self, indices) if decoded.append(i) or True
+        ),
     )
     views = source.read(1)
     assert len(decoded) == len(set(decoded)) == len(views.frames)  # each frame once
@@ -218,16 +241,25 @@ def test_labels_of_a_clip_are_those_that_are_seen_in_it(lists):
     for epoch in range(3):
         read = source.read(np.arange(12), np.full(12, epoch))
         for index in range(12):
-            record, share = train.records[index], np.random.default_rng([0, epoch, index]).random(4)[0]
+            record, share = (
+                train.records[index],
+                np.random.default_rng([0, epoch, index]).random(4)[0],
+            )
             with Video(record.path) as video:
                 frames = IN_TIME.clip(len(video), video.rate, share)
                 start, end = frames[0] / video.rate, frames[-1] / video.rate
-            seen = {action.label for action in record.actions if action.start <= end and start <= action.end}
+            seen = {
+                action.label
+                for action in record.actions
+                if action.start <= end and start <= action.end
+            }
             assert set(np.flatnonzero(read["labels"][index])) == seen
             partial += seen < set(record.labels)
     assert partial > 3
     of_videos = CentreClips(train, IN_TIME, 16, 20).read(np.arange(4))["labels"]
-    assert [tuple(np.flatnonzero(row)) for row in of_videos] == [record.labels for record in train.records[:4]]
+    assert [tuple(np.flatnonzero(row)) for row in of_videos] == [
+        record.labels for record in train.records[:4]
+    ]
 
 
 def test_frames_as_image_files(lists, tmp_path):
@@ -247,16 +279,27 @@ def test_frames_as_image_files(lists, tmp_path):
     clips = [TestingClips(found, InTime(4, 2), clips=3, size=20).read(0) for found in (images, one)]
     for ours, theirs in zip(*clips, strict=True):
         assert np.abs(ours.astype(int) - theirs).mean() < 3  # a colour conversion more
-    seen = TrainingClips(images, InTime(4, 2), IN_SPACE).read(np.zeros(20, int), np.arange(20))["labels"]
-    starts = [InTime(4, 2).clip(len(frames), 24.0, np.random.default_rng([0, epoch, 0]).random(4)[0]) for epoch in range(20)]
+    seen = TrainingClips(images, InTime(4, 2), IN_SPACE).read(np.zeros(20, int), np.arange(20))[
+        "labels"
+    ]
+    starts = [
+        InTime(4, 2).clip(len(frames), 24.0, np.random.default_rng([0, epoch, 0]).random(4)[0])
+        for epoch in range(20)
+    ]
     assert [bool(row[2]) for row in seen] == [clip[0] <= 3 <= clip[-1] for clip in starts]
 
 
 def test_normalisation_of_each_source():
     clip = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
-    np.testing.assert_allclose(normalise(clip, "caffe2"), (clip.astype(np.float32) - 114.75) / 57.375, rtol=1e-6)
-    np.testing.assert_allclose(normalise(clip, "slowfast"), (clip / 255.0 - 0.45) / 0.225, atol=1e-5)
-    with pytest.raises(ValueError, match="source must be one of 'caffe2', 'slowfast', 'mmcv'; got 'torch'"):
+    np.testing.assert_allclose(
+        normalise(clip, "caffe2"), (clip.astype(np.float32) - 114.75) / 57.375, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        normalise(clip, "slowfast"), (clip / 255.0 - 0.45) / 0.225, atol=1e-5
+    )
+    with pytest.raises(
+        ValueError, match="source must be one of 'caffe2', 'slowfast', 'mmcv'; got 'torch'"
+    ):
         normalise(clip, "torch")
 
 
@@ -264,7 +307,9 @@ def test_a_flip_is_of_all_frames():
     clips = np.random.default_rng(0).random((64, 3, 4, 5, 3), np.float32)
     keys = augment.example_keys(jax.random.key(0), jnp.arange(64, dtype=jnp.uint32))
     flipped = np.asarray(augment.random_flip(jnp.asarray(clips), keys))
-    mirrored = [np.array_equal(new, old[:, :, ::-1]) for new, old in zip(flipped, clips, strict=True)]
+    mirrored = [
+        np.array_equal(new, old[:, :, ::-1]) for new, old in zip(flipped, clips, strict=True)
+    ]
     same = [np.array_equal(new, old) for new, old in zip(flipped, clips, strict=True)]
     assert np.logical_xor(mirrored, same).all()
     assert 20 < sum(mirrored) < 44

@@ -35,7 +35,11 @@ def test_index(made, tmp_path, capsys):
         (folder / record.path.name).symlink_to(record.path)
     assert main(["index", str(tmp_path)]) == 0
     found = annotations.read(tmp_path / "list.txt", classes=tmp_path / "classes.txt")
-    assert [record.path.name for record in found.records] == ["test0000.mp4", "test0001.mp4", "test0002.mp4"]
+    assert [record.path.name for record in found.records] == [
+        "test0000.mp4",
+        "test0001.mp4",
+        "test0002.mp4",
+    ]
     assert found.names == ("class 0", "class 1", "class 2")
     assert main(["index", str(tmp_path)]) == 2
     assert "is there already" in capsys.readouterr().err
@@ -49,16 +53,24 @@ def test_transcode(made, tmp_path, capsys):
     assert "6 videos in" in shown
     assert "2 could not be copied" in shown
     before, after = annotations.read(made["train"]), annotations.read(out / "train.txt")
-    assert [record.labels for record in after.records] == [record.labels for record in before.records[:6]]
+    assert [record.labels for record in after.records] == [
+        record.labels for record in before.records[:6]
+    ]
     for old, new in zip(before.records[:6], after.records, strict=True):
         with Video(old.path) as one, Video(new.path) as other:
             assert len(one) == len(other)
-            np.testing.assert_allclose(one.seconds(np.arange(len(one))), other.seconds(np.arange(len(one))), atol=1e-4)
+            np.testing.assert_allclose(
+                one.seconds(np.arange(len(one))), other.seconds(np.arange(len(one))), atol=1e-4
+            )
             shown_large, shown_small = one.read([3])[0], other.read([3])[0]
             assert min(shown_small.shape[:2]) == 32
-            assert (shown_large.shape[0] > shown_large.shape[1]) == (shown_small.shape[0] > shown_small.shape[1])
+            assert (shown_large.shape[0] > shown_large.shape[1]) == (
+                shown_small.shape[0] > shown_small.shape[1]
+            )
             assert np.abs(shown_large.mean((0, 1)) - shown_small.mean((0, 1))).max() < 4
-            assert np.diff(other.timeline.keyframes).max() <= 8 * np.diff(other.timeline.times).max()
+            assert (
+                np.diff(other.timeline.keyframes).max() <= 8 * np.diff(other.timeline.times).max()
+            )
     assert not list(out.glob("*.partial"))
 
 
@@ -69,11 +81,21 @@ def test_transcoding_goes_on_where_it_was(made, tmp_path, monkeypatch):
     (out / "test0001.mp4.partial").write_bytes(b"half of it")  # as a kill leaves it
     done, copy = [], transcode.transcode
     monkeypatch.setattr(
-        transcode, "transcode", lambda source, target, **options: (done.append(target.name), copy(source, target, **options))
+        transcode,
+        "transcode",
+        lambda source, target, **options: (
+            done.append(target.name),
+            copy(source, target, **options),
+        ),
     )
     assert main(["transcode", str(made["test"]), str(out), "--shorter", "32"]) == 0
     assert done == ["test0001.mp4"]
-    assert sorted(file.name for file in out.iterdir()) == ["test.txt", "test0000.mp4", "test0001.mp4", "test0002.mp4"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "test.txt",
+        "test0000.mp4",
+        "test0001.mp4",
+        "test0002.mp4",
+    ]
 
 
 def test_copies_replace_nothing(made, tmp_path, capsys):
@@ -97,17 +119,30 @@ def test_copies_lie_as_their_originals_do(made, tmp_path, monkeypatch):
     stand_in.write(tmp_path / "videos" / "a.mkv", np.zeros((3, 16, 16, 3), np.uint8))
     (tmp_path / "lists" / "list.txt").write_text("../videos/a.mkv 0\n")
     (tmp_path / "lists" / "charades").write_text("id,actions,length\na,c001 0.00 1.00,2.0\n")
-    assert main(["transcode", "lists/list.txt", "small", "--root", "lists/..", "--shorter", "16"]) == 2  # outside
+    assert (
+        main(["transcode", "lists/list.txt", "small", "--root", "lists/..", "--shorter", "16"]) == 2
+    )  # outside
     (tmp_path / "lists" / "list.txt").write_text("videos/a.mkv 0\n")
-    assert main(["transcode", "lists/list.txt", "small", "--root", "lists/..", "--shorter", "16"]) == 0
+    assert (
+        main(["transcode", "lists/list.txt", "small", "--root", "lists/..", "--shorter", "16"]) == 0
+    )
     assert (tmp_path / "small" / "list.txt").read_text() == "videos/a.mp4 0\n"
     assert (tmp_path / "small" / "videos" / "a.mp4").is_file()
     (tmp_path / "small" / "videos" / "a.mp4").rename(tmp_path / "videos" / "a.mp4")
-    assert main(["transcode", "lists/charades", "other", "--root", "lists/../videos", "--shorter", "16"]) == 0
-    assert annotations.read(tmp_path / "other" / "charades").records[0].actions == (annotations.Action(1, 0.0, 1.0),)
+    assert (
+        main(
+            ["transcode", "lists/charades", "other", "--root", "lists/../videos", "--shorter", "16"]
+        )
+        == 0
+    )
+    assert annotations.read(tmp_path / "other" / "charades").records[0].actions == (
+        annotations.Action(1, 0.0, 1.0),
+    )
 
 
-@pytest.mark.parametrize(("pixels", "options"), [("yuvj420p", {}), ("yuv420p", {"x264-params": "fullrange=on"})])
+@pytest.mark.parametrize(
+    ("pixels", "options"), [("yuvj420p", {}), ("yuv420p", {"x264-params": "fullrange=on"})]
+)
 def test_colours_are_kept_whatever_their_range(tmp_path, pixels, options):
     ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[:, None], (5, 32, 64, 3))
     with av.open(str(tmp_path / "full.mkv"), "w") as container:
@@ -122,7 +157,9 @@ def test_colours_are_kept_whatever_their_range(tmp_path, pixels, options):
     for name in ("full.mkv", "small.mp4"):
         with Video(tmp_path / name) as video:
             assert np.abs(video.read([2])[0].astype(int) - ramp[2]).max() <= 6
-            part = video.read([2], lambda height, width: Window(0, 0, height, width // 2, (height, width // 2)))[0]
+            part = video.read(
+                [2], lambda height, width: Window(0, 0, height, width // 2, (height, width // 2))
+            )[0]
             assert np.abs(part.astype(int) - ramp[2, :, :32]).max() <= 6
 
 
@@ -147,9 +184,13 @@ def test_interlaced_files_stay_interlaced(tmp_path, shorter):
 
 def test_files_that_do_not_tell_times(tmp_path):
     """Frames that become brighter stay in their order."""
-    frames = np.broadcast_to(np.arange(40, 220, 6, dtype=np.uint8)[:, None, None, None], (30, 32, 48, 3))
+    frames = np.broadcast_to(
+        np.arange(40, 220, 6, dtype=np.uint8)[:, None, None, None], (30, 32, 48, 3)
+    )
     noise = np.random.default_rng(0).integers(0, 30, frames.shape, dtype=np.uint8)
-    options = {"x264-params": "bframes=2:b-adapt=0:scenecut=0:weightp=0"}  # of which AVI tells when they are decoded
+    options = {
+        "x264-params": "bframes=2:b-adapt=0:scenecut=0:weightp=0"
+    }  # of which AVI tells when they are decoded
     stand_in.write(tmp_path / "b_frames.avi", frames + noise, rate=20, options=options)
     transcode.transcode(tmp_path / "b_frames.avi", tmp_path / "new.mp4", shorter=32)
     with Video(tmp_path / "new.mp4") as video:
@@ -163,14 +204,19 @@ def test_irregular_times_are_kept(tmp_path):
     stand_in.write(tmp_path / "old.mkv", frames, times=times)
     transcode.transcode(tmp_path / "old.mkv", tmp_path / "new.mp4", shorter=16)
     with Video(tmp_path / "new.mp4") as video:
-        np.testing.assert_allclose(video.seconds(np.arange(20)), np.subtract(times, times[0]), atol=2e-3)
+        np.testing.assert_allclose(
+            video.seconds(np.arange(20)), np.subtract(times, times[0]), atol=2e-3
+        )
 
 
 def test_the_stand_in(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stand_in, "NUMBER", {"train": 2, "test": 1})
     assert main(["stand-in", str(tmp_path), "--kind", "charades"]) == 0
     lists = capsys.readouterr().out.split()
-    assert [annotations.read(tmp_path / name, num_classes=6).multi_label for name in ("train.csv", "test.csv")] == [True, True]
+    assert [
+        annotations.read(tmp_path / name, num_classes=6).multi_label
+        for name in ("train.csv", "test.csv")
+    ] == [True, True]
     assert lists == [str(tmp_path / "train.csv"), str(tmp_path / "test.csv")]
 
 

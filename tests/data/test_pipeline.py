@@ -22,11 +22,15 @@ def labels(batches, count):
 
 
 def test_each_epoch_has_every_example_once_in_an_order_of_its_own():
-    order = labels(training_batches(SOURCE, 5, seed=3), N).reshape(5, N)  # five epochs in batches that do not divide them
+    order = labels(training_batches(SOURCE, 5, seed=3), N).reshape(
+        5, N
+    )  # five epochs in batches that do not divide them
     for epoch in order:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(N))
     assert len({tuple(epoch) for epoch in order}) == 5
-    assert not np.array_equal(order[0], labels(training_batches(SOURCE, 5, seed=4), N).reshape(5, N)[0])
+    assert not np.array_equal(
+        order[0], labels(training_batches(SOURCE, 5, seed=4), N).reshape(5, N)[0]
+    )
 
 
 def test_any_step_can_be_the_first():
@@ -35,7 +39,9 @@ def test_any_step_can_be_the_first():
         batch = next(training_batches(SOURCE, 5, seed=0, start=start))
         for name, value in batch.items():
             np.testing.assert_array_equal(value, whole[start][name])
-    np.testing.assert_array_equal(np.concatenate([batch["position"] for batch in whole]), np.arange(60))
+    np.testing.assert_array_equal(
+        np.concatenate([batch["position"] for batch in whole]), np.arange(60)
+    )
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -47,7 +53,10 @@ def test_hosts_read_the_parts_of_one_batch(parts):
 
 
 def test_worker_processes_change_nothing():
-    here, there = (labels(training_batches(SOURCE, 5, seed=0, start=2, workers=workers), 9) for workers in (0, 2))
+    here, there = (
+        labels(training_batches(SOURCE, 5, seed=0, start=2, workers=workers), 9)
+        for workers in (0, 2)
+    )
     np.testing.assert_array_equal(there, here)
 
 
@@ -55,7 +64,9 @@ def test_a_worker_that_is_killed_is_an_error_and_no_hang():
     batches = training_batches(SOURCE, 5, seed=0, workers=2)
     next(batches)
     workers = [
-        child for child in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "resource_tracker" not in " ".join(child.cmdline())
     ]
     assert len(workers) >= 2
     for worker in workers:
@@ -97,15 +108,25 @@ def test_digits_are_the_scans():
     train, test = load_digits("train"), load_digits("test")
     assert (len(train), len(test)) == (1347, 450)
     assert train.images.max() == 16
-    assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in test.images}
+    assert not {image.tobytes() for image in train.images} & {
+        image.tobytes() for image in test.images
+    }
 
 
 @pytest.mark.usefixtures("as_users_see_it")
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (np.zeros((2, 3, 3)), np.zeros(2, int), r"images must be uint8 \(n, H, W, channels\); got float64 \(2, 3, 3\)"),
-        (np.zeros((2, 3, 3, 1), np.uint8), np.zeros(3, int), r"labels must be \(2,\), one an image; got \(3,\)"),
+        (
+            np.zeros((2, 3, 3)),
+            np.zeros(2, int),
+            r"images must be uint8 \(n, H, W, channels\); got float64 \(2, 3, 3\)",
+        ),
+        (
+            np.zeros((2, 3, 3, 1), np.uint8),
+            np.zeros(3, int),
+            r"labels must be \(2,\), one an image; got \(3,\)",
+        ),
         (np.zeros((2, 3, 3, 1), np.uint8), np.array([1, 10]), "labels must be from 0 to 9; got 10"),
     ],
 )

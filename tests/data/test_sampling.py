@@ -50,7 +50,9 @@ def test_clips_of_a_test_go_from_the_start_to_the_end():
     assert abs(middle[0] - (299 - middle[-1])) <= 1
 
 
-@pytest.mark.parametrize(("height", "width"), [(256, 340), (340, 256), (240, 320), (1, 1), (3, 7), (4320, 7680)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(256, 340), (340, 256), (240, 320), (1, 1), (3, 7), (4320, 7680)]
+)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_windows_lie_inside_and_scale_as_asked(height, width, inverse):
     space, rng = InSpace(224, (256, 320), inverse), np.random.default_rng(0)
@@ -65,7 +67,9 @@ def test_windows_lie_inside_and_scale_as_asked(height, width, inverse):
     short = min(height, width)
     assert min(sides) >= max(int(short * 224 / 320), 1)
     assert max(sides) <= max(round(short * 224 / 256), 1)
-    if short >= 240:  # both ends of the range are reached, and more large windows where 1 / length is uniform
+    if (
+        short >= 240
+    ):  # both ends of the range are reached, and more large windows where 1 / length is uniform
         assert max(sides) - min(sides) > 0.9 * short * (224 / 256 - 224 / 320)
 
 
@@ -73,7 +77,10 @@ def test_inverse_lengths_are_uniform():
     rng = np.random.default_rng(0)
     shares = [rng.random(3) for _ in range(4000)]
     lengths = {
-        inverse: [2560 * 224 / InSpace(224, (256, 320), inverse).window(2560, 2560, s).height for s in shares]
+        inverse: [
+            2560 * 224 / InSpace(224, (256, 320), inverse).window(2560, 2560, s).height
+            for s in shares
+        ]
         for inverse in (False, True)
     }
     assert abs(np.mean(lengths[False]) - 288) < 1.5
@@ -94,8 +101,13 @@ def test_three_crops(shape):
     for i, part in enumerate(crops(frames, 256, "three")):
         assert part.shape == (1, 256, 256, 1)
         row, column = divmod(int(part[0, 0, 0, 0]), width)
-        assert (row, column) == (int(np.ceil(i / 2 * (height - 256))), int(np.ceil(i / 2 * (width - 256))))
-    assert int(crops(frames, 256, "centre")[0][0, 0, 0, 0]) == int(crops(frames, 256, "three")[1][0, 0, 0, 0])
+        assert (row, column) == (
+            int(np.ceil(i / 2 * (height - 256))),
+            int(np.ceil(i / 2 * (width - 256))),
+        )
+    assert int(crops(frames, 256, "centre")[0][0, 0, 0, 0]) == int(
+        crops(frames, 256, "three")[1][0, 0, 0, 0]
+    )
     assert crops(frames, 256, "full")[0].shape == frames.shape
 
 

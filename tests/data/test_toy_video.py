@@ -30,7 +30,9 @@ def crop(frame, middle):
 
 def class_of(scans, scan):
     """The class that has this very scan."""
-    found = [digit for digit in range(10) if (np.abs(of_class(scans, digit) - scan).max(1) < 1e-6).any()]
+    found = [
+        digit for digit in range(10) if (np.abs(of_class(scans, digit) - scan).max(1) < 1e-6).any()
+    ]
     assert len(found) == 1
     return found[0]
 
@@ -45,7 +47,9 @@ def test_no_scan_is_in_both_splits(scans):
         assert not train_rows & test_rows
 
 
-@pytest.mark.parametrize(("task", "scene"), [("single_digit", Scene()), ("same_digit", Scene()), ("moving_pair", MOVING)])
+@pytest.mark.parametrize(
+    ("task", "scene"), [("single_digit", Scene()), ("same_digit", Scene()), ("moving_pair", MOVING)]
+)
 def test_the_key_decides_the_clips(scans, task, scene):
     first, again = (make_clips(task, jax.random.key(7), scans, 5, scene) for _ in range(2))
     chex.assert_trees_all_equal(first, again)
@@ -55,7 +59,13 @@ def test_the_key_decides_the_clips(scans, task, scene):
 
 
 @pytest.mark.parametrize(
-    ("task", "scene"), [("single_digit", Scene()), ("moving_digit", MOVING), ("same_digit", Scene()), ("moving_pair", MOVING)]
+    ("task", "scene"),
+    [
+        ("single_digit", Scene()),
+        ("moving_digit", MOVING),
+        ("same_digit", Scene()),
+        ("moving_pair", MOVING),
+    ],
 )
 def test_labels_are_balanced(scans, task, scene):
     labels = np.asarray(make_clips(task, jax.random.key(0), scans, 2000, scene).labels)
@@ -69,9 +79,13 @@ def test_labels_are_balanced(scans, task, scene):
 def test_same_digit_means_the_same_class_far_apart(scans):
     """In clean clips each digit is cut out at its place and looked up among the scans."""
     clips = make_clips("same_digit", jax.random.key(1), scans, 40, CLEAN)
-    for video, label, places in zip(clips.video, clips.labels, np.asarray(clips.places), strict=True):
+    for video, label, places in zip(
+        clips.video, clips.labels, np.asarray(clips.places), strict=True
+    ):
         (t0, *middle0), (t1, *middle1) = places
-        first, second = (class_of(scans, crop(video[t], middle)) for t, middle in ((t0, middle0), (t1, middle1)))
+        first, second = (
+            class_of(scans, crop(video[t], middle)) for t, middle in ((t0, middle0), (t1, middle1))
+        )
         assert (first == second) == bool(label)
         assert t1 - (t0 + CLEAN.visible - 1) >= CLEAN.gap
         assert np.abs(np.subtract(middle0, middle1)).max() >= CLEAN.distance
@@ -82,7 +96,10 @@ def test_same_digit_means_the_same_class_far_apart(scans):
 def test_classes_tell_nothing_one_by_one(scans):
     """Each class is as frequent among the equal pairs as among the different ones, or the control could cheat."""
     clips = make_clips("same_digit", jax.random.key(2), scans, 600, CLEAN)
-    first = [class_of(scans, crop(v[p[0, 0]], p[0, 1:])) for v, p in zip(clips.video, np.asarray(clips.places), strict=True)]
+    first = [
+        class_of(scans, crop(v[p[0, 0]], p[0, 1:]))
+        for v, p in zip(clips.video, np.asarray(clips.places), strict=True)
+    ]
     for label in (0, 1):
         counts = np.bincount(np.array(first)[np.asarray(clips.labels) == label], minlength=10)
         np.testing.assert_allclose(counts, 30, atol=25)
@@ -91,23 +108,36 @@ def test_classes_tell_nothing_one_by_one(scans):
 def test_moving_digit_moves_as_its_label_says(scans):
     clips = make_clips("moving_digit", jax.random.key(3), scans, 20, MOVING)
     moves = [(0, 1), (0, -1), (1, 0), (-1, 0)]
-    for video, label, places in zip(clips.video, clips.labels, np.asarray(clips.places), strict=True):
+    for video, label, places in zip(
+        clips.video, clips.labels, np.asarray(clips.places), strict=True
+    ):
         digit, direction = divmod(int(label), 4)
         for t in (0, 3, MOVING.frames - 1):
-            assert class_of(scans, crop(video[t], places[0, 1:] + t * np.array(moves[direction]))) == digit
+            assert (
+                class_of(scans, crop(video[t], places[0, 1:] + t * np.array(moves[direction])))
+                == digit
+            )
 
 
 def test_moving_pair_label_is_that_of_the_two_of_one_class(scans):
-    clips = make_clips("moving_pair", jax.random.key(4), scans, 60, Scene(size=50, noise=0.0, strokes=0))
+    clips = make_clips(
+        "moving_pair", jax.random.key(4), scans, 60, Scene(size=50, noise=0.0, strokes=0)
+    )
     checked = 0
-    for video, label, places in zip(clips.video, clips.labels, np.asarray(clips.places)[:, :, 1:], strict=True):
+    for video, label, places in zip(
+        clips.video, clips.labels, np.asarray(clips.places)[:, :, 1:], strict=True
+    ):
         if any(np.abs(places[a] - places[b]).max() < SIDE + 2 for a, b in ((0, 1), (0, 2), (1, 2))):
             continue  # they overlap at the start, where they are looked up
         scanned = [crop(video[0], place) for place in places]
         pair, twin, other = (class_of(scans, scan) for scan in scanned)
         assert pair == twin != other
         moved = [
-            [m for m in ((0, 1), (0, -1), (1, 0), (-1, 0)) if np.allclose(crop(video[1], place + np.array(m)), scan)]
+            [
+                m
+                for m in ((0, 1), (0, -1), (1, 0), (-1, 0))
+                if np.allclose(crop(video[1], place + np.array(m)), scan)
+            ]
             for place, scan in zip(places, scanned, strict=True)
         ]
         if all(len(m) == 1 for m in moved):
@@ -147,5 +177,7 @@ def test_a_scene_that_cannot_be_is_an_error(options, message):
 def test_bad_tasks(scans):
     with pytest.raises(ValueError, match=r"task must be one of 'single_digit', .*got 'counting'"):
         make_clips("counting", jax.random.key(0), scans, 2, Scene())
-    with pytest.raises(ValueError, match=r"moving_pair needs size of at least 15.*8 frames; got 14"):
+    with pytest.raises(
+        ValueError, match=r"moving_pair needs size of at least 15.*8 frames; got 14"
+    ):
         make_clips("moving_pair", jax.random.key(0), scans, 2, Scene(size=14, distance=2))

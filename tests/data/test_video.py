@@ -34,7 +34,10 @@ def made(folder, name):
 def decoded(file):
     """By PyAV, from the first packet to the last, turned as the file asks."""
     with av.open(str(file)) as container:
-        return [np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90)) for f in container.decode(video=0)]
+        return [
+            np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation / 90))
+            for f in container.decode(video=0)
+        ]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -46,20 +49,37 @@ def test_frames_equal_a_whole_decode(folder, name):
             assert len(video) == len(frames)
             for start in (0, len(frames) // 3, len(frames) - 1):  # strided, looped at the end
                 indices = (start + 2 * np.arange(5)) % len(frames)
-                np.testing.assert_array_equal(video.read(indices), np.stack([frames[i] for i in indices]))
+                np.testing.assert_array_equal(
+                    video.read(indices), np.stack([frames[i] for i in indices])
+                )
             shuffled = RNG.permutation(len(frames))
-            np.testing.assert_array_equal(video.read(shuffled), np.stack([frames[i] for i in shuffled]))
+            np.testing.assert_array_equal(
+                video.read(shuffled), np.stack([frames[i] for i in shuffled])
+            )
 
 
-UNTIMELY = (".avi", ".mpg", "refresh.mp4", "refresh.mkv", "timed_as_decoded.mp4", "timed_as_decoded.mkv")
+UNTIMELY = (
+    ".avi",
+    ".mpg",
+    "refresh.mp4",
+    "refresh.mkv",
+    "timed_as_decoded.mp4",
+    "timed_as_decoded.mkv",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(UNTIMELY)])
 def test_files_with_keyframes_and_times_are_not_decoded_from_the_start(folder, name, monkeypatch):
     from_the_start, in_order = [], Video._in_order
-    monkeypatch.setattr(Video, "_in_order", lambda video, wanted: from_the_start.append(wanted) or in_order(video, wanted))
+    monkeypatch.setattr(
+        Video,
+        "_in_order",
+        lambda video, wanted: from_the_start.append(wanted) or in_order(video, wanted),
+    )
     wrong, wrong_times = [], Video._wrong_times
-    monkeypatch.setattr(Video, "_wrong_times", lambda video: wrong.append(name) or wrong_times(video))
+    monkeypatch.setattr(
+        Video, "_wrong_times", lambda video: wrong.append(name) or wrong_times(video)
+    )
     for start in range(3):
         with Video(made(folder, name)) as video:
             video.read((start + np.arange(0, 30, 3)) % len(video))
@@ -107,16 +127,29 @@ def test_each_frame_is_decoded_once_for_many_clips(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["long_gop.mp4", "odd.mp4", "turned.mp4", "turned_back.mp4", "upside_down.mp4", "interlaced.mp4", "ten_bit.mp4"]
+    "name",
+    [
+        "long_gop.mp4",
+        "odd.mp4",
+        "turned.mp4",
+        "turned_back.mp4",
+        "upside_down.mp4",
+        "interlaced.mp4",
+        "ten_bit.mp4",
+    ],
 )
 def test_a_window_is_a_part_of_the_frame_as_it_is_shown(folder, name):
     frames = np.stack(decoded(made(folder, name)))
     height, width = frames.shape[1:3]
-    window = Window(8, 4, height - 20, width - 16, (height - 20, width - 16))  # on both axes even from either end
+    window = Window(
+        8, 4, height - 20, width - 16, (height - 20, width - 16)
+    )  # on both axes even from either end
     with Video(made(folder, name)) as video:
         part = video.read([3, 1], lambda *size: window if size == (height, width) else None)
     whole = frames[[3, 1], 8 : height - 12, 4 : width - 12]
-    if name == "ten_bit.mp4":  # colours at the border of the window are interpolated with what is inside
+    if (
+        name == "ten_bit.mp4"
+    ):  # colours at the border of the window are interpolated with what is inside
         part, whole = part[:, 2:-2, 2:-2], whole[:, 2:-2, 2:-2]
     np.testing.assert_array_equal(part, whole)
 
@@ -142,7 +175,9 @@ def test_rate_and_times(folder):
         np.testing.assert_allclose(video.seconds(np.array([0, 10])), [0, 0.4])
     for name in ("irregular.mp4", "irregular.mkv"):
         with Video(made(folder, name)) as video:
-            np.testing.assert_allclose(video.seconds(np.arange(50)), np.subtract(IRREGULAR, IRREGULAR[0]), atol=2e-3)
+            np.testing.assert_allclose(
+                video.seconds(np.arange(50)), np.subtract(IRREGULAR, IRREGULAR[0]), atol=2e-3
+            )
     with Video(made(folder, "b_frames.avi")) as video:
         np.testing.assert_allclose(video.seconds(np.array([5])), [0.2])
 
@@ -164,8 +199,14 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
     frames = scene(40, 192, 256)
     files = [tmp_path / "short.mp4", tmp_path / "long.mp4"]
     for file, times in zip(files, (1, 25), strict=True):
-        stand_in.write(file, np.broadcast_to(frames, (times, *frames.shape)).reshape(-1, *frames.shape[1:]), options=QUICK)
-    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, files)], check=True, capture_output=True, text=True)
+        stand_in.write(
+            file,
+            np.broadcast_to(frames, (times, *frames.shape)).reshape(-1, *frames.shape[1:]),
+            options=QUICK,
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *map(str, files)], check=True, capture_output=True, text=True
+    )
     short, long = map(int, done.stdout.split())  # KiB
     assert long - short < 20 * 1024
 
@@ -175,7 +216,10 @@ BAD = {
     "empty.mp4": (b"", "the file is empty"),
     "text.mp4": (b"this is no video, it only says so\n" * 30, "no video that can be read"),
     "playlist.mp4": (b"ffconcat version 1.0\nfile other.ts\n", "no video that can be read"),
-    "stream.m3u8": (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.ts\n#EXT-X-ENDLIST\n", "no video that can be read"),
+    "stream.m3u8": (
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.ts\n#EXT-X-ENDLIST\n",
+        "no video that can be read",
+    ),
 }
 
 
@@ -191,7 +235,10 @@ def test_what_is_no_video(tmp_path, name):
 
 def test_sound_alone(tmp_path):
     stand_in.write_sound(tmp_path / "sound.mp4")
-    with pytest.raises(VideoError, match="no video stream, only audio"), Video(tmp_path / "sound.mp4"):
+    with (
+        pytest.raises(VideoError, match="no video stream, only audio"),
+        Video(tmp_path / "sound.mp4"),
+    ):
         pass
 
 
@@ -201,12 +248,17 @@ def test_a_sound_with_a_cover(tmp_path):
         cover = container.add_stream("mjpeg", rate=25)
         cover.width, cover.height, cover.pix_fmt = 96, 80, "yuvj420p"
         cover.disposition = av.stream.Disposition.attached_pic
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 8000), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 8000
         container.mux(cover.encode(av.VideoFrame.from_ndarray(scene(1, 80, 96)[0], format="rgb24")))
         for part in (frame, None):
             container.mux(sound.encode(part))
-    with pytest.raises(VideoError, match="no video stream, only a cover, audio"), Video(tmp_path / "song.mp4"):
+    with (
+        pytest.raises(VideoError, match="no video stream, only a cover, audio"),
+        Video(tmp_path / "song.mp4"),
+    ):
         pass
 
 
@@ -219,7 +271,9 @@ def test_a_title_that_is_not_utf8(tmp_path):
         container.mux(stream.encode())
     content = (tmp_path / "title.mkv").read_bytes()
     assert b"a very long title" in content
-    (tmp_path / "title.mkv").write_bytes(content.replace(b"a very long title", b"\xff\xfe very long title"[:17]))
+    (tmp_path / "title.mkv").write_bytes(
+        content.replace(b"a very long title", b"\xff\xfe very long title"[:17])
+    )
     with Video(tmp_path / "title.mkv") as video:
         assert video.read([0]).shape == (1, 16, 16, 3)
 
@@ -236,7 +290,10 @@ def test_no_frames(tmp_path):
 def test_a_file_that_was_cut_off(folder, tmp_path):
     whole = made(folder, "open_gop.mp4").read_bytes()
     (tmp_path / "start.mp4").write_bytes(whole[: len(whole) // 2])  # without its index
-    with pytest.raises(VideoError, match="no video that can be read"), Video(tmp_path / "start.mp4"):
+    with (
+        pytest.raises(VideoError, match="no video that can be read"),
+        Video(tmp_path / "start.mp4"),
+    ):
         pass
     stand_in.write(tmp_path / "long.ts", scene(60, 48, 64), options={"g": "10"})
     with Video(tmp_path / "long.ts") as video:
@@ -276,7 +333,10 @@ def test_a_packet_without_a_frame(tmp_path):
         assert len(video) == 20
         np.testing.assert_array_equal(video.read([7, 15]), np.stack([frames[7], frames[15]]))
         assert len(video) == 19
-    with Video(tmp_path / "hollow.mkv") as video, pytest.raises(VideoError, match="has 19 frames that can be decoded, not 20"):
+    with (
+        Video(tmp_path / "hollow.mkv") as video,
+        pytest.raises(VideoError, match="has 19 frames that can be decoded, not 20"),
+    ):
         video.read(range(20))
 
 
@@ -304,7 +364,10 @@ def test_8k_frames_are_scaled_as_they_come(tmp_path):
 
 def test_frames_that_are_too_large(folder, monkeypatch):
     monkeypatch.setattr(convert, "LARGEST", 48 * 64 - 1)
-    with pytest.raises(VideoError, match="at most 3,071 pixels; they have 64×48"), Video(made(folder, "one.mp4")):
+    with (
+        pytest.raises(VideoError, match="at most 3,071 pixels; they have 64×48"),
+        Video(made(folder, "one.mp4")),
+    ):
         pass
 
 
@@ -329,11 +392,18 @@ def test_scaled_frames_are_near_to_scaled_colours(folder):
     with Video(made(folder, "long_gop.mp4")) as video:
         whole = video.read([5])[0]
         for size in ((96, 128), (35, 61)):
-            ours = video.read([5], functools.partial(lambda size, h, w: Window(0, 0, h, w, size), size))[0]
-            theirs = np.asarray(Image.fromarray(whole).resize(size[::-1], Image.Resampling.BILINEAR))
+            ours = video.read(
+                [5], functools.partial(lambda size, h, w: Window(0, 0, h, w, size), size)
+            )[0]
+            theirs = np.asarray(
+                Image.fromarray(whole).resize(size[::-1], Image.Resampling.BILINEAR)
+            )
             assert np.abs(ours.astype(int) - theirs).mean() < 2.5
 
 
 def test_names_that_cannot_be(tmp_path):
-    with pytest.raises(VideoError, match=r"cannot be opened .*too long"), Video(tmp_path / (300 * "a" + ".mp4")):
+    with (
+        pytest.raises(VideoError, match=r"cannot be opened .*too long"),
+        Video(tmp_path / (300 * "a" + ".mp4")),
+    ):
         pass

@@ -55,8 +55,13 @@ def test_unlabelled_videos_cost_nothing():
     truth = RNG.random((30, 5)) < 0.3
     truth[truth.sum(1) == 0, 0] = True
     scores = RNG.random(truth.shape)
-    more = np.concatenate([np.full((4, 5), 2.0), scores]), np.concatenate([np.zeros((4, 5), bool), truth])
-    np.testing.assert_allclose(evaluation.average_precision(*more), evaluation.average_precision(scores, truth))
+    more = (
+        np.concatenate([np.full((4, 5), 2.0), scores]),
+        np.concatenate([np.zeros((4, 5), bool), truth]),
+    )
+    np.testing.assert_allclose(
+        evaluation.average_precision(*more), evaluation.average_precision(scores, truth)
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
@@ -65,7 +70,8 @@ def test_top_k_and_confusion_equal_scikit_learn(k):
     theirs = top_k_accuracy_score(labels, scores, k=k, labels=range(11))
     assert evaluation.top_k(scores, labels, k).mean() == pytest.approx(theirs)
     np.testing.assert_array_equal(
-        evaluation.confusion(scores, labels), confusion_matrix(labels, scores.argmax(1), labels=range(11))
+        evaluation.confusion(scores, labels),
+        confusion_matrix(labels, scores.argmax(1), labels=range(11)),
     )
 
 
@@ -75,7 +81,9 @@ def test_intervals():
     inside = 0
     for seed in range(60):  # 95% of the intervals hold the truth
         values = np.random.default_rng(seed).random(200) < 0.7
-        low, high = evaluation.bootstrap_interval(lambda chosen, values=values: values[chosen].mean(), 200, samples=200)
+        low, high = evaluation.bootstrap_interval(
+            lambda chosen, values=values: values[chosen].mean(), 200, samples=200
+        )
         inside += low <= 0.7 <= high
     assert 50 <= inside <= 60
 

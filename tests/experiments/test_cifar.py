@@ -14,19 +14,30 @@ from data.test_cifar import make_archive
 from experiments import cifar, report
 from experiments.cifar import Config
 
-SMALL = Config(depth=8, nonlocal_blocks=("res2_0",), steps=4, batch_size=16, evaluate_every=2, save_every=2)
+SMALL = Config(
+    depth=8, nonlocal_blocks=("res2_0",), steps=4, batch_size=16, evaluate_every=2, save_every=2
+)
 
 
 def test_digits_are_learnt(tmp_path):
     """A smaller network and a shorter run than the default, which reaches 99%."""
     config = dataclasses.replace(
-        SMALL, steps=100, batch_size=64, evaluate_every=50, save_every=50, output=tmp_path, precise_bn=5
+        SMALL,
+        steps=100,
+        batch_size=64,
+        evaluate_every=50,
+        save_every=50,
+        output=tmp_path,
+        precise_bn=5,
     )
     result = cifar.main(config)
     assert result.metrics["accuracy"] > 0.95
     assert result.metrics["count"] == 450
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["residual_ratio/nonlocal_res2_0" if rows[-1]["kind"] == "train" else "accuracy"] > 0
+    assert (
+        rows[-1]["residual_ratio/nonlocal_res2_0" if rows[-1]["kind"] == "train" else "accuracy"]
+        > 0
+    )
     picture = matplotlib.image.imread(tmp_path / "curves.png")
     assert min(picture.shape[:2]) > 300
     results = json.loads((tmp_path / "results.json").read_text())
@@ -52,7 +63,9 @@ def test_augmentation_is_of_the_example_alone():
     of_input, key = cifar.INPUTS["cifar10"], jax.random.key(0)
     augmented = cifar.prepare(of_input, 0.0, 10, batch, key)["inputs"]
     half = jax.tree.map(lambda x: x[3:], batch)
-    np.testing.assert_array_equal(cifar.prepare(of_input, 0.0, 10, half, key)["inputs"], augmented[3:])
+    np.testing.assert_array_equal(
+        cifar.prepare(of_input, 0.0, 10, half, key)["inputs"], augmented[3:]
+    )
     plain = cifar.prepare(of_input, 0.0, 10, batch, None)["inputs"]
     np.testing.assert_allclose(plain[..., 0], (images[..., 0] - 125.3) / 63.0, rtol=1e-5)
     padded = np.pad(np.asarray(plain), ((0, 0), (4, 4), (4, 4), (0, 0)))
@@ -75,14 +88,19 @@ def test_augmentation_is_of_the_example_alone():
         ({"depth": 21}, "error: depth must be 6n"),
         ({"preset": "caffe2", "instantiation": "gaussian"}, "'caffe2' has no 'gaussian'"),
         ({"learning_rate": -1.0}, "error: peak must be positive"),
-        ({"archive_sha256": "0", "dataset": "cifar10"}, "error: --archive-sha256 is that of .*which is not there"),
+        (
+            {"archive_sha256": "0", "dataset": "cifar10"},
+            "error: --archive-sha256 is that of .*which is not there",
+        ),
         ({"batch_size": 15}, "error: the batch must split over 4 devices; got 15"),
         ({"average": 2.0}, "error: average must be between 0 and 1"),
     ],
 )
 def test_what_cannot_be_trained_stops_before(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
-        cifar.main(dataclasses.replace(SMALL, output=tmp_path / "new", data_dir=tmp_path, **options))
+        cifar.main(
+            dataclasses.replace(SMALL, output=tmp_path / "new", data_dir=tmp_path, **options)
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -108,9 +126,18 @@ def test_a_mistyped_flag_is_an_error(capsys):
 
 
 def test_dry_run_prints_and_trains_nothing(tmp_path, capsys):
-    assert cifar.main(dataclasses.replace(SMALL, dry_run=True, output=tmp_path / "new", batch_size=16)) is None
+    assert (
+        cifar.main(dataclasses.replace(SMALL, dry_run=True, output=tmp_path / "new", batch_size=16))
+        is None
+    )
     printed = capsys.readouterr().out
-    for words in ("nonlocal_res2_0/operation", "multiply-adds", "queries × 4 keys", "data 4 × positions 1", "MB beside state"):
+    for words in (
+        "nonlocal_res2_0/operation",
+        "multiply-adds",
+        "queries × 4 keys",
+        "data 4 × positions 1",
+        "MB beside state",
+    ):
         assert words in printed
     assert not (tmp_path / "new").exists()
 
@@ -118,16 +145,29 @@ def test_dry_run_prints_and_trains_nothing(tmp_path, capsys):
 def finished(folder, seed, accuracy, **config):
     folder.mkdir()
     metrics = {"accuracy": accuracy, "loss": 0.1, "count": 450}
-    row = {"command": f"train --seed {seed}", "hardware": "a device", "data": "digits", "parameters": 1234, "steps": 10}
+    row = {
+        "command": f"train --seed {seed}",
+        "hardware": "a device",
+        "data": "digits",
+        "parameters": 1234,
+        "steps": 10,
+    }
     (folder / "results.json").write_text(json.dumps({**row, "seconds": 5.0, "metrics": metrics}))
-    (folder / "config.json").write_text(json.dumps({"seed": seed, "output": str(folder), "depth": 20, **config}))
-    log = [{"step": 1, "kind": "train", "loss": 1.0, "accuracy": 0.1}, {"step": 10, "kind": "evaluation", **metrics}]
+    (folder / "config.json").write_text(
+        json.dumps({"seed": seed, "output": str(folder), "depth": 20, **config})
+    )
+    log = [
+        {"step": 1, "kind": "train", "loss": 1.0, "accuracy": 0.1},
+        {"step": 10, "kind": "evaluation", **metrics},
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     return folder
 
 
 def test_a_report_groups_seeds(tmp_path):
-    runs = [finished(tmp_path / f"a{seed}", seed, accuracy) for seed, accuracy in enumerate((0.9, 0.94))]
+    runs = [
+        finished(tmp_path / f"a{seed}", seed, accuracy) for seed, accuracy in enumerate((0.9, 0.94))
+    ]
     runs.append(finished(tmp_path / "b", 0, 0.5, depth=32))
     report.main(report.Config(tuple(runs), tmp_path / "out"))
     table = (tmp_path / "out" / "results.md").read_text()

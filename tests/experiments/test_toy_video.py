@@ -68,7 +68,9 @@ def test_several_seeds_are_one_row():
 
 
 def test_the_test_clips_are_always_the_same(scans):
-    first, again, other = (toy_video.held_out_clips("same_digit", i, scans, Scene()) for i in (0, 0, 1))
+    first, again, other = (
+        toy_video.held_out_clips("same_digit", i, scans, Scene()) for i in (0, 0, 1)
+    )
     chex.assert_trees_all_equal(first, again)
     assert not np.array_equal(first.video, other.video)
 
@@ -76,11 +78,17 @@ def test_the_test_clips_are_always_the_same(scans):
 def test_insert_keeps_the_answer_of_the_trunk(scans):
     """The paper's recipe: a block put into a trained network does not change its answer, nor does inflation on a still."""
     config = dataclasses.replace(SMALL, kind="i3d")
-    trunk, inflated = toy_video.build(None, config, "single_digit"), toy_video.build("dot_product", config)
-    still = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (3, 1, 16, 16, 1)), (3, 8, 16, 16, 1))
+    trunk, inflated = (
+        toy_video.build(None, config, "single_digit"),
+        toy_video.build("dot_product", config),
+    )
+    still = jnp.broadcast_to(
+        jax.random.normal(jax.random.key(0), (3, 1, 16, 16, 1)), (3, 8, 16, 16, 1)
+    )
     image_variables = jax.jit(trunk.init)(jax.random.key(1), still[:, :1])
     image_variables = jax.tree.map(
-        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape) ** 2, image_variables
+        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape) ** 2,
+        image_variables,
     )
     fresh = jax.jit(inflated.init)(jax.random.key(3), still)
     variables = toy_video.insert(image_variables, fresh)
@@ -89,13 +97,25 @@ def test_insert_keeps_the_answer_of_the_trunk(scans):
     chex.assert_trees_all_equal(variables["params"]["block"], fresh["params"]["block"])
 
     def features(model, variables, clip):
-        apply = functools.partial(model.apply, capture_intermediates=lambda m, _: m.name == "res3", mutable=["intermediates"])
+        apply = functools.partial(
+            model.apply,
+            capture_intermediates=lambda m, _: m.name == "res3",
+            mutable=["intermediates"],
+        )
         picked = jax.jit(apply)(variables, clip)
         return picked[1]["intermediates"]["res3"]["__call__"][0]
 
-    of_image, of_clip = features(trunk, image_variables, still[:, :1]), features(inflated, variables, still)
+    of_image, of_clip = (
+        features(trunk, image_variables, still[:, :1]),
+        features(inflated, variables, still),
+    )
     # Two inflated layers of three taps: the frames at least two from the border see a whole still.
-    chex.assert_trees_all_close(of_clip[:, 2:-2], jnp.broadcast_to(of_image, (3, 4, *of_image.shape[2:])), rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(
+        of_clip[:, 2:-2],
+        jnp.broadcast_to(of_image, (3, 4, *of_image.shape[2:])),
+        rtol=1e-3,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("task", ["same_digit", "moving_pair"])
@@ -104,15 +124,29 @@ def test_the_control_has_the_most_parameters_and_flops(task):
     parameters, flops = toy_video.cost("control", config)
     for network in toy_video.INSTANTIATIONS:
         assert all(
-            0 < of_block <= most for of_block, most in zip(toy_video.cost(network, config), (parameters, flops), strict=True)
+            0 < of_block <= most
+            for of_block, most in zip(
+                toy_video.cost(network, config), (parameters, flops), strict=True
+            )
         )
 
 
 def test_all_is_every_instantiation_and_both_tasks():
     first, second = toy_video.tasks(dataclasses.replace(SMALL, all=True, seeds=5))
     assert (first.task, first.kind, first.seeds, first.scene) == ("same_digit", "c2d", 5, Scene())
-    assert first.networks == ("control", "gaussian", "embedded_gaussian", "dot_product", "concatenation")
-    assert (second.task, second.kind, second.seeds, second.scene) == ("moving_pair", "i3d", 3, Scene(size=20))
+    assert first.networks == (
+        "control",
+        "gaussian",
+        "embedded_gaussian",
+        "dot_product",
+        "concatenation",
+    )
+    assert (second.task, second.kind, second.seeds, second.scene) == (
+        "moving_pair",
+        "i3d",
+        3,
+        Scene(size=20),
+    )
     assert second.networks == ("control", "embedded_gaussian")
 
 
@@ -135,22 +169,35 @@ def test_nan_in_the_scans_stops_before_training(scans, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(SystemExit, match=r"error: loss (nan|inf), .* at step \d.*or take a smaller learning rate"):
-        toy_video.main(dataclasses.replace(SMALL, pretrain_learning_rate=1e38, warmup=0, output=tmp_path))
+    with pytest.raises(
+        SystemExit, match=r"error: loss (nan|inf), .* at step \d.*or take a smaller learning rate"
+    ):
+        toy_video.main(
+            dataclasses.replace(SMALL, pretrain_learning_rate=1e38, warmup=0, output=tmp_path)
+        )
 
 
 def test_an_output_that_cannot_be_written_stops_before_training(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(toy_video, "train_all", lambda *_: pytest.fail("it trained"))
-    with pytest.raises(SystemExit, match=r"--output must be a folder that can be written; .*file/runs: Not a directory"):
+    with pytest.raises(
+        SystemExit,
+        match=r"--output must be a folder that can be written; .*file/runs: Not a directory",
+    ):
         toy_video.main(dataclasses.replace(SMALL, output=tmp_path / "file" / "runs"))
 
 
 def test_a_readme_that_cannot_be_written_stops_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_video, "train_all", lambda *_: pytest.fail("it trained"))
     (tmp_path / "README.md").mkdir()
-    with pytest.raises(SystemExit, match=r"--readme must be a file that can be read and written; got .*README"):
-        toy_video.main(dataclasses.replace(SMALL, all=True, output=tmp_path / "new", readme=tmp_path / "README.md"))
+    with pytest.raises(
+        SystemExit, match=r"--readme must be a file that can be read and written; got .*README"
+    ):
+        toy_video.main(
+            dataclasses.replace(
+                SMALL, all=True, output=tmp_path / "new", readme=tmp_path / "README.md"
+            )
+        )
 
 
 @pytest.mark.usefixtures("as_users_see_it")
@@ -158,7 +205,10 @@ def test_a_readme_that_cannot_be_written_stops_before_training(tmp_path, monkeyp
     ("options", "message"),
     [
         ({"preset": "caffe2", "networks": ("control", "gaussian")}, "'caffe2' has no 'gaussian'"),
-        ({"task": "moving_pair", "scene": Scene(size=14)}, "moving_pair needs size of at least 15.* got 14"),
+        (
+            {"task": "moving_pair", "scene": Scene(size=14)},
+            "moving_pair needs size of at least 15.* got 14",
+        ),
     ],
 )
 def test_what_cannot_be_built_stops_before_training(options, message, tmp_path, monkeypatch):
@@ -184,7 +234,9 @@ def test_bad_options(options, message):
         Config(**options)
 
 
-@pytest.mark.parametrize("arguments", [["--stepz", "100"], ["--networks", "transformer"], ["--preset", "torch"]])
+@pytest.mark.parametrize(
+    "arguments", [["--stepz", "100"], ["--networks", "transformer"], ["--preset", "torch"]]
+)
 def test_a_mistyped_flag_is_an_error(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         tyro.cli(Config, args=arguments)

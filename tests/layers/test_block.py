@@ -40,11 +40,19 @@ def awake(variables, seed=3):
     """The same variables away from their initial values, so that the block is no identity and no bias is 0."""
     leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return tree.unflatten([jnp.abs(leaf + jax.random.uniform(k, leaf.shape) / 2) for k, leaf in zip(keys, leaves, strict=True)])
+    return tree.unflatten(
+        [
+            jnp.abs(leaf + jax.random.uniform(k, leaf.shape) / 2)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ]
+    )
 
 
 def paths(tree):
-    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        "/".join(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 class OnEveryDevice(chex.TestCase):
@@ -62,7 +70,9 @@ class OnEveryDevice(chex.TestCase):
         variables = awake(block.init(jax.random.key(1), X))
         z = block.apply(variables, X)
         assert not np.allclose(z, X, atol=1e-3)
-        chex.assert_trees_all_close(self.variant(block.apply)(variables, X), z, rtol=1e-4, atol=1e-4)
+        chex.assert_trees_all_close(
+            self.variant(block.apply)(variables, X), z, rtol=1e-4, atol=1e-4
+        )
 
 
 @each_norm
@@ -91,7 +101,9 @@ def test_zero_init_can_be_turned_off(norm):
 def test_batch_statistics_move_by_a_tenth_in_training_and_not_otherwise():
     block = nonlocal_block("dot_product")
     variables = block.init(jax.random.key(1), X)
-    trained = block.apply(variables, X, train=True, mutable=["batch_stats"])[1]["batch_stats"]["out_norm"]
+    trained = block.apply(variables, X, train=True, mutable=["batch_stats"])[1]["batch_stats"][
+        "out_norm"
+    ]
     y = block.operation.apply({"params": variables["params"]["operation"]}, X)
     response = (y @ variables["params"]["out"]["kernel"]).reshape(-1, 6)
     chex.assert_trees_all_close(trained["mean"], 0.1 * response.mean(0), rtol=1e-4, atol=1e-6)
@@ -108,7 +120,10 @@ def test_frozen_batch_norm_answers_as_the_trained_one(instantiation):
     assert set(frozen) == {"params"}
     assert set(frozen["params"]["out_norm"]) == {"scale", "bias"}
     chex.assert_trees_all_close(
-        nonlocal_block(instantiation, norm=Affine).apply(frozen, X), block.apply(variables, X), rtol=1e-4, atol=1e-4
+        nonlocal_block(instantiation, norm=Affine).apply(frozen, X),
+        block.apply(variables, X),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
@@ -128,9 +143,13 @@ def test_freezing_reaches_every_depth_and_needs_statistics():
     frozen = freeze_batch_norm(variables)
     assert paths(frozen["params"]).keys() == paths(variables["params"]).keys()
     changed = {
-        name for name, leaf in paths(frozen["params"]).items() if not np.array_equal(leaf, paths(variables["params"])[name])
+        name
+        for name, leaf in paths(frozen["params"]).items()
+        if not np.array_equal(leaf, paths(variables["params"])[name])
     }
-    assert changed == {f"{place}/out_norm/{leaf}" for place in ("first", "tail/last") for leaf in ("scale", "bias")}
+    assert changed == {
+        f"{place}/out_norm/{leaf}" for place in ("first", "tail/last") for leaf in ("scale", "bias")
+    }
     with pytest.raises(ValueError, match=r"must hold batch_stats.*\['params'\]"):
         freeze_batch_norm(frozen)
 
@@ -172,7 +191,9 @@ def test_a_sample_of_padding_alone_spoils_nothing(norm):
     for mask in (MASK.at[1].set(False), jnp.zeros_like(MASK)):
 
         def loss(params, mask=mask):
-            z, state = block.apply({**variables, "params": params}, X, mask=mask, train=True, mutable=["batch_stats"])
+            z, state = block.apply(
+                {**variables, "params": params}, X, mask=mask, train=True, mutable=["batch_stats"]
+            )
             return jnp.sum(jnp.sin(z)), (z, state)
 
         gradient, (z, state) = jax.grad(loss, has_aux=True)(variables["params"])
@@ -192,7 +213,9 @@ def test_instance_norm_does_not_see_padding():
 def test_the_residual_ratio_is_that_of_the_real_positions():
     block = nonlocal_block("dot_product")
     variables = awake(block.init(jax.random.key(1), X))
-    z, state = block.apply(variables, jnp.where(MASK[..., None], X, 1e3), mask=MASK, mutable=["intermediates"])
+    z, state = block.apply(
+        variables, jnp.where(MASK[..., None], X, 1e3), mask=MASK, mutable=["intermediates"]
+    )
     expected = np.linalg.norm(z[MASK] - X[MASK]) / np.linalg.norm(X[MASK])
     np.testing.assert_allclose(state["intermediates"]["residual_ratio"][0], expected, rtol=1e-4)
 
@@ -248,8 +271,20 @@ BIASES = {
     "non_local_pytorch": {"theta", "phi", "g", "out"},
     "mmcv": {"theta", "phi", "g"},
 }
-SCALED = {"paper": False, "caffe2": True, "slowfast": True, "non_local_pytorch": False, "mmcv": True}
-POOLED = {"paper": "after", "caffe2": "before", "slowfast": "before", "non_local_pytorch": "after", "mmcv": None}
+SCALED = {
+    "paper": False,
+    "caffe2": True,
+    "slowfast": True,
+    "non_local_pytorch": False,
+    "mmcv": True,
+}
+POOLED = {
+    "paper": "after",
+    "caffe2": "before",
+    "slowfast": "before",
+    "non_local_pytorch": "after",
+    "mmcv": None,
+}
 EPSILON = {"caffe2": 1.0000001e-5}
 DEVIATION = {  # of θ's kernel (512, 256) and of its bias
     "paper": ((2 / 512) ** 0.5, None),
@@ -271,7 +306,9 @@ def test_presets_differ_exactly_where_the_sources_do(preset):
     np.testing.assert_allclose(params["theta"]["kernel"].std(), kernel, rtol=0.01)
     if bias is not None:
         np.testing.assert_allclose(params["theta"]["bias"].std(), bias, rtol=0.2)
-    chex.assert_trees_all_equal(variables["params"]["out_norm"], {"scale": jnp.zeros(512), "bias": jnp.zeros(512)})
+    chex.assert_trees_all_equal(
+        variables["params"]["out_norm"], {"scale": jnp.zeros(512), "bias": jnp.zeros(512)}
+    )
 
     assert block.operation.use_scale is SCALED[preset]
     assert (block.operation.pool_order if block.operation.subsample else None) == POOLED[preset]
@@ -282,9 +319,17 @@ def test_presets_differ_exactly_where_the_sources_do(preset):
 @pytest.mark.parametrize("preset", ["paper", "non_local_pytorch", "mmcv"])
 def test_w_z_and_w_f_are_initialised_as_in_the_source(preset):
     """mmcv initialises θ, φ and g only; its ConvModules keep their own He normal, whose fan is the outputs."""
-    params = nonlocal_block("concatenation", preset).init(jax.random.key(0), jnp.ones((1, 4, 512)))["params"]
-    w_z = {"paper": (2 / 256) ** 0.5, "non_local_pytorch": (1 / 3 / 256) ** 0.5, "mmcv": (2 / 512) ** 0.5}[preset]
-    w_f = {"paper": (2 / 512) ** 0.5, "non_local_pytorch": (1 / 3 / 512) ** 0.5, "mmcv": 2**0.5}[preset]
+    params = nonlocal_block("concatenation", preset).init(jax.random.key(0), jnp.ones((1, 4, 512)))[
+        "params"
+    ]
+    w_z = {
+        "paper": (2 / 256) ** 0.5,
+        "non_local_pytorch": (1 / 3 / 256) ** 0.5,
+        "mmcv": (2 / 512) ** 0.5,
+    }[preset]
+    w_f = {"paper": (2 / 512) ** 0.5, "non_local_pytorch": (1 / 3 / 512) ** 0.5, "mmcv": 2**0.5}[
+        preset
+    ]
     np.testing.assert_allclose(params["out"]["kernel"].std(), w_z, rtol=0.01)
     np.testing.assert_allclose(params["operation"]["w_f"].std(), w_f, rtol=0.1)
 
@@ -299,11 +344,31 @@ def test_mmcv_has_an_output_bias_when_no_norm_follows():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"instantiation": "cosine"}, ValueError, r"instantiation must be one of 'gaussian', .*got 'cosine'"),
-        ({"instantiation": "gaussian", "preset": "torch"}, ValueError, r"preset must be one of 'paper', .*got 'torch'"),
-        ({"instantiation": "gaussian", "preset": "caffe2"}, ValueError, r"'caffe2' has no 'gaussian': video-nonlocal-net has"),
-        ({"instantiation": "dot_product", "subsmaple": False}, TypeError, r"no attribute subsmaple; it has axes, "),
-        ({"instantiation": "dot_product", "use_scale": True}, TypeError, r"dot_product block has no attribute use_scale"),
+        (
+            {"instantiation": "cosine"},
+            ValueError,
+            r"instantiation must be one of 'gaussian', .*got 'cosine'",
+        ),
+        (
+            {"instantiation": "gaussian", "preset": "torch"},
+            ValueError,
+            r"preset must be one of 'paper', .*got 'torch'",
+        ),
+        (
+            {"instantiation": "gaussian", "preset": "caffe2"},
+            ValueError,
+            r"'caffe2' has no 'gaussian': video-nonlocal-net has",
+        ),
+        (
+            {"instantiation": "dot_product", "subsmaple": False},
+            TypeError,
+            r"no attribute subsmaple; it has axes, ",
+        ),
+        (
+            {"instantiation": "dot_product", "use_scale": True},
+            TypeError,
+            r"dot_product block has no attribute use_scale",
+        ),
     ],
 )
 def test_bad_presets_name_what_there_is(arguments, error, message):

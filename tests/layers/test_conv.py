@@ -10,12 +10,21 @@ import pytest
 from nonlocal_jax.layers import conv
 from nonlocal_jax.layers.conv import VideoConv, lowering, video_conv
 
-POINT, TEMPORAL, SPATIAL, CUBE, STEM, FLAT_STEM = (1, 1, 1), (3, 1, 1), (1, 3, 3), (3, 3, 3), (5, 7, 7), (1, 7, 7)
+POINT, TEMPORAL, SPATIAL, CUBE, STEM, FLAT_STEM = (
+    (1, 1, 1),
+    (3, 1, 1),
+    (1, 3, 3),
+    (3, 3, 3),
+    (5, 7, 7),
+    (1, 7, 7),
+)
 
 
 @pytest.mark.parametrize("machine", ["cpu", "gpu"])
 @pytest.mark.parametrize("positions", [(), (5,), (2, 0, 3), (2, 3, 4, 5)])
-def test_dot_over_positions_is_the_product_over_channels_with_its_gradients(machine, positions, monkeypatch):
+def test_dot_over_positions_is_the_product_over_channels_with_its_gradients(
+    machine, positions, monkeypatch
+):
     monkeypatch.setattr(conv, "backend", lambda: machine)
     keys = jax.random.split(jax.random.key(0), 4)
     x, dx = (jax.random.normal(key, (*positions, 6)) for key in keys[:2])
@@ -33,13 +42,17 @@ def test_dot_over_positions_is_the_product_over_channels_with_its_gradients(mach
     chex.assert_trees_all_close(y, y_expected, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_close(pull(y), pull_expected(y), rtol=1e-5, atol=1e-5)
     tangents = jax.jvp(ours, (x, kernel), (dx, dkernel))
-    chex.assert_trees_all_close(tangents, jax.jvp(expected, (x, kernel), (dx, dkernel)), rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(
+        tangents, jax.jvp(expected, (x, kernel), (dx, dkernel)), rtol=1e-6, atol=1e-6
+    )
 
 
 def xla(x, kernel, strides, groups=1):
     padding = [(size // 2, size // 2) for size in kernel.shape[:3]]
     names = ("NTHWC", "THWIO", "NTHWC")
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=names, feature_group_count=groups)
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=names, feature_group_count=groups
+    )
 
 
 def arrays(kernel, channels, features, groups=1, positions=(5, 7, 11)):
@@ -65,7 +78,9 @@ EVERY_WAY = [
     + [("cpu", STEM, 3, 66, 1, (3, 2, 2)), ("cpu", FLAT_STEM, 3, 6, 1, (2, 2, 2))]
     + [("gpu", *case, (1, 2, 2)) for case in EVERY_WAY if case[0] != SPATIAL],
 )
-def test_equals_xla_in_three_dimensions(kernel, channels, features, groups, strides, machine, monkeypatch):
+def test_equals_xla_in_three_dimensions(
+    kernel, channels, features, groups, strides, machine, monkeypatch
+):
     monkeypatch.setattr(conv, "backend", lambda: machine)
     inputs = arrays(kernel, channels, features, groups)
 
@@ -89,18 +104,28 @@ IN_TILES = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "channels", "features", "positions", "small", "of_value", "of_kernel"), IN_TILES)
-def test_tiles_equal_xla_in_three_dimensions(kernel, channels, features, positions, small, of_value, of_kernel, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "channels", "features", "positions", "small", "of_value", "of_kernel"), IN_TILES
+)
+def test_tiles_equal_xla_in_three_dimensions(
+    kernel, channels, features, positions, small, of_value, of_kernel, monkeypatch
+):
     monkeypatch.setattr(conv, "backend", lambda: "cpu")
     if not small:
         monkeypatch.setattr(conv, "CACHED", 0)
     x, weights = arrays(kernel, channels, features, positions=positions)
     weights /= math.sqrt(math.prod(kernel) * channels)
-    assert [function.keywords["tiles"] for function in lowering(x.shape, weights.shape)] == [of_value, of_kernel]
+    assert [function.keywords["tiles"] for function in lowering(x.shape, weights.shape)] == [
+        of_value,
+        of_kernel,
+    ]
 
     @jax.jit
     def both(x, weights):
-        functions = (lambda *args: video_conv(*args, (1, 1, 1)), lambda *args: xla(*args, (1, 1, 1)))
+        functions = (
+            lambda *args: video_conv(*args, (1, 1, 1)),
+            lambda *args: xla(*args, (1, 1, 1)),
+        )
         return [derivatives(function, x, weights) for function in functions]
 
     chex.assert_trees_all_close(*both(x, weights), rtol=1e-4, atol=1e-3)
@@ -130,8 +155,19 @@ def name(function):
 
 def test_every_way_to_compute_one_is_taken_on_cpu(monkeypatch):
     monkeypatch.setattr(conv, "backend", lambda: "cpu")
-    kernels = [(*POINT, 34, 6), (*SPATIAL, 3, 6), (*TEMPORAL, 64, 6), (*SPATIAL, 64, 65), (*STEM, 3, 64), (*SPATIAL, 34, 6)]
-    taken = {name(function) for kernel in kernels for function in lowering((2, 8, 28, 28, kernel[3]), kernel)}
+    kernels = [
+        (*POINT, 34, 6),
+        (*SPATIAL, 3, 6),
+        (*TEMPORAL, 64, 6),
+        (*SPATIAL, 64, 65),
+        (*STEM, 3, 64),
+        (*SPATIAL, 34, 6),
+    ]
+    taken = {
+        name(function)
+        for kernel in kernels
+        for function in lowering((2, 8, 28, 28, kernel[3]), kernel)
+    }
     assert taken == {
         "_product", "_side_by_side", "_temporal", "_shifted_products", "_planes", "_in_tiles", "_frame_by_frame",
     }  # fmt: skip
@@ -142,7 +178,12 @@ def test_rows_are_joined_whatever_their_number(length, monkeypatch):
     monkeypatch.setattr(conv, "backend", lambda: "cpu")
     monkeypatch.setattr(conv, "JOINED", 90)
     x, weights = arrays((1, 1, 3), 5, 6, positions=(length, 5, 9))
-    chex.assert_trees_all_close(conv._joined_rows(x, weights, (1, 1, 1), 1), xla(x, weights, (1, 1, 1)), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(
+        conv._joined_rows(x, weights, (1, 1, 1), 1),
+        xla(x, weights, (1, 1, 1)),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize(("kernel", "channels"), [(TEMPORAL, 34), (STEM, 3), (SPATIAL, 34)])
@@ -174,7 +215,9 @@ def test_convolutions_of_one_shape_are_traced_once_however_strides_are_written(m
     x, weights = arrays(SPATIAL, 5, 5, positions=(2, 5, 7))
     assert lowering(x.shape, weights.shape).value is conv._side_by_side
     traced, side_by_side = [], conv._side_by_side
-    monkeypatch.setattr(conv, "_side_by_side", lambda *args: traced.append(args) or side_by_side(*args))
+    monkeypatch.setattr(
+        conv, "_side_by_side", lambda *args: traced.append(args) or side_by_side(*args)
+    )
     first = video_conv(x, weights, (1, 1, 1))
     chex.assert_trees_all_equal(video_conv(x, weights, [1, 1, 1]), first)
     jax.make_jaxpr(lambda x, weights: video_conv(video_conv(x, weights), weights))(x, weights)

@@ -19,10 +19,14 @@ VARIABLES = {
 
 def run(norm, running, mask, dtype):
     def loss(params, x):
-        y, state = norm.apply({**VARIABLES, "params": params}, x, running, mask=mask, mutable=["batch_stats"])
+        y, state = norm.apply(
+            {**VARIABLES, "params": params}, x, running, mask=mask, mutable=["batch_stats"]
+        )
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), (y, state)
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(VARIABLES["params"], X.astype(dtype))
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+        VARIABLES["params"], X.astype(dtype)
+    )
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -39,7 +43,9 @@ def test_equals_flax(running, mask, dtype, tolerance, fast):
 @pytest.mark.parametrize("affine", [True, False])
 def test_the_same_variables_as_flax(affine):
     ours, flax = (
-        kind(use_running_average=False, use_scale=affine, use_bias=affine).init(jax.random.key(0), X)
+        kind(use_running_average=False, use_scale=affine, use_bias=affine).init(
+            jax.random.key(0), X
+        )
         for kind in (BatchNorm, nn.BatchNorm)
     )
     chex.assert_trees_all_equal(ours, flax)
@@ -47,9 +53,13 @@ def test_the_same_variables_as_flax(affine):
 
 def test_statistics_over_devices():
     norm = BatchNorm(use_running_average=False, axis_name="devices")
-    apply = jax.pmap(lambda x: norm.apply(VARIABLES, x, mutable=["batch_stats"]), axis_name="devices")
+    apply = jax.pmap(
+        lambda x: norm.apply(VARIABLES, x, mutable=["batch_stats"]), axis_name="devices"
+    )
     y, state = apply(X.reshape(4, 1, *X.shape[1:]))
-    whole, expected = BatchNorm(use_running_average=False).apply(VARIABLES, X, mutable=["batch_stats"])
+    whole, expected = BatchNorm(use_running_average=False).apply(
+        VARIABLES, X, mutable=["batch_stats"]
+    )
     chex.assert_trees_all_close(y.reshape(X.shape), whole, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(jax.tree.map(lambda a: a[0], state), expected, rtol=1e-5)
 
@@ -57,16 +67,23 @@ def test_statistics_over_devices():
 def test_a_mean_far_from_zero_costs_no_digits():
     x = 1000 + jax.random.normal(jax.random.key(0), (4, 64, 3))
     y, state = BatchNorm(use_running_average=False, momentum=0.0).apply(
-        {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}, "batch_stats": {"mean": jnp.zeros(3), "var": jnp.ones(3)}},
+        {
+            "params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)},
+            "batch_stats": {"mean": jnp.zeros(3), "var": jnp.ones(3)},
+        },
         x,
         mutable=["batch_stats"],
     )
-    chex.assert_trees_all_close(state["batch_stats"]["var"], np.var(np.asarray(x, np.float64), (0, 1)), rtol=1e-5)
+    chex.assert_trees_all_close(
+        state["batch_stats"]["var"], np.var(np.asarray(x, np.float64), (0, 1)), rtol=1e-5
+    )
     chex.assert_trees_all_close(jnp.std(y, (0, 1)), jnp.ones(3), rtol=1e-3)
 
 
 def test_a_constant_channel_gives_its_bias():
-    y, _ = BatchNorm(use_running_average=False).init_with_output(jax.random.key(0), jnp.full((8, 3), 1e3))
+    y, _ = BatchNorm(use_running_average=False).init_with_output(
+        jax.random.key(0), jnp.full((8, 3), 1e3)
+    )
     chex.assert_trees_all_close(y, jnp.zeros((8, 3)), atol=1e-6)
 
 

@@ -10,7 +10,9 @@ from nonlocal_jax.layers.residual import relu_of_sum
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_equals_the_relu_of_the_sum(dtype):
-    x, branch, cotangent = jax.random.normal(jax.random.key(0), (3, 7, 1000)) * jnp.array([1, 100, 1])[:, None, None]
+    x, branch, cotangent = (
+        jax.random.normal(jax.random.key(0), (3, 7, 1000)) * jnp.array([1, 100, 1])[:, None, None]
+    )
     branch = branch.at[0].set(-x[0]).at[1, :500].set(0)  # sums of exactly 0, and of x alone
     x, branch, cotangent = (a.astype(dtype) for a in (x, branch, cotangent))
 
@@ -24,7 +26,10 @@ def test_equals_the_relu_of_the_sum(dtype):
     chex.assert_trees_all_equal(ours, plain)
 
 
-@pytest.mark.parametrize(("x", "branch"), [(jnp.nan, 1), (1, jnp.nan), (jnp.inf, 1), (1, jnp.inf), (-jnp.inf, 1), (3e38, 3e38)])
+@pytest.mark.parametrize(
+    ("x", "branch"),
+    [(jnp.nan, 1), (1, jnp.nan), (jnp.inf, 1), (1, jnp.inf), (-jnp.inf, 1), (3e38, 3e38)],
+)
 def test_what_is_not_finite_stays_so(x, branch):
     x, branch = jnp.full((1, 1), x, jnp.float32), jnp.full((1, 1), branch, jnp.float32)
     chex.assert_trees_all_equal(relu_of_sum(x, branch), jax.nn.relu(x + branch))

@@ -28,7 +28,9 @@ def over_taps(x, kernel, axis):
     length = x.shape[axis + 1]
     padded = np.pad(x, [(1, 1) if i == axis + 1 else (0, 0) for i in range(x.ndim)])
     return sum(
-        padded.take(range(tap, tap + length), axis + 1) @ kernel.take(tap, axis).reshape(kernel.shape[-2:]) for tap in range(3)
+        padded.take(range(tap, tap + length), axis + 1)
+        @ kernel.take(tap, axis).reshape(kernel.shape[-2:])
+        for tap in range(3)
     )
 
 

@@ -12,14 +12,32 @@ from jax.sharding import PartitionSpec as P
 from nonlocal_jax.models import video_resnet
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 2, reason="two devices are absent")
-SMALL = {"depth": (1, 1, 2, 1), "nonlocal_blocks": 1, "num_classes": 5, "dropout": 0.5, "width_per_group": 8}
+SMALL = {
+    "depth": (1, 1, 2, 1),
+    "nonlocal_blocks": 1,
+    "num_classes": 5,
+    "dropout": 0.5,
+    "width_per_group": 8,
+}
 
 
 @pytest.mark.parametrize(
     ("kind", "clip", "preset", "train", "options"),
     [
-        ("i3d_3x1x1", "32x2", "paper", True, {"block_options": {"zero_init": False}, "remat": True}),
-        ("i3d_3x3x3", "8x8", "caffe2", False, {"head_window": (1, 1), "instantiation": "dot_product", "frozen_bn": True}),
+        (
+            "i3d_3x1x1",
+            "32x2",
+            "paper",
+            True,
+            {"block_options": {"zero_init": False}, "remat": True},
+        ),
+        (
+            "i3d_3x3x3",
+            "8x8",
+            "caffe2",
+            False,
+            {"head_window": (1, 1), "instantiation": "dot_product", "frozen_bn": True},
+        ),
     ],
 )
 def test_equals_one_device(kind, clip, preset, train, options):
@@ -30,12 +48,21 @@ def test_equals_one_device(kind, clip, preset, train, options):
 
 def check_equal(kind, clip, preset, train, options):
     make = functools.partial(
-        video_resnet, **SMALL, kind=kind, clip=clip, preset=preset, **options, dtype=jnp.float64, param_dtype=jnp.float64
+        video_resnet,
+        **SMALL,
+        kind=kind,
+        clip=clip,
+        preset=preset,
+        **options,
+        dtype=jnp.float64,
+        param_dtype=jnp.float64,
     )
     alone, split = make(), make(axis_name="positions")
     x = jax.random.normal(jax.random.key(0), (2, 16, 64, 64, 3), jnp.float64)
     shapes = jax.eval_shape(alone.init, jax.random.key(1), x)
-    chex.assert_trees_all_equal(jax.eval_shape(split.init, jax.random.key(1), x), shapes)  # outside the map
+    chex.assert_trees_all_equal(
+        jax.eval_shape(split.init, jax.random.key(1), x), shapes
+    )  # outside the map
     rng = np.random.default_rng(2)
 
     def fill(path, leaf):
@@ -49,7 +76,11 @@ def check_equal(kind, clip, preset, train, options):
     def gradient(model, variables, x):
         def loss(params, x):
             logits, changed = model.apply(
-                {**variables, "params": params}, x, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(3)}
+                {**variables, "params": params},
+                x,
+                train=train,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(3)},
             )
             return jnp.sum(jnp.sin(logits)), (logits, changed)
 
@@ -60,7 +91,10 @@ def check_equal(kind, clip, preset, train, options):
         (of_params, of_x), rest = gradient(split, variables, x)
         return (jax.lax.pmean(of_params, "positions"), of_x / jax.lax.axis_size("positions")), rest
 
-    mesh, rows = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("positions",)), P(None, "positions")
+    mesh, rows = (
+        jax.sharding.Mesh(np.array(jax.devices()[:2]), ("positions",)),
+        P(None, "positions"),
+    )
     specs = {"in_specs": (P(), rows), "out_specs": ((P(), rows), P())}
     got = jax.jit(jax.shard_map(on_each, mesh=mesh, **specs, check_vma=False))(variables, x)
     expected = jax.jit(functools.partial(gradient, alone))(variables, x)
@@ -76,7 +110,14 @@ def test_frames_that_do_not_split_are_refused():
     model = video_resnet(**SMALL, clip="32x2", axis_name="positions")
     x = jnp.ones((1, 12, 64, 64, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    mesh, rows = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("positions",)), P(None, "positions")
-    apply = jax.shard_map(model.apply, mesh=mesh, in_specs=(P(), rows), out_specs=P(), check_vma=False)
-    with pytest.raises(ValueError, match=r"each device of 'positions' must hold a multiple of 8 frames.*got 6"):
+    mesh, rows = (
+        jax.sharding.Mesh(np.array(jax.devices()[:2]), ("positions",)),
+        P(None, "positions"),
+    )
+    apply = jax.shard_map(
+        model.apply, mesh=mesh, in_specs=(P(), rows), out_specs=P(), check_vma=False
+    )
+    with pytest.raises(
+        ValueError, match=r"each device of 'positions' must hold a multiple of 8 frames.*got 6"
+    ):
         jax.eval_shape(apply, variables, x)

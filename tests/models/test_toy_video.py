@@ -21,7 +21,9 @@ def awake(variables):
 
 
 def test_video_conv_is_he_initialised():
-    kernel = VideoConv(64, (3, 3, 3)).init(jax.random.key(0), jnp.ones((1, 3, 4, 4, 16)))["params"]["kernel"]
+    kernel = VideoConv(64, (3, 3, 3)).init(jax.random.key(0), jnp.ones((1, 3, 4, 4, 16)))["params"][
+        "kernel"
+    ]
     np.testing.assert_allclose(kernel.std(), (2 / (27 * 16)) ** 0.5, rtol=0.02)
 
 
@@ -29,7 +31,11 @@ def test_video_conv_is_he_initialised():
     ("kind", "block", "reach"),
     [
         ("c2d", None, 0),
-        ("c2d", LocalBlock(4), 1),  # one frame to each side: never both digits of `same_digit`, at least three apart
+        (
+            "c2d",
+            LocalBlock(4),
+            1,
+        ),  # one frame to each side: never both digits of `same_digit`, at least three apart
         ("i3d", None, 2),
         ("c2d", nl.layers.nonlocal_block("dot_product", subsample=False), 7),
     ],
@@ -40,7 +46,12 @@ def test_how_far_in_time_a_position_sees(kind, block, reach):
     variables = awake(net.init(jax.random.key(1), CLIPS))
 
     def first_frame(clips):
-        _, state = net.apply(variables, clips, capture_intermediates=lambda m, _: m.name == "res3", mutable=["intermediates"])
+        _, state = net.apply(
+            variables,
+            clips,
+            capture_intermediates=lambda m, _: m.name == "res3",
+            mutable=["intermediates"],
+        )
         return state["intermediates"]["res3"]["__call__"][0][:, 0].sum()
 
     seen = np.abs(jax.jit(jax.grad(first_frame))(CLIPS)).sum((0, 2, 3, 4)) > 0
@@ -54,13 +65,17 @@ def test_a_frozen_stem_has_no_gradient_and_keeps_its_statistics():
 
         @jax.jit
         def loss(params, net=net, variables=variables):
-            logits, updated = net.apply({**variables, "params": params}, CLIPS, train=True, mutable=["batch_stats"])
+            logits, updated = net.apply(
+                {**variables, "params": params}, CLIPS, train=True, mutable=["batch_stats"]
+            )
             return jnp.sum(jnp.sin(logits)), updated["batch_stats"]
 
         gradient, statistics = jax.grad(loss, has_aux=True)(variables["params"])
         for stem in ("stem1", "stem2", "stem3"):
             assert bool(gradient[stem]["kernel"].any()) is not freeze
-            same = np.array_equal(statistics[f"{stem}_norm"]["mean"], variables["batch_stats"][f"{stem}_norm"]["mean"])
+            same = np.array_equal(
+                statistics[f"{stem}_norm"]["mean"], variables["batch_stats"][f"{stem}_norm"]["mean"]
+            )
             assert same is freeze
         assert gradient["head"]["kernel"].any()
 
@@ -76,8 +91,12 @@ def test_inflated_kernels_give_a_static_clip_the_answer_of_its_frame():
     image = jax.random.normal(jax.random.key(1), (2, 1, 5, 5, 3))
     clip = jnp.repeat(image, 7, axis=1)
     flat = VideoConv(4, (1, 1, 1)).apply({"params": {"kernel": kernel[None]}}, image)
-    inflated = VideoConv(4, (3, 1, 1)).apply({"params": {"kernel": nl.weights.inflate(kernel, 3)}}, clip)
-    chex.assert_trees_all_close(inflated[:, 1:-1], jnp.repeat(flat, 5, axis=1), rtol=1e-4, atol=1e-6)
+    inflated = VideoConv(4, (3, 1, 1)).apply(
+        {"params": {"kernel": nl.weights.inflate(kernel, 3)}}, clip
+    )
+    chex.assert_trees_all_close(
+        inflated[:, 1:-1], jnp.repeat(flat, 5, axis=1), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,20 @@ pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an
 def test_cudnn_equals_the_definition(masked, scale):
     keys = jax.random.split(jax.random.key(0), 3)
     theta, phi, g = (
-        jax.random.normal(key, (2, size, 64)).astype(jnp.bfloat16) for key, size in zip(keys, (256, 128, 128), strict=True)
+        jax.random.normal(key, (2, size, 64)).astype(jnp.bfloat16)
+        for key, size in zip(keys, (256, 128, 128), strict=True)
     )
     mask = jnp.arange(128) < jnp.array([[100], [0]]) if masked else None
 
     def loss(inputs, implementation):
-        y = ops.embedded_gaussian(*inputs, scale=scale, key_mask=mask, implementation=implementation)
+        y = ops.embedded_gaussian(
+            *inputs, scale=scale, key_mask=mask, implementation=implementation
+        )
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
     gradients, y = jax.grad(loss, has_aux=True)((theta / 4, phi, g), "cudnn")
     expected_gradients, expected = jax.grad(loss, has_aux=True)((theta / 4, phi, g), "dense")
     for got, wanted in zip((y, *gradients), (expected, *expected_gradients), strict=True):
-        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, wanted)), rtol=0.05, atol=0.02)
+        np.testing.assert_allclose(
+            *(np.asarray(x, np.float32) for x in (got, wanted)), rtol=0.05, atol=0.02
+        )

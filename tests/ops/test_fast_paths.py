@@ -12,7 +12,9 @@ import pytest
 from nonlocal_jax import ops
 from nonlocal_jax.ops import softmax
 
-concatenation = importlib.import_module("nonlocal_jax.ops.concatenation")  # the package has a function of this name
+concatenation = importlib.import_module(
+    "nonlocal_jax.ops.concatenation"
+)  # the package has a function of this name
 
 FAST = {
     "gaussian": "streaming",
@@ -42,12 +44,19 @@ def small_parts(monkeypatch):
 def make_inputs(n=N, m=M, d=D, e=E, batch=(BATCH,), dtype=jnp.float32, seed=0):
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = {"theta": (*batch, n, d), "phi": (*batch, m, d), "g": (*batch, m, e), "w_f": (2 * d,)}
-    return {name: jax.random.normal(k, s).astype(dtype) for k, (name, s) in zip(keys, shapes.items(), strict=True)}
+    return {
+        name: jax.random.normal(k, s).astype(dtype)
+        for k, (name, s) in zip(keys, shapes.items(), strict=True)
+    }
 
 
 def respond(instantiation, implementation, inputs, **options):
-    names = ("theta", "phi", "g", "w_f") if instantiation == "concatenation" else ("theta", "phi", "g")
-    return getattr(ops, instantiation)(*(inputs[name] for name in names), implementation=implementation, **options)
+    names = (
+        ("theta", "phi", "g", "w_f") if instantiation == "concatenation" else ("theta", "phi", "g")
+    )
+    return getattr(ops, instantiation)(
+        *(inputs[name] for name in names), implementation=implementation, **options
+    )
 
 
 def value_and_gradients(instantiation, implementation, inputs, **options):
@@ -55,14 +64,20 @@ def value_and_gradients(instantiation, implementation, inputs, **options):
 
     def loss(inputs):
         y = respond(instantiation, implementation, inputs, **options)
-        return jnp.sum(y.astype(jnp.promote_types(y.dtype, jnp.float32)) * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), y
+        return jnp.sum(
+            y.astype(jnp.promote_types(y.dtype, jnp.float32))
+            * jnp.cos(jnp.arange(y.size)).reshape(y.shape)
+        ), y
 
     gradients, y = jax.jit(jax.grad(loss, has_aux=True))(inputs)
     return {"y": y} | gradients
 
 
 def assert_equal_to_dense(instantiation, implementation, inputs, **options):
-    fast, dense = (value_and_gradients(instantiation, name, inputs, **options) for name in (implementation, "dense"))
+    fast, dense = (
+        value_and_gradients(instantiation, name, inputs, **options)
+        for name in (implementation, "dense")
+    )
     for name, expected in dense.items():
         scale = max(float(jnp.abs(expected).max()), 1.0)
         np.testing.assert_allclose(fast[name], expected, rtol=2e-5, atol=1e-5 * scale, err_msg=name)
@@ -70,7 +85,9 @@ def assert_equal_to_dense(instantiation, implementation, inputs, **options):
 
 @pytest.mark.usefixtures("small_parts")
 @each_fast
-@pytest.mark.parametrize(("n", "m", "masked"), [(N, M, False), (M, N, True), (32, 16, False), (1, 2, False)])
+@pytest.mark.parametrize(
+    ("n", "m", "masked"), [(N, M, False), (M, N, True), (32, 16, False), (1, 2, False)]
+)
 def test_equal_to_dense_in_many_parts(instantiation, implementation, n, m, masked):
     inputs = make_inputs(n, m)
     mask = jax.random.bernoulli(jax.random.key(5), 0.6, (BATCH, m)) if masked else None
@@ -82,7 +99,9 @@ def test_equal_to_dense_where_the_affinity_is_kept(masked):
     """Keys wider than values, as in a Gaussian block."""
     inputs = make_inputs(d=11, e=7)
     mask = jnp.ones((BATCH, M), bool).at[0, 3:].set(False).at[1].set(False) if masked else None
-    assert softmax.keeps(BATCH * N * M * 4, ops.machine.backend()) == (jax.default_backend() == "cpu")
+    assert softmax.keeps(BATCH * N * M * 4, ops.machine.backend()) == (
+        jax.default_backend() == "cpu"
+    )
     assert_equal_to_dense("gaussian", "streaming", inputs, key_mask=mask)
 
 
@@ -100,14 +119,18 @@ def test_without_a_batch_and_under_vmap(instantiation, implementation):
     inputs = make_inputs()
     batched = respond(instantiation, implementation, inputs)
     axes = {name: None if name == "w_f" else 0 for name in inputs}
-    each = jax.vmap(lambda inputs: respond(instantiation, implementation, inputs), in_axes=(axes,))(inputs)
+    each = jax.vmap(lambda inputs: respond(instantiation, implementation, inputs), in_axes=(axes,))(
+        inputs
+    )
     chex.assert_trees_all_close(each, batched, rtol=1e-5, atol=1e-6)
     empty = make_inputs(batch=(0,))
     chex.assert_shape(respond(instantiation, implementation, empty), (0, N, E))
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("values", ["ties", "all_equal", "all_kept", "none_kept", "integers_at_the_kink"])
+@pytest.mark.parametrize(
+    "values", ["ties", "all_equal", "all_kept", "none_kept", "integers_at_the_kink"]
+)
 def test_sorted_keys_with_ties(values):
     """The ReLU's derivative at 0 is 0, in both."""
     inputs = make_inputs(d=1) | {"w_f": jnp.ones(2)}
@@ -125,7 +148,10 @@ def test_sorted_keys_with_ties(values):
 def test_sorted_keys_lose_nothing_to_an_offset(offset):
     """With 1,000 added to every b and taken from every a, plain prefix sums of b·g would lose three digits."""
     inputs = make_inputs(300, 200, 1) | {"w_f": jnp.ones(2)}
-    inputs["theta"], inputs["phi"] = jnp.round(inputs["theta"] * 1024) / 1024, jnp.round(inputs["phi"] * 1024) / 1024
+    inputs["theta"], inputs["phi"] = (
+        jnp.round(inputs["theta"] * 1024) / 1024,
+        jnp.round(inputs["phi"] * 1024) / 1024,
+    )
     y = respond("concatenation", "sorted", inputs)
     moved = inputs | {"theta": inputs["theta"] - offset, "phi": inputs["phi"] + offset}
     np.testing.assert_allclose(respond("concatenation", "sorted", moved), y, atol=1e-5)
@@ -162,7 +188,9 @@ def test_errors_against_float64_are_those_of_dense(instantiation, implementation
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), inputs)
         expected = jax.tree.map(np.asarray, value_and_gradients(instantiation, "dense", wide))
-    fast, dense = (value_and_gradients(instantiation, name, inputs) for name in (implementation, "dense"))
+    fast, dense = (
+        value_and_gradients(instantiation, name, inputs) for name in (implementation, "dense")
+    )
     for name in ("y", "theta", "phi", "g"):
         limit = factor * relative_error(dense[name], expected[name]) + 1e-7
         assert relative_error(fast[name], expected[name]) <= limit, name
@@ -183,16 +211,24 @@ def test_scale_has_a_gradient():
 def test_memory_grows_with_positions_not_with_pairs(instantiation, implementation):
     """At 4,096 × 4,096 the affinity would be 64 MiB; also the gradient stays far below."""
     inputs = jax.eval_shape(lambda: make_inputs(4096, 4096, 16, 16, batch=(1,)))
-    compiled = jax.jit(lambda inputs: value_and_gradients(instantiation, implementation, inputs)).lower(inputs).compile()
+    compiled = (
+        jax.jit(lambda inputs: value_and_gradients(instantiation, implementation, inputs))
+        .lower(inputs)
+        .compile()
+    )
     assert compiled.memory_analysis().temp_size_in_bytes < 24 << 20
 
 
 def test_sorted_keys_scatter_nothing():
     inputs = jax.eval_shape(make_inputs)
     for implementation, expected in (("sorted", False), ("dense", False)):
-        lowered = jax.jit(lambda inputs: value_and_gradients("concatenation", implementation, inputs)).lower(inputs)  # noqa: B023
+        lowered = jax.jit(
+            lambda inputs: value_and_gradients("concatenation", implementation, inputs)
+        ).lower(inputs)
         assert bool(re.search(r"stablehlo\.scatter", lowered.as_text())) is expected
-    scatters = jax.jit(jax.grad(lambda x: jnp.sum(x[jnp.array([0, 0])]))).lower(jnp.ones(3)).as_text()
+    scatters = (
+        jax.jit(jax.grad(lambda x: jnp.sum(x[jnp.array([0, 0])]))).lower(jnp.ones(3)).as_text()
+    )
     assert "stablehlo.scatter" in scatters  # so the search can find one
 
 
@@ -238,7 +274,10 @@ def test_auto_is_what_explain_says():
     expected = ops.explain("dot_product", inputs["theta"], inputs["phi"], inputs["g"])
     assert expected.implementation == "reassociated"
     flops = {
-        name: jax.jit(lambda inputs: respond("dot_product", name, inputs)).lower(inputs).compile().cost_analysis()["flops"]  # noqa: B023
+        name: jax.jit(lambda inputs: respond("dot_product", name, inputs))
+        .lower(inputs)
+        .compile()
+        .cost_analysis()["flops"]
         for name in ("auto", "dense", "reassociated")
     }
     assert flops["auto"] == flops["reassociated"] < flops["dense"] / 5
@@ -256,7 +295,12 @@ BAD_INPUT = {
         r"float16 and bfloat16, and the inputs are float32.*Possible are",
     ),
     "cuDNN at head size 512": (
-        lambda: ops.explain("gaussian", *(shaped(1, 9, 512, dtype=jnp.bfloat16),) * 3, implementation="cudnn", backend="gpu"),
+        lambda: ops.explain(
+            "gaussian",
+            *(shaped(1, 9, 512, dtype=jnp.bfloat16),) * 3,
+            implementation="cudnn",
+            backend="gpu",
+        ),
         r"head size is a multiple of 8 up to \d+ on this GPU; got 512 channels.*Possible are",
     ),
     "cuDNN with wider values": (
@@ -272,13 +316,20 @@ BAD_INPUT = {
         lambda: ops.gaussian(*(jnp.ones((2, 3)),) * 3, implementation="sorted"),
         r"implementation of gaussian must be one of 'auto', 'dense', 'streaming', 'cudnn'; got 'sorted'",
     ),
-    "backend": (lambda: ops.explain("gaussian", *RES3, backend="npu"), r"backend must be one of 'cpu', 'gpu', 'tpu'.*'npu'"),
+    "backend": (
+        lambda: ops.explain("gaussian", *RES3, backend="npu"),
+        r"backend must be one of 'cpu', 'gpu', 'tpu'.*'npu'",
+    ),
     "no queries": (
-        lambda: ops.concatenation(jnp.ones((0, 3)), jnp.ones((2, 3)), jnp.ones((2, 5)), jnp.ones(6)),
+        lambda: ops.concatenation(
+            jnp.ones((0, 3)), jnp.ones((2, 3)), jnp.ones((2, 5)), jnp.ones(6)
+        ),
         r"theta must hold at least one query.*got shape \(0, 3\)",
     ),
     "no keys": (
-        lambda: ops.concatenation(jnp.ones((2, 3)), jnp.ones((0, 3)), jnp.ones((0, 5)), jnp.ones(6)),
+        lambda: ops.concatenation(
+            jnp.ones((2, 3)), jnp.ones((0, 3)), jnp.ones((0, 5)), jnp.ones(6)
+        ),
         r"phi must hold at least one key.*got shape \(0, 3\)",
     ),
     "more rows than int32 counts": (

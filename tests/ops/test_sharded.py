@@ -39,7 +39,16 @@ def inputs(batch=(2,)):
 def call(name, implementation, theta, phi, g, w_f, mask, axis_name=None):
     extra = (w_f,) if name == "concatenation" else ()
     options = {"scale": 0.7} if name == "embedded_gaussian" else {}
-    y = getattr(ops, name)(theta, phi, g, *extra, key_mask=mask, implementation=implementation, axis_name=axis_name, **options)
+    y = getattr(ops, name)(
+        theta,
+        phi,
+        g,
+        *extra,
+        key_mask=mask,
+        implementation=implementation,
+        axis_name=axis_name,
+        **options,
+    )
     return y
 
 
@@ -58,7 +67,11 @@ def test_equals_one_device(name, implementation, ring, masked, monkeypatch):
     monkeypatch.setattr(sharded, "GATHERED_BYTES", 0 if ring else 1 << 40)
     *arrays, w_f = inputs()
     # The second device has no real key at all, and the second sample has none on any.
-    mask = jnp.ones((2, M), bool).at[0, 3:6].set(False).at[0, 7].set(False).at[1].set(False) if masked else None
+    mask = (
+        jnp.ones((2, M), bool).at[0, 3:6].set(False).at[0, 7].set(False).at[1].set(False)
+        if masked
+        else None
+    )
     cotangent = jax.random.normal(jax.random.key(9), (2, N, E))
 
     def value_and_gradients(function):
@@ -85,7 +98,11 @@ def test_the_ring_never_holds_all_keys(monkeypatch):
     monkeypatch.setattr(sharded, "GATHERED_BYTES", 0)
     *arrays, w_f = inputs()
     function = split("embedded_gaussian", "streaming", False)
-    text = jax.jit(jax.grad(lambda *a: function(*a, w_f, None).sum(), argnums=(0, 1, 2))).lower(*arrays).as_text()
+    text = (
+        jax.jit(jax.grad(lambda *a: function(*a, w_f, None).sum(), argnums=(0, 1, 2)))
+        .lower(*arrays)
+        .as_text()
+    )
     assert "collective_permute" in text
     assert "all_gather" not in text
 
@@ -100,12 +117,17 @@ def test_the_map_has_the_columns_of_all_devices(name):
         lambda theta, phi: ops.affinity(name, theta, phi, *extra, axis_name="positions"),
         mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False,
     )  # fmt: skip
-    chex.assert_trees_all_close(jax.jit(function)(theta, phi), ops.affinity(name, theta, phi, *extra), **CLOSE)
+    chex.assert_trees_all_close(
+        jax.jit(function)(theta, phi), ops.affinity(name, theta, phi, *extra), **CLOSE
+    )
 
 
 def test_under_pmap_too():
     *arrays, w_f = inputs()
     expected = call("embedded_gaussian", "dense", *arrays, w_f, None)
     parts = [jnp.stack(jnp.split(x, DEVICES, axis=1)) for x in arrays]
-    got = jax.pmap(lambda *a: call("embedded_gaussian", "auto", *a, w_f, None, axis_name="positions"), "positions")(*parts)
+    got = jax.pmap(
+        lambda *a: call("embedded_gaussian", "auto", *a, w_f, None, axis_name="positions"),
+        "positions",
+    )(*parts)
     chex.assert_trees_all_close(jnp.concatenate(list(got), axis=1), expected, **CLOSE)

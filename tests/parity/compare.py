@@ -82,7 +82,9 @@ def ask(peer, clip, cotangent=None, train=False):
     stages, counts, hooks = {}, {}, []
 
     def keep(stage, module, inputs, output):
-        stages[stage] = channels_last((output[0] if isinstance(output, list) else output).detach().clone())
+        stages[stage] = channels_last(
+            (output[0] if isinstance(output, list) else output).detach().clone()
+        )
 
     def count(name, module, inputs, output):
         counts[name] = inputs[0].numel() // inputs[0].shape[1]
@@ -95,13 +97,20 @@ def ask(peer, clip, cotangent=None, train=False):
             hooks.append(module.register_forward_hook(functools.partial(count, name)))
     clip = clip.double().requires_grad_(cotangent is not None)
     # mmcv's concatenation divides in place what its ReLU saved, so on its own it cannot be differentiated.
-    with torch.autograd.graph.allow_mutation_on_saved_tensors(), torch.set_grad_enabled(cotangent is not None):
+    with (
+        torch.autograd.graph.allow_mutation_on_saved_tensors(),
+        torch.set_grad_enabled(cotangent is not None),
+    ):
         logits = peer.logits(clip)
         if cotangent is not None:
             logits.backward(cotangent.double())
     for hook in hooks:
         hook.remove()
-    gradients = {name: p.grad.numpy() for name, p in network.named_parameters()} if cotangent is not None else {}
+    gradients = (
+        {name: p.grad.numpy() for name, p in network.named_parameters()}
+        if cotangent is not None
+        else {}
+    )
     of_clip = channels_last(clip.grad) if cotangent is not None else None
     return Answer(logits.detach().numpy(), stages, gradients, of_clip, counts)
 
@@ -164,7 +173,9 @@ def compare_gradients(model, variables, clip, cotangent, answer, source, train=F
                 logits, state = model.apply(everything, clip), {"batch_stats": {}}
             return jnp.vdot(logits, cotangent.numpy()), (logits, state["batch_stats"])
 
-        (of_params, of_clip), (logits, after) = gradients(before["params"], jnp.asarray(channels_last(clip.double())))
+        (of_params, of_clip), (logits, after) = gradients(
+            before["params"], jnp.asarray(channels_last(clip.double()))
+        )
     assert_close(logits, answer.logits, 1e-5, "logits")
     assert_close(of_clip, answer.of_clip, 1e-5, "gradient of the clip")
     of_params, expected = named(of_params), renamed(answer.of_weights, source)
@@ -179,7 +190,10 @@ def compare_gradients(model, variables, clip, cotangent, answer, source, train=F
 
 def named(tree):
     """Leaves by path, such as "res2_0/conv_a/kernel"."""
-    return {path.removeprefix("params/"): leaf for path, leaf in nl.weights.export({"params": tree}).items()}
+    return {
+        path.removeprefix("params/"): leaf
+        for path, leaf in nl.weights.export({"params": tree}).items()
+    }
 
 
 def renamed(arrays, source):
@@ -192,7 +206,9 @@ def renamed(arrays, source):
 def compare_export(variables, state, source):
     """Under the peer's names again, the weights are bit for bit those of the peer."""
     exported = nl.weights.export(variables, source)
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    state = {
+        name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
+    }
     assert exported.keys() == state.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(exported[name], tensor.numpy(), strict=True)

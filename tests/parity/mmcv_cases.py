@@ -35,7 +35,10 @@ class Case:
 CASES = [
     Case(*options)
     for options in itertools.product(
-        ("gaussian", "embedded_gaussian", "dot_product", "concatenation"), (1, 2, 3), (False, True), (False, True)
+        ("gaussian", "embedded_gaussian", "dot_product", "concatenation"),
+        (1, 2, 3),
+        (False, True),
+        (False, True),
     )
 ]
 
@@ -46,7 +49,9 @@ def from_mmcv(state):
     def dense(prefix):
         kernel = state[f"{prefix}.weight"]
         leaf = {"kernel": jnp.asarray(kernel.reshape(kernel.shape[:2]).T)}
-        return leaf | ({"bias": jnp.asarray(state[f"{prefix}.bias"])} if f"{prefix}.bias" in state else {})
+        return leaf | (
+            {"bias": jnp.asarray(state[f"{prefix}.bias"])} if f"{prefix}.bias" in state else {}
+        )
 
     operation = {}
     for name in ("theta", "phi", "g"):
@@ -58,8 +63,14 @@ def from_mmcv(state):
     params = {"operation": operation, "out": dense("conv_out.conv")}
     if "conv_out.bn.weight" not in state:
         return {"params": params}
-    params["out_norm"] = {"scale": jnp.asarray(state["conv_out.bn.weight"]), "bias": jnp.asarray(state["conv_out.bn.bias"])}
-    statistics = {"mean": state["conv_out.bn.running_mean"], "var": state["conv_out.bn.running_var"]}
+    params["out_norm"] = {
+        "scale": jnp.asarray(state["conv_out.bn.weight"]),
+        "bias": jnp.asarray(state["conv_out.bn.bias"]),
+    }
+    statistics = {
+        "mean": state["conv_out.bn.running_mean"],
+        "var": state["conv_out.bn.running_var"],
+    }
     return {"params": params, "batch_stats": {"out_norm": jax.tree.map(jnp.asarray, statistics)}}
 
 
@@ -82,4 +93,6 @@ def compare(case, state, x, z, cotangent, gradients):
     np.testing.assert_allclose(of_x, gradients["x"], rtol=1e-4, atol=1e-5)
     expected = from_mmcv({**state, **gradients})["params"]
     assert jax.tree.structure(of_params) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), of_params, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), of_params, expected
+    )

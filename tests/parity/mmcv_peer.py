@@ -23,7 +23,9 @@ def run(case):
     with torch.no_grad():
         for name, tensor in block.state_dict().items():
             if tensor.is_floating_point():
-                tensor.uniform_(0.5, 1.5) if name.endswith("running_var") else tensor.uniform_(-0.7, 0.7)
+                tensor.uniform_(0.5, 1.5) if name.endswith("running_var") else tensor.uniform_(
+                    -0.7, 0.7
+                )
     x = torch.rand(2, 6, *case.positions, requires_grad=True)
     # mmcv's concatenation divides the saved output of a ReLU in place, so on its own it cannot be differentiated.
     with torch.autograd.graph.allow_mutation_on_saved_tensors():

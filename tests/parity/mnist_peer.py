@@ -29,7 +29,9 @@ class Block(nn.Module):
         keys, values = self.phi(x).flatten(2), self.g(x).flatten(2)
         if self.instantiation == "concatenation":
             n, m = queries.shape[2], keys.shape[2]
-            pairs = torch.cat([queries[..., None].expand(-1, -1, n, m), keys[:, :, None].expand(-1, -1, n, m)], 1)
+            pairs = torch.cat(
+                [queries[..., None].expand(-1, -1, n, m), keys[:, :, None].expand(-1, -1, n, m)], 1
+            )
             f = self.concat_project(pairs)[:, 0]
         else:
             f = queries.transpose(1, 2) @ keys
@@ -43,15 +45,28 @@ class Mnist(nn.Module):
     def __init__(self, instantiation, first=False):
         super().__init__()
         layers = [
-            nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
+            nn.Sequential(
+                nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)
+            )
             for i, o in ((1, 32), (32, 64), (64, 128))
         ]
-        blocks = self.blocks = [Block(32, instantiation), Block(64, instantiation)]  # a list registers nothing
+        blocks = self.blocks = [
+            Block(32, instantiation),
+            Block(64, instantiation),
+        ]  # a list registers nothing
         if first:
             self.convs = nn.Sequential(*layers[0], blocks[0], *layers[1], blocks[1], *layers[2])
         else:
-            self.conv_1, self.nl_1, self.conv_2, self.nl_2, self.conv_3 = layers[0], blocks[0], layers[1], blocks[1], layers[2]
-        self.fc = nn.Sequential(nn.Linear(128 * 3 * 3, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 10))
+            self.conv_1, self.nl_1, self.conv_2, self.nl_2, self.conv_3 = (
+                layers[0],
+                blocks[0],
+                layers[1],
+                blocks[1],
+                layers[2],
+            )
+        self.fc = nn.Sequential(
+            nn.Linear(128 * 3 * 3, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 10)
+        )
         self.layers = [layers[0], blocks[0], layers[1], blocks[1], layers[2]]
 
     def forward(self, x):

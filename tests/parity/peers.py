@@ -53,21 +53,42 @@ def _bare(name):
     """A package whose `__init__` does not run."""
     top, *rest = name.split(".")
     module = types.ModuleType(name)
-    module.__path__ = [str(Path(importlib.machinery.PathFinder.find_spec(top).origin).parent.joinpath(*rest))]
+    module.__path__ = [
+        str(Path(importlib.machinery.PathFinder.find_spec(top).origin).parent.joinpath(*rest))
+    ]
     return module
 
 
 # torchvision's own wheel of operators is for another build of torch; its models want none of them.
-_stand_ins = {n: types.ModuleType(n) for n in ("torchvision._meta_registrations", "torchvision._autograd_registrations")}
-_fvcore = ("fvcore", "fvcore.nn", "fvcore.nn.distributed", "fvcore.nn.squeeze_excitation", "fvcore.nn.weight_init")
-_stand_ins |= {n: _Absent(n) for n in ("detectron2", "detectron2.layers", *_fvcore, "mmaction.evaluation", "mmaction.utils")}
+_stand_ins = {
+    n: types.ModuleType(n)
+    for n in ("torchvision._meta_registrations", "torchvision._autograd_registrations")
+}
+_fvcore = (
+    "fvcore",
+    "fvcore.nn",
+    "fvcore.nn.distributed",
+    "fvcore.nn.squeeze_excitation",
+    "fvcore.nn.weight_init",
+)
+_stand_ins |= {
+    n: _Absent(n)
+    for n in ("detectron2", "detectron2.layers", *_fvcore, "mmaction.evaluation", "mmaction.utils")
+}
 for _name in ("c2_msra_fill", "c2_xavier_fill"):
-    setattr(_stand_ins["fvcore.nn.weight_init"], _name, lambda module: None)  # all weights are drawn here
+    setattr(
+        _stand_ins["fvcore.nn.weight_init"], _name, lambda module: None
+    )  # all weights are drawn here
 # The wheel of mmaction2 lacks a folder that `mmaction.models` imports.
 _models = ("backbones", "data_preprocessors", "heads", "losses", "recognizers")
-_stand_ins |= {n: _bare(n) for n in ("mmaction", "mmaction.models", *(f"mmaction.models.{part}" for part in _models))}
+_stand_ins |= {
+    n: _bare(n)
+    for n in ("mmaction", "mmaction.models", *(f"mmaction.models.{part}" for part in _models))
+}
 for _name, _module in _stand_ins.items():
-    sys.modules.setdefault(_name, _module)  # pytest imports this file twice, the second time for its doctests
+    sys.modules.setdefault(
+        _name, _module
+    )  # pytest imports this file twice, the second time for its doctests
 
 
 def load(name):
@@ -78,7 +99,16 @@ def load(name):
         return importlib.import_module(name)
 
 
-def slowfast(kind="i3d", depth=50, blocks=BLOCKS, instantiation="softmax", frames=8, groups=None, stride_1x1=False, head=None):
+def slowfast(
+    kind="i3d",
+    depth=50,
+    blocks=BLOCKS,
+    instantiation="softmax",
+    frames=8,
+    groups=None,
+    stride_1x1=False,
+    head=None,
+):
     """PySlowFast's, for crops of 64.
 
     Args:
@@ -89,7 +119,9 @@ def slowfast(kind="i3d", depth=50, blocks=BLOCKS, instantiation="softmax", frame
     stages = STAGES[1], *STAGES[3:]
     network = load("slowfast.models.video_model_builder").ResNetModel(
         SimpleNamespace(
-            MODEL=SimpleNamespace(ARCH=kind, NUM_CLASSES=CLASSES, DROPOUT_RATE=0.0, FC_INIT_STD=0.01),
+            MODEL=SimpleNamespace(
+                ARCH=kind, NUM_CLASSES=CLASSES, DROPOUT_RATE=0.0, FC_INIT_STD=0.01
+            ),
             DATA=SimpleNamespace(NUM_FRAMES=frames, CROP_SIZE=64, INPUT_CHANNEL_NUM=[3]),
             DETECTION=SimpleNamespace(ENABLE=False),
             RESNET=SimpleNamespace(
@@ -133,7 +165,11 @@ def mmaction2(mode=None, inflate_style="3x1x1"):
     for name in ("recognizers.recognizer3d", "data_preprocessors.data_preprocessor"):
         load(f"mmaction.models.{name}")
     # There is none for the concatenation.
-    name = f"-nl-{'dot_product' if mode == 'concatenation' else mode}".replace("_", "-") if mode else ""
+    name = (
+        f"-nl-{'dot_product' if mode == 'concatenation' else mode}".replace("_", "-")
+        if mode
+        else ""
+    )
     folder = Path(sys.modules["mmaction"].__path__[0]) / ".mim/configs/recognition/i3d"
     file = folder / f"i3d_imagenet-pretrained-r50{name}_8xb8-32x2x1-100e_kinetics400-rgb.py"
     with warnings.catch_warnings(), contextlib.redirect_stderr(None):
@@ -146,7 +182,14 @@ def mmaction2(mode=None, inflate_style="3x1x1"):
         load("mmengine.registry").init_default_scope("mmaction")
         network = load("mmaction.registry").MODELS.build(config)
     backbone, head = network.backbone, network.cls_head
-    modules = (backbone.maxpool, backbone.layer1, backbone.pool2, backbone.layer2, backbone.layer3, backbone.layer4)
+    modules = (
+        backbone.maxpool,
+        backbone.layer1,
+        backbone.pool2,
+        backbone.layer2,
+        backbone.layer3,
+        backbone.layer4,
+    )
     return Peer(network, dict(zip(STAGES, modules, strict=True)), lambda clip: head(backbone(clip)))
 
 
@@ -158,8 +201,14 @@ def plain(pools=None, eps=1e-5, **options):
     for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):
             module.eps = eps
-    stages = {stage: list(network.get_submodule(f"s{stage[-1]}").children())[-1] for stage in STAGES if "res" in stage}
-    return Peer(network, {"pool1": network.s1.pathway0_stem, "pool2": network.pool2} | stages, network)
+    stages = {
+        stage: list(network.get_submodule(f"s{stage[-1]}").children())[-1]
+        for stage in STAGES
+        if "res" in stage
+    }
+    return Peer(
+        network, {"pool1": network.s1.pathway0_stem, "pool2": network.pool2} | stages, network
+    )
 
 
 def image_resnet50(package):
@@ -168,5 +217,12 @@ def image_resnet50(package):
         network = load("timm").create_model("resnet50", num_classes=CLASSES, pretrained=False)
     else:
         network = load("torchvision.models").resnet50(num_classes=CLASSES, weights=None)
-    modules = (network.maxpool, network.layer1, nn.Identity(), network.layer2, network.layer3, network.layer4)
+    modules = (
+        network.maxpool,
+        network.layer1,
+        nn.Identity(),
+        network.layer2,
+        network.layer3,
+        network.layer4,
+    )
     return Peer(network, dict(zip(STAGES, modules, strict=True)), network)

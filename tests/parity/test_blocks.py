@@ -19,14 +19,19 @@ def of_slowfast(**options):
 
 
 def of_pytorchvideo(**options):
-    return peers.load("pytorchvideo.layers.nonlocal_net").create_nonlocal(dim_in=CHANNELS, dim_inner=INNER, **options)
+    return peers.load("pytorchvideo.layers.nonlocal_net").create_nonlocal(
+        dim_in=CHANNELS, dim_inner=INNER, **options
+    )
 
 
 def variables_of(tensors, norm):
     """A state dict, or gradients, as variables of our block."""
     array = {name: jnp.asarray(tensor.detach().numpy()) for name, tensor in tensors.items()}
     dense = {
-        name: {"kernel": array[f"conv_{name}.weight"][:, :, 0, 0, 0].T, "bias": array[f"conv_{name}.bias"]}
+        name: {
+            "kernel": array[f"conv_{name}.weight"][:, :, 0, 0, 0].T,
+            "bias": array[f"conv_{name}.bias"],
+        }
         for name in ("theta", "phi", "g", "out")
     }
     out_norm = {"scale": array[f"{norm}.weight"], "bias": array[f"{norm}.bias"]}
@@ -39,7 +44,11 @@ def variables_of(tensors, norm):
 
 @pytest.mark.parametrize("pool", [None, (1, 2, 2), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("instantiation", ["softmax", "dot_product"])
-@pytest.mark.parametrize(("make", "norm"), [(of_slowfast, "bn"), (of_pytorchvideo, "norm")], ids=["slowfast", "pytorchvideo"])
+@pytest.mark.parametrize(
+    ("make", "norm"),
+    [(of_slowfast, "bn"), (of_pytorchvideo, "norm")],
+    ids=["slowfast", "pytorchvideo"],
+)
 def test_block(make, norm, instantiation, pool):
     torch.manual_seed(0)
     theirs = make(instantiation=instantiation, pool_size=pool).eval()
@@ -47,7 +56,10 @@ def test_block(make, norm, instantiation, pool):
         if isinstance(module, nn.BatchNorm3d):
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
                 nn.init.uniform_(tensor, 0.5, 1.5)
-    x, cotangent = numbers(2, CHANNELS, 5, 7, 9).requires_grad_(), numbers(2, CHANNELS, 5, 7, 9, seed=2)
+    x, cotangent = (
+        numbers(2, CHANNELS, 5, 7, 9).requires_grad_(),
+        numbers(2, CHANNELS, 5, 7, 9, seed=2),
+    )
     z = theirs(x)
     z.backward(cotangent)
     variables = variables_of(theirs.state_dict(), norm)

@@ -8,7 +8,17 @@ import jax
 import numpy as np
 import pytest
 from parity import peers
-from parity.compare import HEIGHT, WIDTH, ask, compare_forward, compare_gradients, load, numbers, randomise, video_resnet
+from parity.compare import (
+    HEIGHT,
+    WIDTH,
+    ask,
+    compare_forward,
+    compare_gradients,
+    load,
+    numbers,
+    randomise,
+    video_resnet,
+)
 from torch import nn
 
 EPSILON = 1.0000001e-5
@@ -36,7 +46,11 @@ def blob_name(name):
 
 def blobs_of(state):
     """With what a solver leaves among the weights."""
-    blobs = {blob_name(name): tensor.numpy() for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    blobs = {
+        blob_name(name): tensor.numpy()
+        for name, tensor in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
     solver = {"model_iter": 400000, "lr": np.full(1, 1e-4, np.float32)}
     momentum = {f"{name}_momentum": blobs[name] for name in ("conv1_w", "res_conv1_bn_s", "pred_b")}
     return blobs | momentum | solver
@@ -44,7 +58,11 @@ def blobs_of(state):
 
 def affine(blobs):
     """As its script for 128-frame training: scale and bias take in the statistics, and solver and classifier go."""
-    kept = {name: array for name, array in blobs.items() if not name.endswith(("_momentum", "lr", "model_iter"))}
+    kept = {
+        name: array
+        for name, array in blobs.items()
+        if not name.endswith(("_momentum", "lr", "model_iter"))
+    }
     for name in [name for name in kept if name.endswith("_riv")]:
         norm = name.removesuffix("_riv")
         scale = kept[f"{norm}_s"] / np.sqrt(kept.pop(name) + 1e-5)
@@ -55,29 +73,50 @@ def affine(blobs):
 
 def save(tree, path):
     """The protocol of Python 2, and the module that NumPy had then."""
-    path.write_bytes(pickle.dumps(tree, protocol=2).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    path.write_bytes(
+        pickle.dumps(tree, protocol=2).replace(
+            b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
+        )
+    )
 
 
 @pytest.mark.parametrize(("kind", "depth"), [("i3d", 50), ("c2d", 50), ("i3d", 101)])
 def test_names_are_those_that_slowfast_converts(kind, depth):
     to_slowfast = peers.load("slowfast.utils.c2_model_loading").get_name_convert_func()
-    names = [name for name in peers.slowfast(kind, depth).network.state_dict() if not name.endswith("num_batches_tracked")]
+    names = [
+        name
+        for name in peers.slowfast(kind, depth).network.state_dict()
+        if not name.endswith("num_batches_tracked")
+    ]
     assert [to_slowfast(blob_name(name)) for name in names] == names
-    assert {"conv1_w", "res_conv1_bn_riv", "res3_0_branch1_bn_s", "nonlocal_conv4_5_theta_b", "pred_w"} < set(
-        map(blob_name, names)
-    )
+    assert {
+        "conv1_w",
+        "res_conv1_bn_riv",
+        "res3_0_branch1_bn_s",
+        "nonlocal_conv4_5_theta_b",
+        "pred_w",
+    } < set(map(blob_name, names))
 
 
-C2D_DOT, INFLATED = {"kind": "c2d", "instantiation": "dot_product"}, {"clip": "32x2", "kind": "i3d_3x3x3"}
+C2D_DOT, INFLATED = (
+    {"kind": "c2d", "instantiation": "dot_product"},
+    {"clip": "32x2", "kind": "i3d_3x3x3"},
+)
 
 
-@pytest.mark.parametrize(("options", "frames"), [({}, 8), (C2D_DOT, 8), (INFLATED, 16)], ids=["8x8", "c2d-dot", "32x2-3x3x3"])
+@pytest.mark.parametrize(
+    ("options", "frames"),
+    [({}, 8), (C2D_DOT, 8), (INFLATED, 16)],
+    ids=["8x8", "c2d-dot", "32x2-3x3x3"],
+)
 def test_trained(options, frames, tmp_path):
     peer = peers.plain(eps=EPSILON, pool_padding=0, nonlocal_blocks=peers.BLOCKS, **options)
     model = video_resnet(preset="caffe2", **options)
     clip, cotangent = numbers(2, 3, frames, HEIGHT, WIDTH), numbers(2, peers.CLASSES, seed=2)
     blobs = blobs_of(randomise(peer, clip.shape))
-    variables = load(tmp_path / "weights.pkl", {"blobs": blobs} if frames == 8 else blobs, model, save)
+    variables = load(
+        tmp_path / "weights.pkl", {"blobs": blobs} if frames == 8 else blobs, model, save
+    )
     gradients = options is INFLATED  # those of 8×8 differ from PySlowFast's in pool1 alone
     answer = ask(peer, clip, cotangent if gradients else None)
     compare_forward(model, variables, clip, answer)
@@ -87,21 +126,28 @@ def test_trained(options, frames, tmp_path):
 
 def test_affine(tmp_path):
     """The same answers from a file with affine norms, and from one with statistics that loading folds."""
-    peer, model = peers.plain(pool_padding=0, nonlocal_blocks=peers.BLOCKS), video_resnet(preset="caffe2", frozen_bn=True)
+    peer, model = (
+        peers.plain(pool_padding=0, nonlocal_blocks=peers.BLOCKS),
+        video_resnet(preset="caffe2", frozen_bn=True),
+    )
     clip = numbers(2, 3, 8, HEIGHT, WIDTH)
     blobs = blobs_of(randomise(peer, clip.shape))
     variables = load(tmp_path / "affine.pkl", affine(blobs), model, save)
     assert variables.keys() == {"params"}
     compare_forward(model, variables, clip, ask(peer, clip))
     folded = load(tmp_path / "trained.pkl", {"blobs": blobs}, model, save)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), folded, variables)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), folded, variables
+    )
 
 
 def test_released_32x4(tmp_path):
     """Affine norms, none in the non-local blocks, and groups of four frames in res3."""
     peer = peers.slowfast(frames=16, groups={"res3": 2})
     peer.network.s1.pathway0_stem.pool_layer.padding = 0
-    for name in [name for name, _ in peer.network.named_modules() if re.search(r"nonlocal\d$", name)]:
+    for name in [
+        name for name, _ in peer.network.named_modules() if re.search(r"nonlocal\d$", name)
+    ]:
         peer.network.get_submodule(name).bn = nn.Identity()
     clip = numbers(2, 3, 16, HEIGHT, WIDTH)
     blobs = affine(blobs_of(randomise(peer, clip.shape)))

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from parity import peers
-from parity.compare import HEIGHT, WIDTH, ask, assert_close, difference, load, numbers, randomise, video_resnet
+from parity.compare import (
+    HEIGHT,
+    WIDTH,
+    ask,
+    assert_close,
+    difference,
+    load,
+    numbers,
+    randomise,
+    video_resnet,
+)
 from safetensors.torch import save_file
 
 import nonlocal_jax as nl
@@ -18,7 +28,9 @@ OPTIONS = {"preset": "slowfast", "nonlocal_blocks": 0}
 
 def of_the_zoo(state, path):
     """As the older files of torchvision: not in a zip archive, and without the counters of BN."""
-    weights = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    weights = {
+        name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
+    }
     torch.save(weights, path, _use_new_zipfile_serialization=False)
 
 
@@ -37,8 +49,12 @@ def same_in_all(features, of_image):
 
 
 def stages_of(model, variables, clip):
-    logits, state = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(variables, clip)
-    return logits, {stage: state["intermediates"][stage][0] for stage in peers.STAGES if stage != "pool2"}
+    logits, state = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(
+        variables, clip
+    )
+    return logits, {
+        stage: state["intermediates"][stage][0] for stage in peers.STAGES if stage != "pool2"
+    }
 
 
 @pytest.mark.parametrize("package", SAVE)
@@ -73,6 +89,8 @@ def test_flat_kernels_inflate_as_those_of_images(tmp_path):
     state = randomise(peers.image_resnet50("torchvision"), (2, 3, HEIGHT, WIDTH))
     c2d, i3d = video_resnet(kind="c2d", **OPTIONS), video_resnet(kind="i3d_3x3x3", **OPTIONS)
     expected = load(tmp_path / "images", state, i3d)
-    nl.weights.save(tmp_path / "flat.safetensors", load(tmp_path / "images", state, c2d), names="pytorchvideo")
+    nl.weights.save(
+        tmp_path / "flat.safetensors", load(tmp_path / "images", state, c2d), names="pytorchvideo"
+    )
     inflated = nl.weights.load(tmp_path / "flat.safetensors", i3d, inflate_flat=True)
     jax.tree.map(np.testing.assert_array_equal, inflated, expected)

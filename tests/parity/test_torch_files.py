@@ -25,7 +25,10 @@ def assert_equal(arrays, tensors):
         tensor = tensor.detach()
         if tensor.dtype == torch.bfloat16:
             assert arrays[name].dtype.name == "bfloat16"
-            array, wanted = arrays[name].view(np.uint16), tensor.contiguous().view(torch.uint16).numpy()
+            array, wanted = (
+                arrays[name].view(np.uint16),
+                tensor.contiguous().view(torch.uint16).numpy(),
+            )
         else:
             array, wanted = arrays[name], tensor.numpy()
         np.testing.assert_array_equal(array, wanted, strict=True)
@@ -54,7 +57,10 @@ REAL = [
 
 @pytest.mark.parametrize("dtype", REAL)
 def test_every_dtype(dtype, saved):
-    tensors = {"w": numbers(2, 3, 5).abs().to(getattr(torch, dtype)), "n": torch.ones((), dtype=getattr(torch, dtype))}
+    tensors = {
+        "w": numbers(2, 3, 5).abs().to(getattr(torch, dtype)),
+        "n": torch.ones((), dtype=getattr(torch, dtype)),
+    }
     assert_equal(saved(tensors).arrays, tensors)
 
 
@@ -84,7 +90,11 @@ def test_every_layout(saved):
 
 class Net(torch.nn.Sequential):
     def __init__(self):
-        super().__init__(torch.nn.Conv3d(2, 3, (1, 3, 5)), torch.nn.BatchNorm3d(3), torch.nn.Linear(7, 4).to(torch.bfloat16))
+        super().__init__(
+            torch.nn.Conv3d(2, 3, (1, 3, 5)),
+            torch.nn.BatchNorm3d(3),
+            torch.nn.Linear(7, 4).to(torch.bfloat16),
+        )
 
 
 def test_state_dicts_of_modules(saved):
@@ -112,7 +122,15 @@ def test_checkpoints_with_the_state_of_training(key, saved):
         }
     )
     assert_equal(checkpoint.arrays, net.state_dict())
-    assert list(checkpoint.ignored) == ["epoch", "best", "history", "shape", "dtype", "optimizer", "cfg"]
+    assert list(checkpoint.ignored) == [
+        "epoch",
+        "best",
+        "history",
+        "shape",
+        "dtype",
+        "optimizer",
+        "cfg",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +140,11 @@ def test_checkpoints_with_the_state_of_training(key, saved):
         (lambda: {"w": torch.ones(2, dtype=torch.complex64)}, FileFormatError, "complex tensors"),
         (lambda: {"w": torch.ones(2).to(torch.float8_e5m2)}, FileFormatError, "8-bit floats"),
         (lambda: {"w": torch.eye(3).to_sparse()}, FileFormatError, "sparse tensors"),
-        (lambda: {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)}, FileFormatError, "quantised tensors"),
+        (
+            lambda: {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)},
+            FileFormatError,
+            "quantised tensors",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -148,7 +170,11 @@ def test_forged_files_are_those_of_torch(tmp_path):
     """So that the tests without torch prove something about files of torch."""
     from weights import forge
 
-    arrays = forge.example() | {"n": np.array(2**40), "t": np.array([True, False]), "e": np.zeros((0, 3), np.float32)}
+    arrays = forge.example() | {
+        "n": np.array(2**40),
+        "t": np.array([True, False]),
+        "e": np.zeros((0, 3), np.float32),
+    }
     for make in (forge.zip_of, forge.legacy_of):
         (tmp_path / "forged").write_bytes(make(arrays))
         loaded = torch.load(tmp_path / "forged", weights_only=True)

@@ -26,11 +26,19 @@ from torch import nn
 
 
 def pyth(state):
-    return {"epoch": 3, "model_state": state, "optimizer_state": {"state": {}}, "cfg": "TRAIN:\n  ENABLE: true\n"}
+    return {
+        "epoch": 3,
+        "model_state": state,
+        "optimizer_state": {"state": {}},
+        "cfg": "TRAIN:\n  ENABLE: true\n",
+    }
 
 
 def published(state):
-    return {"meta": {"epoch": 3, "config": "model = dict()", "CLASSES": ["a", "b"]}, "state_dict": state}
+    return {
+        "meta": {"epoch": 3, "config": "model = dict()", "CLASSES": ["a", "b"]},
+        "state_dict": state,
+    }
 
 
 def zoo(state):
@@ -59,7 +67,15 @@ class Case:
 
 def slowfast(name, theirs, ours, frames=8, gradients=True):
     ours = {"preset": "slowfast"} | ours
-    return Case(f"slowfast-{name}", lambda: peers.slowfast(**theirs), "slowfast", ours, pyth, frames, gradients)
+    return Case(
+        f"slowfast-{name}",
+        lambda: peers.slowfast(**theirs),
+        "slowfast",
+        ours,
+        pyth,
+        frames,
+        gradients,
+    )
 
 
 def pytorchvideo(name, kind, gradients=True):
@@ -71,12 +87,22 @@ def mmaction2(mode, style="3x1x1", frames=16, gradients=True):
     ours = {"preset": "mmcv", "clip": "32x2", "kind": f"i3d_{style}"}
     ours |= {"instantiation": mode} if mode else {"nonlocal_blocks": 0}
     name = f"mmaction2-{mode or style}"
-    return Case(name, lambda: peers.mmaction2(mode, style), "mmaction2", ours, published, frames, gradients)
+    return Case(
+        name, lambda: peers.mmaction2(mode, style), "mmaction2", ours, published, frames, gradients
+    )
 
 
 def plain(name, theirs, ours, frames=8, gradients=True):
     ours = {"nonlocal_blocks": 0} | ours
-    return Case(f"plain-{name}", lambda: peers.plain(**theirs), "slowfast", ours, parallel, frames, gradients)
+    return Case(
+        f"plain-{name}",
+        lambda: peers.plain(**theirs),
+        "slowfast",
+        ours,
+        parallel,
+        frames,
+        gradients,
+    )
 
 
 C2D, DOT, LONG = {"kind": "c2d"}, {"instantiation": "dot_product"}, {"clip": "32x2"}
@@ -87,7 +113,12 @@ CASES = [
     slowfast("i3d-nln-dot", DOT, DOT),
     slowfast("c2d-nln", C2D, C2D, gradients=False),
     # Four groups of two frames, then two of four.
-    slowfast("grouped", {"frames": 16, "groups": {"res3": 4, "res4": 2}}, {"group_size": {"res3": 2, "res4": 4}}, 16),
+    slowfast(
+        "grouped",
+        {"frames": 16, "groups": {"res3": 4, "res4": 2}},
+        {"group_size": {"res3": 2, "res4": 4}},
+        16,
+    ),
     slowfast("i3d-nln-r101", {"depth": 101}, {"depth": 101}, gradients=False),
     slowfast(
         "stride-at-1x1",
@@ -130,7 +161,11 @@ def test_training(tmp_path):
     variables = load(tmp_path / "weights", pyth(state), model)
     answer = ask(peer, clip, cotangent, train=True)
     after = compare_gradients(model, variables, clip, cotangent, answer, "slowfast", train=True)
-    biased = {name: tensor.numpy() for name, tensor in peer.network.state_dict().items() if "running" in name}
+    biased = {
+        name: tensor.numpy()
+        for name, tensor in peer.network.state_dict().items()
+        if "running" in name
+    }
     for norm, n in answer.counts.items():
         name = f"{norm}.running_var"
         kept = 0.9 * state[name].double().numpy()
@@ -155,7 +190,13 @@ def test_windows_of_slowfast(tmp_path):
 
 def test_windows_of_pytorchvideo(tmp_path):
     peer = peers.pytorchvideo("c2d_r50", window=(4, 1, 3))
-    model = video_resnet(preset="slowfast", kind="c2d", nonlocal_blocks=0, head_window=(1, 3), window_average="logits")
+    model = video_resnet(
+        preset="slowfast",
+        kind="c2d",
+        nonlocal_blocks=0,
+        head_window=(1, 3),
+        window_average="logits",
+    )
     clip = numbers(2, 3, 8, 96, 128)
     variables = load(tmp_path / "weights", zoo(randomise(peer, clip.shape)), model)
     compare_forward(model, variables, clip, ask(peer, clip), stages=("res5",))

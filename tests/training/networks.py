@@ -44,8 +44,12 @@ class SmallVideo(nn.Module):
     def __call__(self, x, *, train=False):
         axis_name = None if self.is_initializing() else self.axis_name
         x = nl.layers.VideoConv(8, (3, 1, 3), axis_name=axis_name, name="conv")(x[:, :, None])
-        x = nn.relu(nl.layers.BatchNorm(use_running_average=not train, axis_name=axis_name, name="norm")(x))
-        x = nl.layers.nonlocal_block("embedded_gaussian", subsample=False, axis_name=axis_name, name="nonlocal")(x, train=train)
+        x = nn.relu(
+            nl.layers.BatchNorm(use_running_average=not train, axis_name=axis_name, name="norm")(x)
+        )
+        x = nl.layers.nonlocal_block(
+            "embedded_gaussian", subsample=False, axis_name=axis_name, name="nonlocal"
+        )(x, train=train)
         x = x.mean((1, 2, 3))
         if axis_name is not None:
             x = jax.lax.pmean(x, axis_name)
@@ -58,15 +62,26 @@ def make_batches(count, size=16, seed=0, rows=6):
     rng = np.random.default_rng(seed)
     for step in range(count):
         labels = rng.integers(0, CLASSES, size).astype(np.int32)
-        images = (rng.normal(size=(size, rows, 5, 2)) + 0.5 * labels[:, None, None, None]).astype(np.float32)
-        yield {"inputs": images, "labels": labels, "position": np.arange(step * size, (step + 1) * size, dtype=np.uint32)}
+        images = (rng.normal(size=(size, rows, 5, 2)) + 0.5 * labels[:, None, None, None]).astype(
+            np.float32
+        )
+        yield {
+            "inputs": images,
+            "labels": labels,
+            "position": np.arange(step * size, (step + 1) * size, dtype=np.uint32),
+        }
 
 
 @functools.cache
 def make_trainer(model=None, **options):
     """SGD with everything on; the same options give the same object, so that what is compiled for it serves again."""
     schedule = training.cosine_schedule(0.1, 100, warmup=5)
-    return training.Trainer(model or Small(), training.sgd(schedule, weight_decay=1e-3, clip_norm=1.0), schedule, **options)
+    return training.Trainer(
+        model or Small(),
+        training.sgd(schedule, weight_decay=1e-3, clip_norm=1.0),
+        schedule,
+        **options,
+    )
 
 
 @functools.cache

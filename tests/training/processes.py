@@ -18,7 +18,11 @@ def command(options, folder, *more, module="experiments.cifar"):
 
 def environment(devices):
     """Of a process with so many simulated devices."""
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(TESTS)}
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(TESTS),
+    }
 
 
 def start(options, folder, *more, devices=1, module="experiments.cifar"):
@@ -26,7 +30,13 @@ def start(options, folder, *more, devices=1, module="experiments.cifar"):
 
 
 def start_command(arguments, devices):
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(devices))
+    return subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(devices),
+    )
 
 
 def finish(process, code=0):
@@ -34,7 +44,9 @@ def finish(process, code=0):
     try:
         printed, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        for child in psutil.Process(process.pid).children(recursive=True):  # mpirun's are in groups of their own
+        for child in psutil.Process(process.pid).children(
+            recursive=True
+        ):  # mpirun's are in groups of their own
             child.kill()
         process.kill()
         printed, _ = process.communicate()

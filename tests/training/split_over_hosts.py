@@ -18,7 +18,10 @@ def rows(positions):
     """Of each step, with this process's examples."""
     mesh = training.make_mesh(positions)
     mine = training.local_rows(16, mesh)
-    batches = [{name: x[mine.start : mine.stop] for name, x in batch.items()} for batch in make_batches(STEPS, rows=8)]
+    batches = [
+        {name: x[mine.start : mine.stop] for name, x in batch.items()}
+        for batch in make_batches(STEPS, rows=8)
+    ]
     _, metrics = run_steps(make_trainer(model=SmallVideo(axis_name="positions")), mesh, batches)
     return [{name: float(value) for name, value in row.items()} for row in metrics]
 

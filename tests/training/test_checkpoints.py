@@ -48,7 +48,9 @@ def opened(tmp_path):
 
 def save(checkpoints, *steps, state=None, metrics=None):
     for step in steps:
-        checkpoints.save(step, state or tree(step), {"seconds": step / 2}, metrics and metrics(step))
+        checkpoints.save(
+            step, state or tree(step), {"seconds": step / 2}, metrics and metrics(step)
+        )
     checkpoints.wait()
 
 
@@ -158,13 +160,19 @@ def test_a_flipped_byte_anywhere_is_found_or_does_no_harm(opened, tmp_path):
 
 def test_orbax_alone_does_not_see_it(opened, tmp_path, monkeypatch):
     """If this fails, the digests may go."""
-    big = {"kernel": jnp.asarray(np.random.default_rng(0).integers(0, 2**31, (64, 1024)), jnp.int32)}
+    big = {
+        "kernel": jnp.asarray(np.random.default_rng(0).integers(0, 2**31, (64, 1024)), jnp.int32)
+    }
     save(opened(), 1, state=big)
     largest = max(files(tmp_path / "checkpoints"), key=lambda file: file.stat().st_size)
     flip(largest)
-    with pytest.raises(CheckpointError, match="1 of its arrays changed on the disk, the first kernel"):
+    with pytest.raises(
+        CheckpointError, match="1 of its arrays changed on the disk, the first kernel"
+    ):
         opened().restore(big)
-    monkeypatch.setattr(module, "_digests", lambda tree: [leaf["digest"] for leaf in saved["leaves"].values()])
+    monkeypatch.setattr(
+        module, "_digests", lambda tree: [leaf["digest"] for leaf in saved["leaves"].values()]
+    )
     saved = {"leaves": {}}
 
     def remember(leaves, wanted, step):
@@ -198,7 +206,9 @@ def test_all_damaged_is_an_error_and_nothing_is_moved(opened, tmp_path):
     for step in (1, 2):
         for file in files(tmp_path / "checkpoints" / str(step) / "state"):
             os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be trusted \(step 2: .*; step 1: "):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* can be trusted \(step 2: .*; step 1: "
+    ):
         opened().restore(tree())
     assert (tmp_path / "checkpoints" / "2").is_dir()
 
@@ -222,20 +232,29 @@ def test_left_over_temporary_folders_go(opened, tmp_path):
             lambda t: t | {"kernel": jnp.zeros((30, 50, 8))},
             r"kernel is float32 \(30, 50, 7\) in it, and float32 \(30, 50, 8\) here",
         ),
-        (lambda t: t | {"half": jnp.zeros(11)}, r"half is bfloat16 \(11,\) in it, and float32 \(11,\) here"),
-        (lambda t: t | {"nested": {"other": jnp.zeros(2)}}, r"it has nested/key, which this one has not \(1 such\)"),
+        (
+            lambda t: t | {"half": jnp.zeros(11)},
+            r"half is bfloat16 \(11,\) in it, and float32 \(11,\) here",
+        ),
+        (
+            lambda t: t | {"nested": {"other": jnp.zeros(2)}},
+            r"it has nested/key, which this one has not \(1 such\)",
+        ),
         (lambda t: t | {"new": jnp.zeros(2)}, r"it lacks new \(1 such\)"),
     ],
 )
 def test_another_model_is_an_error_that_names_the_leaf(change, message, opened):
     save(opened(), 3)
-    with pytest.raises(MismatchError, match=f"the checkpoint of step 3 is of another model or optimiser: {message}"):
+    with pytest.raises(
+        MismatchError, match=f"the checkpoint of step 3 is of another model or optimiser: {message}"
+    ):
         opened().restore(change(tree()))
     assert opened().steps == [3]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"keep": 0}, "keep must be at least 1; got 0"), ({"mode": "avg"}, "mode must be")]
+    ("options", "message"),
+    [({"keep": 0}, "keep must be at least 1; got 0"), ({"mode": "avg"}, "mode must be")],
 )
 def test_bad_options(options, message, opened):
     with pytest.raises(ValueError, match=message):

@@ -30,7 +30,9 @@ def outcome(folder):
     """Digests of every array of the last checkpoint, and the log without times."""
     with ocp.CheckpointManager(folder / "checkpoints", item_names=("record",)) as manager:
         assert manager.latest_step() == STEPS
-        sealed = manager.restore(STEPS, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        sealed = manager.restore(
+            STEPS, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        ).record
     content = json.loads(sealed["text"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -64,7 +66,10 @@ def logged(folder):
 
 def saved(folder):
     """The step of the latest whole checkpoint."""
-    return max((int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
+    return max(
+        (int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()),
+        default=0,
+    )
 
 
 def saving(folder):
@@ -158,8 +163,12 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(whole, tmp_pat
     wait_for(lambda: (folder / "checkpoints" / "9").is_dir(), process, "checkpoint")
     process.kill()
     process.communicate()
-    latest = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
-    for file in (folder / "checkpoints" / str(latest) / "state").rglob("d/*"):  # Orbax's files of arrays
+    latest = max(
+        int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()
+    )
+    for file in (folder / "checkpoints" / str(latest) / "state").rglob(
+        "d/*"
+    ):  # Orbax's files of arrays
         os.truncate(file, file.stat().st_size // 2)
     printed = finish(start(folder))
     assert f"the checkpoint of step {latest} is damaged" in printed
@@ -170,13 +179,17 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(whole, tmp_pat
 def test_another_configuration_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"depth": 20}))
     printed = finish(start(tmp_path), code=1)
-    assert f"error: depth is 8 now, and was 20 when the run in {tmp_path} started" in " ".join(printed.split())
+    assert f"error: depth is 8 now, and was 20 when the run in {tmp_path} started" in " ".join(
+        printed.split()
+    )
 
 
 def in_namespace():
     """Whether this machine lets a test mount a file system of its own."""
     return (
-        shutil.which("unshare") and subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode == 0
+        shutil.which("unshare")
+        and subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode
+        == 0
     )
 
 
@@ -210,7 +223,9 @@ def test_a_disk_that_fills_up(whole, tmp_path):
     disk.mkdir()
     command = processes.command(OPTIONS, disk / "run")
     filled = ["unshare", "-rm", sys.executable, "-c", FULL_DISK, str(disk), *command]
-    done = subprocess.run(filled, capture_output=True, text=True, timeout=2 * PATIENCE, env=processes.environment(1))
+    done = subprocess.run(
+        filled, capture_output=True, text=True, timeout=2 * PATIENCE, env=processes.environment(1)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = done.stdout.split("second:")
     assert first.startswith("first: 1 "), first
@@ -226,6 +241,10 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "run").mkdir()
     command = processes.command(OPTIONS, tmp_path / "run")
     script = f"mount -t tmpfs -o ro tmpfs {tmp_path / 'run'} && exec " + " ".join(command)
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1
-    assert "must be a folder that can be written: Read-only file system" in " ".join(done.stderr.split())
+    assert "must be a folder that can be written: Read-only file system" in " ".join(
+        done.stderr.split()
+    )

@@ -31,14 +31,27 @@ def free_port():
 
 
 def start_two(folder, *more):
-    joint = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", *more]
+    joint = [
+        "--distributed",
+        "--coordinator",
+        f"127.0.0.1:{free_port()}",
+        "--processes",
+        "2",
+        *more,
+    ]
     return [start(OPTIONS, folder, *joint, "--process-id", str(i), devices=2) for i in range(2)]
 
 
 def state_of(folder):
     """The last checkpoint's arrays, read by this process."""
-    trainer = cifar.make_trainer(cifar.Config(depth=8, nonlocal_blocks=("res2_0",), steps=10, learning_rate=0.01), 10)
-    example = {"inputs": np.zeros((1, 8, 8, 1), np.uint8), "labels": np.zeros(1, np.int32), "position": np.zeros(1, np.uint32)}
+    trainer = cifar.make_trainer(
+        cifar.Config(depth=8, nonlocal_blocks=("res2_0",), steps=10, learning_rate=0.01), 10
+    )
+    example = {
+        "inputs": np.zeros((1, 8, 8, 1), np.uint8),
+        "labels": np.zeros(1, np.int32),
+        "position": np.zeros(1, np.uint32),
+    }
     checkpoints = training.Checkpoints(folder / "checkpoints")
     restored = checkpoints.restore(jax.eval_shape(trainer.init, jax.random.key(0), example))
     checkpoints.close()
@@ -93,7 +106,9 @@ def wait_for_steps(folder, processes, count):
     log = folder / "metrics.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < count:
         assert time.monotonic() - begun < PATIENCE
-        assert all(process.poll() is None for process in processes), [finish(process) for process in processes]
+        assert all(process.poll() is None for process in processes), [
+            finish(process) for process in processes
+        ]
         time.sleep(0.01)
 
 

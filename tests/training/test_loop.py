@@ -30,7 +30,9 @@ def evaluation():
         yield {**batch, "mask": np.ones(16, bool)}
 
 
-def run_fit(folder, trainer=None, options=OPTIONS, data=data, evaluation=evaluation, mesh=MESH, **more):
+def run_fit(
+    folder, trainer=None, options=OPTIONS, data=data, evaluation=evaluation, mesh=MESH, **more
+):
     """The result and what was printed."""
     out = io.StringIO()
     with Run(folder, {}) as run:
@@ -69,7 +71,14 @@ def test_what_a_run_leaves(whole):
     assert log(folder, "evaluation")[-1]["accuracy"] == result.metrics["accuracy"]
     assert result.metrics["count"] == 32
     row = log(folder, "train")[-1]
-    assert {"loss", "accuracy", "gradient_norm", "learning_rate", "residual_ratio/nonlocal", "seconds"} <= row.keys()
+    assert {
+        "loss",
+        "accuracy",
+        "gradient_norm",
+        "learning_rate",
+        "residual_ratio/nonlocal",
+        "seconds",
+    } <= row.keys()
     assert 0 < log(folder, "train")[0]["seconds"] < row["seconds"] <= result.seconds
     assert "step 12: " in printed
     saved = Checkpoints(folder / "checkpoints")
@@ -80,7 +89,9 @@ def test_what_a_run_leaves(whole):
 
 def test_a_finished_run_is_not_trained_again(whole):
     folder, result, _ = whole
-    again, printed = run_fit(folder, data=lambda step: data(0) if step == 0 else pytest.fail("it trained"))
+    again, printed = run_fit(
+        folder, data=lambda step: data(0) if step == 0 else pytest.fail("it trained")
+    )
     chex.assert_trees_all_equal(again.state, result.state)
     assert again.metrics == result.metrics
     assert "resumed at step 12" in printed
@@ -185,7 +196,9 @@ def test_what_is_not_finite_stops_before_it_is_saved(bad, tmp_path):
                 batch["inputs"][3, 1, 2, 0] = bad
             yield batch
 
-    with pytest.raises(NonFiniteError, match=r"loss nan, .* at step 6. The batch is in .*step-6-process-0.npz"):
+    with pytest.raises(
+        NonFiniteError, match=r"loss nan, .* at step 6. The batch is in .*step-6-process-0.npz"
+    ):
         run_fit(tmp_path, data=spoilt)
     saved = Checkpoints(tmp_path / "checkpoints")
     assert saved.steps == [3]
@@ -193,7 +206,9 @@ def test_what_is_not_finite_stops_before_it_is_saved(bad, tmp_path):
     with np.load(tmp_path / "nonfinite" / "step-6-process-0.npz", allow_pickle=False) as batch:
         assert not np.isfinite(batch["inputs"][3, 1, 2, 0])
         np.testing.assert_array_equal(batch["position"], np.arange(80, 96))
-    assert json.loads((tmp_path / "nonfinite" / "step-6-process-0.json").read_text())["loss"] == "nan"
+    assert (
+        json.loads((tmp_path / "nonfinite" / "step-6-process-0.json").read_text())["loss"] == "nan"
+    )
     resumed, _ = run_fit(tmp_path)  # with data that is whole
     assert int(resumed.state.step) == 12
 
@@ -206,14 +221,21 @@ def test_a_block_that_stays_zero_is_warned_about(tmp_path):
     class Dead(Small):
         def apply(self, variables, x, **options):
             frozen = jax.lax.stop_gradient(variables["params"]["nonlocal"])
-            return super().apply({**variables, "params": {**variables["params"], "nonlocal": frozen}}, x, **options)
+            return super().apply(
+                {**variables, "params": {**variables["params"], "nonlocal": frozen}}, x, **options
+            )
 
     _, printed = run_fit(tmp_path / "dead", make_trainer(model=Dead()), options)
-    assert "warning: after 3 steps the non-local block nonlocal still adds exactly nothing" in printed
+    assert (
+        "warning: after 3 steps the non-local block nonlocal still adds exactly nothing" in printed
+    )
 
 
 def test_another_model_is_an_error_that_names_the_leaf(whole):
-    with pytest.raises(training.MismatchError, match=r"params/conv/bias is float32 \(8,\) in it, and float32 \(9,\) here"):
+    with pytest.raises(
+        training.MismatchError,
+        match=r"params/conv/bias is float32 \(8,\) in it, and float32 \(9,\) here",
+    ):
         run_fit(whole[0], make_trainer(model=Small(features=9), average=0.9))
 
 
@@ -225,7 +247,11 @@ def test_precise_statistics_are_those_of_all_examples(tmp_path):
     conv = result.state.params["conv"]
     images = np.concatenate([batch["inputs"] for batch in itertools.islice(data(4), batches)])
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(np.float64)
-    taps = [padded[:, i : i + 6, j : j + 5] @ np.asarray(conv["kernel"], np.float64)[i, j] for i in range(3) for j in range(3)]
+    taps = [
+        padded[:, i : i + 6, j : j + 5] @ np.asarray(conv["kernel"], np.float64)[i, j]
+        for i in range(3)
+        for j in range(3)
+    ]
     features = sum(taps) + np.asarray(conv["bias"])
     statistics = result.state.batch_stats["norm"]
     np.testing.assert_allclose(statistics["mean"], features.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
@@ -236,10 +262,14 @@ def test_precise_statistics_are_those_of_all_examples(tmp_path):
 @pytest.mark.parametrize("batch_norm", ["global", "device"])
 def test_the_loop_on_four_devices(batch_norm, whole, tmp_path):
     """Evaluated with the same statistics and counts; with global statistics the same training."""
-    result, _ = run_fit(tmp_path, make_trainer(average=0.9, batch_norm=batch_norm), mesh=training.make_mesh())
+    result, _ = run_fit(
+        tmp_path, make_trainer(average=0.9, batch_norm=batch_norm), mesh=training.make_mesh()
+    )
     assert result.metrics["count"] == 32
     if batch_norm == "global":
-        chex.assert_trees_all_close(jax.device_get(result.state), jax.device_get(whole[1].state), rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(
+            jax.device_get(result.state), jax.device_get(whole[1].state), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_a_profile_of_some_steps(tmp_path):
@@ -256,12 +286,17 @@ def test_initial_values_may_be_given(tmp_path):
     fresh, _ = run_fit(tmp_path / "b", trainer, options)
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), given.state.params, start.params)
     assert max(jax.tree.leaves(moved)) < 0.05  # one small step away
-    assert abs(given.state.params["conv"]["kernel"] - fresh.state.params["conv"]["kernel"]).max() > 0.1
+    assert (
+        abs(given.state.params["conv"]["kernel"] - fresh.state.params["conv"]["kernel"]).max() > 0.1
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"steps": 0}, "steps must be at least 1; got 0"), ({"precise_bn": -1}, "precise_bn must be at least 0; got -1")],
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"precise_bn": -1}, "precise_bn must be at least 0; got -1"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):

@@ -22,19 +22,29 @@ def test_a_second_process_is_refused(tmp_path):
     with Run(tmp_path / "run", {}):
         second = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert second.returncode == 1
-        assert f"another process is training in {tmp_path / 'run'}; wait for it, or take another folder." in second.stderr
+        assert (
+            f"another process is training in {tmp_path / 'run'}; wait for it, or take another folder."
+            in second.stderr
+        )
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
 
 
 def test_a_run_in_this_process_is_refused_too(tmp_path):
-    with Run(tmp_path, {}), pytest.raises(RunError, match="another process is training"), Run(tmp_path, {}):
+    with (
+        Run(tmp_path, {}),
+        pytest.raises(RunError, match="another process is training"),
+        Run(tmp_path, {}),
+    ):
         pass
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0.2}, "learning_rate is 0.2 now, and was 0.1 when the run in .* started"),
+        (
+            {"learning_rate": 0.2},
+            "learning_rate is 0.2 now, and was 0.1 when the run in .* started",
+        ),
         ({"model": {"depth": 32, "blocks": ["res2_1"]}}, "model.depth is 32 now, and was 20"),
         ({"model": {"depth": 20, "blocks": []}}, r"model.blocks is \[\] now, and was \['res2_1'\]"),
         ({"new": 1}, "new is 1 now, and was None"),
@@ -46,7 +56,9 @@ def test_another_configuration_is_refused_and_nothing_is_changed(change, message
     with pytest.raises(RunError, match=message), Run(tmp_path, CONFIG | change):
         pass
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
-    with Run(tmp_path, CONFIG | {"workers": 5}, may_differ=("workers",)):  # the folder is free again
+    with Run(
+        tmp_path, CONFIG | {"workers": 5}, may_differ=("workers",)
+    ):  # the folder is free again
         pass
 
 
@@ -77,7 +89,15 @@ def test_each_step_is_once_in_the_log_however_it_ended(tmp_path):
         run.open_log(5)
         for step in (6, 7):
             run.log(step, "train", {"loss": 10.0 + step})
-    assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
     assert [row["loss"] for row in rows(tmp_path) if row["step"] > 5] == [16.0, 17.0]
     assert {"step": 4, "kind": "evaluation", "accuracy": 0.5} in rows(tmp_path)
 

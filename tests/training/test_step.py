@@ -51,7 +51,9 @@ def test_it_learns(alone):
     _, rows = alone
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[0]["residual_ratio/nonlocal"] == 0 < rows[-1]["residual_ratio/nonlocal"]
-    np.testing.assert_allclose([row["learning_rate"] for row in rows[:3]], [0, 0.02, 0.04], rtol=1e-6)
+    np.testing.assert_allclose(
+        [row["learning_rate"] for row in rows[:3]], [0, 0.02, 0.04], rtol=1e-6
+    )
 
 
 @needs_four
@@ -77,11 +79,15 @@ def test_sharded_state_is_split(monkeypatch):
 @needs_four
 def test_pmap_equals_the_sharded_step(by_device):
     trainer = make_trainer(prepare=noisy, average=0.9)
-    state = replicate(trainer.init(jax.random.key(0), jax.tree.map(lambda x: x[:1], next(make_batches(1)))))
+    state = replicate(
+        trainer.init(jax.random.key(0), jax.tree.map(lambda x: x[:1], next(make_batches(1))))
+    )
     step = training.pmap_step(trainer)
     for batch in make_batches(STEPS):
         state, metrics = step(state, jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch))
-    chex.assert_trees_all_close(jax.device_get(unreplicate((state, metrics))), (by_device[0], by_device[1][-1]), **CLOSE)
+    chex.assert_trees_all_close(
+        jax.device_get(unreplicate((state, metrics))), (by_device[0], by_device[1][-1]), **CLOSE
+    )
 
 
 def test_parts_equal_devices(by_device):
@@ -110,7 +116,9 @@ def test_without_norms_all_are_equal(options, devices):
     whole = trained(make_trainer(model=model, prepare=noisy), ONE)
     parts = trained(make_trainer(model=model, prepare=noisy, **options), {1: ONE, 4: FOUR}[devices])
     for row in (*whole[1], *parts[1]):
-        row.pop("residual_ratio/nonlocal")  # the mean of ratios of parts is not the ratio of the whole
+        row.pop(
+            "residual_ratio/nonlocal"
+        )  # the mean of ratios of parts is not the ratio of the whole
     chex.assert_trees_all_close(parts, whole, **CLOSE)
 
 
@@ -132,7 +140,9 @@ def dimmed(batch, key):
 
 @needs_four
 @pytest.mark.parametrize(
-    ("options", "positions"), [({}, 2), ({"batch_norm": "device", "accumulate": 2}, 2), ({"batch_norm": "device"}, 1)], ids=str
+    ("options", "positions"),
+    [({}, 2), ({"batch_norm": "device", "accumulate": 2}, 2), ({"batch_norm": "device"}, 1)],
+    ids=str,
 )
 def test_split_positions_equal_whole_ones(options, positions, monkeypatch):
     """Training, precise BN and evaluation; two devices of `data` in both."""
@@ -145,7 +155,14 @@ def test_split_positions_equal_whole_ones(options, positions, monkeypatch):
         batch = next(make_batches(1, seed=1))
         moments = training.mesh.sum_of_moments(trainer, mesh)(state, [(batch, 3)])
         masked = {**batch, "mask": np.arange(16) < 11}
-        return jax.device_get((state, rows, moments, training.sum_of_evaluations(trainer, mesh)(state.variables, [(masked,)])))
+        return jax.device_get(
+            (
+                state,
+                rows,
+                moments,
+                training.sum_of_evaluations(trainer, mesh)(state.variables, [(masked,)]),
+            )
+        )
 
     split = run(SmallVideo(dropout=0.2, axis_name="positions"), positions, placement="sharded")
     whole = run(SmallVideo(dropout=0.2), 1)
@@ -158,9 +175,14 @@ def test_split_positions_equal_whole_ones(options, positions, monkeypatch):
 def test_positions_that_cannot_be_split():
     mesh = training.make_mesh(2, jax.devices()[:4])
     for model in (Small(), SmallVideo(axis_name="frames")):
-        with pytest.raises(ValueError, match=r"must split positions .* 'positions', of 2 device.*; got (None|'frames')"):
+        with pytest.raises(
+            ValueError,
+            match=r"must split positions .* 'positions', of 2 device.*; got (None|'frames')",
+        ):
             training.sharded_step(make_trainer(model=model), mesh, None)
-    with pytest.raises(ValueError, match="the positions of an example must split over 4 devices; got 6 of them"):
+    with pytest.raises(
+        ValueError, match="the positions of an example must split over 4 devices; got 6 of them"
+    ):
         training.put(next(make_batches(1)), training.make_mesh(4, jax.devices()[:4]))
 
 
@@ -176,7 +198,12 @@ def test_the_average_lags_behind(alone):
     kernels = []
 
     def look(state):
-        kernels.append([np.asarray(tree["conv"]["kernel"], np.float64) for tree in (state.params, state.average)])
+        kernels.append(
+            [
+                np.asarray(tree["conv"]["kernel"], np.float64)
+                for tree in (state.params, state.average)
+            ]
+        )
 
     trainer = make_trainer(prepare=noisy, average=0.9)
     state, _ = run_steps(trainer, ONE, make_batches(4), look=look)
@@ -194,7 +221,10 @@ def test_bfloat16_computes_and_float32_keeps():
             return nn.Dense(CLASSES, dtype=jnp.float32)(y.mean((1, 2)))
 
     state, rows = run_steps(make_trainer(model=Half()), ONE, make_batches(2))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.opt_state))} <= {"float32", "int32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.opt_state))} <= {
+        "float32",
+        "int32",
+    }
     assert np.isfinite(rows[-1]["loss"])
 
 
@@ -203,7 +233,9 @@ def test_label_smoothing_and_mixup_by_the_book():
     labels = np.array([0, 1])
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     smooth = 0.9 * np.eye(3)[labels] + 0.1 / 3
-    got = training.smoothed_cross_entropy(0.1)(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
+    got = training.smoothed_cross_entropy(0.1)(
+        jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
+    )
     np.testing.assert_allclose(got, -(smooth * log_p).sum(-1), rtol=1e-6)
 
     batch = {"inputs": jnp.arange(6.0).reshape(3, 2), "labels": jnp.array([0, 1, 2])}
@@ -212,7 +244,11 @@ def test_label_smoothing_and_mixup_by_the_book():
         mixed = training.mixup(batch, jax.random.key(seed), 0.4, 3)
         share = float(mixed["labels"][0, 0])
         shares.append(share)
-        np.testing.assert_allclose(mixed["inputs"][0], share * batch["inputs"][0] + (1 - share) * batch["inputs"][2], rtol=1e-6)
+        np.testing.assert_allclose(
+            mixed["inputs"][0],
+            share * batch["inputs"][0] + (1 - share) * batch["inputs"][2],
+            rtol=1e-6,
+        )
         np.testing.assert_allclose(mixed["labels"][1], [0, 1, 0], atol=1e-6)
     assert min(shares) < 0.1
     assert max(shares) > 0.9
@@ -236,9 +272,13 @@ def test_one_step_by_hand():
 
         gradient = jax.tree.map(np.asarray, jax.grad(loss)(params))
         shrink = min(1, 0.2 / np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient))))
-        gradient = jax.tree.map(lambda d, w, s=shrink: s * d + 0.1 * np.asarray(w), gradient, params)
+        gradient = jax.tree.map(
+            lambda d, w, s=shrink: s * d + 0.1 * np.asarray(w), gradient, params
+        )
         velocity = jax.tree.map(lambda v, d: 0.5 * v + d, velocity, gradient)
-        params = jax.tree.map(lambda w, v, d: np.asarray(w) - 0.3 * (d + 0.5 * v), params, velocity, gradient)
+        params = jax.tree.map(
+            lambda w, v, d: np.asarray(w) - 0.3 * (d + 0.5 * v), params, velocity, gradient
+        )
     chex.assert_trees_all_close(state.params, params, rtol=1e-5, atol=1e-6)
 
 
@@ -258,7 +298,9 @@ def test_bad_options(options, message):
 
 @needs_four
 def test_a_batch_that_does_not_split():
-    with pytest.raises(ValueError, match="the batch must split into 3 parts on 4 devices; got 16 examples"):
+    with pytest.raises(
+        ValueError, match="the batch must split into 3 parts on 4 devices; got 16 examples"
+    ):
         run_steps(make_trainer(accumulate=3), FOUR, make_batches(1))
     with pytest.raises(ValueError, match="the batch must split over 4 devices; got 6 examples"):
         training.local_rows(6, FOUR)
@@ -272,7 +314,9 @@ def test_evaluation_ignores_what_is_masked():
     trainer = make_trainer()
     state, _ = run_steps(trainer, ONE, make_batches(1))
     batch = next(make_batches(1, size=8, seed=1))
-    full = training.sum_of_evaluations(trainer, ONE)(state.variables, [({**batch, "mask": np.ones(8, bool)},)])
+    full = training.sum_of_evaluations(trainer, ONE)(
+        state.variables, [({**batch, "mask": np.ones(8, bool)},)]
+    )
     padded = {name: np.concatenate([x[:5], np.full_like(x[:3], 2)]) for name, x in batch.items()}
     mask = np.arange(8) < 5
     parts = [

@@ -48,7 +48,9 @@ def test_arguments_go_to_the_model():
         @nn.compact
         def __call__(self, x, *, mask, train):
             x = nn.Conv(4, (3, 3), strides=2)(x * mask[..., None])
-            return nl.layers.nonlocal_block("dot_product", name="block")(x, train=train, mask=mask[:, ::2, ::2])
+            return nl.layers.nonlocal_block("dot_product", name="block")(
+                x, train=train, mask=mask[:, ::2, ::2]
+            )
 
     x = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
     mask = jnp.ones((2, 12, 16), bool).at[1, :, 8:].set(False)
@@ -61,7 +63,9 @@ def test_arguments_go_to_the_model():
     class Weighted(nn.Module):
         @nn.compact
         def __call__(self, x, *, of_batch):
-            return nl.layers.nonlocal_block("dot_product", name="block")(x * of_batch.reshape(2, 1, 1, 1))
+            return nl.layers.nonlocal_block("dot_product", name="block")(
+                x * of_batch.reshape(2, 1, 1, 1)
+            )
 
     variables = Weighted().init(jax.random.key(1), x, of_batch=jnp.ones((1, 2)))
     one = affinities(Weighted(), variables, x, of_batch=jnp.ones((1, 2)))["block"]
@@ -119,7 +123,9 @@ def test_nnx_models():
     }  # fmt: skip
     expected = affinities(Linen(), {**variables, "params": params}, x)["block"]
     every = np.stack(np.unravel_index(np.arange(48), (6, 8)), axis=-1)
-    np.testing.assert_allclose(maps["blocks/0"].rows(every), expected.rows(every), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        maps["blocks/0"].rows(every), expected.rows(every), rtol=1e-5, atol=1e-7
+    )
     assert maps["blocks/0"].geometry().fields[0].stride == 2
     after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
     chex.assert_trees_all_equal(after, before)
@@ -127,13 +133,19 @@ def test_nnx_models():
 
     whole = nnx.bridge.ToNNX(Linen(), rngs=nnx.Rngs(0)).lazy_init(x)
     assert list(affinities(whole, None, x)) == ["block"]
-    with pytest.raises(TypeError, match="variables of an NNX module must be None, as it holds its own; got dict"):
+    with pytest.raises(
+        TypeError, match="variables of an NNX module must be None, as it holds its own; got dict"
+    ):
         affinities(model, {}, x)
-    with pytest.raises(TypeError, match="variables of a Linen module must be those that `init` gives; got None"):
+    with pytest.raises(
+        TypeError, match="variables of a Linen module must be those that `init` gives; got None"
+    ):
         affinities(Linen(), None, x)
     with pytest.raises(TypeError, match="model must be a Linen or an NNX module; got function"):
         affinities(lambda x: x, None, x)
-    with pytest.raises(NoBlocksError, match="the model must have non-local blocks; Linear has none"):
+    with pytest.raises(
+        NoBlocksError, match="the model must have non-local blocks; Linear has none"
+    ):
         affinities(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), None, x)
 
 
@@ -159,7 +171,10 @@ def test_a_network_that_is_used_at_two_sizes():
             return self.head(x).mean() + self.head(x[:, ::2, ::2]).mean() + self.head(x).mean()
 
     x = jax.random.normal(jax.random.key(0), (2, 6, 8, 4))
-    for model, variables in ((Pyramid(), Pyramid().init(jax.random.key(1), x)), (Nnx(nnx.Rngs(0)), None)):
+    for model, variables in (
+        (Pyramid(), Pyramid().init(jax.random.key(1), x)),
+        (Nnx(nnx.Rngs(0)), None),
+    ):
         maps = affinities(model, variables, x)
         assert list(maps) == ["head/block", "head/block#2", "head/block#3"]
         assert [one.queries for one in maps.values()] == [(6, 8), (3, 4), (6, 8)]
@@ -195,7 +210,10 @@ def test_networks_that_jax_has_traced_already():
     model = Again(nnx.Rngs(0))
     model(x)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"blocks must not be inside nnx\.remat, nnx\.scan or nnx\.vmap; of block one"):
+        with pytest.raises(
+            ValueError,
+            match=r"blocks must not be inside nnx\.remat, nnx\.scan or nnx\.vmap; of block one",
+        ):
             affinities(model, None, x)
 
 
@@ -203,7 +221,9 @@ def test_keys_of_the_model_are_not_of_the_clips():
     class Dropped(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nl.layers.nonlocal_block("dot_product", name="block")(nn.Dropout(0.5, deterministic=False)(x))
+            return nl.layers.nonlocal_block("dot_product", name="block")(
+                nn.Dropout(0.5, deterministic=False)(x)
+            )
 
     x, rngs = jnp.ones((2, 6, 8, 4)), {"dropout": jax.random.PRNGKey(0)}
     variables = Dropped().init({"params": jax.random.key(0), **rngs}, x)
@@ -214,7 +234,9 @@ def test_a_block_that_is_called_twice_has_two_maps():
     class Twice(nn.Module):
         @nn.compact
         def __call__(self, x):
-            block = nl.layers.nonlocal_block("embedded_gaussian", norm=None, zero_init=False, name="block")
+            block = nl.layers.nonlocal_block(
+                "embedded_gaussian", norm=None, zero_init=False, name="block"
+            )
             return block(block(x))
 
     x = jax.random.normal(jax.random.key(0), (1, 6, 4))
@@ -238,12 +260,19 @@ def test_blocks_inside_vmap_are_refused():
 
         @nn.compact
         def __call__(self, x):
-            block = nn.vmap(nl.layers.NonLocalBlock, variable_axes=self.axes, split_rngs={"params": True}, in_axes=0)
+            block = nn.vmap(
+                nl.layers.NonLocalBlock,
+                variable_axes=self.axes,
+                split_rngs={"params": True},
+                in_axes=0,
+            )
             return block(nl.layers.DotProduct(), norm=None, name="block")(x)
 
     x = jnp.ones((3, 2, 5, 4))
     for axes in ({"params": 0}, {"params": 0, "intermediates": 0}):
-        with pytest.raises(ValueError, match=r"blocks must not be inside nn\.scan, nn\.vmap or .*; block.* is"):
+        with pytest.raises(
+            ValueError, match=r"blocks must not be inside nn\.scan, nn\.vmap or .*; block.* is"
+        ):
             affinities(Vmapped(axes), Vmapped(axes).init(jax.random.key(0), x), x)
 
 
@@ -256,8 +285,12 @@ def test_blocks_inside_scan_are_refused():
     class Scanned(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.scan(Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(x, None)[0]
+            return nn.scan(
+                Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+            )()(x, None)[0]
 
     x = jnp.ones((1, 5, 4))
-    with pytest.raises(ValueError, match=r"blocks must not be inside nn\.scan, nn\.vmap or .*; .*block is"):
+    with pytest.raises(
+        ValueError, match=r"blocks must not be inside nn\.scan, nn\.vmap or .*; .*block is"
+    ):
         affinities(Scanned(), Scanned().init(jax.random.key(0), x), x)

@@ -38,7 +38,9 @@ def measured(model, variables, shape, block):
 
     variables = jax.tree_util.tree_map_with_path(positive, variables)
     where = np.indices(shape[1:-1]).astype(np.float32)
-    exponents = np.stack([np.tensordot(way, where, 1) for way in itertools.product((0.4, -0.4), repeat=len(where))])
+    exponents = np.stack(
+        [np.tensordot(way, where, 1) for way in itertools.product((0.4, -0.4), repeat=len(where))]
+    )
     x = jnp.exp(exponents - exponents.min())  # from 1 on: tinier ones would be slow
     x = jnp.broadcast_to(x[..., None], (*x.shape, shape[-1]))
 
@@ -60,7 +62,11 @@ def measured(model, variables, shape, block):
     @jax.jit  # what comes after the block is never computed
     def seen(position):
         out, back = jax.vjp(features, x)
-        (gradient,) = back(jnp.broadcast_to(jnp.zeros(grid).at[tuple(position)].set(1.0)[None, ..., None], out.shape))
+        (gradient,) = back(
+            jnp.broadcast_to(
+                jnp.zeros(grid).at[tuple(position)].set(1.0)[None, ..., None], out.shape
+            )
+        )
         return (gradient != 0).any(axis=(0, -1))
 
     positions = np.array([[min(i, n - 1) for n in grid] for i in range(max(grid))])
@@ -94,12 +100,16 @@ def check(model, shape, block):
 )
 def test_video_resnets(kind, preset, clip, shape, block):
     blocks = {"res3": (0,), "res4": (1,)}
-    model = nl.models.video_resnet((1, 1, 2, 1), kind, blocks, clip=clip, preset=preset, num_classes=3, width_per_group=4)
+    model = nl.models.video_resnet(
+        (1, 1, 2, 1), kind, blocks, clip=clip, preset=preset, num_classes=3, width_per_group=4
+    )
     check(model, shape, block)
 
 
 def test_the_whole_resnet_50():
-    model = nl.models.video_resnet(50, "i3d_3x1x1", 1, preset="slowfast", num_classes=3, width_per_group=4)
+    model = nl.models.video_resnet(
+        50, "i3d_3x1x1", 1, preset="slowfast", num_classes=3, width_per_group=4
+    )
     rows = check(model, (1, 8, 64, 48, 3), "nonlocal_res4_4").fields[1]
     # conv1 and pool1; then a 3×3 in every residual block, 3 at stride 4 and the first of res3, 3 at 8 and the first of res4, 4 at 16.
     assert (rows.stride, rows.size) == (16, 11 + 2 * (4 * 4 + 4 * 8 + 4 * 16))
@@ -112,7 +122,10 @@ def test_the_small_networks():
     images = nl.models.cifar_resnet(14, {"res2": (1,), "res3": (0,)})
     x = jnp.ones((1, 32, 32, 3))
     maps = affinities(images, jax.jit(images.init)(jax.random.key(0), x), x)
-    assert [one.geometry().fields[0] for one in maps.values()] == [None, None]  # the axis of its one frame
+    assert [one.geometry().fields[0] for one in maps.values()] == [
+        None,
+        None,
+    ]  # the axis of its one frame
     assert to_pixels(maps["nonlocal_res3_0"], (0, 4, 1)).centre.tolist() == [16, 4]
 
 
@@ -138,7 +151,9 @@ def test_what_sees_padding_alone_sees_nothing():
     class Padded(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nl.layers.nonlocal_block("dot_product", name="block")(nn.Conv(4, (1, 1), padding=2)(x))
+            return nl.layers.nonlocal_block("dot_product", name="block")(
+                nn.Conv(4, (1, 1), padding=2)(x)
+            )
 
     x = jnp.ones((1, 5, 6, 2))
     one = affinities(Padded(), Padded().init(jax.random.key(0), x), x)["block"]
@@ -151,12 +166,17 @@ def test_frames_in_the_batch_are_images():
     class Images(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nl.layers.nonlocal_block("dot_product", name="block")(x.reshape(-1, *x.shape[2:]))
+            return nl.layers.nonlocal_block("dot_product", name="block")(
+                x.reshape(-1, *x.shape[2:])
+            )
 
     x = jnp.ones((1, 3, 6, 8, 4))
     one = affinities(Images(), Images().init(jax.random.key(0), x), x)["block"]
     assert one.batch == 3
-    with pytest.raises(GeometryError, match=r"frames are folded into the batch: .* give the model one frame at a time"):
+    with pytest.raises(
+        GeometryError,
+        match=r"frames are folded into the batch: .* give the model one frame at a time",
+    ):
         one.geometry()
 
 
@@ -168,7 +188,11 @@ def test_networks_of_ones_own():
     assert [field.axis for field in (t, columns, rows)] == [0, 2, 1]
     assert [field.stride for field in (t, columns, rows)] == [1, 4, 4]
     # conv 3, pooling 3 at stride 2, dilated conv 5 and mean of 2 at stride 4
-    assert [field.size for field in (t, columns, rows)] == [3, 3 + 2 * 2 + 4 * 4 + 4, 3 + 2 * 2 + 4 * 4 + 4]
+    assert [field.size for field in (t, columns, rows)] == [
+        3,
+        3 + 2 * 2 + 4 * 4 + 4,
+        3 + 2 * 2 + 4 * 4 + 4,
+    ]
     seen = to_pixels(one, (1, 2, 3))
     # The pooling pads its 15 rows by 1 before, its 12 columns behind alone; the dilated convolution pads both by 2.
     assert seen.first.tolist() == [0, 3 * 4 - 2 - 2 * 4, 2 * 4 - 2 * 4]
@@ -176,7 +200,9 @@ def test_networks_of_ones_own():
 
 def test_keys_see_as_many_windows_as_are_pooled():
     x = jnp.ones((1, 4, 12, 20, 3))
-    model = nn.Sequential([nl.layers.VideoConv(4, (1, 3, 3), (1, 2, 2)), nl.layers.nonlocal_block("dot_product")])
+    model = nn.Sequential(
+        [nl.layers.VideoConv(4, (1, 3, 3), (1, 2, 2)), nl.layers.nonlocal_block("dot_product")]
+    )
     (one,) = affinities(model, model.init(jax.random.key(0), x), x).values()
     seen = to_pixels(one, [(0, 0, 0), (3, 2, 4)], of="keys")
     assert seen.first.tolist() == [[0, 0, 0], [3, 7, 15]]
@@ -191,21 +217,32 @@ class Before(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nl.layers.nonlocal_block("dot_product", subsample=False, name="block")(self.function(x))
+        return nl.layers.nonlocal_block("dot_product", subsample=False, name="block")(
+            self.function(x)
+        )
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: x.reshape(1, -1, x.shape[-1]), "block: receptive fields cannot be followed through a reshape that merges"),
+        (
+            lambda x: x.reshape(1, -1, x.shape[-1]),
+            "block: receptive fields cannot be followed through a reshape that merges",
+        ),
         (
             lambda x: jax.image.resize(x, (1, 7, 9, 3), "bilinear"),
             r"the axes of a map of \(7, 9\) must each run along an axis of",
         ),
         (lambda x: x[:, ::-1], "followed through rev along an axis of positions"),
         (lambda x: jnp.cumsum(x, axis=1), "followed through cumsum along an axis of positions"),
-        (lambda x: x[:, :3, :3] + nn.max_pool(x, (2, 2), (2, 2))[:, :3, :3], "maps whose strides differ"),
-        (lambda x: nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x), "followed through a transposed convolution"),
+        (
+            lambda x: x[:, :3, :3] + nn.max_pool(x, (2, 2), (2, 2))[:, :3, :3],
+            "maps whose strides differ",
+        ),
+        (
+            lambda x: nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x),
+            "followed through a transposed convolution",
+        ),
     ],
 )
 def test_what_cannot_be_followed_says_why(function, message):
@@ -223,10 +260,13 @@ def test_bad_positions():
     x = jnp.ones((1, 6, 8, 3))
     model = Before(lambda x: x)
     (one,) = affinities(model, model.init(jax.random.key(0), x), x).values()
-    with pytest.raises(IndexError, match=r"positions must lie inside the map \(6, 8\); got \(0, 8\)"):
+    with pytest.raises(
+        IndexError, match=r"positions must lie inside the map \(6, 8\); got \(0, 8\)"
+    ):
         to_pixels(one, [(0, 0), (0, 8)])
     with pytest.raises(
-        ValueError, match=r"positions must be integers, \(\.\.\., 2\) for a map of \(6, 8\); got int64 of shape \(3,\)"
+        ValueError,
+        match=r"positions must be integers, \(\.\.\., 2\) for a map of \(6, 8\); got int64 of shape \(3,\)",
     ):
         to_pixels(one, (0, 0, 0))
     with pytest.raises(ValueError, match="of must be 'queries' or 'keys'; got 'values'"):
@@ -237,5 +277,7 @@ def test_nothing_is_computed():
     """Shapes are enough, of a network that would not fit."""
     model = nl.models.video_resnet(152, "i3d_3x3x3", 1, num_classes=3)
     variables = jax.eval_shape(model.init, jax.random.key(0), model.example)
-    (found,) = geometries(model.apply, variables, jax.ShapeDtypeStruct((64, 128, 320, 320, 3), jnp.float32)).values()
+    (found,) = geometries(
+        model.apply, variables, jax.ShapeDtypeStruct((64, 128, 320, 320, 3), jnp.float32)
+    ).values()
     assert found.grid == (64, 20, 20)

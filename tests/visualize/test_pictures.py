@@ -45,8 +45,12 @@ def test_arrows_go_to_the_largest_shares(maps):
     weights, positions = one[1].top(7, query)
     arrows = drawn(figure)
     assert len(arrows) == 7
-    assert all(arrow.axesA is axes[2] and arrow.xy1 == (8, 2) for arrow in arrows)  # stride 2, centre 0
-    ends = [(axes[t], (4 * column + 1, 4 * row + 1)) for t, row, column in positions[0, 0].tolist()]  # keys: stride 4, centre 1
+    assert all(
+        arrow.axesA is axes[2] and arrow.xy1 == (8, 2) for arrow in arrows
+    )  # stride 2, centre 0
+    ends = [
+        (axes[t], (4 * column + 1, 4 * row + 1)) for t, row, column in positions[0, 0].tolist()
+    ]  # keys: stride 4, centre 1
     assert [(arrow.axesB, arrow.xy2) for arrow in arrows] == ends
     assert arrows[0].get_linewidth() > arrows[-1].get_linewidth()
     signs = [arrow.get_linestyle() in ("solid", "-") for arrow in arrows]
@@ -100,7 +104,9 @@ def test_heat_is_a_multiple_of_the_uniform_share(maps):
     signed = one.instantiation == "dot_product"
     assert {mesh.get_cmap().name for mesh in meshes} == {"PuOr_r" if signed else "inferno"}
     assert meshes[0].norm.vmin == (-meshes[0].norm.vmax if signed else 0)
-    columns, rows = np.moveaxis(np.asarray(meshes[0].get_coordinates()), -1, 0)  # keys: stride 4, centre 1; then the borders
+    columns, rows = np.moveaxis(
+        np.asarray(meshes[0].get_coordinates()), -1, 0
+    )  # keys: stride 4, centre 1; then the borders
     assert columns[0].tolist() == [-0.5, 3, 7, 11, 15, 19.5]
     assert rows[:, 0].tolist() == [-0.5, 3, 7, 11.5]
     dots = [line.get_xydata().tolist() for ax in figure.axes for line in ax.lines]
@@ -130,7 +136,9 @@ def test_images_are_clips_of_one_frame(of_images):
         visualize.arrows(one, x, (4, 5)), visualize.heatmap(one, x[0], (4, 5)), visualize.entropy(one, x),
     ):  # fmt: skip
         assert isinstance(figure, Figure)
-    with pytest.raises(ValueError, match=r"time by time wants a map of \(T, H, W\); block has \(9, 14\)"):
+    with pytest.raises(
+        ValueError, match=r"time by time wants a map of \(T, H, W\); block has \(9, 14\)"
+    ):
         visualize.time_by_time(one)
 
 
@@ -182,20 +190,27 @@ def test_animations_show_each_query(maps, tmp_path):
         assert np.abs(np.asarray(image.convert("RGB"), int) - first).max() > 100
     mp4 = visualize.animate(maps["first"], clips(), queries, tmp_path / "moving.mp4", seconds=0.25)
     with av.open(str(mp4)) as container:
-        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
+        frames = [
+            frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)
+        ]
     assert len(frames) == 3
     height, width = frames[0].shape[:2]
-    assert np.abs(frames[0] - first[:height, :width]).mean() < 15  # a palette here, coarser colours there
+    assert (
+        np.abs(frames[0] - first[:height, :width]).mean() < 15
+    )  # a palette here, coarser colours there
     assert np.abs(frames[2] - frames[0]).mean() > 1
 
 
 @pytest.mark.usefixtures("as_users_see_it")
 def test_bad_input(maps, tmp_path):
     one, x = maps["first"], np.array(clips())
-    with pytest.raises(IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(4, 0, 0\)"):
+    with pytest.raises(
+        IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(4, 0, 0\)"
+    ):
         visualize.arrows(one, x, (4, 0, 0))
     with pytest.raises(
-        ValueError, match=r"clip must be the one that the network saw, \(4, 12, 20, 3\), .* got \(4, 12, 18, 3\)"
+        ValueError,
+        match=r"clip must be the one that the network saw, \(4, 12, 20, 3\), .* got \(4, 12, 18, 3\)",
     ):
         visualize.arrows(one, x[:, :, :, 2:], (0, 0, 0))
     broken = x.copy()
@@ -203,14 +218,23 @@ def test_bad_input(maps, tmp_path):
     with pytest.raises(ValueError, match="clip must be finite"):
         visualize.heatmap(one, broken, (0, 0, 0))
     for number in (0, 17):
-        with pytest.raises(ValueError, match=f"queries must be from 1 to 16, each a row of the picture; got {number}"):
+        with pytest.raises(
+            ValueError,
+            match=f"queries must be from 1 to 16, each a row of the picture; got {number}",
+        ):
             visualize.heatmap(one, x, [(0, 0, 0)] * number)
-    with pytest.raises(ValueError, match=r"query must be one position of the map \(4, 6, 10\) of first; got \(2, 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"query must be one position of the map \(4, 6, 10\) of first; got \(2, 3\)",
+    ):
         visualize.arrows(one, x, [(0, 0, 0), (1, 1, 1)])
     with pytest.raises(ValueError, match="top must be at least 1; got -1"):
         visualize.arrows(one, x, (0, 0, 0), top=-1)
     for where in ((np.nan, 0, 0), (0, 12, 0), (0, 0, -1), (0, 0)):
-        with pytest.raises(ValueError, match=r"where must be 3 numbers, a position inside the input \(4, 12, 20\); got"):
+        with pytest.raises(
+            ValueError,
+            match=r"where must be 3 numbers, a position inside the input \(4, 12, 20\); got",
+        ):
             visualize.from_pixels(one, where)
     with pytest.raises(ValueError, match="maps must have at least one block; got none"):
         visualize.query_dependence({})
@@ -221,18 +245,26 @@ def test_bad_input(maps, tmp_path):
         ({"queries": np.zeros((0, 3), int)}, "queries must hold at least one position; got none"),
     ):
         with pytest.raises(ValueError, match=message):
-            visualize.animate(**{"affinity": one, "clip": x, "queries": [(0, 0, 0)], "file": tmp_path / "a.gif"} | options)
+            visualize.animate(
+                **{"affinity": one, "clip": x, "queries": [(0, 0, 0)], "file": tmp_path / "a.gif"}
+                | options
+            )
     assert not list(tmp_path.iterdir())
     sequence = clips((1, 9, 4))
     block = OneBlock(nl.layers.nonlocal_block("dot_product"))
     (of_sequence,) = visualize.affinities(block, with_weights(block, sequence), sequence).values()
-    with pytest.raises(ValueError, match=r"pictures want a map of \(T, H, W\) or \(H, W\); block has \(9,\)"):
+    with pytest.raises(
+        ValueError, match=r"pictures want a map of \(T, H, W\) or \(H, W\); block has \(9,\)"
+    ):
         visualize.arrows(of_sequence, sequence, (0,))
-    turned = nn.Sequential([lambda x: x.swapaxes(2, 3), nl.layers.nonlocal_block("dot_product", name="block")])
+    turned = nn.Sequential(
+        [lambda x: x.swapaxes(2, 3), nl.layers.nonlocal_block("dot_product", name="block")]
+    )
     (of_turned,) = visualize.affinities(turned, with_weights(turned, x), x).values()
     for draw in (visualize.arrows, visualize.heatmap):
         with pytest.raises(
-            ValueError, match=r"pictures want the axes of a map in the order of the input's; those of .* are not"
+            ValueError,
+            match=r"pictures want the axes of a map in the order of the input's; those of .* are not",
         ):
             draw(of_turned, x, (0, 0, 0))
     assert x.shape == CLIP

@@ -24,9 +24,14 @@ def test_arrows_from_one_digit_land_on_the_other(tmp_path):
         test_clips=256,
         output=tmp_path,
     ).of_task("same_digit")
-    scans, quiet = {split: load_scans(split) for split in ("train", "test")}, Console(file=io.StringIO())
+    scans, quiet = (
+        {split: load_scans(split) for split in ("train", "test")},
+        Console(file=io.StringIO()),
+    )
     trunk = toy_video.train("trunk", None, "single_digit", 0, None, config, scans, quiet)
-    trained = toy_video.train("dot_product", "dot_product", "same_digit", 0, trunk.variables, config, scans, quiet)
+    trained = toy_video.train(
+        "dot_product", "dot_product", "same_digit", 0, trunk.variables, config, scans, quiet
+    )
     assert trained.accuracy > 0.75
 
     clips = toy_video.held_out_clips("same_digit", 0, scans, SCENE)
@@ -39,10 +44,14 @@ def test_arrows_from_one_digit_land_on_the_other(tmp_path):
     for clip in range(CLIPS):
         one, places = block[clip], np.asarray(clips.places[clip])
         for here, there in (places, places[::-1]):
-            query = visualize.from_pixels(block, here)  # the position that is in the middle of the digit
+            query = visualize.from_pixels(
+                block, here
+            )  # the position that is in the middle of the digit
             on = (np.abs(centres[:, 1:] + 0.5 - there[1:]) <= SIDE / 2).all(-1)
             on &= (there[0] <= centres[:, 0]) & (centres[:, 0] < there[0] + SCENE.visible)
-            landed = np.ravel_multi_index(tuple(np.moveaxis(one.top(TOP, query)[1][0, 0], -1, 0)), block.keys)
+            landed = np.ravel_multi_index(
+                tuple(np.moveaxis(one.top(TOP, query)[1][0, 0], -1, 0)), block.keys
+            )
             ratios[int(clips.labels[clip])].append(on[landed].mean() / on.mean())
     assert np.mean(ratios[0] + ratios[1]) >= 5  # × the rate of arrows that land anywhere
     assert np.mean(ratios[0]) >= 5

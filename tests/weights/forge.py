@@ -10,7 +10,12 @@ import zipfile
 import numpy as np
 
 MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
-STORAGES = {"float32": "FloatStorage", "int64": "LongStorage", "bfloat16": "BFloat16Storage", "bool": "BoolStorage"}
+STORAGES = {
+    "float32": "FloatStorage",
+    "int64": "LongStorage",
+    "bfloat16": "BFloat16Storage",
+    "bool": "BoolStorage",
+}
 
 
 # Pickles: each gives the opcodes that leave one object on the stack.
@@ -67,7 +72,12 @@ def dtype(code="f4", order="<"):
 
 
 def empty_array():
-    return call(name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), sequence(number(0)), text("b"))
+    return call(
+        name("numpy.core.multiarray", "_reconstruct"),
+        name("numpy", "ndarray"),
+        sequence(number(0)),
+        text("b"),
+    )
 
 
 def array(value, code="f4", shape=None, content=None):
@@ -83,7 +93,13 @@ def python2(blobs, protocol):
         raw, shape = value.tobytes(), value.shape
         if protocol == 0:
             sizes = "".join(f"I{n}\n" for n in shape)
-            quoted = "'" + "".join(chr(b) if 32 <= b < 127 and chr(b) not in "'\\" else f"\\x{b:02x}" for b in raw) + "'"
+            quoted = (
+                "'"
+                + "".join(
+                    chr(b) if 32 <= b < 127 and chr(b) not in "'\\" else f"\\x{b:02x}" for b in raw
+                )
+                + "'"
+            )
             out.append(
                 f"S'{key}'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n({sizes}tcnumpy\ndtype\n"
                 f"(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS{quoted}\ntbs"
@@ -91,8 +107,15 @@ def python2(blobs, protocol):
         else:
             text2 = [b"U" + bytes([len(t)]) + t for t in (key.encode(), b"b", b"f4", b"<")]
             out.append(
-                text2[0] + b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85" + text2[1] + b"\x87R"
-                b"(K\1(" + b"".join(b"K" + bytes([n]) for n in shape) + b"tcnumpy\ndtype\n" + text2[2] + b"K\0K\1\x87R"
+                text2[0]
+                + b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85"
+                + text2[1]
+                + b"\x87R"
+                b"(K\1("
+                + b"".join(b"K" + bytes([n]) for n in shape)
+                + b"tcnumpy\ndtype\n"
+                + text2[2]
+                + b"K\0K\1\x87R"
                 b"(K\3"
                 + text2[3]
                 + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89T"
@@ -116,7 +139,15 @@ def storage(key, size, kind="FloatStorage", legacy=False):
 def tensor(stored, shape, strides, offset=0):
     hooks = call(name("collections", "OrderedDict"))
     sizes, steps = (sequence(*map(number, numbers)) for numbers in (shape, strides))
-    return call(name("torch._utils", "_rebuild_tensor_v2"), stored, number(offset), sizes, steps, b"\x89", hooks)
+    return call(
+        name("torch._utils", "_rebuild_tensor_v2"),
+        stored,
+        number(offset),
+        sizes,
+        steps,
+        b"\x89",
+        hooks,
+    )
 
 
 def state_dict(arrays, legacy=False):
@@ -125,10 +156,14 @@ def state_dict(arrays, legacy=False):
     for key, (label, value) in enumerate(arrays.items()):
         stored = storage(str(key), value.size, STORAGES[value.dtype.name], legacy)
         entries[label] = tensor(stored, value.shape, [n // value.itemsize for n in value.strides])
-    return mapping(entries), {str(key): value.tobytes() for key, value in enumerate(arrays.values())}
+    return mapping(entries), {
+        str(key): value.tobytes() for key, value in enumerate(arrays.values())
+    }
 
 
-def zipped(code, contents, root="archive", extra=(), order="little", compression=zipfile.ZIP_STORED):
+def zipped(
+    code, contents, root="archive", extra=(), order="little", compression=zipfile.ZIP_STORED
+):
     """What torch.save writes since 1.6."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as archive:
@@ -153,7 +188,9 @@ def legacy(code, contents, sizes, magic=MAGIC, protocol=None, machine=None, keys
 
 def legacy_of(arrays, **parts):
     code, contents = state_dict(arrays, legacy=True)
-    return legacy(code, contents, {str(key): value.size for key, value in enumerate(arrays.values())}, **parts)
+    return legacy(
+        code, contents, {str(key): value.size for key, value in enumerate(arrays.values())}, **parts
+    )
 
 
 def zip_of(arrays, **parts):

@@ -50,7 +50,9 @@ def weights(model, seed=0):
 
 def write(path, arrays):
     """A safetensors file of any arrays."""
-    safetensors.numpy.save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, path)
+    safetensors.numpy.save_file(
+        {name: np.asarray(a, order="C") for name, a in arrays.items()}, path
+    )
     return path
 
 
@@ -65,7 +67,13 @@ def assert_equal(loaded, variables):
 
 def without(variables, *parts):
     """Variables less the leaves whose path has one of these parts."""
-    return unflatten({name: leaf for name, leaf in flatten(variables).items() if not any(part in name for part in parts)})
+    return unflatten(
+        {
+            name: leaf
+            for name, leaf in flatten(variables).items()
+            if not any(part in name for part in parts)
+        }
+    )
 
 
 def error_of(path, model, **options):
@@ -77,5 +85,7 @@ def error_of(path, model, **options):
 
 def checkpoint(model, names):
     """What `read` would make of a file of a network, its numbers all 0 and without memory of their own."""
-    zeros = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes(model).items()}
+    zeros = {
+        path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes(model).items()
+    }
     return Checkpoint(Path("weights.bin"), "safetensors", export(unflatten(zeros), names), {})

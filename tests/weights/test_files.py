@@ -124,7 +124,9 @@ def test_torch_views_share_a_storage(opened):
         "rows": forge.tensor(stored, (2, 4), (4, 1), offset=4),
         "expanded": forge.tensor(stored, (2, 3), (0, 1)),
         "last": forge.tensor(stored, (), (), offset=11),
-        "one": forge.tensor(stored, (1, 1), (2**40, 2**62), offset=2),  # a stride that is never taken
+        "one": forge.tensor(
+            stored, (1, 1), (2**40, 2**62), offset=2
+        ),  # a stride that is never taken
     }
     grid = content.reshape(4, 3)
     wanted = {
@@ -135,7 +137,8 @@ def test_torch_views_share_a_storage(opened):
         "one": content[2].reshape(1, 1),
     }
     assert_arrays(
-        opened(forge.zipped(mapping(views), {"0": content.tobytes()})).arrays, wanted | {"last": np.asarray(content[11])}
+        opened(forge.zipped(mapping(views), {"0": content.tobytes()})).arrays,
+        wanted | {"last": np.asarray(content[11])},
     )
 
 
@@ -167,16 +170,31 @@ def test_caffe2_leaves_out_training_state(opened):
 
 def test_names_of_bytes_become_text(opened, refused):
     assert_arrays(opened(pickle.dumps({b"w": ARRAYS["conv1_w"]})).arrays, {"w": ARRAYS["conv1_w"]})
-    refused(pickle.dumps({b"w": ARRAYS["conv1_w"], "w": ARRAYS["conv1_w"]}), match="two of its entries have the same name")
+    refused(
+        pickle.dumps({b"w": ARRAYS["conv1_w"], "w": ARRAYS["conv1_w"]}),
+        match="two of its entries have the same name",
+    )
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state", "model_state_dict", "model", "net"])
 def test_torch_state_dicts_are_found(key, opened):
     inner, contents = forge.state_dict(ARRAYS)
-    optimiser = mapping({"state": mapping({"step": forge.tensor(forge.storage("0", 6), (6,), (1,))})})
-    best = call(name("numpy._core.multiarray", "scalar"), forge.dtype("f8"), forge.data(struct.pack("<d", 0.5)))
+    optimiser = mapping(
+        {"state": mapping({"step": forge.tensor(forge.storage("0", 6), (6,), (1,))})}
+    )
+    best = call(
+        name("numpy._core.multiarray", "scalar"),
+        forge.dtype("f8"),
+        forge.data(struct.pack("<d", 0.5)),
+    )
     tree = mapping(
-        {"epoch": number(3), "optimizer": optimiser, key: inner, "best": best, "size": call(name("torch", "Size"), sequence())}
+        {
+            "epoch": number(3),
+            "optimizer": optimiser,
+            key: inner,
+            "best": best,
+            "size": call(name("torch", "Size"), sequence()),
+        }
     )
     checkpoint = opened(forge.zipped(tree, contents))
     assert_arrays(checkpoint.arrays, ARRAYS)
@@ -193,14 +211,22 @@ def test_torch_entries_that_are_no_tensors_are_left_out(opened):
     code = code[:-1] + text("_extra_state") + b"Nu"
     metadata = call(name("collections", "OrderedDict"), listed(sequence(text("v"), number(1))))
     state = mapping({"_metadata": metadata})
-    ordered = call(name("collections", "OrderedDict")) + code[1:] + state + b"b"  # as Module.state_dict gives it
+    ordered = (
+        call(name("collections", "OrderedDict")) + code[1:] + state + b"b"
+    )  # as Module.state_dict gives it
     checkpoint = opened(forge.zipped(ordered, contents))
     assert_arrays(checkpoint.arrays, ARRAYS)
     assert checkpoint.ignored == {"_extra_state": "not weights: NoneType"}
 
 
 def test_safetensors_of_every_dtype(opened):
-    arrays = {"a": bfloat16(1, 2), "b": np.array([True]), "c": np.zeros((0, 2), "f2"), "d": np.array(3), "e": np.ones(2, "u1")}
+    arrays = {
+        "a": bfloat16(1, 2),
+        "b": np.array([True]),
+        "c": np.zeros((0, 2), "f2"),
+        "d": np.array(3),
+        "e": np.ones(2, "u1"),
+    }
     checkpoint = opened(safetensors.numpy.save(arrays, metadata={"format": "np"}))
     assert set(checkpoint.arrays) == set(arrays)
     for key, value in arrays.items():
@@ -215,8 +241,16 @@ def orbax_folders(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("orbax")
     mesh = jax.sharding.Mesh(jax.devices()[:4], "d")
-    spread = jax.device_put(jnp.arange(8.0), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d")))
-    tree = {"params": {"conv": {"kernel": spread, "bias": jnp.ones(3, jnp.bfloat16)}, "list": [jnp.zeros((2, 5))]}, "step": 3}
+    spread = jax.device_put(
+        jnp.arange(8.0), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    )
+    tree = {
+        "params": {
+            "conv": {"kernel": spread, "bias": jnp.ones(3, jnp.bfloat16)},
+            "list": [jnp.zeros((2, 5))],
+        },
+        "step": 3,
+    }
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(root / "plain", tree)
     with ocp.CheckpointManager(root / "managed") as manager:
@@ -238,9 +272,13 @@ def test_orbax_folders(folder, orbax_folders):
 
 
 def test_orbax_errors(orbax_folders, tmp_path):
-    with pytest.raises(FileFormatError, match="managed: it is a folder without the _METADATA of Orbax; it has 7"):
+    with pytest.raises(
+        FileFormatError, match="managed: it is a folder without the _METADATA of Orbax; it has 7"
+    ):
         read(orbax_folders / "managed")
-    with pytest.raises(UnsafeFileError, match="plain: its arrays would take 86 bytes, over max_bytes=85"):
+    with pytest.raises(
+        UnsafeFileError, match="plain: its arrays would take 86 bytes, over max_bytes=85"
+    ):
         read(orbax_folders / "plain", max_bytes=85)
     (tmp_path / "_METADATA").write_text("{}")
     with pytest.raises(FileFormatError, match="Orbax cannot read it"):
@@ -249,7 +287,9 @@ def test_orbax_errors(orbax_folders, tmp_path):
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
     code = "import sys, nonlocal_jax.weights.files; print([m for m in ('torch', 'safetensors', 'orbax') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert out.stdout.strip() == "[]"
 
 
@@ -316,7 +356,9 @@ def amid_weights(code):
     yield whole(mapping({"blobs": blobs}))
     yield forge.zipped(code, {})
     yield forge.zipped(mapping({"state_dict": inner, "optimizer": listed(code)}), contents)
-    yield forge.legacy(mapping({"state_dict": inner_legacy, "args": code}), contents, {"0": 6, "1": 5})
+    yield forge.legacy(
+        mapping({"state_dict": inner_legacy, "args": code}), contents, {"0": 6, "1": 5}
+    )
 
 
 def in_front(code):
@@ -353,14 +395,28 @@ def test_the_hostile_pickles_would_run(tmp_path, monkeypatch):
 def test_each_format_has_its_own_names(refused):
     code, contents = forge.state_dict(ARRAYS)
     refused(whole(code), UnsafeFileError, match="it asks for 'torch._utils._rebuild_tensor_v2")
-    refused(whole(mapping({"w": text("storage") + b"Q"})), UnsafeFileError, match="refers to data outside it")
+    refused(
+        whole(mapping({"w": text("storage") + b"Q"})),
+        UnsafeFileError,
+        match="refers to data outside it",
+    )
     pair = mapping({"w": sequence(text("module"), text("x")) + b"Q"})
-    refused(forge.zipped(pair, contents), match="refers to tuple of 2 outside it; expected a whole storage")
+    refused(
+        forge.zipped(pair, contents),
+        match="refers to tuple of 2 outside it; expected a whole storage",
+    )
 
 
 def test_what_is_set_on_an_ordered_dict_is_left_out(opened):
     state = mapping({"__class__": number(1), "_metadata": b"}", "items": number(2)})
-    blobs = call(name("collections", "OrderedDict"), listed(listed(text("w"), forge.array(ARRAYS["conv1_w"])))) + state + b"b"
+    blobs = (
+        call(
+            name("collections", "OrderedDict"),
+            listed(listed(text("w"), forge.array(ARRAYS["conv1_w"]))),
+        )
+        + state
+        + b"b"
+    )
     assert_arrays(opened(whole(blobs)).arrays, {"w": ARRAYS["conv1_w"]})
 
 
@@ -404,10 +460,18 @@ def test_a_pickle_has_a_number_of_steps(opened, refused, monkeypatch):
     pair = sequence(text("a"), b"N")
     dicts = [call(name("collections", "OrderedDict"), b"h\0")] * 20
     file = whole(
-        mapping({"w": forge.array(ARRAYS["conv1_w"]), "list": listed(*[pair] * 100) + b"q\0", "dicts": listed(*dicts)})
+        mapping(
+            {
+                "w": forge.array(ARRAYS["conv1_w"]),
+                "list": listed(*[pair] * 100) + b"q\0",
+                "dicts": listed(*dicts),
+            }
+        )
     )
     opened(file)
-    monkeypatch.setattr(unpickle, "MAX_STEPS", 2_000)  # it is read in fewer, but 20 copies of 100 pairs count as well
+    monkeypatch.setattr(
+        unpickle, "MAX_STEPS", 2_000
+    )  # it is read in fewer, but 20 copies of 100 pairs count as well
     refused(file, UnsafeFileError, match="takes more than 2000 steps")
 
 
@@ -428,11 +492,28 @@ def test_shared_and_nested_values_cost_nothing(opened):
 def test_arrays_count_once_for_each_name(opened, refused):
     shared = pickle.dumps(dict.fromkeys("abcdefghij", np.ones(1000)))
     opened(shared, max_bytes=80_000)
-    refused(shared, UnsafeFileError, match="its arrays would take 80000 bytes, over max_bytes=79999", max_bytes=79_999)
-    refused(shared, UnsafeFileError, match="its pickle would take 8[0-9]{3} bytes, over max_bytes=8000", max_bytes=8_000)
+    refused(
+        shared,
+        UnsafeFileError,
+        match="its arrays would take 80000 bytes, over max_bytes=79999",
+        max_bytes=79_999,
+    )
+    refused(
+        shared,
+        UnsafeFileError,
+        match="its pickle would take 8[0-9]{3} bytes, over max_bytes=8000",
+        max_bytes=8_000,
+    )
     opened(forge.zip_of(ARRAYS), max_bytes=44)
-    refused(forge.zip_of(ARRAYS), UnsafeFileError, match="its tensors would take 44 bytes, over max_bytes=43", max_bytes=43)
-    refused(safetensors.numpy.save(ARRAYS), UnsafeFileError, match="over max_bytes=100", max_bytes=100)
+    refused(
+        forge.zip_of(ARRAYS),
+        UnsafeFileError,
+        match="its tensors would take 44 bytes, over max_bytes=43",
+        max_bytes=43,
+    )
+    refused(
+        safetensors.numpy.save(ARRAYS), UnsafeFileError, match="over max_bytes=100", max_bytes=100
+    )
 
 
 # Damaged and foreign files
@@ -443,23 +524,38 @@ def test_arrays_count_once_for_each_name(opened, refused):
     [
         (b"", "it is empty. Supported are"),
         (b"<!DOCTYPE html><html>", "looks like a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS in place of the file; `git lfs pull`"),
-        (b"layer,mean\nconv1,0.5\n" * 9, re.escape("text that starts with 'layer,mean\\nconv1,0.5\\nlayer,mean\\nconv1,0.'")),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "a pointer of Git LFS in place of the file; `git lfs pull`",
+        ),
+        (
+            b"layer,mean\nconv1,0.5\n" * 9,
+            re.escape("text that starts with 'layer,mean\\nconv1,0.5\\nlayer,mean\\nconv1,0.'"),
+        ),
         (gzip.compress(b"x", mtime=0), "compressed with gzip; unpack it first"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "looks like HDF5"),
         (b"\x93NUMPY\x01\0", "a NumPy .npy file"),
         (b"sys_info".ljust(257, b"\0") + b"ustar", "a tar archive, as torch wrote before"),
-        (b"\0\1\2\3\xff\xfe\xfd\xfc", "an unknown kind that starts with the bytes 00 01 02 03 ff fe fd fc"),
+        (
+            b"\0\1\2\3\xff\xfe\xfd\xfc",
+            "an unknown kind that starts with the bytes 00 01 02 03 ff fe fd fc",
+        ),
         (b"PK\3\4" + bytes(200), "cut short: a zip archive ends with its directory"),
         (b"(dp0\nS'\\q'\nNs.", "its pickle is damaged .DeprecationWarning: invalid escape"),
         (b"\xff\xfe\xfd", "an unknown kind that starts with the bytes ff fe fd"),
         (whole(b"]"), "a pickle of list of 0; expected a dict of arrays"),
         (whole(b"}"), "it holds no weights, but nothing"),
-        (whole(mapping({"a": number(1)})), re.escape("it holds no weights, but 'a' (not weights: int)")),
+        (
+            whole(mapping({"a": number(1)})),
+            re.escape("it holds no weights, but 'a' (not weights: int)"),
+        ),
         (whole(mapping({"a": number(1)})[:-1] + b"a"), "its pickle is damaged"),
         (forge.zipped(b"]", {}), "torch.save was given list of 0; expected a state dict"),
         (forge.zipped(b"K\1", {}), "torch.save was given int"),
-        (forge.zipped(mapping({"epoch": number(1)}), {}), re.escape("it holds no weights, but 'epoch' (not weights: int)")),
+        (
+            forge.zipped(mapping({"epoch": number(1)}), {}),
+            re.escape("it holds no weights, but 'epoch' (not weights: int)"),
+        ),
     ],
 )
 def test_other_files_are_named(content, match, refused):
@@ -475,12 +571,17 @@ def test_other_paths(tmp_path):
 
 
 def torch_file(code=None, contents=None, **parts):
-    code, contents = code or forge.state_dict(ARRAYS)[0], forge.state_dict(ARRAYS)[1] if contents is None else contents
+    code, contents = (
+        code or forge.state_dict(ARRAYS)[0],
+        forge.state_dict(ARRAYS)[1] if contents is None else contents,
+    )
     return forge.zipped(code, contents, **parts)
 
 
 def one(shape, strides, offset=0, size=6):
-    return torch_file(mapping({"w": forge.tensor(forge.storage("0", size), shape, strides, offset)}))
+    return torch_file(
+        mapping({"w": forge.tensor(forge.storage("0", size), shape, strides, offset)})
+    )
 
 
 def kept(kind):
@@ -549,17 +650,35 @@ def patched(file, member, offset, value):
 def test_zip_directories_that_lie(refused):
     file = torch_file(extra=[("archive/copy", b"x")])
     start = struct.pack("<I", file.index(b"PK\3\4", 10))
-    refused(patched(file, b"archive/copy", 42, start), UnsafeFileError, match="overlaps what follows it")
-    refused(patched(file, b"archive/copy", 42, struct.pack("<I", 5)), UnsafeFileError, match="overlaps what follows it")
+    refused(
+        patched(file, b"archive/copy", 42, start), UnsafeFileError, match="overlaps what follows it"
+    )
+    refused(
+        patched(file, b"archive/copy", 42, struct.pack("<I", 5)),
+        UnsafeFileError,
+        match="overlaps what follows it",
+    )
     refused(patched(file, b"archive/copy", 8, b"\1"), match="is encrypted")
-    refused(patched(file, b"archive/copy", 24, struct.pack("<I", 2)), UnsafeFileError, match="expands from 1 to 2 bytes")
+    refused(
+        patched(file, b"archive/copy", 24, struct.pack("<I", 2)),
+        UnsafeFileError,
+        match="expands from 1 to 2 bytes",
+    )
     long = struct.pack("<I", 2**31)
-    refused(file[:-10] + long + file[-6:], UnsafeFileError, match="its zip directory has 2147483648 bytes")
+    refused(
+        file[:-10] + long + file[-6:],
+        UnsafeFileError,
+        match="its zip directory has 2147483648 bytes",
+    )
 
 
 def test_zip_members_have_different_names(refused):
     file = torch_file(extra=[("archive/data/x", b"24")])
-    refused(file.replace(b"archive/data/x", b"archive/data/0"), UnsafeFileError, match="several members of the same name")
+    refused(
+        file.replace(b"archive/data/x", b"archive/data/0"),
+        UnsafeFileError,
+        match="several members of the same name",
+    )
 
 
 def test_zip_archives_of_others(refused):
@@ -573,13 +692,21 @@ def test_zip_archives_of_others(refused):
     ("change", "error", "match"),
     [
         (lambda file: file[:-1], FileFormatError, "a damaged safetensors file"),
-        (lambda file: file[:50], FileFormatError, "cut short: its header has .* bytes, of which 42 follow"),
+        (
+            lambda file: file[:50],
+            FileFormatError,
+            "cut short: its header has .* bytes, of which 42 follow",
+        ),
         (
             lambda file: file.replace(b'"F32"', b'"C64"', 1),
             FileFormatError,
             "is of C64, which is not read|a damaged safetensors file",
         ),
-        (lambda file: file.replace(b"[2,3]", b"[2,9]"), FileFormatError, "a damaged safetensors file"),
+        (
+            lambda file: file.replace(b"[2,3]", b"[2,9]"),
+            FileFormatError,
+            "a damaged safetensors file",
+        ),
     ],
 )
 def test_bad_safetensors(change, error, match, refused):

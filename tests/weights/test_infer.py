@@ -65,7 +65,13 @@ def test_the_network_of_a_file(names, depth, kind, blocks, clip, preset, more):
     assert found.source == names
     assert (found.depth, found.kind, found.num_classes) == (depth, kind, model.num_classes)
     assert found.nonlocal_blocks == model.nonlocal_blocks
-    arguments = {"depth": depth, "kind": kind, "nonlocal_blocks": blocks, "clip": clip, "preset": preset}
+    arguments = {
+        "depth": depth,
+        "kind": kind,
+        "nonlocal_blocks": blocks,
+        "clip": clip,
+        "preset": preset,
+    }
     expected = {
         **arguments,
         "num_classes": model.num_classes,
@@ -76,16 +82,30 @@ def test_the_network_of_a_file(names, depth, kind, blocks, clip, preset, more):
     assert repr(build(found)) == repr(eval(call(found), {"nl": nl})) == repr(model)
 
 
-@pytest.mark.parametrize("instantiation", ["gaussian", "embedded_gaussian", "dot_product", "concatenation"])
-@pytest.mark.parametrize("names", ["nonlocal_jax", "non_local_pytorch", "non_local_pytorch (first version)"])
+@pytest.mark.parametrize(
+    "instantiation", ["gaussian", "embedded_gaussian", "dot_product", "concatenation"]
+)
+@pytest.mark.parametrize(
+    "names", ["nonlocal_jax", "non_local_pytorch", "non_local_pytorch (first version)"]
+)
 def test_digits(instantiation, names):
-    found = architecture(samples.checkpoint(nl.models.non_local_pytorch_mnist(instantiation), names))
+    found = architecture(
+        samples.checkpoint(nl.models.non_local_pytorch_mnist(instantiation), names)
+    )
     open_to_choice = instantiation in ("embedded_gaussian", "dot_product")
     assert found.instantiation == (None if open_to_choice else instantiation)
-    assert build(found, Choices(instantiation=instantiation if open_to_choice else None)).instantiation == instantiation
-    assert call(found) == f"nl.models.non_local_pytorch_mnist('{'embedded_gaussian' if open_to_choice else instantiation}')"
+    assert (
+        build(found, Choices(instantiation=instantiation if open_to_choice else None)).instantiation
+        == instantiation
+    )
+    assert (
+        call(found)
+        == f"nl.models.non_local_pytorch_mnist('{'embedded_gaussian' if open_to_choice else instantiation}')"
+    )
     assert len(open_questions(found)) == open_to_choice
-    with pytest.raises(ValueError, match=r"non_local_pytorch_mnist has no kind to choose; got 'c2d'"):
+    with pytest.raises(
+        ValueError, match=r"non_local_pytorch_mnist has no kind to choose; got 'c2d'"
+    ):
         build(found, Choices(kind="c2d"))
 
 
@@ -105,7 +125,8 @@ def test_without_a_classifier():
     found = architecture(samples.checkpoint(samples.network(), "caffe2"))
     assert found.num_classes == samples.CLASSES
     no_head = edited(
-        samples.checkpoint(samples.network(), "caffe2"), lambda name, shape: [] if "pred" in name else [(name, shape)]
+        samples.checkpoint(samples.network(), "caffe2"),
+        lambda name, shape: [] if "pred" in name else [(name, shape)],
     )
     found = architecture(no_head)
     assert found.num_classes is None
@@ -114,12 +135,21 @@ def test_without_a_classifier():
 
 
 def test_pooling_shows_in_the_names_of_mmaction2():
-    checkpoint = samples.checkpoint(samples.network(blocks=samples.BLOCKS, preset="mmcv"), "mmaction2")
+    checkpoint = samples.checkpoint(
+        samples.network(blocks=samples.BLOCKS, preset="mmcv"), "mmaction2"
+    )
     assert architecture(checkpoint).subsample is True
-    plain = edited(checkpoint, lambda name, shape: [(re.sub(r"\.(phi|g)\.0\.", r".\1.", name), shape)])
+    plain = edited(
+        checkpoint, lambda name, shape: [(re.sub(r"\.(phi|g)\.0\.", r".\1.", name), shape)]
+    )
     assert architecture(plain).subsample is False
     assert options(architecture(plain))["block_options"] == {"subsample": False}
-    assert architecture(samples.checkpoint(samples.network(blocks=samples.BLOCKS), "slowfast")).subsample is None
+    assert (
+        architecture(
+            samples.checkpoint(samples.network(blocks=samples.BLOCKS), "slowfast")
+        ).subsample
+        is None
+    )
 
 
 def test_groups_of_frames_of_the_long_clips_of_caffe2():
@@ -129,13 +159,21 @@ def test_groups_of_frames_of_the_long_clips_of_caffe2():
     for clip in ("32x4", "128x1"):
         assert options(found, Choices(clip=clip))["group_size"] == {"res3": 4}
     assert "group_size" not in options(found)
-    trained = architecture(samples.checkpoint(samples.network(blocks=samples.BLOCKS, preset="caffe2"), "caffe2"))
+    trained = architecture(
+        samples.checkpoint(samples.network(blocks=samples.BLOCKS, preset="caffe2"), "caffe2")
+    )
     assert "group_size" not in options(trained, Choices(clip="32x4"))
 
 
 def test_what_is_chosen_is_no_open_question():
-    found = architecture(samples.checkpoint(video_resnet(50, "c2d", 5, preset="paper"), "nonlocal_jax"))
-    assert [question.partition(":")[0] for question in open_questions(found)] == ["pairwise function", "clip", "preset"]
+    found = architecture(
+        samples.checkpoint(video_resnet(50, "c2d", 5, preset="paper"), "nonlocal_jax")
+    )
+    assert [question.partition(":")[0] for question in open_questions(found)] == [
+        "pairwise function",
+        "clip",
+        "preset",
+    ]
     choices = Choices(clip="32x2", instantiation="dot_product", preset="mmcv", fold=True)
     assert open_questions(found, choices) == []
     chosen = options(found, choices)
@@ -186,16 +224,27 @@ def reshaped(name, shape):
     ],
 )  # fmt: skip
 def test_odd_files(change, message):
-    checkpoint = samples.checkpoint(samples.network(blocks=samples.BLOCKS, preset="caffe2"), "caffe2")
+    checkpoint = samples.checkpoint(
+        samples.network(blocks=samples.BLOCKS, preset="caffe2"), "caffe2"
+    )
     assert message in error_of(edited(checkpoint, change))
 
 
 def test_blocks_that_differ_in_their_pooling():
-    checkpoint = samples.checkpoint(samples.network(blocks=samples.BLOCKS, preset="mmcv"), "mmaction2")
-    mixed = edited(checkpoint, renamed(**{"layer2.1.non_local_block.g.0.": "layer2.1.non_local_block.g."}))
+    checkpoint = samples.checkpoint(
+        samples.network(blocks=samples.BLOCKS, preset="mmcv"), "mmaction2"
+    )
+    mixed = edited(
+        checkpoint, renamed(**{"layer2.1.non_local_block.g.0.": "layer2.1.non_local_block.g."})
+    )
     assert "some non-local blocks have a pooling of their keys and some do not" in error_of(mixed)
 
 
 def test_other_networks():
-    checkpoint = Checkpoint(Path("weights.bin"), "safetensors", {"params/dense/kernel": np.zeros((2, 3), np.float32)}, {})
+    checkpoint = Checkpoint(
+        Path("weights.bin"),
+        "safetensors",
+        {"params/dense/kernel": np.zeros((2, 3), np.float32)},
+        {},
+    )
     assert "it has no res2, so it is none of the networks here" in error_of(checkpoint)

@@ -43,18 +43,40 @@ def test_another_network(other, message, path):
 
 def test_names_of_nobody(path):
     samples.write(path, {"encoder.w": np.ones(3, np.float32), "decoder.w": np.ones(2, np.float32)})
-    with pytest.raises(ValueError, match=r"names of none of caffe2, slowfast.*its first are decoder\.w, encoder\.w"):
+    with pytest.raises(
+        ValueError, match=r"names of none of caffe2, slowfast.*its first are decoder\.w, encoder\.w"
+    ):
         load(path, PLAIN)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("s1.fuse.conv.weight", np.ones((2, 3)), "s1.fuse.conv.weight 2×3 is no weight of these networks"),
-        ("module.head.projection.bias", np.ones(7), "head.projection.bias 7 is a second params/head/bias"),
-        ("head.projection.bias", np.ones(7, np.int8), "head.projection.bias is of int8; weights are floating point"),
-        ("head.projection.bias", np.ones((7, 2)), "head.projection.bias 7×2 becomes 7×2; params/head/bias has 7"),
-        ("head.projection.bias", np.float32(1), "head.projection.bias  becomes ; params/head/bias has 7"),
+        (
+            "s1.fuse.conv.weight",
+            np.ones((2, 3)),
+            "s1.fuse.conv.weight 2×3 is no weight of these networks",
+        ),
+        (
+            "module.head.projection.bias",
+            np.ones(7),
+            "head.projection.bias 7 is a second params/head/bias",
+        ),
+        (
+            "head.projection.bias",
+            np.ones(7, np.int8),
+            "head.projection.bias is of int8; weights are floating point",
+        ),
+        (
+            "head.projection.bias",
+            np.ones((7, 2)),
+            "head.projection.bias 7×2 becomes 7×2; params/head/bias has 7",
+        ),
+        (
+            "head.projection.bias",
+            np.float32(1),
+            "head.projection.bias  becomes ; params/head/bias has 7",
+        ),
     ],
     ids=["unknown", "second", "integers", "two axes", "a number"],
 )
@@ -68,12 +90,18 @@ def test_statistics_without_a_scale(path):
     arrays = export(samples.weights(PLAIN), "caffe2")
     del arrays["res_conv1_bn_s"]
     samples.write(path, arrays)
-    assert "params/conv1_norm/scale 64 is not in the file" in samples.error_of(path, samples.network(frozen_bn=True))
+    assert "params/conv1_norm/scale 64 is not in the file" in samples.error_of(
+        path, samples.network(frozen_bn=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"conv1_w = 3\n" * 50, "looks like text"), (b"<!DOCTYPE html><html>", "a web page")],
+    [
+        (b"", "is empty"),
+        (b"conv1_w = 3\n" * 50, "looks like text"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+    ],
     ids=["empty", "text", "page"],
 )
 def test_no_weights(content, message, path):
@@ -114,7 +142,9 @@ def test_report_has_every_entry_and_every_leaf_once(frozen, path):
     reasons = {w.source or w.target: w.transform for w in report.weights}
     assert reasons["s1.pathway0_stem.bn.num_batches_tracked"] == "not a weight"
     assert reasons["params/head/bias"] == "left at its initialisation"
-    assert reasons["s1.pathway0_stem.bn.running_mean"] == ("folded into params/conv1_norm" if frozen else "(C,) → (C,)")
+    assert reasons["s1.pathway0_stem.bn.running_mean"] == (
+        "folded into params/conv1_norm" if frozen else "(C,) → (C,)"
+    )
     lines = str(report).splitlines()
     assert len(lines) == len(report.weights) + 1
     assert lines[-1].endswith("2 left at their initialisation")
@@ -143,17 +173,25 @@ def test_a_save_that_fails_leaves_the_old_file(path, monkeypatch):
 
 def test_leaf_without_a_name(path):
     with pytest.raises(ValueError, match=r"torchvision has no name for params/nonlocal_res3_1/"):
-        save(path, samples.without(samples.weights(WITH_BLOCKS), "batch_stats"), names="torchvision")
+        save(
+            path, samples.without(samples.weights(WITH_BLOCKS), "batch_stats"), names="torchvision"
+        )
     assert not path.exists()
 
 
 def test_source_without_a_name():
-    with pytest.raises(ValueError, match=r"names must be one of 'nonlocal_jax', 'caffe2', .*; got 'timm'"):
+    with pytest.raises(
+        ValueError, match=r"names must be one of 'nonlocal_jax', 'caffe2', .*; got 'timm'"
+    ):
         export({}, "timm")
 
 
 def test_two_leaves_of_one_name(monkeypatch):
     """What a slip in a table would do."""
-    monkeypatch.setitem(sources.CAFFE2.words, "embedding", {"theta": "theta", "phi": "theta", "g": "g"})
-    with pytest.raises(ValueError, match=r"params/nonlocal_res3_1/.* would be a second nonlocal_conv3_1_theta_"):
+    monkeypatch.setitem(
+        sources.CAFFE2.words, "embedding", {"theta": "theta", "phi": "theta", "g": "g"}
+    )
+    with pytest.raises(
+        ValueError, match=r"params/nonlocal_res3_1/.* would be a second nonlocal_conv3_1_theta_"
+    ):
         export(samples.weights(WITH_BLOCKS), "caffe2")

@@ -29,7 +29,9 @@ def image(tmp_path):
     """A pickle of Caffe2, of an image network with its state of training."""
     arrays = export(samples.weights(samples.network("c2d")), "caffe2")
     blobs = {name: a[:, :, 0] if a.ndim == 5 else a for name, a in arrays.items()}
-    (tmp_path / "image.pkl").write_bytes(pickle.dumps({"blobs": {**blobs, "lr": 0.1, "conv1_w_momentum": blobs["conv1_w"]}}, 2))
+    (tmp_path / "image.pkl").write_bytes(
+        pickle.dumps({"blobs": {**blobs, "lr": 0.1, "conv1_w_momentum": blobs["conv1_w"]}}, 2)
+    )
     return tmp_path / "image.pkl"
 
 
@@ -84,7 +86,10 @@ def test_inspect_takes_choices(run, image):
 
 
 def test_inspect_shows_the_entries_of_files_of_nobody(run, tmp_path):
-    samples.write(tmp_path / "other", {"encoder.w": np.ones((2, 3), np.float32), "decoder.w": np.ones(3, np.float16)})
+    samples.write(
+        tmp_path / "other",
+        {"encoder.w": np.ones((2, 3), np.float32), "decoder.w": np.ones(3, np.float16)},
+    )
     code, out, err = run("inspect", tmp_path / "other")
     assert code == 2
     assert line_of(out, "encoder.w") == ["encoder.w", "2×3", "float32", "unknown"]
@@ -93,7 +98,9 @@ def test_inspect_shows_the_entries_of_files_of_nobody(run, tmp_path):
 
 def test_inspect_shows_the_entries_of_odd_files(run, tmp_path):
     arrays = export(samples.weights(samples.network()), "caffe2")
-    samples.write(tmp_path / "odd", {name.replace("res4_1", "res4_2"): a for name, a in arrays.items()})
+    samples.write(
+        tmp_path / "odd", {name.replace("res4_1", "res4_2"): a for name, a in arrays.items()}
+    )
     code, out, err = run("inspect", tmp_path / "odd")
     assert code == 2
     assert line_of(out, "res4_2_branch2a_w")[-1] == "params/res4_2/conv_a/kernel"
@@ -108,7 +115,9 @@ def test_names_are_all_there_are():
     assert get_args(Names) == (NATIVE, *(source.name for source in SOURCES))
 
 
-@pytest.mark.parametrize("names", [NATIVE, "non_local_pytorch", "non_local_pytorch (first version)"])
+@pytest.mark.parametrize(
+    "names", [NATIVE, "non_local_pytorch", "non_local_pytorch (first version)"]
+)
 def test_convert(names, run, digits, tmp_path):
     out_file = tmp_path / "converted.safetensors"
     code, out, err = run("convert", digits, out_file, "--names", names)
@@ -123,7 +132,10 @@ def test_convert(names, run, digits, tmp_path):
 
 
 def test_convert_inflates(run, image, tmp_path):
-    assert run("convert", image, tmp_path / "out", "--kind", "i3d_3x1x1", "--names", "slowfast")[0] == 0
+    assert (
+        run("convert", image, tmp_path / "out", "--kind", "i3d_3x1x1", "--names", "slowfast")[0]
+        == 0
+    )
     kernel = read(tmp_path / "out").arrays["s1.pathway0_stem.conv.weight"]
     assert kernel.shape == (64, 3, 5, 7, 7)
     np.testing.assert_allclose(kernel.sum(2), read(image).arrays["conv1_w"], rtol=1e-5, atol=1e-6)
@@ -133,13 +145,18 @@ def test_convert_folds(run, image, tmp_path):
     assert run("convert", image, tmp_path / "out", "--fold")[0] == 0
     folded = load(tmp_path / "out", samples.network("c2d", frozen_bn=True))
     expected = nl.layers.freeze_batch_norm(samples.weights(samples.network("c2d")))
-    np.testing.assert_allclose(folded["params"]["conv1_norm"]["bias"], expected["params"]["conv1_norm"]["bias"], rtol=1e-5)
+    np.testing.assert_allclose(
+        folded["params"]["conv1_norm"]["bias"], expected["params"]["conv1_norm"]["bias"], rtol=1e-5
+    )
     assert "batch_stats" not in folded
 
 
 def test_convert_makes_nothing_up(run, tmp_path):
     """Without a classifier there, there is none here."""
-    samples.write(tmp_path / "trunk", export(samples.without(samples.weights(samples.network()), "/head/"), "slowfast"))
+    samples.write(
+        tmp_path / "trunk",
+        export(samples.without(samples.weights(samples.network()), "/head/"), "slowfast"),
+    )
     assert run("convert", tmp_path / "trunk", tmp_path / "out")[0] == 0
     converted = read(tmp_path / "out").arrays
     assert len(converted) == len(read(tmp_path / "trunk").arrays)
@@ -258,7 +275,10 @@ def test_choices_that_do_not_fit(run, digits):
     assert_one_line(err, "has no kind to choose")
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["inspect", "x", "--knd", "c2d"], ["convert", "x"], ["open", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["inspect"], ["inspect", "x", "--knd", "c2d"], ["convert", "x"], ["open", "x"]],
+)
 def test_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -270,7 +290,15 @@ def test_as_a_program(digits):
     program = [sys.executable, "-m", "nonlocal_jax.weights"]
     shown = subprocess.run([*program, "--help"], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0
-    assert all(f"python -m nonlocal_jax.weights {command}" in shown.stdout for command in ("inspect", "convert", "verify"))
-    failed = subprocess.run([*program, "inspect", digits.parent / "nothing"], capture_output=True, text=True, timeout=120)
+    assert all(
+        f"python -m nonlocal_jax.weights {command}" in shown.stdout
+        for command in ("inspect", "convert", "verify")
+    )
+    failed = subprocess.run(
+        [*program, "inspect", digits.parent / "nothing"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: ")

@@ -9,9 +9,20 @@ from weights import samples
 import nonlocal_jax as nl
 from nonlocal_jax.weights import names
 from nonlocal_jax.weights.names import flatten, unflatten, variable_path
-from nonlocal_jax.weights.sources import CAFFE2, MMACTION2, PYTORCHVIDEO, SLOWFAST, SOURCES, TORCHVISION
+from nonlocal_jax.weights.sources import (
+    CAFFE2,
+    MMACTION2,
+    PYTORCHVIDEO,
+    SLOWFAST,
+    SOURCES,
+    TORCHVISION,
+)
 
-ROWS = [pytest.param(source, row, id=f"{source.name}-{row.example[0]}") for source in SOURCES for row in source.rows]
+ROWS = [
+    pytest.param(source, row, id=f"{source.name}-{row.example[0]}")
+    for source in SOURCES
+    for row in source.rows
+]
 # mmaction2 calls φ and g otherwise where no pooling follows; saved are the names with pooling.
 SECOND_SPELLINGS = (
     "backbone.{stage}.{i}.non_local_block.{pooled}.conv.weight",
@@ -37,7 +48,9 @@ def test_no_two_rows_share_a_name(source):
     assert len(set(examples)) == len(examples)
     for row in source.rows:
         others = [
-            other for other in source.rows if other is not row and source._pattern(other, "theirs").fullmatch(row.example[0])
+            other
+            for other in source.rows
+            if other is not row and source._pattern(other, "theirs").fullmatch(row.example[0])
         ]
         assert not others
 
@@ -80,7 +93,13 @@ TRANSFORMS = {
     "pointwise of an image": (names.POINTWISE2D, (2, 3, 1, 1), (3, 2), (1, 2, 0, 0), (2, 1)),
     "w_f": (names.W_F, (1, 6, 1, 1), (6,), (0, 4, 0, 0), (4,)),
     # Channel 2 of 3, row 4 of 5, column 5 of 7.
-    "dense of a map": (names.dense_of_map(3, 5, 7), (2, 105), (105, 2), (1, 2 * 35 + 4 * 7 + 5), (4 * 21 + 5 * 3 + 2, 1)),
+    "dense of a map": (
+        names.dense_of_map(3, 5, 7),
+        (2, 105),
+        (105, 2),
+        (1, 2 * 35 + 4 * 7 + 5),
+        (4 * 21 + 5 * 3 + 2, 1),
+    ),
 }
 each_transform = pytest.mark.parametrize(
     ("transform", "theirs", "ours", "there", "here"), TRANSFORMS.values(), ids=TRANSFORMS.keys()
@@ -104,11 +123,15 @@ def test_arrays_of_other_shapes_are_left_to_be_refused(transform, theirs, ours, 
 
 def test_kernels_of_images_become_those_of_one_frame():
     array = np.arange(2 * 3 * 5 * 7).reshape(2, 3, 5, 7)
-    np.testing.assert_array_equal(names.CONV.to_ours(array), array.transpose(2, 3, 1, 0)[None], strict=True)
+    np.testing.assert_array_equal(
+        names.CONV.to_ours(array), array.transpose(2, 3, 1, 0)[None], strict=True
+    )
 
 
 def test_norms_of_four_axes_are_vectors():
-    np.testing.assert_array_equal(names.VECTOR.to_ours(np.arange(3).reshape(3, 1, 1, 1)), np.arange(3), strict=True)
+    np.testing.assert_array_equal(
+        names.VECTOR.to_ours(np.arange(3).reshape(3, 1, 1, 1)), np.arange(3), strict=True
+    )
 
 
 def test_paths():
@@ -125,7 +148,10 @@ def test_paths():
 # Whole networks.
 
 BLOCKS = (3, 4, 6, 3)
-NONLOCAL = {1: (1, 3), 2: (1, 3, 5)}  # after which residual blocks of which stage, counted from res2
+NONLOCAL = {
+    1: (1, 3),
+    2: (1, 3, 5),
+}  # after which residual blocks of which stage, counted from res2
 TORCH = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -192,15 +218,24 @@ def caffe2():
             nonlocal_block,
         )
     )
-    return {{"pred_weight": "pred_w", "pred_bias": "pred_b"}.get(key, key): shape for key, shape in keys.items()}
+    return {
+        {"pred_weight": "pred_w", "pred_bias": "pred_b"}.get(key, key): shape
+        for key, shape in keys.items()
+    }
 
 
 def slowfast():
     def nonlocal_block(s, i, c):
         name = f"s{s + 2}.pathway0_nonlocal{i}"
         for x in ("theta", "phi", "g"):
-            yield from ((f"{name}.conv_{x}.weight", (c // 2, c, 1, 1, 1)), (f"{name}.conv_{x}.bias", (c // 2,)))
-        yield from ((f"{name}.conv_out.weight", (c, c // 2, 1, 1, 1)), (f"{name}.conv_out.bias", (c,)))
+            yield from (
+                (f"{name}.conv_{x}.weight", (c // 2, c, 1, 1, 1)),
+                (f"{name}.conv_{x}.bias", (c // 2,)),
+            )
+        yield from (
+            (f"{name}.conv_out.weight", (c, c // 2, 1, 1, 1)),
+            (f"{name}.conv_out.bias", (c,)),
+        )
         yield from ((key, (c,)) for key in torch_norm(f"{name}.bn"))
 
     def block(s, i, x):
@@ -218,7 +253,10 @@ def mmaction2():
     def nonlocal_block(s, i, c):
         name = f"backbone.layer{s + 1}.{i}.non_local_block"
         for x in ("theta", "phi.0", "g.0"):
-            yield from ((f"{name}.{x}.conv.weight", (c // 2, c, 1, 1, 1)), (f"{name}.{x}.conv.bias", (c // 2,)))
+            yield from (
+                (f"{name}.{x}.conv.weight", (c // 2, c, 1, 1, 1)),
+                (f"{name}.{x}.conv.bias", (c // 2,)),
+            )
         yield f"{name}.conv_out.conv.weight", (c, c // 2, 1, 1, 1)
         yield from ((key, (c,)) for key in torch_norm(f"{name}.conv_out.bn"))
 
@@ -245,7 +283,15 @@ def pytorchvideo():
         name = f"blocks.{places[s]}.res_blocks.0.branch1"
         return f"{name}_conv.weight", f"{name}_norm"
 
-    return dict(keys_of(("blocks.0.conv.weight", "blocks.0.norm"), torch_norm, block, shortcut, "blocks.6.proj.{}"))
+    return dict(
+        keys_of(
+            ("blocks.0.conv.weight", "blocks.0.norm"),
+            torch_norm,
+            block,
+            shortcut,
+            "blocks.6.proj.{}",
+        )
+    )
 
 
 def torchvision():
@@ -267,7 +313,9 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(("source", "keys", "preset", "blocks", "count"), NETWORKS.values(), ids=NETWORKS.keys())
+@pytest.mark.parametrize(
+    ("source", "keys", "preset", "blocks", "count"), NETWORKS.values(), ids=NETWORKS.keys()
+)
 def test_a_whole_network(source, keys, preset, blocks, count):
     """Every key of an R50 of the source becomes a leaf of the network here, of its shape, and none is left."""
     keys = keys()
@@ -279,10 +327,14 @@ def test_a_whole_network(source, keys, preset, blocks, count):
             continue
         ours, row = source.to_ours(key)
         assert source.to_theirs(ours) == (key, row)
-        found[variable_path(ours)] = row.transform.to_ours(np.broadcast_to(np.float32(0), shape)).shape
+        found[variable_path(ours)] = row.transform.to_ours(
+            np.broadcast_to(np.float32(0), shape)
+        ).shape
     expected = {path: leaf.shape for path, leaf in leaves.items()}
     if source is TORCHVISION:  # its kernels are flat
-        expected = {path: (1, *shape[1:]) if len(shape) == 5 else shape for path, shape in expected.items()}
+        expected = {
+            path: (1, *shape[1:]) if len(shape) == 5 else shape for path, shape in expected.items()
+        }
     assert found == expected
 
 

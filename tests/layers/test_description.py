@@ -38,11 +38,17 @@ def test_each_block_has_its_place_its_parameters_and_its_ratio():
     first, second = nl.describe(model, variables, X)
     assert first.ratio == 0.0
     before = nn.Dense(6).apply(
-        {"params": variables["params"]["dense_1"]}, nn.Dense(6).apply({"params": variables["params"]["dense_0"]}, X)
+        {"params": variables["params"]["dense_1"]},
+        nn.Dense(6).apply({"params": variables["params"]["dense_0"]}, X),
     )
     after = model.apply(variables, X)
-    np.testing.assert_allclose(second.ratio, np.linalg.norm(after - before) / np.linalg.norm(before), rtol=1e-4)
-    assert str(second) == f"nonlocal_1: EmbeddedGaussian, 84 parameters, ‖block output‖/‖input‖ {second.ratio:.3g}"
+    np.testing.assert_allclose(
+        second.ratio, np.linalg.norm(after - before) / np.linalg.norm(before), rtol=1e-4
+    )
+    assert (
+        str(second)
+        == f"nonlocal_1: EmbeddedGaussian, 84 parameters, ‖block output‖/‖input‖ {second.ratio:.3g}"
+    )
 
 
 def test_blocks_under_remat_are_found():
@@ -62,7 +68,9 @@ def test_scanned_blocks_are_an_error_that_says_so(axes):
         @nn.compact
         def __call__(self, x):
             axes_of = {"params": 0, "batch_stats": 0, **axes}
-            return nn.scan(Step, variable_axes=axes_of, split_rngs={"params": True}, length=3)(name="steps")(x, None)[0]
+            return nn.scan(Step, variable_axes=axes_of, split_rngs={"params": True}, length=3)(
+                name="steps"
+            )(x, None)[0]
 
     with pytest.raises(ValueError, match=r"must not be inside nn.scan; got steps/block"):
         nl.describe(Scanned(), Scanned().init(jax.random.key(1), X), X)
@@ -76,7 +84,8 @@ def test_a_block_alone_describes_itself():
 
 
 @pytest.mark.parametrize(
-    ("blocks", "message"), [(0, "expected 5 .* Network has 0: none"), (2, "has 2: nonlocal_0, nonlocal_1")]
+    ("blocks", "message"),
+    [(0, "expected 5 .* Network has 0: none"), (2, "has 2: nonlocal_0, nonlocal_1")],
 )
 def test_missing_blocks_are_an_error(blocks, message):
     model = Network(blocks=blocks)

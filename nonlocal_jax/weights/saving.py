@@ -39,9 +39,12 @@ def save(path: str | os.PathLike[str], variables: Mapping[str, Any], names: str 
     arrays = export(variables, names)
     path = Path(path)
     contents = to_bytes(
-        {name: np.asarray(a, order="C") for name, a in arrays.items()}, metadata={"names": names, "format": "np"}
+        {name: np.asarray(a, order="C") for name, a in arrays.items()},
+        metadata={"names": names, "format": "np"},
     )
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
         try:
             file.write(contents)
             file.flush()
@@ -67,7 +70,9 @@ def export(variables: Mapping[str, Any], names: str = NATIVE) -> dict[str, Weigh
     """
     sources = {source.name: source for source in SOURCES}
     if names != NATIVE and names not in sources:
-        raise ValueError(f"names must be one of {', '.join(map(repr, (NATIVE, *sources)))}; got {names!r}.")
+        raise ValueError(
+            f"names must be one of {', '.join(map(repr, (NATIVE, *sources)))}; got {names!r}."
+        )
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(variables).items()}
     if names == NATIVE:
         return leaves

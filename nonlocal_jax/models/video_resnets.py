@@ -99,9 +99,16 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: Features, train: bool = False) -> Array:
         """X (B, T, H, W, C) -> (B, T, H / stride, W / stride, features)."""
-        conv = functools.partial(VideoConv, dtype=self.dtype, param_dtype=self.param_dtype, axis_name=self.axis_name)
+        conv = functools.partial(
+            VideoConv, dtype=self.dtype, param_dtype=self.param_dtype, axis_name=self.axis_name
+        )
         norm = functools.partial(
-            _norm, self.norm, train=train, axis_name=self.axis_name, dtype=self.dtype, param_dtype=self.param_dtype
+            _norm,
+            self.norm,
+            train=train,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
         )
         strides, none = (1, self.stride, self.stride), (1, 1, 1)
         of_a, of_b = (strides, none) if self.stride_at == "conv_a" else (none, strides)
@@ -193,8 +200,12 @@ class VideoResNet(nn.Module):
     @property
     def example(self) -> jax.ShapeDtypeStruct:
         """An input, for who wants the shapes of the variables: 64 frames, or as many more as make whole temporal groups."""
-        operations = [getattr(self.make_block(stage), "operation", None) for stage in self.nonlocal_blocks]
-        groups = math.lcm(*(getattr(operation, "group_size", None) or 1 for operation in operations))
+        operations = [
+            getattr(self.make_block(stage), "operation", None) for stage in self.nonlocal_blocks
+        ]
+        groups = math.lcm(
+            *(getattr(operation, "group_size", None) or 1 for operation in operations)
+        )
         whole = groups * self._stride_in_time
         return jax.ShapeDtypeStruct((1, -(-64 // whole) * whole, 64, 64, 3), jnp.float32)
 
@@ -215,8 +226,14 @@ class VideoResNet(nn.Module):
         """
         axis_name = None if self.is_initializing() else self.axis_name
         self._check(clip, axis_name)
-        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "axis_name": axis_name}
-        x: Any = VideoConv(64, (self.conv1_frames, 7, 7), (self.layout.conv1_stride, 2, 2), name="conv1", **options)(clip)
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "axis_name": axis_name,
+        }
+        x: Any = VideoConv(
+            64, (self.conv1_frames, 7, 7), (self.layout.conv1_stride, 2, 2), name="conv1", **options
+        )(clip)
         x = nn.relu(_norm(self.norm, "conv1_norm", train=train, **options)(x))
         x = self._keep("pool1", strided_max_pool(x, *self.layout.pool1, axis_name))
         for stage in range(4):
@@ -253,7 +270,11 @@ class VideoResNet(nn.Module):
 
     def _head(self, x: Array, train: bool, axis_name: str | None) -> Array:
         window = self.head_window
-        slides = not train and window is not None and any(n > size for n, size in zip(x.shape[2:4], window, strict=True))
+        slides = (
+            not train
+            and window is not None
+            and any(n > size for n, size in zip(x.shape[2:4], window, strict=True))
+        )
         x = x.astype(jnp.float32)
         x = x.mean(axis=1 if slides else (1, 2, 3))
         if axis_name is not None:
@@ -281,11 +302,15 @@ class VideoResNet(nn.Module):
 
     @property
     def _stride_in_time(self) -> int:
-        return self.layout.conv1_stride * self.layout.pool1.strides[0] * self.layout.pool2.strides[0]
+        return (
+            self.layout.conv1_stride * self.layout.pool1.strides[0] * self.layout.pool2.strides[0]
+        )
 
     def _check(self, clip: Array, axis_name: str | None) -> None:
         if clip.ndim != 5 or clip.shape[-1] != 3:
-            raise ValueError(f"clip must have shape (B, T, H, W, 3), three colour channels last; got {clip.shape}.")
+            raise ValueError(
+                f"clip must have shape (B, T, H, W, 3), three colour channels last; got {clip.shape}."
+            )
         if axis_name is not None and clip.shape[1] % self._stride_in_time:
             raise ValueError(
                 f"each device of {axis_name!r} must hold a multiple of {self._stride_in_time} frames, for the strides of this "
@@ -367,9 +392,13 @@ def video_resnet(
         _one_of("depth", depth, tuple(DEPTHS))
     blocks = DEPTHS[depth] if isinstance(depth, int) else tuple(depth)
     if len(blocks) != 4 or min(blocks) < 1:
-        raise ValueError(f"depth must have the residual blocks of res2 to res5, each at least 1; got {depth}.")
+        raise ValueError(
+            f"depth must have the residual blocks of res2 to res5, each at least 1; got {depth}."
+        )
     norm: Callable[..., nn.Module] = Affine if frozen_bn else CONVENTIONS[preset].norm
-    make_block = functools.partial(_make_block, instantiation, preset, {"norm": norm, **(block_options or {})}, group_size)
+    make_block = functools.partial(
+        _make_block, instantiation, preset, {"norm": norm, **(block_options or {})}, group_size
+    )
     make_block("res3")  # raises what is wrong with the options
     defaults: dict[str, Any] = {
         "zero_init_residual": preset in ZERO_INIT_RESIDUAL,
@@ -380,7 +409,9 @@ def video_resnet(
         taps=_taps(kind, blocks),
         conv1_frames=1 if kind == "c2d" else 5,
         layout=LAYOUTS[preset][clip in ("32x2", "128x1")],
-        nonlocal_blocks=flax.core.FrozenDict(_positions(nonlocal_blocks, blocks, preset)),  # hashable
+        nonlocal_blocks=flax.core.FrozenDict(
+            _positions(nonlocal_blocks, blocks, preset)
+        ),  # hashable
         make_block=make_block,
         # Large maps, of which x − mean would be one more; after a convolution no mean is many deviations from 0.
         norm=norm if frozen_bn else functools.partial(norm, use_fast_variance=True),
@@ -400,7 +431,11 @@ def _make_block(
     size = group_size.get(stage) if isinstance(group_size, Mapping) else group_size
     defaults: dict[str, Any] = {"group_size": size}
     if preset == "mmcv":  # as mmaction2's networks have them
-        defaults |= {"subsample": True, "use_scale": False} if instantiation == "embedded_gaussian" else {"subsample": True}
+        defaults |= (
+            {"subsample": True, "use_scale": False}
+            if instantiation == "embedded_gaussian"
+            else {"subsample": True}
+        )
     return nonlocal_block(instantiation, preset, **defaults | overrides | options)
 
 
@@ -411,7 +446,9 @@ def _taps(kind: Kind, blocks: tuple[int, ...]) -> tuple[tuple[tuple[int, int], .
         return kind != "c2d" and (stage == 0 or i % 2 == (1 if stage == 3 else 0))
 
     both = {"c2d": (1, 1), "i3d_3x1x1": (3, 1), "i3d_3x3x3": (1, 3)}[kind]
-    return tuple(tuple(both if inflated(s, i) else (1, 1) for i in range(n)) for s, n in enumerate(blocks))
+    return tuple(
+        tuple(both if inflated(s, i) else (1, 1) for i in range(n)) for s, n in enumerate(blocks)
+    )
 
 
 def _positions(
@@ -422,7 +459,9 @@ def _positions(
         for name, at in nonlocal_blocks.items():
             _one_of("a stage of nonlocal_blocks", name, STAGES)
             if wrong := [i for i in at if not 0 <= i < count[name]]:
-                raise ValueError(f"{name} has residual blocks 0 to {count[name] - 1}; got {wrong[0]} in nonlocal_blocks.")
+                raise ValueError(
+                    f"{name} has residual blocks 0 to {count[name] - 1}; got {wrong[0]} in nonlocal_blocks."
+                )
         return {name: tuple(at) for name, at in nonlocal_blocks.items() if at}
     _one_of("nonlocal_blocks", nonlocal_blocks, (0, 1, 5, 10))
     res3, res4 = count["res3"], count["res4"]
@@ -430,7 +469,9 @@ def _positions(
         return {}
     if nonlocal_blocks == 1:
         if res4 < 2:
-            raise ValueError(f"one block stands right before the last residual block of res4, which has {res4}.")
+            raise ValueError(
+                f"one block stands right before the last residual block of res4, which has {res4}."
+            )
         return {"res4": (res4 - 2,)}
     of_res3, of_res4 = (2, 3) if nonlocal_blocks == 5 else (4, 6)
     if res3 < of_res3 or res4 < of_res4:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.block import NonLocalBlock
+from nonlocal_jax.layers.tap import PairwiseCall, tap
 from nonlocal_jax.types import Array
 
 
@@ -60,30 +60,37 @@ def describe(
     """
     operations: dict[tuple[str, ...], str] = {}
 
-    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, NonLocalBlock) and context.method_name == "__call__":
-            operations.setdefault(context.module.path, type(context.module.operation).__name__)
-        return call(*args, **kwargs)
+    def record(call: PairwiseCall) -> None:
+        if call.block is not None:
+            operations.setdefault(call.block.path, type(call.module).__name__)
 
     def ratios(variables: Any, x: Array) -> dict[tuple[str, ...], Array]:
-        with nn.intercept_methods(record):
-            sown = model.apply(variables, x, mutable=["intermediates"], **kwargs)[1].get("intermediates", {})
+        with tap(record):
+            sown = model.apply(variables, x, mutable=["intermediates"], **kwargs)[1].get(
+                "intermediates", {}
+            )
         try:
             return {path: _at(sown, path)["residual_ratio"][-1].reshape(()) for path in operations}
         except (KeyError, TypeError) as error:
             places = ", ".join(map("/".join, operations))
-            raise ValueError(f"the blocks must not be inside nn.scan; got {places}. Describe the scanned module.") from error
+            raise ValueError(
+                f"the blocks must not be inside nn.scan; got {places}. Describe the scanned module."
+            ) from error
 
     # Under jit, what is sown beside the ratios (the affinity maps) is never computed.
     values = jax.jit(ratios)(variables, x)
     if expected is not None and len(operations) != expected:
         places = ", ".join("/".join(path) for path in operations) or "none"
-        raise ValueError(f"expected {expected} non-local blocks; {type(model).__name__} has {len(operations)}: {places}.")
+        raise ValueError(
+            f"expected {expected} non-local blocks; {type(model).__name__} has {len(operations)}: {places}."
+        )
     return tuple(
         BlockDescription(
             place="/".join(path),
             operation=operation,
-            parameters=sum(jnp.size(leaf) for leaf in jax.tree.leaves(_at(variables["params"], path))),
+            parameters=sum(
+                jnp.size(leaf) for leaf in jax.tree.leaves(_at(variables["params"], path))
+            ),
             ratio=float(values[path]),
         )
         for path, operation in operations.items()

@@ -44,11 +44,21 @@ def dry_run(trainer: Trainer, options: Options, mesh: Mesh, batch: Batch) -> str
         f"memory of a step on each device, as XLA plans it: {memory.temp_size_in_bytes / 1e6:,.1f} MB beside state and batch",
         "the largest parameters:",
     ]
-    placed = zip(jax.tree_util.tree_leaves_with_path(shapes.params), jax.tree.leaves(shardings.params), strict=True)
+    placed = zip(
+        jax.tree_util.tree_leaves_with_path(shapes.params),
+        jax.tree.leaves(shardings.params),
+        strict=True,
+    )
     for (path, leaf), sharding in sorted(placed, key=lambda item: -item[0][1].size)[:LARGEST]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        where = ", ".join(f"axis {axis} over {mesh_axis}" for axis, mesh_axis in enumerate(sharding.spec) if mesh_axis)
-        lines.append(f"  {name:<40} {leaf.dtype} {leaf.shape!s:<22} {where or 'whole on each device'}")
+        where = ", ".join(
+            f"axis {axis} over {mesh_axis}"
+            for axis, mesh_axis in enumerate(sharding.spec)
+            if mesh_axis
+        )
+        lines.append(
+            f"  {name:<40} {leaf.dtype} {leaf.shape!s:<22} {where or 'whole on each device'}"
+        )
     return "\n".join(lines)
 
 
@@ -57,5 +67,10 @@ def _bytes(shapes: Any, shardings: Any = None) -> int:
     leaves = jax.tree.leaves(shapes)
     parts = [leaf.shape for leaf in leaves]
     if shardings is not None:
-        parts = [sharding.shard_shape(shape) for sharding, shape in zip(jax.tree.leaves(shardings), parts, strict=True)]
-    return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(parts, leaves, strict=True))
+        parts = [
+            sharding.shard_shape(shape)
+            for sharding, shape in zip(jax.tree.leaves(shardings), parts, strict=True)
+        ]
+    return sum(
+        math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(parts, leaves, strict=True)
+    )

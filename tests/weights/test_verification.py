@@ -13,9 +13,9 @@ from weights import samples
 import nonlocal_jax as nl
 from nonlocal_jax.layers import conv
 from nonlocal_jax.weights import export, save, sources
-from nonlocal_jax.weights.load import load_checkpoint
+from nonlocal_jax.weights.loading import load_checkpoint
 from nonlocal_jax.weights.names import CONV, VECTOR
-from nonlocal_jax.weights.verify import verify
+from nonlocal_jax.weights.verification import verify
 
 SHAPE = (1, 8, 32, 24, 3)  # T, H and W differ
 DIGITS = nl.models.non_local_pytorch_mnist("dot_product")
@@ -48,13 +48,19 @@ def test_a_video_network(video):
     assert {"/".join(leaf.split("/")[1:-1]) for leaf in samples.shapes(model)} <= layers.keys()
     assert all(layer.weights == 0 for layer in layers.values() if layer.shapes)
     assert layers["conv1"].shapes == ((5, 7, 7, 3, 64),)
-    assert 0 < layers["res3_0/conv_b"].output < 1e-5  # they are computed in different ways, so not to the last bit alike
+    assert (
+        0 < layers["res3_0/conv_b"].output < 1e-5
+    )  # they are computed in different ways, so not to the last bit alike
     assert 0 < layers["nonlocal_res3_1/operation"].output < 1e-5
     assert 0 < layers["conv1_norm"].output < 1e-5
     assert verification.largest["weights"][0] == 0
     assert 0 < max(verification.stages.values()) < 1e-5
     order = list(layers)
-    assert order.index("res3_1/norm_c") < order.index("nonlocal_res3_1/operation") < order.index("res4_0/conv_a")
+    assert (
+        order.index("res3_1/norm_c")
+        < order.index("nonlocal_res3_1/operation")
+        < order.index("res4_0/conv_a")
+    )
     text = str(verification)
     assert re.search(r"res3_0/conv_b +1 +1×3×3×8×8 +0 +\d\.\de-0\d", text)
     assert text.endswith("verified, tolerance 0.0001")
@@ -64,8 +70,14 @@ def test_inflated_and_folded(tmp_path):
     """Kernels are summed over their frames, norms computed anew."""
     flat = samples.network("c2d", preset="caffe2")
     arrays = export(samples.weights(flat), "caffe2")
-    samples.write(tmp_path / "image", {name: a[:, :, 0] if a.ndim == 5 else a for name, a in arrays.items()})
-    verification = verify(tmp_path / "image", samples.network("i3d_3x1x1", preset="caffe2", frozen_bn=True), shape=SHAPE)
+    samples.write(
+        tmp_path / "image", {name: a[:, :, 0] if a.ndim == 5 else a for name, a in arrays.items()}
+    )
+    verification = verify(
+        tmp_path / "image",
+        samples.network("i3d_3x1x1", preset="caffe2", frozen_bn=True),
+        shape=SHAPE,
+    )
     assert verification.ok
     layers = by_place(verification)
     assert 0 < layers["conv1"].weights < 1e-6
@@ -86,7 +98,9 @@ def test_instantiations(instantiation, tmp_path):
     save(tmp_path / "digits", samples.weights(model))
     verification = verify(tmp_path / "digits", model)
     assert verification.ok
-    assert 0 < by_place(verification)["nonlocal2/operation"].output < 1e-5  # something other than the dense one was run
+    assert (
+        0 < by_place(verification)["nonlocal2/operation"].output < 1e-5
+    )  # something other than the dense one was run
 
 
 # What is wrong.
@@ -131,7 +145,9 @@ def with_source(monkeypatch, source):
 
 def with_row(monkeypatch, source, theirs, **changes):
     """A slip in one row of a table."""
-    rows = tuple(dataclasses.replace(row, **changes) if row.theirs == theirs else row for row in source.rows)
+    rows = tuple(
+        dataclasses.replace(row, **changes) if row.theirs == theirs else row for row in source.rows
+    )
     assert rows != source.rows
     with_source(monkeypatch, dataclasses.replace(source, rows=rows))
 
@@ -142,7 +158,9 @@ def test_a_transform_that_turns_kernels_over(video, monkeypatch):
     with_row(monkeypatch, sources.CAFFE2, "res{stage}_{i}_branch2{x}_w", transform=turned)
     verification = verify(path, model, shape=SHAPE)
     wrong = {place for place, layer in by_place(verification).items() if layer.weights}
-    assert wrong == {f"{stage}/conv_b" for stage in ("res2_0", "res3_0", "res3_1", "res4_0", "res4_1", "res5_0")}
+    assert wrong == {
+        f"{stage}/conv_b" for stage in ("res2_0", "res3_0", "res3_1", "res4_0", "res4_1", "res5_0")
+    }
     assert not verification.ok
 
 
@@ -153,7 +171,10 @@ def test_a_name_that_is_another_on_the_way_back(digits, monkeypatch):
         def get(self, word, default):
             return {"mean": "running_var"}.get(word) or super().get(word, default)
 
-    words = {**sources.NON_LOCAL_PYTORCH.words, "stat": Slipped(sources.NON_LOCAL_PYTORCH.words["stat"])}
+    words = {
+        **sources.NON_LOCAL_PYTORCH.words,
+        "stat": Slipped(sources.NON_LOCAL_PYTORCH.words["stat"]),
+    }
     with_source(monkeypatch, dataclasses.replace(sources.NON_LOCAL_PYTORCH, words=words))
     verification = verify(digits, DIGITS)
     assert by_place(verification)["conv1_norm"].weights == math.inf
@@ -185,7 +206,7 @@ def test_an_account_with_a_gap(digits, monkeypatch):
         variables, report = load_checkpoint(*args, **options)
         return variables, dataclasses.replace(report, weights=report.weights[1:])
 
-    monkeypatch.setattr(module("verify"), "load_checkpoint", forgetful)
+    monkeypatch.setattr(module("verification"), "load_checkpoint", forgetful)
     verification = verify(digits, DIGITS)
     assert any("is not accounted for exactly once" in problem for problem in verification.problems)
     assert not verification.ok
@@ -201,6 +222,8 @@ def test_what_does_not_fit_is_the_errors_of_load(digits):
 
 
 def test_the_clip_is_drawn_anew_for_another_seed(digits):
-    one, other = (by_place(verify(digits, DIGITS, seed=seed))["nonlocal1/operation"].output for seed in (0, 1))
+    one, other = (
+        by_place(verify(digits, DIGITS, seed=seed))["nonlocal1/operation"].output for seed in (0, 1)
+    )
     assert one != other
     assert jnp.isfinite(one)

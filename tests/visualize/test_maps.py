@@ -13,13 +13,15 @@ from visualize.networks import OneBlock, TwoBlocks, clips, with_weights
 import nonlocal_jax as nl
 from nonlocal_jax.visualize import NoBlocksError, affinities, measures
 
-MODULE = importlib.import_module("nonlocal_jax.visualize.affinities")  # whose name the function hides
+MODULE = importlib.import_module("nonlocal_jax.visualize.maps")
 INSTANTIATIONS = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 
 
 def by_itself(block, model, variables, x):
     """(B, queries, keys) of zeros and, where keys are summed, what the block gives as its map."""
-    sown = model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]["block"]["operation"]["affinity"][0]
+    sown = model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]["block"][
+        "operation"
+    ]["affinity"][0]
     sown, operation, (t, h, w) = np.asarray(sown), block.operation, x.shape[1:-1]
     window = operation.subsampling((t, h, w))
     keys = (t // window[0], h // window[1], w // window[2])
@@ -72,7 +74,9 @@ def test_all_of_it_is_the_blocks_own_map(instantiation, options, masked, monkeyp
     k = min(3, one.summed)
     for queries, rows in ((None, expected), (some, expected[:, chosen])):
         weights, positions = one.top(k, queries)
-        np.testing.assert_allclose(np.abs(weights), np.sort(np.abs(rows), axis=-1)[..., ::-1][..., :k], **close)
+        np.testing.assert_allclose(
+            np.abs(weights), np.sort(np.abs(rows), axis=-1)[..., ::-1][..., :k], **close
+        )
         flat = np.ravel_multi_index(tuple(np.moveaxis(positions, -1, 0)), keys)
         np.testing.assert_allclose(np.take_along_axis(rows, flat, axis=-1), weights, **close)
 
@@ -80,7 +84,10 @@ def test_all_of_it_is_the_blocks_own_map(instantiation, options, masked, monkeyp
     total = np.abs(expected).sum(-1, keepdims=True)
     s = np.abs(expected) / np.where(total == 0, 1, total)
     np.testing.assert_allclose(
-        measures.entropy(one).reshape(2, 180), -(s * np.log(np.where(s > 0, s, 1))).sum(-1), rtol=1e-4, atol=1e-5
+        measures.entropy(one).reshape(2, 180),
+        -(s * np.log(np.where(s > 0, s, 1))).sum(-1),
+        rtol=1e-4,
+        atol=1e-5,
     )
     by_time = s.reshape(2, 4, 45, keys[0], -1).sum(-1).mean(2)
     np.testing.assert_allclose(measures.time_by_time(one), by_time, **close)
@@ -96,7 +103,11 @@ def test_all_of_it_is_the_blocks_own_map(instantiation, options, masked, monkeyp
             unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
             n, mean = len(rows), rows.sum(0) / max(len(rows), 1)
             cosine.append((1 - unit @ unit.T).sum() / (n * (n - 1)) if n > 1 else 0)
-            divergence.append(np.mean([(r[r > 0] * np.log(r[r > 0] / mean[r > 0])).sum() for r in rows]) if n else 0)
+            divergence.append(
+                np.mean([(r[r > 0] * np.log(r[r > 0] / mean[r > 0])).sum() for r in rows])
+                if n
+                else 0
+            )
         np.testing.assert_allclose(dependence.cosine[clip], np.mean(cosine), **close)
         np.testing.assert_allclose(dependence.jensen_shannon[clip], np.mean(divergence), **close)
     received = measures.received(one)
@@ -121,15 +132,21 @@ def test_rows_of_zeros_stay_zeros():
 def test_maps_that_are_uniform_are_of_no_query(axes):
     """All weights 0: each query looks at all keys alike that are not masked."""
     x = jax.random.normal(jax.random.key(0), (2, 4, 5, 9, 6))
-    model = OneBlock(nl.layers.nonlocal_block("embedded_gaussian", axes=axes, subsample=False), masked=True)
+    model = OneBlock(
+        nl.layers.nonlocal_block("embedded_gaussian", axes=axes, subsample=False), masked=True
+    )
     variables = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(1), x))
     (one,) = affinities(model, variables, x).values()
     mask = np.asarray(model.mask(x))
     np.testing.assert_allclose(measures.received(one), mask, rtol=1e-5)
     real = {"spacetime": (1, 2, 3), "space": (2, 3), "time": (1,)}[axes]
-    np.testing.assert_array_equal(one.counted(), np.broadcast_to(mask.sum(axis=real, keepdims=True), one.counted().shape))
+    np.testing.assert_array_equal(
+        one.counted(), np.broadcast_to(mask.sum(axis=real, keepdims=True), one.counted().shape)
+    )
     there = one.counted() > 0
-    np.testing.assert_allclose(np.exp(measures.entropy(one))[there], one.counted()[there], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(measures.entropy(one))[there], one.counted()[there], rtol=1e-5
+    )
     dependence = measures.query_dependence(one)
     np.testing.assert_allclose([*dependence.cosine, *dependence.jensen_shannon], 0, atol=1e-6)
 
@@ -148,7 +165,8 @@ def test_of_many_pairs_only_what_is_asked_for_is_kept():
     assert positions.shape == (1, 4, 20, 3)
     assert sum(array.nbytes for array in jax.live_arrays()) - before < 12e6
     with pytest.raises(
-        ValueError, match=r"queries must be at most 4,096 at once; got 10,000\. Ask for them in parts, or for `top`"
+        ValueError,
+        match=r"queries must be at most 4,096 at once; got 10,000\. Ask for them in parts, or for `top`",
     ):
         one.rows(np.zeros((10_000, 3), int))
 
@@ -162,29 +180,50 @@ def test_bad_input():
         affinities(nn.Dense(3), nn.Dense(3).init(jax.random.key(0), x), x)
     with pytest.raises(ValueError, match="blocks must be among first, second; got 'third'"):
         affinities(model, variables, x, blocks=["first", "third"])
-    with pytest.raises(ValueError, match=r"clip must have shape \(B, \*positions, C\), as the model takes it; got \(12, 20\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"clip must have shape \(B, \*positions, C\), as the model takes it; got \(12, 20\)",
+    ):
         affinities(model, variables, x[0, 0, :, :, 0])
-    network = nl.models.video_resnet((1, 1, 1, 1), "c2d", {"res3": (0,)}, clip="32x2", preset="caffe2", num_classes=3)
+    network = nl.models.video_resnet(
+        (1, 1, 1, 1), "c2d", {"res3": (0,)}, clip="32x2", preset="caffe2", num_classes=3
+    )
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 32, 32, 32, 3)))
     of_network = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
-    with pytest.raises(ValueError, match=r"clip must have at least \d+ frames of \d+×\d+ pixels .* got 8 of 2×32"):
+    with pytest.raises(
+        ValueError, match=r"clip must have at least \d+ frames of \d+×\d+ pixels .* got 8 of 2×32"
+    ):
         affinities(network, of_network, jnp.zeros((1, 8, 2, 32, 3)))
     one = affinities(model, variables, x)["first"]
     assert len(repr(one)) < 200
     large = dataclasses.replace(one, keys=(64, 128, 128))
-    with pytest.raises(ValueError, match=r"rows must hold at most 1,024 MiB; those of 200 queries of 2 clips hold 1,600"):
+    with pytest.raises(
+        ValueError,
+        match=r"rows must hold at most 1,024 MiB; those of 200 queries of 2 clips hold 1,600",
+    ):
         large.rows(np.zeros((200, 3), int))
     with pytest.raises(TypeError, match="float"):
         one.top(2.5)
-    with pytest.raises(IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(0, 6, 0\)"):
+    with pytest.raises(
+        IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(0, 6, 0\)"
+    ):
         one.rows([(0, 0, 0), (0, 6, 0)])
-    with pytest.raises(ValueError, match=r"queries must be integers, \(Q, 3\) positions of the map \(4, 6, 10\); got float64"):
+    with pytest.raises(
+        ValueError,
+        match=r"queries must be integers, \(Q, 3\) positions of the map \(4, 6, 10\); got float64",
+    ):
         one.rows((0.5, 0, 0))
-    with pytest.raises(ValueError, match=r"k must be from 1 to 60, the keys that each position of first sums; got 61"):
+    with pytest.raises(
+        ValueError,
+        match=r"k must be from 1 to 60, the keys that each position of first sums; got 61",
+    ):
         one.top(61)
     with pytest.raises(IndexError, match="clip must be one of the 2 of the batch; got 2"):
         one[2]
-    with pytest.raises(ValueError, match=r"affinities must be finite; those of first at \(0, 0, 0\) are NaN or infinity"):
+    with pytest.raises(
+        ValueError,
+        match=r"affinities must be finite; those of first at \(0, 0, 0\) are NaN or infinity",
+    ):
         affinities(model, variables, x.at[1].set(jnp.nan))["first"].rows((0, 0, 0))
     split = nl.layers.nonlocal_block("dot_product", axis_name="i")
     with pytest.raises(ValueError, match="block must not be split over devices; got axis_name='i'"):

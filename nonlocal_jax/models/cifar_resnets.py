@@ -36,8 +36,12 @@ class BasicBlock(nn.Module):
         """X (B, 1, H, W, C) -> (B, 1, H / stride, W / stride, features)."""
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(BatchNorm, use_running_average=not train, **options)
-        y = VideoConv(self.features, (1, 3, 3), (1, self.stride, self.stride), name="conv_a", **options)(x)
-        y = VideoConv(self.features, (1, 3, 3), name="conv_b", **options)(nn.relu(norm(name="norm_a")(y)))
+        y = VideoConv(
+            self.features, (1, 3, 3), (1, self.stride, self.stride), name="conv_a", **options
+        )(x)
+        y = VideoConv(self.features, (1, 3, 3), name="conv_b", **options)(
+            nn.relu(norm(name="norm_a")(y))
+        )
         x = x[:, :, :: self.stride, :: self.stride]
         x = jnp.pad(x, (*[(0, 0)] * 4, (0, self.features - x.shape[-1])))
         return relu_of_sum(x, norm(name="norm_b")(y))
@@ -78,16 +82,22 @@ class CifarResNet(nn.Module):
         of_block = {"norm": CONVENTIONS[self.preset].norm, **options, **(self.block_options or {})}
         x: Any = VideoConv(16, (1, 3, 3), name="conv1", **options)(image[:, None])
         x = nn.relu(BatchNorm(use_running_average=not train, name="conv1_norm", **options)(x))
-        residual_block: Any = nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
+        residual_block: Any = (
+            nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
+        )
         for stage, name in enumerate(STAGES):
             for i in range(self.blocks):
                 stride = 2 if stage and i == 0 else 1
                 x = residual_block(16 * 2**stage, stride, name=f"{name}_{i}", **options)(x, train)
                 if i in (self.nonlocal_blocks or {}).get(name, ()):
-                    block = nonlocal_block(self.instantiation, self.preset, name=f"nonlocal_{name}_{i}", **of_block)
+                    block = nonlocal_block(
+                        self.instantiation, self.preset, name=f"nonlocal_{name}_{i}", **of_block
+                    )
                     x = block(x, train=train)
         x = x.astype(jnp.float32).mean(axis=(1, 2, 3))
-        return nn.Dense(self.num_classes, name="head", dtype=jnp.float32, param_dtype=self.param_dtype)(x)
+        return nn.Dense(
+            self.num_classes, name="head", dtype=jnp.float32, param_dtype=self.param_dtype
+        )(x)
 
 
 def cifar_resnet(
@@ -133,8 +143,22 @@ def cifar_resnet(
     blocks = (depth - 2) // 6
     for name, at in (nonlocal_blocks or {}).items():
         if name not in STAGES:
-            raise ValueError(f"a stage of nonlocal_blocks must be one of {', '.join(map(repr, STAGES))}; got {name!r}.")
+            raise ValueError(
+                f"a stage of nonlocal_blocks must be one of {', '.join(map(repr, STAGES))}; got {name!r}."
+            )
         if wrong := [i for i in at if not 0 <= i < blocks]:
-            raise ValueError(f"{name} has residual blocks 0 to {blocks - 1}; got {wrong[0]} in nonlocal_blocks.")
+            raise ValueError(
+                f"{name} has residual blocks 0 to {blocks - 1}; got {wrong[0]} in nonlocal_blocks."
+            )
     nonlocal_block(instantiation, preset, **(block_options or {}))  # raises what is wrong with them
-    return CifarResNet(blocks, num_classes, nonlocal_blocks, instantiation, preset, block_options, remat, dtype, param_dtype)
+    return CifarResNet(
+        blocks,
+        num_classes,
+        nonlocal_blocks,
+        instantiation,
+        preset,
+        block_options,
+        remat,
+        dtype,
+        param_dtype,
+    )

@@ -45,7 +45,9 @@ CASES = [  # none of the shapes that the table was read off
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the table is of XLA's CPU buffers")
 @pytest.mark.parametrize(("instantiation", "implementation", "shape", "options"), CASES)
-def test_predictions_are_within_a_fifth_of_what_xla_says(instantiation, implementation, shape, options):
+def test_predictions_are_within_a_fifth_of_what_xla_says(
+    instantiation, implementation, shape, options
+):
     block = nl.layers.nonlocal_block(instantiation, implementation=implementation, **options)
     (predicted,) = nl.plan(shape, block)
     assert predicted.chosen == implementation
@@ -60,11 +62,23 @@ def test_every_block_of_a_network_is_planned_where_it_stands():
         def __call__(self, x, train=False):
             x = nl.layers.nonlocal_block("dot_product", name="early")(x, train=train)
             x = nn.Conv(12, (3, 3), strides=2)(x)
-            return nl.layers.nonlocal_block("concatenation", subsample=False, name="late")(x, train=train)
+            return nl.layers.nonlocal_block("concatenation", subsample=False, name="late")(
+                x, train=train
+            )
 
     early, late = nl.plan((2, 8, 10, 6), Network(), train=True)
-    assert (early.place, early.instantiation, early.queries, early.keys) == ("early", "dot_product", 80, 20)
-    assert (late.place, late.instantiation, late.queries, late.keys) == ("late", "concatenation", 20, 20)
+    assert (early.place, early.instantiation, early.queries, early.keys) == (
+        "early",
+        "dot_product",
+        80,
+        20,
+    )
+    assert (late.place, late.instantiation, late.queries, late.keys) == (
+        "late",
+        "concatenation",
+        20,
+        20,
+    )
     assert set(late.forward) == set(late.backward) == {"dense", "sorted"}
     assert "late: concatenation, 20 queries × 20 keys" in str(late)
     assert nl.plan((1, 3), nn.Dense(2)) == ()

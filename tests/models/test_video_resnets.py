@@ -9,7 +9,12 @@ import pytest
 import nonlocal_jax as nl
 from nonlocal_jax.models import cost, video_resnet
 
-SMALL = {"depth": (1, 2, 2, 1), "nonlocal_blocks": {"res3": (0,)}, "num_classes": 3, "preset": "slowfast"}
+SMALL = {
+    "depth": (1, 2, 2, 1),
+    "nonlocal_blocks": {"res3": (0,)},
+    "num_classes": 3,
+    "preset": "slowfast",
+}
 CLIP = jax.random.normal(jax.random.key(0), (2, 8, 33, 34, 3))
 
 
@@ -24,14 +29,21 @@ def random(model):
     def leaf(path, like):
         name = path[-1].key
         if name == "kernel":
-            return jnp.asarray(draw.standard_normal(like.shape) * (2 / np.prod(like.shape[:-1])) ** 0.5, jnp.float32)
+            return jnp.asarray(
+                draw.standard_normal(like.shape) * (2 / np.prod(like.shape[:-1])) ** 0.5,
+                jnp.float32,
+            )
         low, high = (0.4, 0.9) if name in ("scale", "var") else (-0.2, 0.2)
         return jnp.asarray(draw.uniform(low, high, like.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(model.init, jax.random.key(0), model.example))
+    return jax.tree_util.tree_map_with_path(
+        leaf, jax.eval_shape(model.init, jax.random.key(0), model.example)
+    )
 
 
-@pytest.mark.parametrize(("clip", "group_size"), [("8x8", {"res3": 3}), ("32x2", {"res3": 5, "res4": 4}), ("8x8", 80)])
+@pytest.mark.parametrize(
+    ("clip", "group_size"), [("8x8", {"res3": 3}), ("32x2", {"res3": 5, "res4": 4}), ("8x8", 80)]
+)
 def test_the_example_makes_whole_groups(clip, group_size):
     model = small(clip=clip, group_size=group_size, nonlocal_blocks={"res3": (0,), "res4": (0,)})
     assert model.example.shape[1] >= 64
@@ -45,8 +57,14 @@ def run(model, variables, clip=CLIP):
 def stages(model, shape):
     variables = jax.eval_shape(model.init, jax.random.key(0), model.example)
     clip = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
-    _, state = jax.eval_shape(lambda v, x: model.apply(v, x, mutable=["intermediates"]), variables, clip)
-    return {name: value[0].shape[1:] for name, value in state["intermediates"].items() if isinstance(value, tuple)}
+    _, state = jax.eval_shape(
+        lambda v, x: model.apply(v, x, mutable=["intermediates"]), variables, clip
+    )
+    return {
+        name: value[0].shape[1:]
+        for name, value in state["intermediates"].items()
+        if isinstance(value, tuple)
+    }
 
 
 @pytest.mark.parametrize(
@@ -55,15 +73,34 @@ def stages(model, shape):
         ("paper", "32x2", (32, 224, 224), (8, 56, 56, 64), (8, 56, 56, 256), (4, 28, 28, 512)),
         ("caffe2", "32x2", (32, 224, 224), (8, 55, 55, 64), (8, 55, 55, 256), (4, 28, 28, 512)),
         ("caffe2", "8x8", (8, 224, 224), (8, 55, 55, 64), (8, 55, 55, 256), (4, 28, 28, 512)),
-        ("caffe2", "128x1", (128, 224, 224), (32, 55, 55, 64), (32, 55, 55, 256), (16, 28, 28, 512)),
+        (
+            "caffe2",
+            "128x1",
+            (128, 224, 224),
+            (32, 55, 55, 64),
+            (32, 55, 55, 256),
+            (16, 28, 28, 512),
+        ),
         ("slowfast", "8x8", (8, 256, 320), (8, 64, 80, 64), (8, 64, 80, 256), (4, 32, 40, 512)),
-        ("slowfast", "32x4", (32, 224, 224), (32, 56, 56, 64), (32, 56, 56, 256), (16, 28, 28, 512)),
+        (
+            "slowfast",
+            "32x4",
+            (32, 224, 224),
+            (32, 56, 56, 64),
+            (32, 56, 56, 256),
+            (16, 28, 28, 512),
+        ),
         ("mmcv", "32x2", (32, 224, 224), (8, 56, 56, 64), (8, 56, 56, 256), (4, 28, 28, 512)),
     ],
 )
 def test_sizes_of_the_layouts(preset, clip, shape, pool1, res2, res3):
     found = stages(video_resnet(50, nonlocal_blocks=0, clip=clip, preset=preset), shape)
-    assert (found["pool1"], found["res2"], found["pool2"], found["res3"]) == (pool1, res2, (res3[0], *res2[1:]), res3)
+    assert (found["pool1"], found["res2"], found["pool2"], found["res3"]) == (
+        pool1,
+        res2,
+        (res3[0], *res2[1:]),
+        res3,
+    )
     t, h, w, _ = res3
     assert (found["res4"], found["res5"]) == ((t, h // 2, w // 2, 1024), (t, h // 4, w // 4, 2048))
 
@@ -110,23 +147,35 @@ def test_how_far_in_time_a_frame_sees(kind, reach):
     variables = random(model)
 
     def first(clip):
-        return model.apply(variables, clip, mutable=["intermediates"])[1]["intermediates"]["res2"][0][:, 0].sum()
+        return model.apply(variables, clip, mutable=["intermediates"])[1]["intermediates"]["res2"][
+            0
+        ][:, 0].sum()
 
     effect = np.abs(jax.jit(jax.grad(first))(CLIP)).sum((0, 2, 3, 4))
     seen = effect > 1e-6 * effect.max()  # what cancels in tiles leaves rounding errors
     assert list(seen) == [t <= reach for t in range(8)]
 
 
-@pytest.mark.parametrize(("axes", "group_size"), [("spacetime", None), ("space", None), ("time", None), ("spacetime", 2)])
+@pytest.mark.parametrize(
+    ("axes", "group_size"), [("spacetime", None), ("space", None), ("time", None), ("spacetime", 2)]
+)
 def test_blocks_have_their_axes_and_groups(axes, group_size):
-    model = small(kind="c2d", block_options={"axes": axes, "subsample": False}, group_size=group_size and {"res3": group_size})
+    model = small(
+        kind="c2d",
+        block_options={"axes": axes, "subsample": False},
+        group_size=group_size and {"res3": group_size},
+    )
     variables = random(model)
 
     def first(clip):  # frame 0 of 4 after the block of res3
-        return model.apply(variables, clip, mutable=["intermediates"])[1]["intermediates"]["res3"][0][:, 0].sum()
+        return model.apply(variables, clip, mutable=["intermediates"])[1]["intermediates"]["res3"][
+            0
+        ][:, 0].sum()
 
     seen = np.abs(jax.jit(jax.grad(first))(CLIP)).sum((0, 2, 3, 4)) > 0
-    reach = {"space": 2, "time": 8, "spacetime": 8}[axes] if group_size is None else 2 * group_size  # pool2 joins two
+    reach = (
+        {"space": 2, "time": 8, "spacetime": 8}[axes] if group_size is None else 2 * group_size
+    )  # pool2 joins two
     assert list(seen) == [t < reach for t in range(8)]
 
 
@@ -158,11 +207,15 @@ def test_a_frozen_network_gives_the_same_answer():
 def test_remat_changes_memory_only(remat):
     def step(model):
         def loss(params):
-            logits, _ = model.apply({**variables, "params": params}, CLIP, train=True, mutable=["batch_stats"])
+            logits, _ = model.apply(
+                {**variables, "params": params}, CLIP, train=True, mutable=["batch_stats"]
+            )
             return jnp.sum(jnp.sin(logits))
 
         lowered = jax.jit(jax.grad(loss)).lower(variables["params"])
-        return lowered.as_text().count("stablehlo.convolution"), lowered.compile()(variables["params"])
+        return lowered.as_text().count("stablehlo.convolution"), lowered.compile()(
+            variables["params"]
+        )
 
     variables = random(small())
     (fewer, kept), (more, again) = step(small(dropout=0.0)), step(small(dropout=0.0, remat=remat))
@@ -178,7 +231,9 @@ def test_dropout_only_in_training():
 
     @jax.jit
     def train(key):
-        return model.apply(variables, CLIP, train=True, mutable=["batch_stats"], rngs={"dropout": key})[0]
+        return model.apply(
+            variables, CLIP, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+        )[0]
 
     assert not np.array_equal(train(jax.random.key(0)), train(jax.random.key(1)))
 
@@ -188,7 +243,9 @@ def test_bfloat16_is_near_float32():
     expected, half = run(small(), variables), run(small(dtype=jnp.bfloat16), variables)
     assert half.dtype == jnp.float32
     assert jnp.linalg.norm(half - expected) < 0.05 * jnp.linalg.norm(expected)
-    state = jax.eval_shape(lambda v: small(dtype=jnp.bfloat16).apply(v, CLIP, mutable=["intermediates"])[1], variables)
+    state = jax.eval_shape(
+        lambda v: small(dtype=jnp.bfloat16).apply(v, CLIP, mutable=["intermediates"])[1], variables
+    )
     assert state["intermediates"]["res5"][0].dtype == jnp.bfloat16
 
 
@@ -199,21 +256,32 @@ def test_the_head_slides_over_larger_maps():
     features = state["intermediates"]["res5"][0]
     assert features.shape[2:4] == (2, 2)
     head = variables["params"]["head"]
-    windows = features.mean((1, 3)) @ head["kernel"] + head["bias"].reshape(1, 1, -1)  # (B, 2, classes)
+    windows = features.mean((1, 3)) @ head["kernel"] + head["bias"].reshape(
+        1, 1, -1
+    )  # (B, 2, classes)
     softmax = run(small(head_window=(1, 2)), variables)
-    chex.assert_trees_all_close(jnp.exp(softmax), jax.nn.softmax(windows).mean(1), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(
+        jnp.exp(softmax), jax.nn.softmax(windows).mean(1), rtol=1e-4, atol=1e-6
+    )
     logits = run(small(head_window=(1, 2), window_average="logits"), variables)
     chex.assert_trees_all_close(logits, windows.mean(1), rtol=1e-4, atol=1e-5)
     for whole in ((7, 7), None):
-        chex.assert_trees_all_close(run(small(head_window=whole), variables), windows.mean(1), rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(
+            run(small(head_window=whole), variables), windows.mean(1), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_resnext_by_data():
-    model = video_resnet((3, 8, 36, 3), "c2d", 0, preset="slowfast", groups=32, width_per_group=8, num_classes=1000)
+    model = video_resnet(
+        (3, 8, 36, 3), "c2d", 0, preset="slowfast", groups=32, width_per_group=8, num_classes=1000
+    )
     params = jax.eval_shape(model.init, jax.random.key(0), model.example)["params"]
     assert params["res2_0"]["conv_b"]["kernel"].shape == (1, 3, 3, 8, 256)
     resnext101 = cost(
-        video_resnet(101, "c2d", 0, preset="slowfast", groups=32, width_per_group=8, num_classes=1000), (1, 2, 224, 224, 3)
+        video_resnet(
+            101, "c2d", 0, preset="slowfast", groups=32, width_per_group=8, num_classes=1000
+        ),
+        (1, 2, 224, 224, 3),
     )
     assert resnext101.parameters == 88_791_336  # ResNeXt-101 32×8d, as its image network
 
@@ -222,13 +290,28 @@ def test_resnext_by_data():
 @pytest.mark.parametrize(
     ("shape", "preset", "clip", "message"),
     [
-        ((2, 8, 33, 34, 1), "slowfast", "8x8", r"three colour channels last; got \(2, 8, 33, 34, 1\)"),
-        ((2, 8, 33, 34, 4), "slowfast", "8x8", r"three colour channels last; got \(2, 8, 33, 34, 4\)"),
+        (
+            (2, 8, 33, 34, 1),
+            "slowfast",
+            "8x8",
+            r"three colour channels last; got \(2, 8, 33, 34, 1\)",
+        ),
+        (
+            (2, 8, 33, 34, 4),
+            "slowfast",
+            "8x8",
+            r"three colour channels last; got \(2, 8, 33, 34, 4\)",
+        ),
         ((8, 33, 34, 3), "slowfast", "8x8", r"shape \(B, T, H, W, 3\).*got \(8, 33, 34, 3\)"),
         ((2, 1, 33, 34, 3), "slowfast", "8x8", "at least 2 frames of 1×1 pixels.*got 1 of 33×34"),
         ((2, 8, 4, 34, 3), "caffe2", "8x8", "at least 2 frames of 5×5 pixels.*got 8 of 4×34"),
         ((2, 6, 33, 34, 3), "caffe2", "32x2", "at least 7 frames of 5×5 pixels.*got 6 of 33×34"),
-        ((2, 8, 8, 8, 3), "slowfast", "8x8", r"subsampling window \(1, 2, 2\) must not be larger than the map \(4, 1, 1\)"),
+        (
+            (2, 8, 8, 8, 3),
+            "slowfast",
+            "8x8",
+            r"subsampling window \(1, 2, 2\) must not be larger than the map \(4, 1, 1\)",
+        ),
     ],
 )
 def test_bad_clips(shape, preset, clip, message):
@@ -241,15 +324,30 @@ def test_bad_clips(shape, preset, clip, message):
     ("options", "message"),
     [
         ({"depth": 34}, "depth must be one of 50, 101, 152; got 34"),
-        ({"depth": (1, 0, 1, 1)}, r"residual blocks of res2 to res5, each at least 1; got \(1, 0, 1, 1\)"),
+        (
+            {"depth": (1, 0, 1, 1)},
+            r"residual blocks of res2 to res5, each at least 1; got \(1, 0, 1, 1\)",
+        ),
         ({"kind": "i3d"}, "kind must be one of 'c2d', 'i3d_3x1x1', 'i3d_3x3x3'; got 'i3d'"),
         ({"clip": "16x4"}, "clip must be one of .*'32x2', '128x1'; got '16x4'"),
         ({"preset": "torch"}, "preset must be one of .*; got 'torch'"),
         ({"nonlocal_blocks": 3}, "nonlocal_blocks must be one of 0, 1, 5, 10; got 3"),
-        ({"nonlocal_blocks": 5}, r"5 blocks want 2 residual blocks in res3 and 3 in res4; got \(1, 2, 2, 1\)"),
-        ({"nonlocal_blocks": 1, "depth": (1, 1, 1, 1)}, "right before the last residual block of res4, which has 1"),
-        ({"nonlocal_blocks": {"res1": (0,)}}, "a stage of nonlocal_blocks must be one of .*; got 'res1'"),
-        ({"nonlocal_blocks": {"res4": (0, 2)}}, "res4 has residual blocks 0 to 1; got 2 in nonlocal_blocks"),
+        (
+            {"nonlocal_blocks": 5},
+            r"5 blocks want 2 residual blocks in res3 and 3 in res4; got \(1, 2, 2, 1\)",
+        ),
+        (
+            {"nonlocal_blocks": 1, "depth": (1, 1, 1, 1)},
+            "right before the last residual block of res4, which has 1",
+        ),
+        (
+            {"nonlocal_blocks": {"res1": (0,)}},
+            "a stage of nonlocal_blocks must be one of .*; got 'res1'",
+        ),
+        (
+            {"nonlocal_blocks": {"res4": (0, 2)}},
+            "res4 has residual blocks 0 to 1; got 2 in nonlocal_blocks",
+        ),
         ({"instantiation": "softmax"}, "instantiation must be one of .*; got 'softmax'"),
         ({"instantiation": "gaussian"}, "preset 'slowfast' has no 'gaussian'"),
     ],
@@ -259,7 +357,9 @@ def test_bad_options(options, message):
         small(**options)
 
 
-@pytest.mark.parametrize(("options", "name"), [({"droput": 0.1}, "droput"), ({"block_options": {"pool": 1}}, "pool")])
+@pytest.mark.parametrize(
+    ("options", "name"), [({"droput": 0.1}, "droput"), ({"block_options": {"pool": 1}}, "pool")]
+)
 def test_unknown_options(options, name):
     with pytest.raises(TypeError, match=name):
         small(**options)

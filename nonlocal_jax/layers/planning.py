@@ -48,7 +48,9 @@ class BlockPlan:
         return "\n".join((title, *rows))
 
 
-def plan(input_shape: tuple[int, ...], blocks: nn.Module, *, dtype: Any = jnp.float32, **kwargs: Any) -> tuple[BlockPlan, ...]:
+def plan(
+    input_shape: tuple[int, ...], blocks: nn.Module, *, dtype: Any = jnp.float32, **kwargs: Any
+) -> tuple[BlockPlan, ...]:
     """Predict the activation bytes of every non-local block, for each implementation; nothing is computed or compiled.
 
     The prediction counts the arrays that XLA keeps at the peak of a block by itself, as a rule within 20% of what
@@ -104,7 +106,9 @@ class _Setting(NamedTuple):
 
     batch: int
     pooled: bool
-    before: bool  # x is pooled before it is embedded, so that φ and g of all positions are never made
+    before: (
+        bool  # x is pooled before it is embedded, so that φ and g of all positions are never made
+    )
     many_keys: bool
     one_tile: bool  # a tile of "streaming" is the whole affinity of a sample
     kept: bool  # "streaming" keeps the affinity for the gradient
@@ -114,11 +118,17 @@ class _Setting(NamedTuple):
 
 # Read off XLA's buffers of JAX 0.10 and 0.12, which agree; tests/layers/test_plan.py holds them to it. "streaming" and
 # "sorted" go through several samples in a loop, which gathers answers and cuts its own copies of each sample's rows.
-def _forward(instantiation: Instantiation, implementation: cost.Implementation, of: _Setting) -> tuple[_Peak, ...]:
+def _forward(
+    instantiation: Instantiation, implementation: cost.Implementation, of: _Setting
+) -> tuple[_Peak, ...]:
     """The largest peaks of an evaluation: at the embeddings, at the sum, at W_z and the norm."""
     alone, gaussian = of.batch == 1, instantiation == "gaussian"
     if implementation == "sorted":
-        return (_Peak(0, 2, 1 if of.biased else 0),) if of.before else (_Peak(0, 2, 1), _Peak(0, 2 if alone else 3, 0))
+        return (
+            (_Peak(0, 2, 1 if of.biased else 0),)
+            if of.before
+            else (_Peak(0, 2, 1), _Peak(0, 2 if alone else 3, 0))
+        )
     if implementation == "reassociated":
         return (_Peak(0, 2 if of.before and of.biased else 3, 0),)
     if implementation == "dense" or (of.one_tile and alone):
@@ -127,18 +137,26 @@ def _forward(instantiation: Instantiation, implementation: cost.Implementation, 
         elif instantiation == "dot_product" and of.before and of.biased:
             sums = _Peak(1, 1, 1)
         else:
-            sums = _Peak(1, 0 if alone or of.many_keys else 1, 1 if instantiation == "concatenation" else 2)
+            sums = _Peak(
+                1, 0 if alone or of.many_keys else 1, 1 if instantiation == "concatenation" else 2
+            )
         return sums, _Peak(0, 2, 0)
     if of.one_tile:
         return _Peak(0, 3, 0), _Peak(0, 1.2, 0.5, 1.05) if gaussian else _Peak(0, 2, 1, 1)
     if gaussian:
-        return _Peak(0, 2.05, 0), _Peak(0, 1.1, 0.8, 1.2) if alone else _Peak(0, 1.3 + 1.2 / of.batch, 6 / of.batch, 1)
+        return _Peak(0, 2.05, 0), _Peak(0, 1.1, 0.8, 1.2) if alone else _Peak(
+            0, 1.3 + 1.2 / of.batch, 6 / of.batch, 1
+        )
     if of.before:
         return (_Peak(0, 2.05, 1, 0.4) if alone else _Peak(0, 1.9, 0.5 + 3 / of.batch, 1),)
-    return _Peak(0, 3, 1), _Peak(0, 2, 1.5, 1.15) if alone else _Peak(0, 2.2, 1 + 4 / of.batch, 1.15)
+    return _Peak(0, 3, 1), _Peak(0, 2, 1.5, 1.15) if alone else _Peak(
+        0, 2.2, 1 + 4 / of.batch, 1.15
+    )
 
 
-def _backward(instantiation: Instantiation, implementation: cost.Implementation, of: _Setting) -> tuple[_Peak, ...]:
+def _backward(
+    instantiation: Instantiation, implementation: cost.Implementation, of: _Setting
+) -> tuple[_Peak, ...]:
     """The same of a training step."""
     gaussian = instantiation == "gaussian"
     if implementation == "reassociated":
@@ -147,24 +165,42 @@ def _backward(instantiation: Instantiation, implementation: cost.Implementation,
         return (_Peak(0, 5.5 if of.before else 7.2, 0),)
     if implementation == "dense":
         if gaussian:
-            return (_Peak(2, 4, 0), _Peak(0, 5, 0)) if of.before else (_Peak(2, 4.5, 0), _Peak(0, 5.8, 0))
+            return (
+                (_Peak(2, 4, 0), _Peak(0, 5, 0))
+                if of.before
+                else (_Peak(2, 4.5, 0), _Peak(0, 5.8, 0))
+            )
         affinities = 2 if instantiation == "embedded_gaussian" else 1
         if of.before:
             return (_Peak(affinities, 5, 0),)
         return _Peak(affinities, 4.9 if of.pooled else 6.1, 0), _Peak(0, 7, 0)
     less = 1.2 if of.before else 0.8 if of.pooled else 0
     if of.kept:
-        return _Peak(0, 7 - less, 0), _Peak(2, 3.5 - less, 0) if of.batch == 1 else _Peak(1 + 2 / of.batch, 6.4 - less, 0)
+        return _Peak(0, 7 - less, 0), _Peak(2, 3.5 - less, 0) if of.batch == 1 else _Peak(
+            1 + 2 / of.batch, 6.4 - less, 0
+        )
     if of.batch == 1:
         return _Peak(0, 8 - less, 0), _Peak(0, 6.8 - less, 1, 2)
     return (_Peak(0, 7 - less, (12 if gaussian else 7) / of.batch, 2),)
 
 
 def _plan_operation(
-    place: str, operation: NonLocalOperation, theta: Array, phi: Array, g: Array, key_mask: Array | None
+    place: str,
+    operation: NonLocalOperation,
+    theta: Array,
+    phi: Array,
+    g: Array,
+    key_mask: Array | None,
 ) -> BlockPlan:
     (instantiation,) = (name for name, kind in OPERATIONS.items() if isinstance(operation, kind))
-    choice = ops.explain(instantiation, theta, phi, g, masked=key_mask is not None, implementation=operation.implementation)
+    choice = ops.explain(
+        instantiation,
+        theta,
+        phi,
+        g,
+        masked=key_mask is not None,
+        implementation=operation.implementation,
+    )
     possible = [cost.implementation for cost in choice.costs if cost.refusal is None]
     batch, n, m, e = math.prod(theta.shape[:-2]), theta.shape[-2], phi.shape[-2], g.shape[-1]
     tiles = softmax.tiling(batch, n, m, backend())
@@ -183,8 +219,13 @@ def _plan_operation(
 
     def bytes_of(name: cost.Implementation) -> tuple[int, ...]:
         return tuple(
-            round(max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in peaks))
-            for peaks in (_forward(instantiation, name, setting), _backward(instantiation, name, setting))
+            round(
+                max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in peaks)
+            )
+            for peaks in (
+                _forward(instantiation, name, setting),
+                _backward(instantiation, name, setting),
+            )
         )
 
     predicted = {name: bytes_of(name) for name in possible}

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from nonlocal_jax.layers.conv import VideoConv
-from nonlocal_jax.layers.instantiations import Concatenation, NonLocalOperation
 from nonlocal_jax.layers.norm import Affine
+from nonlocal_jax.layers.tap import PairwiseCall, tap
 from nonlocal_jax.types import Array
 
 
@@ -87,21 +87,30 @@ def cost(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> Cost:
     def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         out = call(*args, **kwargs)
         module, method = context.module, context.method_name
-        if method == "_respond":
-            pairs[module.path] = _of_pairs(module, *args[:3])
         if method != "__call__":
             return out
         shape = tuple(jax.tree.leaves(out)[0].shape)
-        multiplies = pairs.get(module.path, 0) if isinstance(module, NonLocalOperation) else _of_layer(module, args[0], shape)
-        own = sum(math.prod(leaf.shape) for leaf in module.variables.get("params", {}).values() if hasattr(leaf, "shape"))
+        multiplies = (
+            pairs[module.path] if module.path in pairs else _of_layer(module, args[0], shape)
+        )
+        own = sum(
+            math.prod(leaf.shape)
+            for leaf in module.variables.get("params", {}).values()
+            if hasattr(leaf, "shape")
+        )
         if multiplies or own:
             place = "/".join(module.path) or type(module).__name__
             rows.append(LayerCost(place, type(module).__name__, shape, own, multiplies))
         return out
 
+    def record_pairs(call: PairwiseCall) -> None:
+        pairs[call.module.path] = _of_pairs(call)
+
     def run(x: Array) -> Any:
-        with nn.intercept_methods(record):
-            return model.init_with_output({"params": jax.random.key(0), "dropout": jax.random.key(0)}, x, **kwargs)[0]
+        with tap(record_pairs), nn.intercept_methods(record):
+            return model.init_with_output(
+                {"params": jax.random.key(0), "dropout": jax.random.key(0)}, x, **kwargs
+            )[0]
 
     jax.eval_shape(run, jax.ShapeDtypeStruct(shape, jnp.float32))
     norms = (nn.BatchNorm.__name__, nn.LayerNorm.__name__, nn.GroupNorm.__name__, Affine.__name__)
@@ -113,10 +122,11 @@ def cost(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> Cost:
     )
 
 
-def _of_pairs(module: nn.Module, theta: Array, phi: Array, g: Array) -> int:
+def _of_pairs(call: PairwiseCall) -> int:
     """Multiply-adds of f over all pairs and of the sum of g."""
+    theta, phi, g = call.theta, call.phi, call.g
     pairs = math.prod(theta.shape[:-1]) * phi.shape[-2]
-    if isinstance(module, Concatenation):
+    if call.instantiation == "concatenation":
         return math.prod(theta.shape) + math.prod(phi.shape) + pairs * g.shape[-1]
     return pairs * (theta.shape[-1] + g.shape[-1])
 

@@ -23,9 +23,16 @@ def test_table_2e():
     assert round(parameters / 1e6, 1) == 43.2
     assert round(base.multiply_adds / 1e9, 1) == 35.1
     assert round(network("c2d", 0, stride_at="conv_a").multiply_adds / 1e9, 1) == 34.2
-    for args, ratios in ((("i3d_3x3x3", 0), (1.5, 1.8)), (("i3d_3x1x1", 0), (1.2, 1.5)), (("c2d", 5), (1.2, 1.2))):
+    for args, ratios in (
+        (("i3d_3x3x3", 0), (1.5, 1.8)),
+        (("i3d_3x1x1", 0), (1.2, 1.5)),
+        (("c2d", 5), (1.2, 1.2)),
+    ):
         found = network(*args)
-        ratio = (found.parameters - found.norm_parameters) / parameters, found.multiply_adds / base.multiply_adds
+        ratio = (
+            (found.parameters - found.norm_parameters) / parameters,
+            found.multiply_adds / base.multiply_adds,
+        )
         assert tuple(round(value, 1) for value in ratio) == ratios
 
 
@@ -64,12 +71,20 @@ def test_convolutions_by_hand():
 
 @pytest.mark.parametrize(
     ("instantiation", "parameters"),
-    [("embedded_gaussian", 401_530), ("dot_product", 401_530), ("gaussian", 396_314), ("concatenation", 401_626)],
+    [
+        ("embedded_gaussian", 401_530),
+        ("dot_product", 401_530),
+        ("gaussian", 396_314),
+        ("concatenation", 401_626),
+    ],
 )
 def test_parameters_of_the_mnist_network(instantiation, parameters):
     assert cost(non_local_pytorch_mnist(instantiation), (1, 28, 28, 1)).parameters == parameters
 
 
 def test_nothing_is_computed():
-    model, shape = video_resnet(101, "c2d", 0, clip="32x2"), (128, 1024, 1024, 3)  # 64 of them would be terabytes
+    model, shape = (
+        video_resnet(101, "c2d", 0, clip="32x2"),
+        (128, 1024, 1024, 3),
+    )  # 64 of them would be terabytes
     assert cost(model, (64, *shape)).multiply_adds == 64 * cost(model, (1, *shape)).multiply_adds

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from nonlocal_jax.visualize import measures
-from nonlocal_jax.visualize.affinities import AffinityMap
 from nonlocal_jax.visualize.frames import Scene, of_sample
+from nonlocal_jax.visualize.maps import AffinityMap
 from nonlocal_jax.visualize.pictures import WEIGHTS
 
 BUDGET = 12 << 20  # bytes of affinities in a page
@@ -86,24 +86,33 @@ def explore(
     if not maps:
         raise ValueError("maps must have at least one block; got none.")
     if not file.absolute().parent.is_dir():
-        raise ValueError(f"file must lie in a folder that is there; there is no {file.absolute().parent}.")
+        raise ValueError(
+            f"file must lie in a folder that is there; there is no {file.absolute().parent}."
+        )
     if file.is_dir():
         raise ValueError(f"file must not be a folder; got {file}.")
     drawn = {name: of_sample(one, clip, sample) for name, one in maps.items()}
     first, scenes = next(iter(drawn.values()))[0], [at for _, at in drawn.values()]
     start = first.single(tuple(n // 2 for n in first.queries) if query is None else query)
     numbers = sorted({int(number) for at in scenes for number in at.numbers})
-    pictures = {int(n): picture for at in scenes for n, picture in zip(at.numbers, at.pictures, strict=True)}
+    pictures = {
+        int(n): picture for at in scenes for n, picture in zip(at.numbers, at.pictures, strict=True)
+    }
     record = {
         "title": title,
         "size": next(iter(pictures.values())).shape[:2],
         "numbers": numbers,
         "pictures": [_as_url(pictures[number]) for number in numbers],
         "query": [*[0] * (3 - len(start)), *start],
-        "blocks": [{"name": name, **_block(one, at, numbers, BUDGET // len(drawn))} for name, (one, at) in drawn.items()],
+        "blocks": [
+            {"name": name, **_block(one, at, numbers, BUDGET // len(drawn))}
+            for name, (one, at) in drawn.items()
+        ],
     }
-    template = (resources.files("nonlocal_jax.visualize") / "explore.html").read_text(encoding="utf-8")
-    text = json.dumps(record, allow_nan=False).replace("<", "\\u003c")  # nothing in a name can end the script
+    template = (resources.files("nonlocal_jax.visualize") / "page.html").read_text(encoding="utf-8")
+    text = json.dumps(record, allow_nan=False).replace(
+        "<", "\\u003c"
+    )  # nothing in a name can end the script
     file.write_text(template.replace("/*data*/", text), encoding="utf-8")
     return Page(file)
 
@@ -122,7 +131,9 @@ def _block(one: AffinityMap, at: Scene, numbers: list[int], budget: int) -> dict
         top = np.take_along_axis(share, order, axis=-1)
         largest[ids], indices[ids] = top[:, 0], key_ids[order]
         sign = np.sign(np.take_along_axis(rows[0], order, axis=-1))
-        weights[ids] = np.round(127 * sign * np.sqrt(top / np.maximum(top[:, :1], np.finfo(np.float32).tiny)))
+        weights[ids] = np.round(
+            127 * sign * np.sqrt(top / np.maximum(top[:, :1], np.finfo(np.float32).tiny))
+        )
     counted = one.counted().reshape(-1)
     part = f"; of each position the {kept:,} largest are kept" if kept < one.summed else ""
     return {
@@ -145,7 +156,10 @@ def _block(one: AffinityMap, at: Scene, numbers: list[int], budget: int) -> dict
 def _axes(at: Scene, of: str) -> list[tuple[int, float] | None]:
     """Stride and centre, in pixels, along rows and columns."""
     geometry = at.queries if of == "queries" else at.keys
-    return [None if field is None else (int(field.stride), float(field.centre)) for field in geometry.fields[1:]]
+    return [
+        None if field is None else (int(field.stride), float(field.centre))
+        for field in geometry.fields[1:]
+    ]
 
 
 def _as_url(picture: Float[np.ndarray, "h w 3"]) -> str:

@@ -73,7 +73,12 @@ def load(
     >>> bool((loaded["params"]["fc2"]["kernel"] == variables["params"]["fc2"]["kernel"]).all())
     True
     """
-    options = {"initialise": initialise, "inflate_flat": inflate_flat, "example": example, "rng": rng}
+    options = {
+        "initialise": initialise,
+        "inflate_flat": inflate_flat,
+        "example": example,
+        "rng": rng,
+    }
     return load_with_report(path, model, **options)[0]  # type: ignore[arg-type]
 
 
@@ -94,7 +99,9 @@ def load_report(path: str | os.PathLike[str], model: nn.Module, **options: Any) 
     return load_with_report(path, model, **options)[1]
 
 
-def load_with_report(path: str | os.PathLike[str], model: nn.Module, **options: Any) -> tuple[dict[str, Any], LoadReport]:
+def load_with_report(
+    path: str | os.PathLike[str], model: nn.Module, **options: Any
+) -> tuple[dict[str, Any], LoadReport]:
     """Both `load` and `load_report`, from one reading of the file."""
     return load_checkpoint(files.read(path), model, **options)
 
@@ -114,7 +121,9 @@ def load_checkpoint(
             raise ValueError(f"initialise must be of {', '.join(map(repr, PARTS))}; got {part!r}.")
     example = example or getattr(model, "example", None)
     if example is None:
-        raise TypeError(f"{type(model).__name__} has no example input; pass example=jax.ShapeDtypeStruct(shape, dtype).")
+        raise TypeError(
+            f"{type(model).__name__} has no example input; pass example=jax.ShapeDtypeStruct(shape, dtype)."
+        )
     expected = flatten(jax.eval_shape(model.init, jax.random.key(0), example))
     source, entries, report = read_names(checkpoint)
     entries = _fold(entries, expected)
@@ -125,15 +134,26 @@ def load_checkpoint(
         report.append(row)
         if problem:
             odd_entries.append(problem)
-    missing = sorted((leaf for leaf in expected if leaf not in found), key=lambda leaf: leaf.startswith("batch_stats"))
+    missing = sorted(
+        (leaf for leaf in expected if leaf not in found),
+        key=lambda leaf: leaf.startswith("batch_stats"),
+    )
     named = {entry.target for entry in entries}
-    odd_leaves = _missing([leaf for leaf in missing if leaf not in named], expected, found, initialise)
+    odd_leaves = _missing(
+        [leaf for leaf in missing if leaf not in named], expected, found, initialise
+    )
     if odd_entries or odd_leaves:
         who = f"{checkpoint.path}, {len(checkpoint.arrays)} arrays named as in {name_of(source)}"
         raise ValueError(_misfit(who, type(model).__name__, odd_entries, odd_leaves))
     left = _initialised(model, example, rng, missing)
-    report += [LoadedWeight("", leaf, (), left[leaf].shape, "left at its initialisation") for leaf in missing]
-    leaves = {leaf: jnp.asarray((found if leaf in found else left)[leaf], expected[leaf].dtype) for leaf in expected}
+    report += [
+        LoadedWeight("", leaf, (), left[leaf].shape, "left at its initialisation")
+        for leaf in missing
+    ]
+    leaves = {
+        leaf: jnp.asarray((found if leaf in found else left)[leaf], expected[leaf].dtype)
+        for leaf in expected
+    }
     return unflatten(leaves), LoadReport(name_of(source), tuple(report))
 
 
@@ -157,24 +177,40 @@ def _fold(entries: list[Entry], expected: Mapping[str, Any]) -> list[Entry]:
         norm, _, leaf = name.rpartition("/")
         frozen = f"params/{norm}/scale" in expected and f"batch_stats/{norm}/var" not in expected
         parts = [
-            by_target.get(path) for path in (f"params/{norm}/scale", f"batch_stats/{norm}/mean", f"batch_stats/{norm}/var")
+            by_target.get(path)
+            for path in (
+                f"params/{norm}/scale",
+                f"batch_stats/{norm}/mean",
+                f"batch_stats/{norm}/var",
+            )
         ]
         gamma, mean, var = (np.asarray(part, np.float64) for part in parts)
-        whole = not any(part is None for part in parts) and gamma.shape == mean.shape == var.shape == entry.array.shape
+        whole = (
+            not any(part is None for part in parts)
+            and gamma.shape == mean.shape == var.shape == entry.array.shape
+        )
         if not frozen or not whole or leaf not in ("scale", "bias", "mean", "var"):
             folded.append(entry)
         elif collection == "batch_stats":
-            folded.append(dataclasses.replace(entry, target="", transform=f"{FOLDED} params/{norm}"))
+            folded.append(
+                dataclasses.replace(entry, target="", transform=f"{FOLDED} params/{norm}")
+            )
         else:
             scale = gamma / np.sqrt(var + FROZEN_EPSILON)
             array = scale if leaf == "scale" else np.asarray(entry.array, np.float64) - mean * scale
             transform = "γ / √(var + ε)" if leaf == "scale" else "β − mean · γ / √(var + ε)"
-            folded.append(dataclasses.replace(entry, array=array.astype(np.float32), transform=transform))
+            folded.append(
+                dataclasses.replace(entry, array=array.astype(np.float32), transform=transform)
+            )
     return folded
 
 
 def _place(
-    entry: Entry, expected: Mapping[str, Any], found: dict[str, Weights], initialise: Sequence[Part], inflate_flat: bool
+    entry: Entry,
+    expected: Mapping[str, Any],
+    found: dict[str, Weights],
+    initialise: Sequence[Part],
+    inflate_flat: bool,
 ) -> tuple[LoadedWeight, str | None]:
     """Put an entry where it belongs; the row of the report, and what is wrong."""
     target, array, transform = entry.target, entry.array, entry.transform
@@ -184,19 +220,36 @@ def _place(
     if not target:
         return nowhere, f"{entry.key} {dims(entry.source_shape)} is no weight of these networks"
     if target not in expected:
-        return nowhere, f"{entry.key} {dims(entry.source_shape)} would be {target}, which the network does not have"
+        return (
+            nowhere,
+            f"{entry.key} {dims(entry.source_shape)} would be {target}, which the network does not have",
+        )
     if target in found:
         return nowhere, f"{entry.key} {dims(entry.source_shape)} is a second {target}"
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        return nowhere, f"{entry.key} is of {array.dtype}; weights are floating point, convert them first"
+        return (
+            nowhere,
+            f"{entry.key} is of {array.dtype}; weights are floating point, convert them first",
+        )
     shape = tuple(expected[target].shape)
-    if array.ndim == 5 and len(shape) == 5 and array.shape[0] == 1 < shape[0] and (entry.flat or inflate_flat):
+    if (
+        array.ndim == 5
+        and len(shape) == 5
+        and array.shape[0] == 1 < shape[0]
+        and (entry.flat or inflate_flat)
+    ):
         array = np.asarray(inflate(jnp.asarray(array[0], expected[target].dtype), shape[0]))
         transform += f", inflated to {shape[0]} frames"
     if array.shape != shape:
         if "classifier" in initialise and target.startswith(CLASSIFIERS):
-            return LoadedWeight(entry.key, "", entry.source_shape, (), f"of another size than {dims(shape)}"), None
-        hint = ". It is flat: pass inflate_flat=True" if array.ndim == 5 and (1, *shape[1:]) == array.shape else ""
+            return LoadedWeight(
+                entry.key, "", entry.source_shape, (), f"of another size than {dims(shape)}"
+            ), None
+        hint = (
+            ". It is flat: pass inflate_flat=True"
+            if array.ndim == 5 and (1, *shape[1:]) == array.shape
+            else ""
+        )
         return (
             nowhere,
             f"{entry.key} {dims(entry.source_shape)} becomes {dims(array.shape)}; {target} has {dims(shape)}{hint}",
@@ -206,7 +259,10 @@ def _place(
 
 
 def _missing(
-    missing: list[str], expected: Mapping[str, Any], found: Mapping[str, Weights], initialise: Sequence[Part]
+    missing: list[str],
+    expected: Mapping[str, Any],
+    found: Mapping[str, Weights],
+    initialise: Sequence[Part],
 ) -> list[str]:
     """What is wrong with leaves that the file does not have: those that are not asked to stay as they are."""
     problems = []
@@ -219,7 +275,9 @@ def _missing(
                 continue  # the norm as a whole is missing, which its scale says
         if part is not None and part in initialise:
             continue
-        hint = f"; to leave {PARTS[part]} as initialised, pass initialise=({part!r},)" if part else ""
+        hint = (
+            f"; to leave {PARTS[part]} as initialised, pass initialise=({part!r},)" if part else ""
+        )
         problems.append(f"{target} {dims(expected[target].shape)} is not in the file{hint}")
     return problems
 

@@ -19,7 +19,9 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 
 @pytest.fixture(scope="module")
 def browser():
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)  # else the one of `playwright install chromium`
+    found = next(
+        filter(None, map(shutil.which, BROWSERS)), None
+    )  # else the one of `playwright install chromium`
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=found, args=list(QUIET))
         yield chromium
@@ -36,7 +38,11 @@ def maps():
 @pytest.fixture(scope="module")
 def file(maps, tmp_path_factory):
     return explore(
-        maps, clips(), tmp_path_factory.mktemp("page") / "explore.html", query=(0, 1, 2), title="Clips & blocks"
+        maps,
+        clips(),
+        tmp_path_factory.mktemp("page") / "explore.html",
+        query=(0, 1, 2),
+        title="Clips & blocks",
     ).file
 
 
@@ -56,7 +62,9 @@ def _opened(browser, file, **options):
     page.goto(file.as_uri())
     page.wait_for_function("pictures.every(picture => picture.complete)")
     yield page
-    assert [text for text in wrong if "getImageData" not in text] == []  # the tests read what was drawn
+    assert [
+        text for text in wrong if "getImageData" not in text
+    ] == []  # the tests read what was drawn
     assert all(url.startswith(("file:", "data:")) for url in asked)
     context.close()
 
@@ -93,7 +101,10 @@ def test_pointing_shows_where_a_position_looks(opened, maps):
     share = float(re.search(r"([\d.]+)% of the weight", said(opened))[1])
     row = np.abs(maps["first"][0].rows((2, 3, 4))).reshape(-1)
     assert share == pytest.approx(100 * row.max() / row.sum(), abs=0.06)
-    assert opened.locator("#caption").inner_text() == "dot product; signed weights f/N, shown as shares of Σ|f|/N; 60 keys."
+    assert (
+        opened.locator("#caption").inner_text()
+        == "dot product; signed weights f/N, shown as shares of Σ|f|/N; 60 keys."
+    )
 
 
 def colours(page, points):
@@ -110,7 +121,10 @@ def show_only(page, *shown):
 def test_all_that_it_shows_is_in_the_map(opened, maps):
     """Every key, its share to the steps in which it is stored, its sign; and what the status says of the largest."""
     for name, query in (("first", (0, 1, 2)), ("first", (3, 5, 9)), ("second", (1, 2, 0))):
-        opened.evaluate("([block, query]) => { show(block); look(query); }", [list(maps).index(name), list(query)])
+        opened.evaluate(
+            "([block, query]) => { show(block); look(query); }",
+            [list(maps).index(name), list(query)],
+        )
         row = maps[name][0].rows(query)[0, 0]
         share = np.abs(row) / np.abs(row).sum()
         shown = np.zeros(row.shape)
@@ -121,14 +135,18 @@ def test_all_that_it_shows_is_in_the_map(opened, maps):
         visible = steps > 1 / 127
         assert (np.sign(shown) == np.sign(row))[visible].all()
         held = np.sort(np.abs(shown).reshape(-1))[::-1][:20]
-        assert said(opened).endswith(f"the {(held > 0).sum()} largest hold {100 * held.sum():.0f}%.")
+        assert said(opened).endswith(
+            f"the {(held > 0).sum()} largest hold {100 * held.sum():.0f}%."
+        )
         assert f"{share.max() * row.size:.1f} × uniform" in said(opened)
 
 
 def test_the_frames_and_the_heat_are_drawn_where_they_belong(opened, maps):
     one, query = maps["first"], (0, 0, 0)
     opened.evaluate("query => look(query)", list(query))
-    keys = np.stack(np.unravel_index(np.arange(60), one.keys), axis=-1)[15:]  # not in frame 0, where the dot is
+    keys = np.stack(np.unravel_index(np.arange(60), one.keys), axis=-1)[
+        15:
+    ]  # not in frame 0, where the dot is
     pixels = to_pixels(one, keys, of="keys").centre.astype(int)
     points = opened.evaluate(
         "pixels => { const at = layout(); return pixels.map(([t, r, c]) => { const [x, y] = corner(t, at); "
@@ -152,7 +170,11 @@ def test_an_arrow_goes_from_the_query_to_the_key(opened, maps):
     opened.locator("#top").fill("1")
     _, key = one[0].top(1, query)
     start, end = (
-        np.array(opened.evaluate("([position, of]) => place(position, of, layout())", [list(map(int, position)), of]))
+        np.array(
+            opened.evaluate(
+                "([position, of]) => place(position, of, layout())", [list(map(int, position)), of]
+            )
+        )
         for position, of in ((query, "queries"), (key[0, 0, 0], "keys"))
     )
     length = np.linalg.norm(end - start)
@@ -181,12 +203,16 @@ def test_the_keys_are_those_of_the_frames_alone(browser, file):
         page.keyboard.press("End")
         page.wait_for_function("scrollY > 0")
         before_scroll = -1
-        while before_scroll != (before_scroll := page.evaluate("scrollY")):  # browsers scroll smoothly
+        while before_scroll != (
+            before_scroll := page.evaluate("scrollY")
+        ):  # browsers scroll smoothly
             page.wait_for_timeout(200)
         assert said(page) == before
         for key in (*"....", *",,,,"):
             page.keyboard.press(key)
-            top, tall = page.evaluate("[view.getBoundingClientRect().top + corner(state.query[0], layout())[1], layout().tall]")
+            top, tall = page.evaluate(
+                "[view.getBoundingClientRect().top + corner(state.query[0], layout())[1], layout().tall]"
+            )
             assert top >= -1
             assert top + tall <= page.locator("#status").bounding_box()["y"] + 1
         assert page.locator("#status").bounding_box()["y"] < 330
@@ -225,14 +251,21 @@ def test_a_block_is_chosen_and_played(opened, maps):
     opened.locator("#play").click()
     assert opened.locator("#play").inner_text() == "Pause"
     for frame in (1, 2, 3, 0):
-        expect(opened.locator("#status")).to_have_text(re.compile(f"^From frame {frame},"), timeout=5000)
+        expect(opened.locator("#status")).to_have_text(
+            re.compile(f"^From frame {frame},"), timeout=5000
+        )
     opened.keyboard.press(" ")  # the button's own
     assert opened.locator("#play").inner_text() == "Play"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_on_a_phone_one_taps(browser, file, maps, scheme):
-    phone = {"viewport": {"width": 390, "height": 780}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
+    phone = {
+        "viewport": {"width": 390, "height": 780},
+        "device_scale_factor": 2,
+        "has_touch": True,
+        "is_mobile": True,
+    }
     for page in _opened(browser, file, color_scheme=scheme, **phone):
         page.touchscreen.tap(*point(page, (3, 4, 8)))
         assert said(page).startswith(sees(maps["first"], (3, 4, 8)))
@@ -245,7 +278,11 @@ def test_on_a_phone_one_taps(browser, file, maps, scheme):
         assert small == 0  # large enough for a finger
         before, touch = said(page), page.context.new_cdp_session(page)
         x, y = point(page, (1, 1, 1))
-        for kind, up in (("touchStart", 0), *(("touchMove", n) for n in range(20, 201, 20)), ("touchEnd", None)):
+        for kind, up in (
+            ("touchStart", 0),
+            *(("touchMove", n) for n in range(20, 201, 20)),
+            ("touchEnd", None),
+        ):
             points = [] if up is None else [{"x": x, "y": y - up}]
             touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
         page.wait_for_timeout(300)
@@ -263,10 +300,15 @@ def test_it_shows_itself_in_a_notebook(browser, file, maps, tmp_path):
     page.close()
 
 
-@pytest.mark.parametrize("name", ["</script><script>document.title='x'</script>", "<img src=x onerror=\"document.title='x'\">"])
+@pytest.mark.parametrize(
+    "name",
+    ["</script><script>document.title='x'</script>", "<img src=x onerror=\"document.title='x'\">"],
+)
 def test_names_cannot_leave_their_place(browser, maps, tmp_path, name):
     page = browser.new_page()
-    page.goto(explore({name: maps["second"]}, clips(), tmp_path / "names.html", title=name).file.as_uri())
+    page.goto(
+        explore({name: maps["second"]}, clips(), tmp_path / "names.html", title=name).file.as_uri()
+    )
     page.wait_for_timeout(100)
     assert page.title() == name
     assert page.locator("#block option").all_text_contents() == [name]
@@ -276,8 +318,14 @@ def test_names_cannot_leave_their_place(browser, maps, tmp_path, name):
 
 def test_maps_of_two_networks_are_compared(browser, maps, tmp_path):
     page = browser.new_page()
-    other = affinities(TwoBlocks("dot_product"), with_weights(TwoBlocks("dot_product"), clips(), 5), clips())["first"]
-    page.goto(explore({"before": maps["first"], "after": other}, clips(), tmp_path / "two.html").file.as_uri())
+    other = affinities(
+        TwoBlocks("dot_product"), with_weights(TwoBlocks("dot_product"), clips(), 5), clips()
+    )["first"]
+    page.goto(
+        explore(
+            {"before": maps["first"], "after": other}, clips(), tmp_path / "two.html"
+        ).file.as_uri()
+    )
     assert page.locator("#block option").all_text_contents() == ["before", "after"]
     assert said(page).startswith(sees(maps["first"], (2, 3, 5)))
     page.locator("#block").select_option("after")
@@ -297,11 +345,15 @@ def test_masked_keys_are_not_counted(maps, browser, tmp_path):
 
 
 def test_large_maps_are_cut_to_their_largest_weights(maps, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("nonlocal_jax.visualize.explore"), "BUDGET", 2 * 240 * 3 * 11)
+    monkeypatch.setattr(
+        importlib.import_module("nonlocal_jax.visualize.page"), "BUDGET", 2 * 240 * 3 * 11
+    )
     page = explore(maps, clips(), tmp_path / "cut.html").file.read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
     assert [block["kept"] for block in data["blocks"]] == [11, 44]
-    assert data["blocks"][0]["caption"].endswith("60 keys; of each position the 11 largest are kept.")
+    assert data["blocks"][0]["caption"].endswith(
+        "60 keys; of each position the 11 largest are kept."
+    )
 
 
 def test_an_image(browser, tmp_path):
@@ -324,9 +376,14 @@ def test_bad_input(maps, tmp_path):
         explore(maps, clips(), tmp_path / "none" / "page.html")
     with pytest.raises(ValueError, match="file must not be a folder; got"):
         explore(maps, clips(), tmp_path)
-    with pytest.raises(ValueError, match=r"query must be one position of the map \(4, 6, 10\) of first; got \(2, 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"query must be one position of the map \(4, 6, 10\) of first; got \(2, 3\)",
+    ):
         explore(maps, clips(), file, query=[(0, 0, 0), (1, 0, 0)])
-    with pytest.raises(IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(9, 0, 0\)"):
+    with pytest.raises(
+        IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(9, 0, 0\)"
+    ):
         explore(maps, clips(), file, query=(9, 0, 0))
     with pytest.raises(ValueError, match="clip must be the one that the network saw"):
         explore(maps, clips()[:, :2], file)

@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nonlocal_jax import ops
-from nonlocal_jax.layers.instantiations import NonLocalOperation, to_rows
+from nonlocal_jax.layers.instantiations import to_rows
+from nonlocal_jax.layers.tap import PairwiseCall, SumLayout, tap
 from nonlocal_jax.types import Array, Instantiation
 from nonlocal_jax.visualize.geometry import Geometry, GeometryError
-from nonlocal_jax.visualize.tracing import applied, geometries, intercepted, numbered, place
+from nonlocal_jax.visualize.tracing import applied, geometries, numbered, place, untraced
 
 MOST_QUERIES = 4096  # of one call of `rows`
 MOST_BYTES = 1 << 30  # of what one call of `rows` returns
@@ -115,7 +116,9 @@ class AffinityMap:
             out[:, wanted[:, None], key_ids] = weights
         return out.reshape(self.batch, len(ids), *self.keys)
 
-    def top(self, k: int, queries: Any = None) -> tuple[Float[np.ndarray, "b q k"], Int[np.ndarray, "b q k axes"]]:
+    def top(
+        self, k: int, queries: Any = None
+    ) -> tuple[Float[np.ndarray, "b q k"], Int[np.ndarray, "b q k axes"]]:
         """The k keys with the largest |f / C| of some positions, or of all; rows are not kept.
 
         Args:
@@ -132,13 +135,18 @@ class AffinityMap:
         """
         k = operator.index(k)
         if not 1 <= k <= self.summed:
-            raise ValueError(f"k must be from 1 to {self.summed}, the keys that each position of {self.block} sums; got {k}.")
+            raise ValueError(
+                f"k must be from 1 to {self.summed}, the keys that each position of {self.block} sums; got {k}."
+            )
         ids = np.arange(math.prod(self.queries)) if queries is None else self.flat(queries)
         weights = np.zeros((self.batch, len(ids), k), np.float32)
         places = np.zeros((self.batch, len(ids), k), np.int64)
         for wanted, key_ids, chunk in self._chunks(ids):
             order = np.asarray(jax.lax.top_k(jnp.abs(chunk), k)[1])
-            weights[:, wanted], places[:, wanted] = np.take_along_axis(chunk, order, axis=-1), key_ids[order]
+            weights[:, wanted], places[:, wanted] = (
+                np.take_along_axis(chunk, order, axis=-1),
+                key_ids[order],
+            )
         return weights, np.stack(np.unravel_index(places, self.keys), axis=-1)
 
     def __getitem__(self, clip: int) -> "AffinityMap":
@@ -148,9 +156,13 @@ class AffinityMap:
         clip %= self.batch
         mask = None if self._key_mask is None else self._key_mask[clip : clip + 1]
         one = slice(clip, clip + 1)
-        return dataclasses.replace(self, batch=1, _theta=self._theta[one], _phi=self._phi[one], _key_mask=mask)
+        return dataclasses.replace(
+            self, batch=1, _theta=self._theta[one], _phi=self._phi[one], _key_mask=mask
+        )
 
-    def chunks(self) -> Iterator[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"], Float[np.ndarray, "b n m"]]]:
+    def chunks(
+        self,
+    ) -> Iterator[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"], Float[np.ndarray, "b n m"]]]:
         """All rows, a few at a time: flat positions of the queries and of the keys that they sum, and their affinities."""
         yield from self._chunks(np.arange(math.prod(self.queries)))
 
@@ -158,7 +170,11 @@ class AffinityMap:
         """Positions (Q, axes) or (axes,) as indices of the map in row-major order. Raises IndexError where one lies outside."""
         queries = np.asarray(queries)
         axes = len(self.queries)
-        if queries.ndim not in (1, 2) or queries.shape[-1] != axes or not np.issubdtype(queries.dtype, np.integer):
+        if (
+            queries.ndim not in (1, 2)
+            or queries.shape[-1] != axes
+            or not np.issubdtype(queries.dtype, np.integer)
+        ):
             raise ValueError(
                 f"queries must be integers, (Q, {axes}) positions of the map {self.queries}; got {queries.dtype} of shape "
                 f"{queries.shape}."
@@ -167,13 +183,17 @@ class AffinityMap:
         outside = ((queries < 0) | (queries >= np.array(self.queries))).any(axis=-1)
         if outside.any():
             query = tuple(map(int, queries[outside][0]))
-            raise IndexError(f"a query must lie inside the map {self.queries} of {self.block}; got {query}.")
+            raise IndexError(
+                f"a query must lie inside the map {self.queries} of {self.block}; got {query}."
+            )
         return np.ravel_multi_index(tuple(queries.T), self.queries)
 
     def single(self, query: Any) -> tuple[int, ...]:
         """One position, as integers. Raises ValueError for several, IndexError outside of the map."""
         if len(self.flat(query)) != 1:
-            raise ValueError(f"query must be one position of the map {self.queries} of {self.block}; got {np.shape(query)}.")
+            raise ValueError(
+                f"query must be one position of the map {self.queries} of {self.block}; got {np.shape(query)}."
+            )
         return tuple(np.asarray(query).reshape(-1).tolist())
 
     def _chunks(self, ids: Any) -> Iterator[tuple[Any, Any, Any]]:
@@ -187,9 +207,13 @@ class AffinityMap:
                 chunk = wanted[at : at + size]
                 mask = None if self._key_mask is None else self._key_mask[:, o]
                 theta, phi = self._theta[:, o, order[chunk] % n], self._phi[:, o]
-                weights = np.asarray(_affinity(self.instantiation, theta, phi, self._w_f, self._scale, mask))
+                weights = np.asarray(
+                    _affinity(self.instantiation, theta, phi, self._w_f, self._scale, mask)
+                )
                 if not np.isfinite(weights).all():
-                    query = np.unravel_index(ids[chunk[np.nonzero(~np.isfinite(weights))[1][0]]], self.queries)
+                    query = np.unravel_index(
+                        ids[chunk[np.nonzero(~np.isfinite(weights))[1][0]]], self.queries
+                    )
                     raise ValueError(
                         f"affinities must be finite; those of {self.block} at {tuple(map(int, query))} are NaN or infinity. "
                         "Look at the weights and at the clip."
@@ -198,7 +222,9 @@ class AffinityMap:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _affinity(instantiation: Instantiation, theta: Array, phi: Array, w_f: Any, scale: Any, key_mask: Any) -> Array:
+def _affinity(
+    instantiation: Instantiation, theta: Array, phi: Array, w_f: Any, scale: Any, key_mask: Any
+) -> Array:
     options = {"scale": scale} if instantiation == "embedded_gaussian" else {}
     return ops.affinity(instantiation, theta, phi, w_f, key_mask=key_mask, **options)
 
@@ -241,27 +267,39 @@ def affinities(
     ((6, 6), 1.0)
     """
     if jnp.ndim(clip) < 3:
-        raise ValueError(f"clip must have shape (B, *positions, C), as the model takes it; got {jnp.shape(clip)}.")
+        raise ValueError(
+            f"clip must have shape (B, *positions, C), as the model takes it; got {jnp.shape(clip)}."
+        )
     clip = jnp.asarray(clip)
     apply, variables = applied(model, variables)
     calls: list[_Call] = []
 
     def run(variables: Any, clip: Array) -> list[Any]:
         calls.clear()
-        with intercepted(functools.partial(_record, calls)):
-            sown = apply(variables, clip, mutable=["intermediates"], **kwargs)[1].get("intermediates", {})
+        with untraced(), tap(functools.partial(_record, calls)):
+            sown = apply(variables, clip, mutable=["intermediates"], **kwargs)[1].get(
+                "intermediates", {}
+            )
         return [call.pairs(sown if isinstance(model, nn.Module) else None) for call in calls]
 
     def of_wanted(variables: Any, clip: Array) -> dict[str, Any]:
-        return {call.block: pairs for call, pairs in zip(calls, run(variables, clip), strict=True) if call.block in wanted}
+        return {
+            call.block: pairs
+            for call, pairs in zip(calls, run(variables, clip), strict=True)
+            if call.block in wanted
+        }
 
     jax.eval_shape(run, variables, clip)
     if not calls:
-        raise NoBlocksError(f"the model must have non-local blocks; {type(model).__name__} has none.")
+        raise NoBlocksError(
+            f"the model must have non-local blocks; {type(model).__name__} has none."
+        )
     names = [call.block for call in calls]
     wanted = names if blocks is None else [blocks] if isinstance(blocks, str) else list(blocks)
     if unknown := [name for name in wanted if name not in names]:
-        raise ValueError(f"blocks must be among {', '.join(names)}; got {', '.join(map(repr, unknown))}.")
+        raise ValueError(
+            f"blocks must be among {', '.join(names)}; got {', '.join(map(repr, unknown))}."
+        )
     try:  # under jit, what is sown beside the pairs (the N×M maps) is never computed
         kept = jax.jit(of_wanted)(variables, clip)
     except jax.errors.UnexpectedTracerError as error:
@@ -274,7 +312,11 @@ def affinities(
         paths = geometries(apply, variables, clip, **kwargs)
     except Exception as error:  # whatever a model raises
         missing = GeometryError(f"the network cannot be traced with one clip: {error}")
-    return {call.block: _map(call, kept[call.block], paths.get(call.block, missing)) for call in calls if call.block in wanted}
+    return {
+        call.block: _map(call, kept[call.block], paths.get(call.block, missing))
+        for call in calls
+        if call.block in wanted
+    }
 
 
 @dataclasses.dataclass
@@ -283,10 +325,10 @@ class _Call:
 
     name: str  # of the block
     index: int  # of the run, where the block runs again
-    operation: Any
-    grid: tuple[int, ...]
-    instantiation: Instantiation = "embedded_gaussian"
-    arrays: Any = None  # θ, φ, the mask of the keys, the parameters of f, and the scale
+    path: tuple[str, ...]  # of the operation
+    instantiation: Instantiation
+    layout: SumLayout
+    arrays: Any  # θ, φ, the mask of the keys, w_f, and the scale
 
     @property
     def block(self) -> str:
@@ -298,48 +340,40 @@ class _Call:
         if sown is None:
             return self.arrays
         try:
-            found = functools.reduce(operator.getitem, self.operation.path, sown)["pairs"][self.index]
+            found = functools.reduce(operator.getitem, self.path, sown)["pairs"][self.index]
         except (LookupError, TypeError):
             found = None
         if found is None or found[0].shape != self.arrays[0].shape:
-            raise ValueError(f"blocks must not be inside nn.scan, nn.vmap or nnx.bridge.ToLinen; {self.block} is.")
+            raise ValueError(
+                f"blocks must not be inside nn.scan, nn.vmap or nnx.bridge.ToLinen; {self.block} is."
+            )
         return found
 
 
-def _record(calls: list[_Call], call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-    """An interceptor of methods that writes down each run of a non-local operation."""
-    module: Any = context.module
-    if not isinstance(module, NonLocalOperation):
-        return call(*args, **kwargs)
-    match context.method_name:
-        case "__call__":
-            name = place(module)
-            if module.axis_name is not None:
-                raise ValueError(f"{name} must not be split over devices; got axis_name={module.axis_name!r}.")
-            before = sum(one.name == name for one in calls)
-            calls.append(_Call(name, before, module, args[0].shape[1:-1]))
-            with jax.disable_jit(False):  # loops are not unrolled
-                return call(*args, **kwargs)
-        case "_respond":
-            theta, phi, _, key_mask, _ = args
-            calls[-1].arrays = (theta, phi, key_mask)
-        case "_pairwise":
-            calls[-1].instantiation, parameters, options = out = call(*args, **kwargs)
-            calls[-1].arrays = (*calls[-1].arrays, parameters, options.get("scale", 1.0))
-            module.sow("intermediates", "pairs", calls[-1].arrays)
-            return out
-    return call(*args, **kwargs)
+def _record(calls: list[_Call], call: PairwiseCall) -> Array:
+    """Writes down each run of a non-local operation."""
+    name = place(call.block or call.module)
+    axis_name = getattr(call.module, "axis_name", None)
+    if axis_name is not None:
+        raise ValueError(f"{name} must not be split over devices; got axis_name={axis_name!r}.")
+    layout = call.layout or SumLayout((call.theta.shape[-2],), (1,))
+    arrays = (call.theta, call.phi, call.key_mask, call.w_f, call.scale)
+    index = sum(one.name == name for one in calls)
+    calls.append(_Call(name, index, call.module.path, call.instantiation, layout, arrays))
+    call.module.sow("intermediates", "pairs", arrays)
+    with jax.disable_jit(False):  # loops are not unrolled
+        return call.respond()
 
 
 def _map(call: _Call, pairs: Any, geometry: Geometry | GeometryError) -> AffinityMap:
-    theta, phi, key_mask, parameters, scale = pairs
-    operation, grid = call.operation, call.grid
-    window = operation.subsampling(grid)
-    keys = tuple(n // size for n, size in zip(grid, window, strict=True))
-    groups = None if operation.group_size is None else grid[0] // operation.group_size
+    theta, phi, key_mask, w_f, scale = pairs
+    layout = call.layout
+    keys = tuple(n // size for n, size in zip(layout.positions, layout.window, strict=True))
 
     def ids(size: tuple[int, ...]) -> Any:
-        flat = np.asarray(to_rows(jnp.arange(math.prod(size)).reshape(1, *size, 1), operation.axes, groups))
+        flat = np.asarray(
+            to_rows(jnp.arange(math.prod(size)).reshape(1, *size, 1), layout.axes, layout.groups)
+        )
         return flat.reshape(-1, flat.shape[-2])
 
     def rows(x: Array) -> Array:
@@ -348,16 +382,16 @@ def _map(call: _Call, pairs: Any, geometry: Geometry | GeometryError) -> Affinit
     return AffinityMap(
         block=call.block,
         instantiation=call.instantiation,
-        queries=grid,
+        queries=layout.positions,
         keys=keys,
-        window=window,
+        window=layout.window,
         batch=theta.shape[0],
         _geometry=geometry,
         _theta=rows(theta),
         _phi=rows(phi),
-        _w_f=parameters[0] if parameters else None,
+        _w_f=w_f,
         _key_mask=None if key_mask is None else rows(key_mask[..., None])[..., 0],
         _scale=scale,
-        _query_ids=ids(grid),
+        _query_ids=ids(layout.positions),
         _key_ids=ids(keys),
     )

@@ -16,7 +16,14 @@ from nonlocal_jax.weights import export, load, load_report, save
 from nonlocal_jax.weights.names import flatten
 
 # The names of a source, and whether it has non-local blocks.
-VIDEO = {"nonlocal_jax": True, "caffe2": True, "slowfast": True, "mmaction2": True, "pytorchvideo": False, "torchvision": False}
+VIDEO = {
+    "nonlocal_jax": True,
+    "caffe2": True,
+    "slowfast": True,
+    "mmaction2": True,
+    "pytorchvideo": False,
+    "torchvision": False,
+}
 PLAIN = samples.network()
 WITH_BLOCKS = samples.network(blocks=samples.BLOCKS)
 
@@ -38,7 +45,9 @@ def test_what_is_saved_is_loaded(names, path):
     assert load_report(path, model).source == names
 
 
-@pytest.mark.parametrize("names", ["nonlocal_jax", "non_local_pytorch", "non_local_pytorch (first version)"])
+@pytest.mark.parametrize(
+    "names", ["nonlocal_jax", "non_local_pytorch", "non_local_pytorch (first version)"]
+)
 @pytest.mark.parametrize("instantiation", ["gaussian", "embedded_gaussian", "concatenation"])
 def test_digits(names, instantiation, path):
     model = nl.models.non_local_pytorch_mnist(instantiation)
@@ -51,7 +60,12 @@ def test_concatenation_of_mmaction2(path):
     model = samples.network(blocks=samples.BLOCKS, preset="mmcv", instantiation="concatenation")
     variables = samples.weights(model)
     arrays = export(variables, "mmaction2")
-    assert arrays["backbone.layer2.1.non_local_block.concat_project.conv.weight"].shape == (1, 512, 1, 1)
+    assert arrays["backbone.layer2.1.non_local_block.concat_project.conv.weight"].shape == (
+        1,
+        512,
+        1,
+        1,
+    )
     # Without pooling, its names of φ and g are others.
     spelled = {re.sub(r"\.(phi|g)\.0\.", r".\1.", name): a for name, a in arrays.items()}
     assert spelled.keys() != arrays.keys()
@@ -63,9 +77,13 @@ def test_pickle_of_caffe2(layout, path):
     variables = samples.weights(WITH_BLOCKS)
     arrays = export(variables, "caffe2")
     more = {"conv1_w_momentum": arrays["conv1_w"], "lr": np.float32(0.01), "model_iter": 400_000}
-    path.write_bytes(pickle.dumps({"blobs": arrays | more} if layout == "blobs" else arrays | more, protocol=2))
+    path.write_bytes(
+        pickle.dumps({"blobs": arrays | more} if layout == "blobs" else arrays | more, protocol=2)
+    )
     samples.assert_equal(load(path, WITH_BLOCKS), variables)
-    ignored = {w.source: w.transform for w in load_report(path, WITH_BLOCKS).weights if not w.target}
+    ignored = {
+        w.source: w.transform for w in load_report(path, WITH_BLOCKS).weights if not w.target
+    }
     assert ignored == dict.fromkeys(more, "training state")
 
 
@@ -92,7 +110,9 @@ def test_folder_of_orbax(tmp_path):
 
 
 def test_half_precision_becomes_the_networks(path):
-    half = {name: a.astype(np.float16) for name, a in export(samples.weights(PLAIN), "slowfast").items()}
+    half = {
+        name: a.astype(np.float16) for name, a in export(samples.weights(PLAIN), "slowfast").items()
+    }
     loaded = load(samples.write(path, half), PLAIN)
     expected = half["head.projection.weight"].T.astype(np.float32)
     np.testing.assert_array_equal(loaded["params"]["head"]["kernel"], expected)
@@ -108,12 +128,17 @@ def test_running_statistics_are_folded_into_a_frozen_network(names, path):
     assert loaded.keys() == expected.keys()
     for name, leaf in expected.items():
         np.testing.assert_allclose(loaded[name], leaf, rtol=1e-6, atol=1e-6, err_msg=name)
-    assert np.abs(loaded["params/conv1_norm/scale"] - variables["params"]["conv1_norm"]["scale"]).max() > 0.1
+    assert (
+        np.abs(loaded["params/conv1_norm/scale"] - variables["params"]["conv1_norm"]["scale"]).max()
+        > 0.1
+    )
 
 
 def test_frozen_file_of_frozen_network(path):
     """The released networks of long clips: affine maps, and no norm in the non-local blocks."""
-    model = samples.network(blocks=samples.BLOCKS, preset="caffe2", frozen_bn=True, block_options={"norm": None})
+    model = samples.network(
+        blocks=samples.BLOCKS, preset="caffe2", frozen_bn=True, block_options={"norm": None}
+    )
     variables = samples.weights(model)
     save(path, variables, names="caffe2")
     samples.assert_equal(load(path, model), variables)
@@ -126,7 +151,9 @@ def image_file(path, kind="c2d"):
     """Of an image network, whose kernels have no axis of time; and the variables of the same network of videos."""
     variables = samples.weights(samples.network(kind))
     arrays = export(variables, "torchvision")
-    return samples.write(path, {name: a[:, :, 0] if a.ndim == 5 else a for name, a in arrays.items()}), variables
+    return samples.write(
+        path, {name: a[:, :, 0] if a.ndim == 5 else a for name, a in arrays.items()}
+    ), variables
 
 
 @pytest.mark.parametrize("kind", ["c2d", "i3d_3x1x1", "i3d_3x3x3"])
@@ -155,7 +182,9 @@ def test_static_clip_gets_the_answer_of_the_image(kind, path):
 
     def res2(kind):
         model = samples.network(kind)
-        run = jax.jit(lambda v: model.apply(v, clip, mutable=["intermediates"])[1]["intermediates"]["res2"][0])
+        run = jax.jit(
+            lambda v: model.apply(v, clip, mutable=["intermediates"])[1]["intermediates"]["res2"][0]
+        )
         return np.asarray(run(load(path, model)))
 
     of_image, of_video = res2("c2d"), res2(kind)
@@ -167,7 +196,10 @@ def test_flat_video_kernels_are_inflated_on_request(path):
     flat = samples.weights(samples.network("c2d"))
     save(path, flat, names="slowfast")
     message = samples.error_of(path, samples.network("i3d_3x1x1"))
-    assert "s1.pathway0_stem.conv.weight 64×3×1×7×7 becomes 1×7×7×3×64; params/conv1/kernel has 5×7×7×3×64" in message
+    assert (
+        "s1.pathway0_stem.conv.weight 64×3×1×7×7 becomes 1×7×7×3×64; params/conv1/kernel has 5×7×7×3×64"
+        in message
+    )
     assert "It is flat: pass inflate_flat=True" in message
     loaded = load(path, samples.network("i3d_3x1x1"), inflate_flat=True)
     expected = nl.weights.inflate(jnp.asarray(flat["params"]["conv1"]["kernel"][0]), 5)
@@ -180,7 +212,9 @@ def test_half_precision_is_inflated_in_float32(path):
     half = {name: a.astype(np.float16) for name, a in nl.weights.read(path).arrays.items()}
     loaded = load(samples.write(path, half), samples.network())
     expected = flat["params"]["conv1"]["kernel"].astype(np.float16).astype(np.float32)
-    np.testing.assert_allclose(loaded["params"]["conv1"]["kernel"].sum(0, keepdims=True), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        loaded["params"]["conv1"]["kernel"].sum(0, keepdims=True), expected, rtol=1e-6
+    )
 
 
 # What the file does not have.
@@ -190,29 +224,42 @@ def test_classifier_of_another_size(path):
     variables = samples.weights(PLAIN)
     save(path, variables, names="slowfast")
     other = samples.network(num_classes=11)
-    assert "head.projection.weight 7×2048 becomes 2048×7; params/head/kernel has 2048×11" in samples.error_of(path, other)
+    assert (
+        "head.projection.weight 7×2048 becomes 2048×7; params/head/kernel has 2048×11"
+        in samples.error_of(path, other)
+    )
     loaded = load(path, other, initialise=("classifier",), rng=jax.random.key(5))
     other_key = load(path, other, initialise=("classifier",))
     assert (other_key["params"]["head"]["kernel"] != loaded["params"]["head"]["kernel"]).any()
     assert float(loaded["params"]["head"]["kernel"].std()) == pytest.approx(0.01, rel=0.1)
     assert not loaded["params"]["head"]["bias"].any()
     samples.assert_equal(samples.without(loaded, "/head/"), samples.without(variables, "/head/"))
-    reasons = {w.source: w.transform for w in load_report(path, other, initialise=("classifier",)).weights}
+    reasons = {
+        w.source: w.transform for w in load_report(path, other, initialise=("classifier",)).weights
+    }
     assert reasons["head.projection.weight"] == "of another size than 2048×11"
 
 
 def test_classifier_is_loaded_where_it_fits(path):
     variables = samples.weights(PLAIN)
     save(path, variables)
-    samples.assert_equal(load(path, PLAIN, initialise=("classifier", "nonlocal", "statistics")), variables)
+    samples.assert_equal(
+        load(path, PLAIN, initialise=("classifier", "nonlocal", "statistics")), variables
+    )
 
 
 def test_without_a_classifier(path):
     save(path, samples.without(samples.weights(PLAIN), "/head/"))
     message = samples.error_of(path, PLAIN)
-    assert "params/head/kernel 2048×7 is not in the file; to leave the last layer as initialised, pass " in message
+    assert (
+        "params/head/kernel 2048×7 is not in the file; to leave the last layer as initialised, pass "
+        in message
+    )
     assert "initialise=('classifier',)" in message
-    assert load(path, PLAIN, initialise=("classifier",))["params"]["head"]["kernel"].shape == (2048, 7)
+    assert load(path, PLAIN, initialise=("classifier",))["params"]["head"]["kernel"].shape == (
+        2048,
+        7,
+    )
 
 
 def test_blocks_that_the_file_does_not_have_start_as_the_identity(path):
@@ -256,7 +303,9 @@ def test_suffix_does_not_count(tmp_path):
     model = nl.models.non_local_pytorch_mnist()
     variables = samples.weights(model)
     path = tmp_path / "net.pkl"
-    arrays = {name: np.asarray(a, order="C") for name, a in export(variables, "non_local_pytorch").items()}
+    arrays = {
+        name: np.asarray(a, order="C") for name, a in export(variables, "non_local_pytorch").items()
+    }
     path.write_bytes(forge.zip_of(arrays))
     samples.assert_equal(load(path, model), variables)
 
@@ -267,4 +316,6 @@ def test_model_without_an_example(path):
     save(path, variables)
     with pytest.raises(TypeError, match=r"Dense has no example input; pass example="):
         load(path, model)
-    samples.assert_equal(load(path, model, example=jax.ShapeDtypeStruct((1, 3), jnp.float32)), variables)
+    samples.assert_equal(
+        load(path, model, example=jax.ShapeDtypeStruct((1, 3), jnp.float32)), variables
+    )

@@ -14,10 +14,10 @@ from nonlocal_jax.models import VideoResNet
 from nonlocal_jax.weights import files
 from nonlocal_jax.weights.by_definition import against_definition, or_infinite
 from nonlocal_jax.weights.entries import name_of, read_names, strip_prefix
-from nonlocal_jax.weights.load import FROZEN_EPSILON, load_checkpoint
+from nonlocal_jax.weights.loading import FROZEN_EPSILON, load_checkpoint
 from nonlocal_jax.weights.names import Source, Weights, flatten, unflatten
 from nonlocal_jax.weights.report import LoadedWeight, LoadReport, dims, table
-from nonlocal_jax.weights.save import export
+from nonlocal_jax.weights.saving import export
 
 TOLERANCE = 1e-4
 
@@ -62,16 +62,25 @@ class Verification:
     def largest(self) -> dict[str, tuple[float, str]]:
         """The largest difference of the weights, of the layers and of the stages, and where it is."""
         each = {
-            "weights": [(layer.weights, layer.place) for layer in self.layers if layer.weights is not None],
-            "layers": [(layer.output, layer.place) for layer in self.layers if layer.output is not None],
+            "weights": [
+                (layer.weights, layer.place) for layer in self.layers if layer.weights is not None
+            ],
+            "layers": [
+                (layer.output, layer.place) for layer in self.layers if layer.output is not None
+            ],
             "stages": [(difference, name) for name, difference in self.stages.items()],
         }
-        return {name: max(found, key=lambda pair: pair[0], default=(0.0, "nothing")) for name, found in each.items()}
+        return {
+            name: max(found, key=lambda pair: pair[0], default=(0.0, "nothing"))
+            for name, found in each.items()
+        }
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong and no difference exceeds the tolerance."""
-        return not self.problems and all(difference <= self.tolerance for difference, _ in self.largest.values())
+        return not self.problems and all(
+            difference <= self.tolerance for difference, _ in self.largest.values()
+        )
 
     def __str__(self) -> str:
         header = ("layer", "arrays", "shape", ">weights − file", ">output − definition")
@@ -86,11 +95,18 @@ class Verification:
             for layer in self.layers
         ]
         stages = [(name, _number(difference)) for name, difference in self.stages.items()]
-        largest = [f"largest difference, {name}: {_number(d)} ({place})" for name, (d, place) in self.largest.items()]
+        largest = [
+            f"largest difference, {name}: {_number(d)} ({place})"
+            for name, (d, place) in self.largest.items()
+        ]
         return "\n".join(
             [
                 table("Layer by layer, relative to the largest value", header, rows),
-                table("The whole network on a random clip", ("stage", ">as it runs − by definition"), stages),
+                table(
+                    "The whole network on a random clip",
+                    ("stage", ">as it runs − by definition"),
+                    stages,
+                ),
                 self.report.summary,
                 *largest,
                 *(f"wrong: {problem}" for problem in self.problems),
@@ -148,14 +164,22 @@ def verify(
     layers = []
     for place in dict.fromkeys([*of_layers, *map(_place, of_weights)]):
         output = of_layers.get(place)
-        own = {target: difference for target, difference in of_weights.items() if _place(target) == place}
+        own = {
+            target: difference
+            for target, difference in of_weights.items()
+            if _place(target) == place
+        }
         shapes = tuple(leaves[target].shape for target in own)
         if own or output is not None:
             layers.append(LayerCheck(place, shapes, max(own.values(), default=None), output))
-    return Verification(report, tuple(layers), of_stages, tuple(_problems(checkpoint, report, leaves)), tolerance)
+    return Verification(
+        report, tuple(layers), of_stages, tuple(_problems(checkpoint, report, leaves)), tolerance
+    )
 
 
-def _problems(checkpoint: files.Checkpoint, report: LoadReport, leaves: Mapping[str, Weights]) -> list[str]:
+def _problems(
+    checkpoint: files.Checkpoint, report: LoadReport, leaves: Mapping[str, Weights]
+) -> list[str]:
     """Numbers that are not finite, and what the report leaves out or has twice."""
     problems = [
         f"{target} has {n} values that are not finite"
@@ -163,19 +187,24 @@ def _problems(checkpoint: files.Checkpoint, report: LoadReport, leaves: Mapping[
         if (n := int((~np.isfinite(leaf)).sum()))
     ]
     sources, targets = (
-        [row for row in rows if row] for rows in zip(*((w.source, w.target) for w in report.weights), strict=True)
+        [row for row in rows if row]
+        for rows in zip(*((w.source, w.target) for w in report.weights), strict=True)
     )
     for what, wanted, got in (
         ("entry", [*checkpoint.arrays, *checkpoint.ignored], sources),
         ("leaf", list(leaves), targets),
     ):
         if sorted(wanted) != sorted(got):
-            odd = sorted(set(wanted).symmetric_difference(got)) or sorted(name for name in set(got) if got.count(name) > 1)
+            odd = sorted(set(wanted).symmetric_difference(got)) or sorted(
+                name for name in set(got) if got.count(name) > 1
+            )
             problems.append(f"the {what} {odd[0]} is not accounted for exactly once")
     return problems
 
 
-def _against_file(checkpoint: files.Checkpoint, report: LoadReport, leaves: Mapping[str, Weights]) -> dict[str, float]:
+def _against_file(
+    checkpoint: files.Checkpoint, report: LoadReport, leaves: Mapping[str, Weights]
+) -> dict[str, float]:
     """For every leaf from the file, how far it is from what the file says."""
     source, entries, _ = read_names(checkpoint)
     by_target = {entry.target: entry.array for entry in entries}
@@ -186,15 +215,23 @@ def _against_file(checkpoint: files.Checkpoint, report: LoadReport, leaves: Mapp
             if expected is not None:
                 differences[row.target] = _relative(leaves[row.target], expected)
             else:
-                differences[row.target] = _back(source, row, leaves[row.target], checkpoint.arrays[row.source])
+                differences[row.target] = _back(
+                    source, row, leaves[row.target], checkpoint.arrays[row.source]
+                )
     return differences
 
 
-def _folded(target: str, by_target: Mapping[str, Weights], leaves: Mapping[str, Weights]) -> Weights | None:
+def _folded(
+    target: str, by_target: Mapping[str, Weights], leaves: Mapping[str, Weights]
+) -> Weights | None:
     """What an affine map should be where the file has running statistics and the network none; else None."""
     norm, _, leaf = target.removeprefix("params/").rpartition("/")
     names = [f"params/{norm}/scale", f"batch_stats/{norm}/mean", f"batch_stats/{norm}/var"]
-    if leaf not in ("scale", "bias") or names[2] in leaves or not all(name in by_target for name in names):
+    if (
+        leaf not in ("scale", "bias")
+        or names[2] in leaves
+        or not all(name in by_target for name in names)
+    ):
         return None
     gamma, mean, var = (np.asarray(by_target[name], np.float64) for name in names)
     scale = gamma / np.sqrt(var + FROZEN_EPSILON)
@@ -208,7 +245,9 @@ def _back(source: Source | None, row: LoadedWeight, leaf: Weights, theirs: Weigh
     except ValueError:
         return math.inf
     key = strip_prefix(row.source)
-    if name != key and (source is None or source.to_ours(name) != source.to_ours(key)):  # some weights have two spellings
+    if name != key and (
+        source is None or source.to_ours(name) != source.to_ours(key)
+    ):  # some weights have two spellings
         return math.inf
     if array.size != theirs.size:  # inflated
         array = array.sum(0 if source is None else 2, dtype=np.float64)
@@ -221,14 +260,22 @@ def _relative(array: Weights, expected: Weights) -> float:
     with np.errstate(invalid="ignore"):
         same = (array == expected) | (np.isnan(array) & np.isnan(expected))
         difference = np.where(same, 0.0, np.abs(array - expected)).max(initial=0.0)
-    return or_infinite(difference / (np.abs(expected).max(initial=0.0) or 1.0)) if difference else 0.0
+    return (
+        or_infinite(difference / (np.abs(expected).max(initial=0.0) or 1.0)) if difference else 0.0
+    )
 
 
 def _shape(model: nn.Module, example: jax.ShapeDtypeStruct | None) -> tuple[int, ...]:
     """A clip that has 4 frames from res3 on; of other networks, their example."""
     if isinstance(model, VideoResNet):
         layout = model.layout
-        return (2, 4 * layout.conv1_stride * layout.pool1.strides[0] * layout.pool2.strides[0], 64, 48, 3)
+        return (
+            2,
+            4 * layout.conv1_stride * layout.pool1.strides[0] * layout.pool2.strides[0],
+            64,
+            48,
+            3,
+        )
     return tuple((example or model.example).shape)  # type: ignore[attr-defined]
 
 
