@@ -35,12 +35,12 @@ _ARGUMENTS = {
     "g": "The values (..., M, e).",
     "w_f": "The weights (2d,) that project a pair to a number: first those of θ, then those of φ.",
     "scale": "Factor of the logits: 1 in the paper, d^-0.5 in video-nonlocal-net and PySlowFast.",
-    "key_mask": "Mask (..., M) of bool, True for a real key. A masked key is left out of the sum and"
-    " of C(x), whatever it contains; as a query, the same position still needs finite features.",
-    "implementation": "How the sum is computed, which does not change the result: a name in the table"
-    ' of `nonlocal_jax.ops`, or "auto".',
-    "axis_name": "Name of the mapped axis over whose devices the positions are split. Queries, keys,"
-    " values and mask are then this device's, and the sum runs over the keys of all devices.",
+    "key_mask": "Mask (..., M) of bool, True for a real key. A masked key is left out of the sum "
+    "and of C(x), whatever it contains; as a query, the same position still needs finite features.",
+    "implementation": "How the sum is computed, which does not change the result: a name in the "
+    "table of `nonlocal_jax.ops`, or 'auto'.",
+    "axis_name": "Name of the mapped axis over whose devices the positions are split. Queries, "
+    "keys, values and mask are then this device's, and the sum runs over the keys of all devices.",
 }
 _RETURNS_AND_RAISES = """\
 Returns:

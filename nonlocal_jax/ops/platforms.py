@@ -18,7 +18,7 @@ class Platform(NamedTuple):
     bandwidth: float
     cache: int
 
-    def seconds(self, flops: float, moved: float) -> float:
+    def seconds(self, flops: int | float, moved: int | float) -> float:
         """Forecasts the time of `flops` FLOPs and of `moved` bytes of traffic to memory."""
         return flops / self.flops + moved / self.bandwidth
 
