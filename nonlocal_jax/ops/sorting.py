@@ -1,4 +1,4 @@
-"""Sorts of unsigned integers, which XLA sorts faster than floats or pairs, and lookups by index."""
+"""Sorting and lookups for `sorted_keys`, by unsigned integers, which XLA sorts the fastest."""
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,9 @@ def argsort(x: Array, sort_bits: int, width: int | None = None) -> Array:
         row_mask = jnp.dtype(f"uint{sort_bits}").type((1 << row_bits) - 1)
         rows = places = lax.iota(row_mask.dtype, x.size)
         for shift in range(0, width or 8 * x.dtype.itemsize, digit_bits):
-            digit = (take(x, rows) >> shift).astype(row_mask.dtype) << row_bits
-            rows = take(rows, lax.sort(digit | places, is_stable=False) & row_mask)
+            # With the index in them, the integers are distinct, so an unstable sort is stable here.
+            digit = (take(x, rows) >> shift).astype(row_mask.dtype)
+            packed = digit << row_bits | places
+            order = lax.sort(packed, is_stable=False) & row_mask
+            rows = take(rows, order)
         return rows.astype(jnp.int32)

@@ -11,7 +11,8 @@ import pytest
 
 from nonlocal_jax import ops
 from nonlocal_jax.ops import kernels
-from nonlocal_jax.ops.kernels import sorted_keys, streaming
+from nonlocal_jax.ops.kernels import dense, sorted_keys, streaming
+from nonlocal_jax.ops.kernels.row import Forecast, Kernel
 from nonlocal_jax.ops.platforms import host_platform
 
 LIMITS = streaming.LIMITS[host_platform()]
@@ -85,3 +86,13 @@ def sorted_row(name, **settings):
     """Returns a row that sorts with settings unlike the platform's."""
     respond = functools.partial(sorted_keys.respond, settings=SETTINGS._replace(**settings))
     return dataclasses.replace(sorted_keys.KERNEL, name=name, respond=respond)
+
+
+# A whole new implementation: three times the dot product, for fewer than 512 channels, in no time.
+TOY = Kernel(
+    name="toy",
+    instantiations=("dot_product",),
+    respond=lambda operands, platform: 3 * dense.respond(operands, platform),
+    cost=lambda sizes, platform: Forecast((1, 2), (3, 4), 0.0),
+    refusal=lambda sizes, platform: None if sizes.d < 512 else "a toy takes few channels",
+)

@@ -1,14 +1,12 @@
-"""Which implementation is taken, what is said about it, and how a new one is added."""
+"""Which implementation is chosen, how the choice is explained, and how a new one is added."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops.operands import call, make_operands, registered
+from ops.operands import TOY, call, make_operands, registered
 
 from nonlocal_jax import ops
-from nonlocal_jax.ops.kernels import dense
-from nonlocal_jax.ops.kernels.row import Forecast, Kernel
 
 
 def shaped(*shape, dtype=jnp.float32):
@@ -96,22 +94,13 @@ def test_unavailable_implementations_say_why_and_what_is_available(function, mes
         function()
 
 
-TOY = Kernel(
-    name="toy",
-    instantiations=("dot_product",),
-    respond=lambda operands, platform: 3 * dense.respond(operands, platform),
-    cost=lambda sizes, platform: Forecast((1, 2), (3, 4), 0.0),
-    refusal=lambda sizes, platform: None if sizes.d < 512 else "a toy takes few channels",
-)
-
-
 def test_a_new_kernel_is_one_row():
-    ones = jnp.ones((1, 2, 3))
+    rows = jnp.ones((1, 2, 3))
     with registered(TOY):
         for implementation in ("toy", "auto"):  # "auto" takes it because its forecast is 0 s
-            y = ops.dot_product(ones, ones, ones, implementation=implementation)
+            y = ops.dot_product(rows, rows, rows, implementation=implementation)
             np.testing.assert_array_equal(y, jnp.full((1, 2, 3), 9.0))
-        explanation = ops.explain("dot_product", ones, ones, ones)
+        explanation = ops.explain("dot_product", rows, rows, rows)
         assert explanation.implementation == "toy"
         assert "\ntoy" in str(explanation)
         refused = ops.explain("dot_product", *RES4, platform="cpu")
@@ -120,6 +109,6 @@ def test_a_new_kernel_is_one_row():
         with pytest.raises(ValueError, match=r"'toy' is not available here: a toy takes few chan"):
             ops.explain("dot_product", *RES4, implementation="toy")
         with pytest.raises(ValueError, match=r"of gaussian must be one of .*; got 'toy'"):
-            ops.gaussian(ones, ones, ones, implementation="toy")
+            ops.gaussian(rows, rows, rows, implementation="toy")
     with pytest.raises(ValueError, match=r"must be one of 'auto', 'dense', 'reassociated'; got"):
-        ops.dot_product(ones, ones, ones, implementation="toy")
+        ops.dot_product(rows, rows, rows, implementation="toy")

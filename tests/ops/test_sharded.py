@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from ops.operands import INSTANTIATIONS, call, make_operands, registered
-from ops.test_choose import TOY
+from ops.operands import INSTANTIATIONS, TOY, call, make_operands, registered
 
 from nonlocal_jax import ops
 from nonlocal_jax.ops.kernels import streaming

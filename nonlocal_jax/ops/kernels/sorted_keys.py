@@ -116,7 +116,7 @@ def cost(sizes: Sizes, platform: str) -> Forecast:
 def _respond(a: Array, b: Array, g: Array, key_mask: Array | None, settings: Settings) -> Responses:
     """Computes 1/n Σ_j ReLU(a_i + b_j) g_j over the n keys that are not masked.
 
-    If a key's b is NaN or infinite, the definition has no finite response, and all responses of its
+    If a key's b is NaN or +∞, the definition has no finite response, and all responses of its
     sample are NaN.
 
     Args:

@@ -31,6 +31,8 @@ from nonlocal_jax.types import Array, Responses
 
 T = TypeVar("T")
 Index = Array | int
+Sums = tuple[Array, Array, Array]  # m, l and o of the queries of a tile
+Gradients = tuple[Array, Array, Array]  # θ̄ / scale, φ̄ / scale and ḡ, or those of a tile
 
 
 class Limits(NamedTuple):
@@ -210,7 +212,7 @@ def differentiate_in_tiles(
     dy: Array,
     mean: Array,
     lse: Array,
-) -> tuple[Array, Array, Array]:
+) -> Gradients:
     """Returns θ̄ / scale, φ̄ / scale and ḡ, given ȳ, the means Σ_j p_ij ȳ_i·g_j and λ."""
     tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], limits)
     function = partial(_differentiate_sample, scale=scale, tiles=tiles)
@@ -228,8 +230,8 @@ def _respond_sample(
     def respond_tile(i: Index, results: tuple[Array, Array]) -> tuple[Array, Array]:
         queries = _rows(theta, i, tiles.queries)
 
-        def add_keys(j: Index, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            max_logit, total, weighted = state
+        def add_keys(j: Index, sums: Sums) -> Sums:
+            max_logit, total, weighted = sums
             keys, values, real = _rows_of_all((phi, g, mask), j, tiles.keys)
             logits = scale * queries @ keys.T
             if real is not None:
@@ -242,8 +244,8 @@ def _respond_sample(
             return new_max, total * rescale + jnp.sum(f, axis=-1), weighted
 
         zeros = jnp.zeros(tiles.queries, theta.dtype)
-        state = (zeros - jnp.inf, zeros, jnp.zeros((tiles.queries, g.shape[1]), g.dtype))
-        max_logit, total, weighted = _loop(phi.shape[0] // tiles.keys, add_keys, state)
+        sums = (zeros - jnp.inf, zeros, jnp.zeros((tiles.queries, g.shape[1]), g.dtype))
+        max_logit, total, weighted = _loop(phi.shape[0] // tiles.keys, add_keys, sums)
         total = jnp.where(total == 0, 1, total)  # a query without keys has the response 0 / 1
         y, lse = results
         y = _set_rows(y, weighted / total[:, None], i * tiles.queries)
@@ -266,7 +268,7 @@ def _differentiate_sample(
     lse: Array,
     scale: Array,
     tiles: Tiling,
-) -> tuple[Array, Array, Array]:
+) -> Gradients:
     """Returns θ̄ / scale, φ̄ / scale and ḡ of one sample.
 
     Tiles are (keys, queries): the products that add to φ̄ and ḡ then read them without a transpose.
@@ -275,14 +277,12 @@ def _differentiate_sample(
     theta, dy, lse, mean = (_pad_rows(x, tiles.queries) for x in (theta, dy, lse, mean))
     phi, g, mask = _pad_keys(phi, g, mask, tiles.keys)
 
-    def differentiate_tile(
-        j: Index, gradients: tuple[Array, Array, Array]
-    ) -> tuple[Array, Array, Array]:
+    def differentiate_tile(j: Index, gradients: Gradients) -> Gradients:
         dtheta, dphi, dg = gradients
         keys, values, real = _rows_of_all((phi, g, mask), j, tiles.keys)
 
-        def add_queries(i: Index, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            dtheta, dkeys, dvalues = state
+        def add_queries(i: Index, gradients: Gradients) -> Gradients:
+            dtheta, dkeys, dvalues = gradients
             queries, dy_rows, lse_rows, mean_rows = _rows_of_all(
                 (theta, dy, lse, mean), i, tiles.queries
             )
@@ -291,13 +291,14 @@ def _differentiate_sample(
                 p = jnp.where(real[:, None], p, 0)
             s = p * (values @ dy_rows.T - mean_rows[None])
             dqueries = _rows(dtheta, i, tiles.queries) + s.T @ keys
-            dkeys, dvalues = dkeys + s @ queries, dvalues + p @ dy_rows
-            return _set_rows(dtheta, dqueries, i * tiles.queries), dkeys, dvalues
+            dtheta = _set_rows(dtheta, dqueries, i * tiles.queries)
+            return dtheta, dkeys + s @ queries, dvalues + p @ dy_rows
 
-        state = (dtheta, jnp.zeros_like(keys), jnp.zeros_like(values))
-        dtheta, dkeys, dvalues = _loop(theta.shape[0] // tiles.queries, add_queries, state)
+        gradients = (dtheta, jnp.zeros_like(keys), jnp.zeros_like(values))
+        dtheta, dkeys, dvalues = _loop(theta.shape[0] // tiles.queries, add_queries, gradients)
         dphi = _set_rows(dphi, dkeys, j * tiles.keys)
-        return dtheta, dphi, _set_rows(dg, dvalues, j * tiles.keys)
+        dg = _set_rows(dg, dvalues, j * tiles.keys)
+        return dtheta, dphi, dg
 
     zeros = (jnp.zeros_like(theta), jnp.zeros_like(phi), jnp.zeros_like(g))
     dtheta, dphi, dg = _loop(phi.shape[0] // tiles.keys, differentiate_tile, zeros)
@@ -322,7 +323,7 @@ def _respond_and_store(
 
 def _differentiate_stored(
     theta: Array, phi: Array, g: Array, dy: Array, mean: Array, f: Array, total: Array
-) -> tuple[Array, Array, Array]:
+) -> Gradients:
     """Returns what `_differentiate_sample` does, from the stored affinity.
 
     p_ij = f_ij / l_i. The N rows of ȳ are divided by l instead of the N×M entries of f.
