@@ -88,11 +88,11 @@ def sorted_row(name, **settings):
     return dataclasses.replace(sorted_keys.KERNEL, name=name, respond=respond)
 
 
-# A whole new implementation: three times the dot product, for fewer than 512 channels, in no time.
+# A new implementation: three times the dot product, for fewer than 512 channels, in a picosecond.
 TOY = Kernel(
     name="toy",
     instantiations=("dot_product",),
     respond=lambda operands, platform: 3 * dense.respond(operands, platform),
-    cost=lambda sizes, platform: Forecast((1, 2), (3, 4), 0.0),
+    cost=lambda sizes, platform: Forecast((1, 2), (3, 4), 1e-12),
     refusal=lambda sizes, platform: None if sizes.d < 512 else "a toy takes few channels",
 )

@@ -97,7 +97,7 @@ def test_unavailable_implementations_say_why_and_what_is_available(function, mes
 def test_a_new_kernel_is_one_row():
     rows = jnp.ones((1, 2, 3))
     with registered(TOY):
-        for implementation in ("toy", "auto"):  # "auto" takes it because its forecast is 0 s
+        for implementation in ("toy", "auto"):  # "auto" takes what is forecast to be the fastest
             y = ops.dot_product(rows, rows, rows, implementation=implementation)
             np.testing.assert_array_equal(y, jnp.full((1, 2, 3), 9.0))
         explanation = ops.explain("dot_product", rows, rows, rows)

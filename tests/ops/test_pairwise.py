@@ -118,11 +118,12 @@ def test_half_precision_rounds_only_the_result(instantiation, implementation, dt
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_sums_many_keys_in_float32(dtype):
     """Of 4,099 equal keys, a running sum in float16 stops growing at 2,048, in bfloat16 at 256."""
-    key_rows = jnp.ones((4099, 1), dtype)
+    operands = {name: jnp.ones((4099, 1), dtype) for name in ("theta", "phi", "g")}
+    operands["w_f"] = jnp.ones(2, dtype)
     responses = (
-        ops.dot_product(key_rows, key_rows, key_rows),
-        ops.embedded_gaussian(key_rows, key_rows, key_rows),
-        ops.concatenation(key_rows, key_rows, key_rows, jnp.ones(2, dtype)) / 2,
+        respond("dot_product", "auto", operands),
+        respond("embedded_gaussian", "auto", operands),
+        respond("concatenation", "auto", operands) / 2,
     )
     for y in responses:
         np.testing.assert_allclose(np.asarray(y, np.float32), 1.0, rtol=2**-8)

@@ -24,7 +24,6 @@ VARIANTS = (
     streaming_row("streaming_small", tile_rows=16, tile_numbers=1, stored_bytes=0),
     streaming_row("streaming_recomputed", stored_bytes=0),
     sorted_row("sorted_small", leaf=2, block=3, lookup_numbers=7 * E),
-    sorted_row("sorted_batched_32_bit", leaf=2, block=3, sort_bits=32, sequential=False),
 )
 
 FAST = [
@@ -42,7 +41,6 @@ parametrize_parts = pytest.mark.parametrize(
         ("embedded_gaussian", "streaming_small"),
         ("dot_product", "reassociated"),
         ("concatenation", "sorted_small"),
-        ("concatenation", "sorted_batched_32_bit"),
     ],
 )
 

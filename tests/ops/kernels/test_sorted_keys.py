@@ -19,12 +19,17 @@ from ops.operands import (
 
 BATCH, N, M, E = 3, 41, 29, 34
 
+VARIANTS = (
+    sorted_row("sorted_tiny", leaf=2, block=3, lookup_numbers=7 * E),
+    sorted_row("sorted_batched", leaf=2, block=3, sort_bits=32, sequential=False),
+)
+
 compute = functools.partial(respond, "concatenation")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def variants():
-    with registered(sorted_row("sorted_tiny", leaf=2, block=3, lookup_numbers=7 * E)):
+    with registered(*VARIANTS):
         yield
 
 
@@ -49,6 +54,13 @@ def test_equal_to_dense_with_ties(values, operands):
     }[values]
     operands |= {"theta": theta, "phi": phi}
     assert_equal_to_dense("concatenation", "sorted_tiny", operands)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_equal_to_dense_with_the_settings_of_a_tpu(masked, operands):
+    """All samples at once, and sorts of 32-bit integers."""
+    mask = jnp.ones((BATCH, M), bool).at[0, 3:].set(False).at[1].set(False) if masked else None
+    assert_equal_to_dense("concatenation", "sorted_batched", operands, mask)
 
 
 def test_an_offset_costs_no_precision():
