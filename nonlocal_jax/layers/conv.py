@@ -13,7 +13,7 @@ from jax import lax
 
 from nonlocal_jax.layers.halo import local_windows, with_halo
 from nonlocal_jax.layers.winograd import tiled
-from nonlocal_jax.ops.machine import backend
+from nonlocal_jax.ops.platforms import host_platform
 from nonlocal_jax.types import Array, Video
 
 Triple = tuple[int, int, int]
@@ -42,7 +42,7 @@ def dot_over_positions(
     3136/784 takes 9% less time this way, of a dot-product block at 12544/12544 14%. Elsewhere the axes stay, since they
     may be sharded.
     """
-    if backend() != "cpu":
+    if host_platform() != "cpu":
         return lax.dot_general(x, kernel, dimension_numbers, **options)
     rows = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
@@ -70,7 +70,7 @@ def lowering(
 
     Elsewhere what is a product is one, and what is a 2-D convolution is one; this was not measured.
     """
-    taps, cpu = math.prod(kernel[:3]), backend() == "cpu"
+    taps, cpu = math.prod(kernel[:3]), host_platform() == "cpu"
     if has_halo:
         chosen = _of(_temporal if groups == 1 and kernel[1:3] == (1, 1) else _planes, padding=0)
         return Lowering(chosen, chosen)

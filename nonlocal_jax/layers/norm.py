@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.types import Array, Features
 
 
@@ -77,12 +78,12 @@ class BatchNorm(nn.BatchNorm):
                 jnp.float32
             )
         outer = range(x.ndim - 1)
-        y = _at_least_float32(x) * jnp.expand_dims(scale, outer) + jnp.expand_dims(shift, outer)
+        y = widen(x) * jnp.expand_dims(scale, outer) + jnp.expand_dims(shift, outer)
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
 
     def _statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
         """Mean and biased variance of each channel, over all devices of `axis_name`."""
-        x = _at_least_float32(x)
+        x = widen(x)
         over = tuple(range(x.ndim - 1))
 
         def mean(a: Array) -> Array:
@@ -100,10 +101,6 @@ class BatchNorm(nn.BatchNorm):
         if self.use_fast_variance:
             return m, jnp.maximum(mean(jax.lax.square(x)) - jax.lax.square(m), 0)
         return m, mean(jax.lax.square(x - jnp.expand_dims(m, over)))
-
-
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Affine(nn.Module):

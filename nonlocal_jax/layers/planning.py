@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from nonlocal_jax import ops
 from nonlocal_jax.layers.block import OPERATIONS, NonLocalBlock
 from nonlocal_jax.layers.instantiations import NonLocalOperation
-from nonlocal_jax.ops import cost, softmax
-from nonlocal_jax.ops.machine import backend
+from nonlocal_jax.ops.kernels import streaming
+from nonlocal_jax.ops.platforms import host_platform
 from nonlocal_jax.types import Array, Instantiation
 
 
@@ -34,9 +34,9 @@ class BlockPlan:
     instantiation: Instantiation
     queries: int
     keys: int
-    chosen: cost.Implementation
-    forward: dict[cost.Implementation, int]
-    backward: dict[cost.Implementation, int]
+    chosen: ops.Implementation
+    forward: dict[ops.Implementation, int]
+    backward: dict[ops.Implementation, int]
 
     def __str__(self) -> str:
         title = f"{self.place or 'block'}: {self.instantiation}, {self.queries:,} queries × {self.keys:,} keys"
@@ -119,7 +119,7 @@ class _Setting(NamedTuple):
 # Read off XLA's buffers of JAX 0.10 and 0.12, which agree; tests/layers/test_plan.py holds them to it. "streaming" and
 # "sorted" go through several samples in a loop, which gathers answers and cuts its own copies of each sample's rows.
 def _forward(
-    instantiation: Instantiation, implementation: cost.Implementation, of: _Setting
+    instantiation: Instantiation, implementation: ops.Implementation, of: _Setting
 ) -> tuple[_Peak, ...]:
     """The largest peaks of an evaluation: at the embeddings, at the sum, at W_z and the norm."""
     alone, gaussian = of.batch == 1, instantiation == "gaussian"
@@ -155,7 +155,7 @@ def _forward(
 
 
 def _backward(
-    instantiation: Instantiation, implementation: cost.Implementation, of: _Setting
+    instantiation: Instantiation, implementation: ops.Implementation, of: _Setting
 ) -> tuple[_Peak, ...]:
     """The same of a training step."""
     gaussian = instantiation == "gaussian"
@@ -203,7 +203,8 @@ def _plan_operation(
     )
     possible = [cost.implementation for cost in choice.costs if cost.refusal is None]
     batch, n, m, e = math.prod(theta.shape[:-2]), theta.shape[-2], phi.shape[-2], g.shape[-1]
-    tiles = softmax.tiling(batch, n, m, backend())
+    limits = streaming.LIMITS[host_platform()]
+    tiles = streaming.tiling(batch, n, m, limits)
     numbers = (batch * n * m, batch * n * e, batch * m * e, math.prod(tiles))
     items = (4, g.dtype.itemsize, g.dtype.itemsize, 4)
     setting = _Setting(
@@ -212,12 +213,12 @@ def _plan_operation(
         before=m < n and operation.pool_order == "before",
         many_keys=m > 2 * e,
         one_tile=tiles[1:] == (n, m),
-        kept=softmax.keeps(batch * n * m * 4, backend()),
+        kept=streaming.stores_affinity(batch * n * m * 4, limits),
         scaled=getattr(operation, "use_scale", False),
         biased=operation.use_bias,
     )
 
-    def bytes_of(name: cost.Implementation) -> tuple[int, ...]:
+    def bytes_of(name: ops.Implementation) -> tuple[int, ...]:
         return tuple(
             round(
                 max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in peaks)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.ops.machine import backend
+from nonlocal_jax.ops.platforms import host_platform
 from nonlocal_jax.types import Array, Features
 
 
@@ -27,7 +27,7 @@ def relu_of_sum(x: Features, branch: Features) -> Array:
     >>> relu_of_sum(jnp.array([[1.0, 2.0, -3.0]]), jnp.array([[4.0, -5.0, 6.0]]))
     Array([[5., 0., 3.]], dtype=float32)
     """
-    return _relu_of_sum(x, branch) if backend() == "cpu" else jax.nn.relu(x + branch)
+    return _relu_of_sum(x, branch) if host_platform() == "cpu" else jax.nn.relu(x + branch)
 
 
 @jax.custom_jvp

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nonlocal_jax.ops.machine import backend
+from nonlocal_jax.ops.platforms import host_platform
 from nonlocal_jax.types import Array, PRNGKeyArray
 
 Tree = Any
@@ -247,7 +247,8 @@ def train_step(
             jax.eval_shape(differentiate, state.params, *first),
         )
         # XLA on CPU runs a loop's body on one core.
-        total, _ = jax.lax.scan(add, zeros, (parts, keys), unroll=k if backend() == "cpu" else 1)
+        unroll = k if host_platform() == "cpu" else 1
+        total, _ = jax.lax.scan(add, zeros, (parts, keys), unroll=unroll)
         (_, (batch_stats, metrics)), gradient = jax.tree.map(lambda x: x / k, total)
     if axes := [name for name in (axis_name, trainer.positions) if name]:
         gradient, batch_stats, metrics = jax.lax.pmean((gradient, batch_stats, metrics), axes)

@@ -25,7 +25,7 @@ POINT, TEMPORAL, SPATIAL, CUBE, STEM, FLAT_STEM = (
 def test_dot_over_positions_is_the_product_over_channels_with_its_gradients(
     machine, positions, monkeypatch
 ):
-    monkeypatch.setattr(conv, "backend", lambda: machine)
+    monkeypatch.setattr(conv, "host_platform", lambda: machine)
     keys = jax.random.split(jax.random.key(0), 4)
     x, dx = (jax.random.normal(key, (*positions, 6)) for key in keys[:2])
     kernel, dkernel = (jax.random.normal(key, (6, 4)) for key in keys[2:])
@@ -81,7 +81,7 @@ EVERY_WAY = [
 def test_equals_xla_in_three_dimensions(
     kernel, channels, features, groups, strides, machine, monkeypatch
 ):
-    monkeypatch.setattr(conv, "backend", lambda: machine)
+    monkeypatch.setattr(conv, "host_platform", lambda: machine)
     inputs = arrays(kernel, channels, features, groups)
 
     @jax.jit
@@ -110,7 +110,7 @@ IN_TILES = [
 def test_tiles_equal_xla_in_three_dimensions(
     kernel, channels, features, positions, small, of_value, of_kernel, monkeypatch
 ):
-    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    monkeypatch.setattr(conv, "host_platform", lambda: "cpu")
     if not small:
         monkeypatch.setattr(conv, "CACHED", 0)
     x, weights = arrays(kernel, channels, features, positions=positions)
@@ -144,7 +144,7 @@ def test_tiles_equal_xla_in_three_dimensions(
     ],
 )
 def test_no_tiles_where_they_do_not_pay(kernel, channels, positions, strides, dtype, monkeypatch):
-    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    monkeypatch.setattr(conv, "host_platform", lambda: "cpu")
     chosen = lowering((2, *positions, channels), (*kernel, channels, channels), strides, 1, dtype)
     assert "_in_tiles" not in map(name, chosen)
 
@@ -154,7 +154,7 @@ def name(function):
 
 
 def test_every_way_to_compute_one_is_taken_on_cpu(monkeypatch):
-    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    monkeypatch.setattr(conv, "host_platform", lambda: "cpu")
     kernels = [
         (*POINT, 34, 6),
         (*SPATIAL, 3, 6),
@@ -175,7 +175,7 @@ def test_every_way_to_compute_one_is_taken_on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("length", [1, 2, 6, 7])
 def test_rows_are_joined_whatever_their_number(length, monkeypatch):
-    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    monkeypatch.setattr(conv, "host_platform", lambda: "cpu")
     monkeypatch.setattr(conv, "JOINED", 90)
     x, weights = arrays((1, 1, 3), 5, 6, positions=(length, 5, 9))
     chex.assert_trees_all_close(
@@ -188,7 +188,7 @@ def test_rows_are_joined_whatever_their_number(length, monkeypatch):
 
 @pytest.mark.parametrize(("kernel", "channels"), [(TEMPORAL, 34), (STEM, 3), (SPATIAL, 34)])
 def test_second_derivatives_and_vmap(kernel, channels, monkeypatch):
-    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    monkeypatch.setattr(conv, "host_platform", lambda: "cpu")
     x, weights = arrays(kernel, channels, 4, positions=(3, 4, 5))
     weights /= math.sqrt(math.prod(kernel))
 
@@ -211,7 +211,7 @@ def test_second_derivatives_and_vmap(kernel, channels, monkeypatch):
 
 @pytest.mark.usefixtures("as_users_see_it")
 def test_convolutions_of_one_shape_are_traced_once_however_strides_are_written(monkeypatch):
-    monkeypatch.setattr(conv, "backend", lambda: "cpu")
+    monkeypatch.setattr(conv, "host_platform", lambda: "cpu")
     x, weights = arrays(SPATIAL, 5, 5, positions=(2, 5, 7))
     assert lowering(x.shape, weights.shape).value is conv._side_by_side
     traced, side_by_side = [], conv._side_by_side

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import nonlocal_jax as nl
-from nonlocal_jax.ops import cost
+from nonlocal_jax.ops.kernels import KERNELS
 
 
 def step(block, variables, x, cotangent):
@@ -30,10 +30,10 @@ def temporary_bytes(block, shape):
 
 
 CASES = [  # none of the shapes that the table was read off
-    (instantiation, implementation, shape, options)
-    for instantiation, implementations in cost.IMPLEMENTATIONS.items()
-    for implementation in implementations
-    if implementation != "cudnn"
+    (instantiation, kernel.name, shape, options)
+    for kernel in KERNELS
+    for instantiation in kernel.instantiations
+    if kernel.name != "cudnn"
     for shape, options in (
         ((1, 8, 24, 24, 256), {}),
         ((1, 48, 44, 384), {"subsample": False}),

@@ -12,6 +12,7 @@ from weights import samples
 
 import nonlocal_jax as nl
 from nonlocal_jax.layers import conv
+from nonlocal_jax.ops import kernels
 from nonlocal_jax.weights import export, save, sources
 from nonlocal_jax.weights.loading import load_checkpoint
 from nonlocal_jax.weights.names import CONV, VECTOR
@@ -126,8 +127,12 @@ def test_a_broken_convolution(video, monkeypatch):
 
 def test_a_broken_non_local_operation(digits, monkeypatch):
     """Of the implementations that "auto" does not take on a clip as small as this, too."""
-    reassociated = nl.ops.reassociated
-    monkeypatch.setattr(nl.ops, "reassociated", lambda *args: 1.01 * reassociated(*args))
+    reassociated = kernels.reassociated.KERNEL
+    broken = dataclasses.replace(
+        reassociated, respond=lambda *args: 1.01 * reassociated.respond(*args)
+    )
+    rows = tuple(broken if kernel is reassociated else kernel for kernel in kernels.KERNELS)
+    monkeypatch.setattr(kernels, "KERNELS", rows)
     verification = verify(digits, DIGITS)
     assert by_place(verification)["nonlocal1/operation"].output == pytest.approx(0.01, rel=0.1)
     assert not verification.ok
