@@ -37,7 +37,7 @@ from rich.console import Console
 import nonlocal_jax as nl
 from benchmarks.machine import cpu_model, git_commit
 from experiments.report import read_log
-from nonlocal_jax import training
+from nonlocal_jax import files, training
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.pipeline import training_batches
 from nonlocal_jax.layers.conv import video_conv
@@ -105,7 +105,7 @@ def make_trainer() -> training.Trainer:
     """ResNet-20 by its recipe."""
     schedule = optax.constant_schedule(0.01)
     return training.Trainer(
-        nl.models.cifar_resnet(20),
+        training.classification(nl.models.cifar_resnet(20)),
         training.sgd(schedule, weight_decay=1e-4),
         schedule,
         prepare=_scaled,
@@ -331,7 +331,7 @@ def main(config: Config) -> None:
     }
     config.output.mkdir(parents=True, exist_ok=True)
     file = config.output / f"{jax.default_backend()}.json"
-    training.write_whole(file, json.dumps(results, indent=1) + "\n")
+    files.write_text(file, json.dumps(results, indent=1) + "\n")
     print(
         json.dumps(
             {

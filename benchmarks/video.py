@@ -30,7 +30,7 @@ import tyro
 
 from benchmarks.machine import cpu_model, git_commit
 from benchmarks.video_worker import BATCH, FRAMES, HEIGHT, RATE, WIDTH
-from nonlocal_jax import training
+from nonlocal_jax import files, training
 from nonlocal_jax.data import stand_in
 
 FOLDER = Path(__file__).parent / "results" / "video"
@@ -210,7 +210,7 @@ def main(config: Config) -> None:
         "peak_megabytes": peaks,
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    training.write_whole(config.output / "cpu.json", json.dumps(record, indent=1) + "\n")
+    files.write_text(config.output / "cpu.json", json.dumps(record, indent=1) + "\n")
     shown = {
         encoding: {k: v for k, v in found.items() if k != "rounds"}
         for encoding, found in results.items()
