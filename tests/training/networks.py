@@ -1,4 +1,4 @@
-"""The smallest networks that have what training must keep, and steps compiled once for all tests."""
+"""The smallest networks that have what training must keep, and steps that compile once."""
 
 import functools
 
@@ -38,7 +38,7 @@ class Small(nn.Module):
 
 
 class SmallVideo(nn.Module):
-    """A network on (B, T, C) that treats positions as frames, which `axis_name` splits over devices.
+    """A network on (B, T, C) whose positions are frames, which `axis_name` splits over devices.
 
     With `conv` it needs the neighbouring devices' frames and every device's keys, otherwise only
     sums over devices.
@@ -57,9 +57,7 @@ class SmallVideo(nn.Module):
             x = nl.layers.VideoConv(8, (3, 1, 1), axis_name=axis_name, name="hidden")(x)[:, :, 0, 0]
         else:
             x = nn.Dense(8, name="hidden")(x)
-        norm = nl.layers.BatchNorm(
-            use_running_average=not train, axis_name=axis_name, name="norm"
-        )
+        norm = nl.layers.BatchNorm(use_running_average=not train, axis_name=axis_name, name="norm")
         block = nl.layers.nonlocal_block(
             instantiation, subsample=False, axis_name=axis_name, name="nonlocal"
         )
@@ -72,12 +70,15 @@ class SmallVideo(nn.Module):
 
 def observe(intermediates):
     """The mean of the features that `Small` sows, and the ratios of non-local blocks."""
-    sown = intermediates.get("feature_mean", ())
-    return {"feature_mean": mean for mean in sown} | nl.layers.residual_ratios(intermediates)
+    ratios = nl.layers.residual_ratios(intermediates)
+    if "feature_mean" not in intermediates:
+        return ratios
+    (feature_mean,) = intermediates["feature_mean"]
+    return {"feature_mean": feature_mean, **ratios}
 
 
 def make_batches(count, size=16, seed=0, positions=8, channels=2):
-    """Yields batches whose inputs (size, positions, channels) have a mean that tells their class."""
+    """Yields batches whose inputs (size, positions, channels) have a mean that tells the class."""
     rng = np.random.default_rng(seed)
     for step in range(count):
         labels = rng.integers(0, CLASSES, size).astype(np.int32)

@@ -1,7 +1,7 @@
 """A run of the smallest network, for tests that start processes: python -m training.small_run ...
 
-It does not read its data before the file of `--hold-until` exists, from the batch of `--hold-at` on,
-so that a test decides what happens while it trains, however fast or slow the machine is.
+At the batch of `--hold-at` it waits until the file of `--hold-until` exists, so that a test decides
+what happens while it trains, however fast or slow the machine is.
 """
 
 import argparse

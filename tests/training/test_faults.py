@@ -1,4 +1,4 @@
-"""Real processes, signals and full disks: what is saved, and that the next start continues from it."""
+"""Real processes, signals and full disks: what is saved, and how the next start continues."""
 
 import dataclasses
 import json
@@ -139,7 +139,9 @@ def test_interrupted_twice_it_stops_at_once_and_loses_no_checkpoint(undisturbed,
     process.send_signal(signal.SIGINT)
     time.sleep(0.02)
     go_file(run_folder).touch()
-    wait_for(lambda: process.poll() is not None or saved_step(run_folder) == 8 or is_saving(run_folder))
+    wait_for(
+        lambda: process.poll() is not None or saved_step(run_folder) == 8 or is_saving(run_folder)
+    )
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=PATIENCE)
     assert process.returncode not in (0, None)
@@ -193,9 +195,10 @@ def test_an_experiment_resumes_as_if_nothing_had_been(tmp_path):
         if step == 3 and kind == "train":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(training.Stopped) as stop:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.Run, "log", log_and_signal)
-        cifar.main(stopped)
+        with pytest.raises(training.Stopped) as stop:
+            cifar.main(stopped)
     assert stop.value.code == 75
     assert 3 <= stop.value.step <= 4
     cifar.main(stopped)

@@ -1,4 +1,4 @@
-"""Two real processes with two devices each, on loopback, train as one process does, and end together."""
+"""Two processes with two devices each, on loopback, train as one does, and end together."""
 
 import json
 import shutil
@@ -146,9 +146,7 @@ def test_one_that_never_comes_is_not_waited_for_forever(tmp_path):
 
 def test_a_refused_folder_is_refused_on_both(tmp_path):
     (tmp_path / "config.json").write_text('{"depth": 20}')
-    processes = start_two(
-        tmp_path, options="--depth 8 --timeout 600", module="experiments.cifar"
-    )
+    processes = start_two(tmp_path, options="--depth 8 --timeout 600", module="experiments.cifar")
     for process in processes:
         assert "depth must be 20" in finish(process, 1)
 
