@@ -14,8 +14,8 @@ TESTS = Path(__file__).parent.parent
 PATIENCE = 600.0  # seconds after which something is broken, not slow
 
 
-def command(options, folder, *more, module="training.small_run"):
-    return [sys.executable, "-m", module, *options.split(), "--output", str(folder), *more]
+def command(options, folder, *arguments, module="training.small_run"):
+    return [sys.executable, "-m", module, *options.split(), "--output", str(folder), *arguments]
 
 
 def environment(devices):
@@ -29,8 +29,8 @@ def environment(devices):
     }
 
 
-def start(options, folder, *more, devices=1, module="training.small_run"):
-    return start_command(command(options, folder, *more, module=module), devices)
+def start(options, folder, *arguments, devices=1, module="training.small_run"):
+    return start_command(command(options, folder, *arguments, module=module), devices)
 
 
 def start_command(arguments, devices):

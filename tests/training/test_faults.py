@@ -251,11 +251,11 @@ def test_a_disk_that_fills_up(undisturbed, tmp_path):
     run = processes.command(options, disk / "run", "--hold-until", str(go))
     script = ["unshare", "-rm", sys.executable, "-c", FULL_DISK, str(disk), str(go), *run]
     environment = processes.environment(1)
-    done = subprocess.run(
+    completed = subprocess.run(
         script, capture_output=True, text=True, timeout=2 * PATIENCE, env=environment
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, second = done.stdout.split("second:")
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    first, second = completed.stdout.split("second:")
     assert first.startswith("first: 1 "), first
     assert "No space left on device" in first
     assert second.startswith(" 0 "), second
@@ -269,9 +269,9 @@ def test_a_folder_that_cannot_be_written(run_folder):
     run_folder.mkdir()
     run = processes.command("", run_folder, module="experiments.cifar")
     script = f"mount -t tmpfs -o ro tmpfs {run_folder} && exec " + " ".join(run)
-    done = subprocess.run(
+    completed = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=PATIENCE
     )
-    assert done.returncode == 1
+    assert completed.returncode == 1
     message = "must be a directory that can be written: Read-only file system"
-    assert message in " ".join(done.stderr.split())
+    assert message in " ".join(completed.stderr.split())

@@ -34,19 +34,19 @@ def joint_options(process_id, port):
     return ["--distributed", *address.split()]
 
 
-def start_two(folder, *more, options=OPTIONS, module="training.small_run"):
+def start_two(folder, *arguments, options=OPTIONS, module="training.small_run"):
     port = free_port()
     return [
-        start(options, folder, *joint_options(i, port), *more, devices=2, module=module)
+        start(options, folder, *joint_options(i, port), *arguments, devices=2, module=module)
         for i in range(2)
     ]
 
 
-def start_two_that_wait(folder, *more):
+def start_two_that_wait(folder, *arguments):
     """Starts two processes that wait at a batch for a file, and waits until they do."""
     go = folder.parent / "go"
     hold = ["--hold-at", "5", "--hold-until", str(go)]
-    processes = start_two(folder, *hold, *more)
+    processes = start_two(folder, *hold, *arguments)
     wait_for(lambda: last_step(folder) >= 3, *processes)
     return processes, go
 
@@ -130,9 +130,9 @@ def test_one_is_killed_and_the_other_ends(killed, tmp_path):
     processes, go = start_two_that_wait(tmp_path / "run", "--timeout", "20")
     processes[killed].kill()
     go.touch()
-    other = processes[1 - killed]
-    other.communicate(timeout=PATIENCE)
-    assert other.returncode != 0
+    survivor = processes[1 - killed]
+    survivor.communicate(timeout=PATIENCE)
+    assert survivor.returncode != 0
     processes[killed].communicate()
 
 

@@ -44,7 +44,7 @@ def averaging_trainer():
 
 
 def run_fit(
-    folder, trainer=None, options=OPTIONS, data=data, evaluation=evaluation, mesh=MESH, **more
+    folder, trainer=None, options=OPTIONS, data=data, evaluation=evaluation, mesh=MESH, **arguments
 ):
     """Returns the result and what was printed."""
     out = io.StringIO()
@@ -52,7 +52,7 @@ def run_fit(
     key, console = jax.random.key(0), Console(file=out, width=200)
     with Run(folder, {}) as run:
         result = fit(
-            trainer, options, run, mesh, data, evaluation, key=key, console=console, **more
+            trainer, options, run, mesh, data, evaluation, key=key, console=console, **arguments
         )
     return result, out.getvalue()
 

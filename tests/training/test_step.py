@@ -174,10 +174,10 @@ def test_positions_that_cannot_be_split():
 
 def test_dropout_of_a_step_is_always_the_same():
     trainer = make_trainer(model=Small(dropout=0.5))
-    first, again = (run_steps(trainer, ONE, make_batches(3))[0] for _ in range(2))
-    chex.assert_trees_all_equal(first, again)
-    other = run_steps(trainer, ONE, make_batches(3), key=1)[0]
-    assert not np.array_equal(first.params["head"]["kernel"], other.params["head"]["kernel"])
+    first, second = (run_steps(trainer, ONE, make_batches(3))[0] for _ in range(2))
+    chex.assert_trees_all_equal(first, second)
+    different = run_steps(trainer, ONE, make_batches(3), key=1)[0]
+    assert not np.array_equal(first.params["head"]["kernel"], different.params["head"]["kernel"])
 
 
 def test_the_average_lags_behind():
