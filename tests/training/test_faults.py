@@ -177,13 +177,11 @@ def test_an_experiment_resumes_as_if_nothing_had_been(tmp_path):
     """The images are read from the step of the checkpoint on."""
     config = cifar.Config(
         depth=8,
-        nonlocal_blocks=("res2_0",),
+        nonlocal_blocks=(),
         steps=6,
         batch_size=16,
         save_every=2,
-        evaluate_every=3,
-        precise_bn=1,
-        average=0.9,
+        evaluate_every=6,
         output=tmp_path / "whole",
     )
     cifar.main(config)
@@ -206,10 +204,10 @@ def test_an_experiment_resumes_as_if_nothing_had_been(tmp_path):
 
 
 def test_another_configuration_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"depth": 20}))
-    process = processes.start("--depth 8", tmp_path, module="experiments.cifar")
+    (tmp_path / "config.json").write_text(json.dumps({"depth": 32}))
+    process = processes.start("--depth 20", tmp_path, module="experiments.cifar")
     printed = " ".join(finish(process, code=1).split())
-    assert f"error: depth must be 20, as when the run in {tmp_path} started; got 8" in printed
+    assert f"error: depth must be 32, as when the run in {tmp_path} started; got 20" in printed
 
 
 def can_mount():

@@ -145,10 +145,10 @@ def test_one_that_never_comes_is_not_waited_for_forever(tmp_path):
 
 
 def test_a_refused_folder_is_refused_on_both(tmp_path):
-    (tmp_path / "config.json").write_text('{"depth": 20}')
-    processes = start_two(tmp_path, options="--depth 8 --timeout 600", module="experiments.cifar")
+    (tmp_path / "config.json").write_text('{"depth": 32}')
+    processes = start_two(tmp_path, options="--depth 20 --timeout 600", module="experiments.cifar")
     for process in processes:
-        assert "depth must be 20" in finish(process, 1)
+        assert "depth must be 32" in finish(process, 1)
 
 
 def test_half_an_address_is_an_error():
