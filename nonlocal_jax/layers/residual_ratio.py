@@ -22,7 +22,7 @@ def residual_ratios(intermediates: Mapping[str, Any]) -> dict[str, Array]:
         {"residual_ratio/<path of the block>": scalar}.
 
     >>> residual_ratios({"res2": {"nonlocal": {"residual_ratio": (jnp.array(0.25),)}}})
-    {'residual_ratio/res2/nonlocal': Array(0.25, dtype=float32, weak_type=True)}
+    {'residual_ratio/res2/nonlocal': Array(0.25, dtype=float32)}
     """
     return _collect(intermediates, RESIDUAL_RATIO)
 

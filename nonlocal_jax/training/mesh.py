@@ -83,7 +83,7 @@ def fetch(tree: Tree, mesh: Mesh) -> Tree:
     Every process must call it.
 
     >>> mesh = make_mesh()
-    >>> fetch({"mean": jnp.arange(3)}, mesh)
+    >>> fetch({"mean": jax.numpy.arange(3)}, mesh)
     {'mean': array([0, 1, 2], dtype=int32)}
     """
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -104,7 +104,7 @@ def decays(params: Mapping[str, Any], *, norms: bool, biases: bool) -> dict[str,
 
     >>> params = {"conv": {"kernel": 1.0, "bias": 1.0}, "norm": {"scale": 1.0, "bias": 1.0}}
     >>> decays(params, norms=False, biases=True)
-    {'conv': {'kernel': True, 'bias': True}, 'norm': {'scale': False, 'bias': False}}
+    {'conv': {'bias': True, 'kernel': True}, 'norm': {'bias': False, 'scale': False}}
     """
 
     def decay(path: tuple[Any, ...], is_norm: bool) -> bool:

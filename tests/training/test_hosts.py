@@ -147,8 +147,8 @@ def test_one_that_never_comes_is_not_waited_for_forever(tmp_path):
 def test_a_refused_folder_is_refused_on_both(tmp_path):
     (tmp_path / "config.json").write_text('{"depth": 32}')
     processes = start_two(tmp_path, options="--depth 20 --timeout 600", module="experiments.cifar")
-    for process in processes:
-        assert "depth must be 32" in finish(process, 1)
+    printed = [finish(process, 1) for process in processes]
+    assert all("depth must be 32" in text for text in printed)
 
 
 def test_half_an_address_is_an_error():
