@@ -114,7 +114,7 @@ def make_trainer() -> training.Trainer:
     """Returns the trainer of ResNet-20, by its recipe."""
     schedule = optax.constant_schedule(0.01)
     return training.Trainer(
-        nl.models.cifar_resnet(20),
+        training.classification(nl.models.cifar_resnet(20)),
         training.sgd(schedule, weight_decay=1e-4),
         schedule,
         prepare=_scaled,

@@ -177,13 +177,18 @@ def make_trainer(config: Config, num_classes: int) -> training.Trainer:
         decay_biases=config.decay_biases,
         clip_norm=config.clip_norm,
     )
+    cross_entropy = (
+        training.smoothed_cross_entropy(config.label_smoothing)
+        if config.label_smoothing
+        else training.cross_entropy
+    )
+    loss = training.classification(
+        build(config, num_classes), loss=cross_entropy, observe=nl.layers.residual_ratios
+    )
     return training.Trainer(
-        build(config, num_classes),
+        loss,
         optimiser,
         schedule,
-        loss=training.smoothed_cross_entropy(config.label_smoothing)
-        if config.label_smoothing
-        else training.cross_entropy,
         prepare=functools.partial(prepare, of_input, config.mixup, num_classes),
         accumulate=config.accumulate,
         batch_norm=config.batch_norm,
@@ -242,6 +247,7 @@ def main(config: Config) -> training.Result | None:
             save_every=config.save_every,
             keep=config.keep,
             precise_bn=config.precise_bn,
+            warn_if_zero="residual_ratio",
             profile=config.profile,
             placement=config.placement,
         )
@@ -265,7 +271,8 @@ def main(config: Config) -> training.Result | None:
     key = jax.random.key(config.seed)
     if config.dry_run:
         shape = (config.batch_size, *train.images.shape[1:])
-        print(nl.models.cost(trainer.model, shape), *nl.plan(shape, trainer.model), sep="\n")
+        model = build(config, train.num_classes)
+        print(nl.models.cost(model, shape), *nl.plan(shape, model), sep="\n")
         print(training.dry_run(trainer, options, mesh, next(data(0))))
         return None
     settings = {

@@ -18,12 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import report
 from experiments.recipes import Config, Recipe, build, in_time
-from nonlocal_jax import evaluation, training
+from nonlocal_jax import evaluation, files, training
 from nonlocal_jax.data import DataError, VideoError, stand_in
 from nonlocal_jax.data.annotations import Annotations
 from nonlocal_jax.data.clips import TestingClips, cores, normalise, video_labels
 from nonlocal_jax.data.pipeline import read_ahead
-from nonlocal_jax.training.stop import SAVED, StopSignals
+from nonlocal_jax.training.stop import EXIT_CODE, StopSignals
 
 SINGLE = "1 view (middle clip, {})"
 MANY = "{} views ({} clips × {})"
@@ -99,7 +99,7 @@ def test(
                 f"stopped by a signal; {len(stored.found):,} videos are scored, and the same command goes on",
                 highlight=False,
             )
-            raise SystemExit(SAVED)
+            raise SystemExit(EXIT_CODE)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("tested")
             stored = evaluation.ScoreFolder(run.folder / "scores", "all")
@@ -151,7 +151,7 @@ def _reported(
         "tested_with": reports,
     }
     if run.writes:
-        training.write_whole(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
+        files.write_text(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
         if not recipe.multi_label:
             draw_confusion(reports[labels["many"]], run.folder / "confusion.png")
     console.print(evaluation.table(reports), highlight=False)

@@ -19,7 +19,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from nonlocal_jax import training
+from nonlocal_jax import files, training
 
 HEADER = ("run", "data", "parameters", "seeds", "accuracy, %", "steps", "training time, s")
 
@@ -58,7 +58,7 @@ def record(folder: Path, data: str, command: str, result: training.Result) -> No
         "seconds": round(result.seconds, 2),
         "metrics": result.metrics,
     }
-    training.write_whole(folder / "results.json", json.dumps(row, indent=2) + "\n")
+    files.write_text(folder / "results.json", json.dumps(row, indent=2) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:

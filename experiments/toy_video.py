@@ -41,7 +41,7 @@ from rich.table import Table
 import nonlocal_jax as nl
 from experiments import report
 from experiments.report import hardware
-from nonlocal_jax import training
+from nonlocal_jax import files, training
 from nonlocal_jax.data.toy_video import (
     Clips,
     Scans,
@@ -183,7 +183,8 @@ def make_trainer(
         )
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(config.warmup, steps // 2), steps)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    return training.Trainer(build(network, config, task), optimiser, schedule), steps, batch_size
+    loss = training.classification(build(network, config, task), observe=nl.layers.residual_ratios)
+    return training.Trainer(loss, optimiser, schedule), steps, batch_size
 
 
 def train(
@@ -224,7 +225,8 @@ def train(
         raise ValueError(
             "the clips must be finite; got NaN or infinity. Look at the scans and at --scene."
         )
-    variables = jax.jit(trainer.model.init)(jax.random.fold_in(key, 1), first[:1])
+    model = build(network, config, task)
+    variables = jax.jit(model.init)(jax.random.fold_in(key, 1), first[:1])
     if start is not None:
         variables = insert(start, variables)
     options = training.Options(
@@ -233,6 +235,7 @@ def train(
         save_every=SAVE_EVERY,
         keep=1,
         best=None,
+        warn_if_zero="residual_ratio",
     )
     own = {
         name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ALL_RUNS
@@ -493,7 +496,7 @@ def main(config: Config) -> list[dict[str, Any]]:
             raise SystemExit(f"error: {error}") from error
         rows += summarise(one, results)
         record = {"command": command(), "hardware": hardware(), "rows": rows}
-        training.write_whole(config.output / "results.json", json.dumps(record, indent=2) + "\n")
+        files.write_text(config.output / "results.json", json.dumps(record, indent=2) + "\n")
         picture = config.output / (
             "toy_video.png" if one.task == "same_digit" or not config.all else "moving_pair.png"
         )

@@ -118,6 +118,7 @@ def train(
         keep=config.keep,
         best="hit_at_1" if recipe.multi_label else "accuracy",
         precise_bn=config.precise_bn,
+        warn_if_zero="residual_ratio",
         placement=config.placement,
     )
     threads = max(cores() // config.workers, 1) if config.workers else None
@@ -131,7 +132,8 @@ def train(
         if name not in ("dry_run", "list_recipes")
     }
     settings |= {"train_videos": digest_of_list(train_list), "val_videos": digest_of_list(val_list)}
-    variables = initial(config, trainer.model, recipe)
+    model = build(config, recipe, train_list.num_classes)
+    variables = initial(config, model, recipe)
     with training.Run(output, settings, MAY_DIFFER) as run:
         say = functools.partial(console.print, highlight=False)
         watch_training, watch_testing = (
@@ -202,7 +204,8 @@ def dry_run(config: Config, recipe: Recipe) -> str:
         "position": np.arange(rows, dtype=np.uint32),
     }
     options = training.Options(recipe.steps, placement=config.placement)
-    lines = [str(nl.models.cost(trainer.model, shape)), *map(str, nl.plan(shape, trainer.model))]
+    model = build(config, recipe, recipe.num_classes)
+    lines = [str(nl.models.cost(model, shape)), *map(str, nl.plan(shape, model))]
     return "\n".join([*lines, training.dry_run(trainer, options, mesh, batch)])
 
 

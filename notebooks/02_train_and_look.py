@@ -68,7 +68,7 @@ for row, clip, label in zip(axes, test.video, test.labels):
 # %% [markdown]
 # ## Training
 #
-# `training.Trainer` is what a step does, for any model: loss, gradient, optimiser, BatchNorm's statistics. First the trunk learns
+# `training.Trainer` is what a step does, for any loss: gradient, optimiser, BatchNorm's statistics. First the trunk learns
 # single digits; then the block is inserted, the identity at first, and everything but the stem is trained on clips.
 # (In a clone of the repository, `python -m experiments.toy_video` does the same with a log, checkpoints and every pairwise function.)
 
@@ -77,7 +77,7 @@ for row, clip, label in zip(axes, test.video, test.labels):
 def train(model, task, steps, batch_size, learning_rate, start=None):
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 50, steps)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    trainer = training.Trainer(model, optimiser, schedule)
+    trainer = training.Trainer(training.classification(model), optimiser, schedule)
     step = jax.jit(functools.partial(training.train_step, trainer), donate_argnums=0)
     state = None
     for i in range(steps):

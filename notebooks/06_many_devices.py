@@ -60,7 +60,7 @@ jax.devices()
 clips = make_clips("same_digit", jax.random.key(0), load_scans("train"), 8, Scene())
 batch = {"inputs": np.asarray(clips.video), "labels": np.asarray(clips.labels)}
 model = ToyVideoNet(2, nl.layers.nonlocal_block("dot_product"))
-trainer = training.Trainer(model, optax.sgd(0.1))
+trainer = training.Trainer(training.classification(model), optax.sgd(0.1))
 # On the host, as a step takes the place of its state.
 variables = jax.device_get(jax.jit(model.init)(jax.random.key(1), batch["inputs"][:1]))
 

@@ -13,6 +13,7 @@ from nonlocal_jax.layers.instantiations import (
 from nonlocal_jax.layers.norm import Affine, BatchNorm, freeze_batch_norm
 from nonlocal_jax.layers.planning import BlockPlan, plan
 from nonlocal_jax.layers.pooling import max_pool, pool_mask, strided_max_pool
+from nonlocal_jax.layers.residual_ratio import residual_ratios
 from nonlocal_jax.layers.tap import PairwiseCall, SumLayout, enclosing_block, nonlocal_response, tap
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "nonlocal_response",
     "plan",
     "pool_mask",
+    "residual_ratios",
     "strided_max_pool",
     "tap",
     "video_conv",

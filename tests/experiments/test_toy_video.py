@@ -51,7 +51,7 @@ def test_the_demo_leaves_a_table_logs_and_a_picture(tmp_path, capsys):
     capsys.readouterr()
     assert toy_video.main(dataclasses.replace(SMALL, output=output)) == rows
     assert "resumed at step 4" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"learning_rate is 1\.0 now, and was 0\.002"):
+    with pytest.raises(SystemExit, match=r"learning_rate must be 0\.002, .*; got 1\.0"):
         toy_video.main(dataclasses.replace(SMALL, output=output, learning_rate=1.0))
 
 
