@@ -63,7 +63,7 @@ class InTime:
             preset: The source whose `rule` and `short` are taken from `PRESETS`.
             fps: Frames a second in which the stride is counted; None counts those of the file.
 
-        >>> sampling = InTime.from_preset(8, 8, "slowfast", fps=30)
+        >>> sampling = InTime.from_preset(8, 8, "slowfast", fps=30.0)
         >>> sampling.rule, sampling.short
         ('slowfast', 'hold')
         """

@@ -124,7 +124,9 @@ def test_wrong_numbers():
         InTime(0)
     with pytest.raises(ValueError, match="fps must be positive and finite, or None; got nan"):
         InTime(fps=float("nan"))
-    with pytest.raises(ValueError, match=r"1 ≤ size ≤ shorter\[0\] ≤ shorter\[1\]; got size 300 and"):
+    with pytest.raises(
+        ValueError, match=r"1 ≤ size ≤ shorter\[0\] ≤ shorter\[1\]; got size 300 and"
+    ):
         InSpace(300)
     with pytest.raises(ValueError, match="clips must be at least 1; got 0"):
         InTime().clips(10, 30.0, 0)

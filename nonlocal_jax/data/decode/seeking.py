@@ -162,10 +162,11 @@ class _TimeChecks:
             if not self._exact and (frame.pts is None or frame.pts <= self._newest):
                 raise WrongTimesError
             self._newest = frame.pts
-            self._check_packets_until(min(self._newest, self._last) if self._step else -math.inf)
+            if self._step:
+                self._check_packets_until(min(self._newest, self._last))
             yield frame
 
-    def _check_packets_until(self, time: float) -> None:
+    def _check_packets_until(self, time: int | float) -> None:
         while self._expected <= time:
             if self._expected not in self._packet_times:
                 raise WrongTimesError
