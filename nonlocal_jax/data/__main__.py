@@ -185,7 +185,7 @@ def _check(command: Check) -> int:
         chosen = np.random.default_rng(0).permutation(len(records))[: command.sample]
         records = [records[i] for i in sorted(chosen.tolist())]
     with ThreadPoolExecutor(command.threads) as pool:
-        results = list(_with_bar("decoding", pool.map(_check_video, records), len(records)))
+        results = list(_show_progress("decoding", pool.map(_check_video, records), len(records)))
     readable = [result for result in results if not result.failure]
     failures = [result.failure for result in results if result.failure]
     table = Table(title=str(command.list))
@@ -264,7 +264,7 @@ def _transcode(command: Transcode) -> int:
         crf=command.crf,
     )
     failed = {}
-    for source, error in _with_bar("copying", results, len(targets)):
+    for source, error in _show_progress("copying", results, len(targets)):
         if error is not None:
             failed[source] = str(error)
     _write_list(command, videos, targets, failed)
@@ -281,6 +281,7 @@ def _check_targets(command: Transcode, targets: dict[Path, Path]) -> None:
         if target in sources:
             raise ValueError(f"{sources[target]} and {source} would have the same copy, {target}.")
         sources[target] = source
+    # The real paths, since a folder of copies may be a link to that of the originals.
     originals = {os.path.realpath(path) for path in (*targets, command.list)}
     for target in (*sources, command.out / command.list.name):
         if os.path.realpath(target) in originals:
@@ -316,7 +317,7 @@ def _write_list(
     target_list.write_text("".join(lines))
 
 
-def _with_bar(description: str, work: Iterable[Any], total: int) -> Iterable[Any]:
+def _show_progress(description: str, work: Iterable[Any], total: int) -> Iterable[Any]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -324,6 +325,7 @@ def _with_bar(description: str, work: Iterable[Any], total: int) -> Iterable[Any
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
+    # The estimate averages over 10 minutes, because videos differ much in length.
     with Progress(*columns, speed_estimate_period=600) as progress:
         yield from progress.track(work, total, description=description)
 

@@ -125,6 +125,7 @@ def prepare(name: Name, folder: Path, archive: Archive | None = None) -> None:
     _check(file, archive)
     for split in archive.files:
         with files.atomic_write(folder / f"{name}-{split}.array_record") as partial:
+            # One record per group, so that a reader can fetch each alone.
             writer = ArrayRecordWriter(str(partial), "group_size:1")
             for record in _records(file, archive, split):
                 writer.write(record)

@@ -120,6 +120,7 @@ class TrainingClips:
                     return labels, failures[0] if failures else ""
             except VideoError as error:
                 failures.append(str(error))
+            # From the same generator, so that the replacement does not depend on the batch.
             index = int(rng.integers(len(self)))
         reasons = "\n  ".join(failures)
         raise DataError(f"too many videos cannot be read; in a row:\n  {reasons}")
@@ -174,7 +175,7 @@ class CentreClips:
                 frames = self.in_time.clips(len(video), video.rate, 1)[0]
                 video.read(frames, self._window, inputs[place])
         except VideoError as error:
-            inputs[place] = 0
+            inputs[place] = 0  # the array is not initialised
             return str(error)
         return ""
 
@@ -242,6 +243,7 @@ class TestingClips:
         """
         with open_frames(self.annotations.records[index]) as video:
             clips = [self.in_time.clips(len(video), video.rate, count) for count in (self.clips, 1)]
+            # Clips of short videos overlap; each frame is decoded once.
             frames, places = np.unique(np.concatenate(clips), return_inverse=True)
             pixels = video.read(frames, functools.partial(whole, shorter=self.size))
         return Views(pixels, places.reshape(-1, self.in_time.frames), self.crops, self.size)

@@ -60,10 +60,11 @@ def write(
         stream: Any = container.add_stream(
             "libx264", rate=Fraction(rate).limit_denominator(1001), options=options or {}
         )
+        # Several videos are encoded side by side.
         stream.codec_context.thread_count = 1
         if rotation:
             stream.set_display_rotation(rotation)
-        if times is not None:
+        if times is not None:  # they are stored in milliseconds
             stream.codec_context.time_base = Fraction(1, 1000)
         for number, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
@@ -212,9 +213,9 @@ def _list_text(
         return "".join(f"{name}.mp4 {label}\n" for name, label in pairs)
     rows = ["id,actions,length"]
     for name in names:
-        own = actions.get(name, ())
-        texts = [f"c{label:03d} {start:.2f} {end:.2f}" for label, start, end in own]
-        length = max((action.end for action in own), default=0)
+        video_actions = actions.get(name, ())
+        texts = [f"c{label:03d} {start:.2f} {end:.2f}" for label, start, end in video_actions]
+        length = max((action.end for action in video_actions), default=0)
         rows.append(f"{name},{';'.join(texts)},{length:.2f}")
     return "\n".join(rows) + "\n"
 

@@ -106,6 +106,7 @@ def load_scans(split: Split) -> Scans:
     classes = []
     for digit in range(CLASSES):
         images = digits.images[digits.target == digit].astype(np.float32) / 16
+        # The seed makes the split the same everywhere.
         order = np.random.default_rng(digit).permutation(len(images))
         held_out = round(TEST_SHARE * len(images))
         classes.append(images[order[:held_out] if split == "test" else order[held_out:]])
@@ -293,6 +294,7 @@ def _clutter(key: PRNGKeyArray, scene: Scene) -> Frames:
 def _stroke(ends: Float[Array, "2 2"], scene: Scene) -> Float[Array, "h w"]:
     """Draws a line by the distance of each pixel from it, with soft edges."""
     start, vector = ends[0], ends[1] - ends[0]
+    # The inner maximum avoids a division by zero for a stroke of no length.
     vector = vector * jnp.minimum(1.0, SIDE / jnp.maximum(jnp.linalg.norm(vector), 1.0))
     rows, columns = jnp.indices((scene.size, scene.size), dtype=jnp.float32)
     dy, dx = rows - start[0], columns - start[1]

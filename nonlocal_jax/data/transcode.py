@@ -40,6 +40,7 @@ def transcode(
     import av
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    # The name of a partial file is random, so the next write would not replace it.
     for stale in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         stale.unlink(missing_ok=True)
     options = {"crf": str(crf), "g": str(keyframes)}
@@ -57,11 +58,12 @@ def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> No
     from av.codec.context import Flags
 
     rate = Fraction(video.rate).limit_denominator(1001)
+    # Without times in the file, frames are spaced evenly.
     has_times = video.timeline.times is not None
     time_base = video.time_base if has_times else 1 / rate
     with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream: Any = container.add_stream("libx264", rate=rate, options=options)
-        stream.codec_context.thread_count = 1
+        stream.codec_context.thread_count = 1  # several videos are copied side by side
         stream.codec_context.color_range = av.video.reformatter.ColorRange.MPEG
         start = 0
         for number, frame in enumerate(_scaled_frames(video, shorter)):

@@ -136,7 +136,7 @@ class Video:
         """
         if self._timeline is None:
             self._timeline = self._first_timeline(
-                timeline.from_index, timeline.from_packets, timeline.from_frames
+                timeline.index_timeline, timeline.packet_timeline, timeline.decoded_timeline
             )
         return self._timeline
 
@@ -156,11 +156,10 @@ class Video:
 
     def _use_slower_timeline(self) -> None:
         """Replaces a timeline that proved wrong by that of the next slower method."""
-        came_from_index = self.timeline.step > 0
-        if came_from_index:
-            self._timeline = self._first_timeline(timeline.from_packets, timeline.from_frames)
-        else:
-            self._timeline = self._first_timeline(timeline.from_frames)
+        readers = [timeline.packet_timeline, timeline.decoded_timeline]
+        if not self.timeline.step:  # it was read from the packets already
+            readers = [timeline.decoded_timeline]
+        self._timeline = self._first_timeline(*readers)
 
     def retry_on_wrong_times(self, work: Callable[[], Result]) -> Result:
         """Calls `work`, and calls it again whenever the timeline that it used proves wrong.
@@ -216,7 +215,7 @@ class Video:
 
     def _read(self, indices: np.ndarray, crop: Crop | None, out: np.ndarray | None) -> np.ndarray:
         convert = Converter(self.path, crop, self._max_frame_pixels)
-        places: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}  # rows of the result by the number of the frame
         for place, index in enumerate(indices.tolist()):
             places.setdefault(index, []).append(place)
         frames = self.decode(places)

@@ -31,6 +31,7 @@ def top_k(scores: Scores, labels: Labels, k: int) -> Bool[np.ndarray, " videos"]
     """
     _check(scores, len(labels))
     checks.at_least("k", k, 1)
+    # A stable sort keeps the order of the classes on ties.
     order = np.argsort(-scores, axis=1, kind="stable")
     return (order[:, :k] == labels[:, None]).any(axis=1)
 
@@ -44,6 +45,7 @@ def confusion(scores: Scores, labels: Labels) -> Int[np.ndarray, "truth answer"]
     """
     _check(scores, len(labels))
     counts = np.zeros((scores.shape[1],) * 2, np.int64)
+    # Unlike `counts[labels, answers] += 1`, this counts repeated pairs.
     np.add.at(counts, (labels, scores.argmax(axis=1)), 1)
     return counts
 

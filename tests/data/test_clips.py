@@ -1,4 +1,4 @@
-"""Clips depend on list, seed, epoch and number alone. Unreadable videos are replaced and counted."""
+"""Clips depend on list, seed, epoch and number. Unreadable videos are replaced and counted."""
 
 import itertools
 
@@ -299,7 +299,7 @@ def test_normalisation_of_each_source():
     mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     mmcv = (clip - np.array(mean)) / np.array(std)
     np.testing.assert_allclose(normalise(clip, "mmcv"), mmcv, atol=1e-5)
-    with pytest.raises(ValueError, match="preset must be one of 'paper', 'caffe2', .*'torch'"):
+    with pytest.raises(ValueError, match=r"preset must be one of 'paper', 'caffe2', .*'torch'"):
         normalise(clip, "torch")
 
 

@@ -130,5 +130,5 @@ def test_wrong_numbers():
         InSpace(300)
     with pytest.raises(ValueError, match="clips must be at least 1; got 0"):
         InTime().clips(10, 30.0, 0)
-    with pytest.raises(ValueError, match="preset must be one of 'paper', .*; got 'torch'"):
+    with pytest.raises(ValueError, match=r"preset must be one of 'paper', .*; got 'torch'"):
         InTime.from_preset(8, 8, "torch")

@@ -107,7 +107,7 @@ def test_reports():
 
 @pytest.mark.usefixtures("as_users_see_it")
 def test_wrong_scores():
-    with pytest.raises(ValueError, match="scores for each video, .*; got scores for 3 of 2 videos"):
+    with pytest.raises(ValueError, match=r"scores for each video, .* for 3 of 2 videos"):
         evaluation.top_k(np.zeros((3, 2)), np.zeros(2, int), 1)
     with pytest.raises(ValueError, match="got scores for 0 of 0 videos"):
         evaluation.average_precision(np.zeros((0, 2)), np.zeros((0, 2), bool))

@@ -48,7 +48,7 @@ class Timeline:
     step: int = 0
 
 
-def from_index(container: Container) -> Timeline | None:
+def index_timeline(container: Container) -> Timeline | None:
     """Reads the sample table of an MP4 file.
 
     The table has decoding times, not display times. If they are evenly spaced, the frame rate is
@@ -72,6 +72,7 @@ def from_index(container: Container) -> Timeline | None:
     start = stream.start_time
     if step <= 0 or not _starts_at_keyframe(container):
         return None
+    # A range takes no memory, however long the video is.
     times = range(start, start + step * len(entries), step)
     # Every keyframe is assumed to be shown as long after it is decoded as the first one is.
     delay = start - decoding_times[0]
@@ -107,7 +108,7 @@ def _starts_at_keyframe(container: Container) -> bool:
     return is_complete and is_reordered and codec.name not in DECODING_TIMES
 
 
-def from_packets(container: Container) -> Timeline | None:
+def packet_timeline(container: Container) -> Timeline | None:
     """Reads all packets without decoding them.
 
     Returns:
@@ -136,7 +137,7 @@ def from_packets(container: Container) -> Timeline | None:
     if has_b_frames and (has_decoding_times or (times == ascending and len(times) > 1)):
         return None
     if times and not (starts_at_keyframe and ascending[0] == keyframes[0]):
-        return _without_lost_frames(container, times, sorted(keyframes))
+        return _trimmed_timeline(container, times, sorted(keyframes))
     return Timeline(ascending, sorted(keyframes), len(times))
 
 
@@ -144,7 +145,7 @@ def _is_hidden(packet: Any) -> bool:
     return not memoryview(packet)[0] & SHOW_BIT
 
 
-def _without_lost_frames(
+def _trimmed_timeline(
     container: Container, times: Sequence[int], keyframes: Sequence[int]
 ) -> Timeline | None:
     """Builds the timeline of a file that was cut between keyframes.
@@ -164,7 +165,7 @@ def _without_lost_frames(
     return Timeline(decoded, keyframes, len(decoded))
 
 
-def from_frames(container: Container) -> Timeline:
+def decoded_timeline(container: Container) -> Timeline:
     """Decodes the whole file. Times that do not ascend with the frames are not used."""
     times: list[Any] = []
     keyframes: list[Any] = []
