@@ -33,7 +33,7 @@ READERS = 16  # videos that are decoded at a time, at most; the frames of each w
 def test(
     config: Config,
     recipe: Recipe,
-    kind: stand_in.Kind,
+    kind: stand_in.DataSet,
     output: Path,
     videos: Annotations,
     variables: Mapping[str, Any],
@@ -122,7 +122,7 @@ class _Reading:
 def _reported(
     config: Config,
     recipe: Recipe,
-    kind: stand_in.Kind,
+    kind: stand_in.DataSet,
     run: training.Run,
     videos: Annotations,
     stored: evaluation.ScoreFolder,

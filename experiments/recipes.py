@@ -14,7 +14,7 @@ import nonlocal_jax as nl
 from nonlocal_jax import training
 from nonlocal_jax.data import augment
 from nonlocal_jax.data.clips import normalise
-from nonlocal_jax.data.sampling import Crops, InTime, Rule, Short
+from nonlocal_jax.data.sampling import Crops, InTime, SamplingRule, ShortVideoRule
 from nonlocal_jax.evaluation import Combination
 from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.models.toy_video import ToyVideoNet
@@ -92,8 +92,8 @@ class Config:
     fps: float | None = (
         None  # frames a second that the stride counts in, as PySlowFast's 30; None counts those of each file
     )
-    sampling: Rule = "consecutive"  # a clip's frames are so many apart; or as PySlowFast spreads them, for its weights
-    short: Short = (
+    sampling: SamplingRule = "consecutive"  # a clip's frames are so many apart; or as PySlowFast spreads them, for its weights
+    short: ShortVideoRule = (
         "loop"  # of a video shorter than a clip, start again; or hold its last frame, as PySlowFast
     )
     inverse: bool = False  # scale the shorter side so that 1 / length is uniform, as PySlowFast

@@ -39,7 +39,7 @@ MAY_DIFFER = (
 
 
 def read_lists(
-    config: Config, recipe: Recipe, kind: stand_in.Kind, folder: Path
+    config: Config, recipe: Recipe, kind: stand_in.DataSet, folder: Path
 ) -> tuple[Annotations, Annotations]:
     """Training and testing videos; the stand-in is made where the recipe is for it."""
     train_list, val_list, classes = config.train_list, config.val_list, config.classes
@@ -100,7 +100,7 @@ def initial(config: Config, model: Any, recipe: Recipe) -> Mapping[str, Any] | N
 def train(
     config: Config,
     recipe: Recipe,
-    kind: stand_in.Kind,
+    kind: stand_in.DataSet,
     output: Path,
     lists: tuple[Annotations, Annotations],
     console: Console,
@@ -210,7 +210,7 @@ def dry_run(config: Config, recipe: Recipe) -> str:
 
 
 def run(
-    config: Config, recipes: Mapping[str, Recipe], name: str, kind: stand_in.Kind, output: Path
+    config: Config, recipes: Mapping[str, Recipe], name: str, kind: stand_in.DataSet, output: Path
 ) -> dict[str, Any] | None:
     """One recipe, from its lists to its results."""
     console = Console()
