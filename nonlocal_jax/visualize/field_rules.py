@@ -73,7 +73,7 @@ def _broadcast(equation: Any, operands: Sequence[Fields]) -> Fields:
     return tuple(fields)
 
 
-def _along_axis(equation: Any, operands: Sequence[Fields]) -> Fields:
+def _axis_operation(equation: Any, operands: Sequence[Fields]) -> Fields:
     """Operations that move or mix entries along some axes, which must not be positions."""
     name = equation.primitive.name
     axes = np.atleast_1d(equation.params[AXIS_PARAMETERS[name]]).tolist()
@@ -82,7 +82,7 @@ def _along_axis(equation: Any, operands: Sequence[Fields]) -> Fields:
     return _union(name, operands)
 
 
-def _per_dimension(
+def _map_dimensions(
     equation: Any, fields: Fields, parameters: Any, rule: Callable[..., Field | None]
 ) -> Fields:
     """Applies a rule (field, *parameters) to each dimension that has a field.
@@ -99,10 +99,10 @@ def _per_dimension(
 
 
 def _pad(equation: Any, operands: Sequence[Fields]) -> Fields:
-    def rule(field: Field, low: int, high: int, interior: int) -> Field | None:
+    def rule(field: Field, low: Any, high: Any, interior: Any) -> Field | None:
         return field.windowed(padding=(int(low), int(high))) if interior == 0 else None
 
-    return _per_dimension(equation, operands[0], equation.params["padding_config"], rule)
+    return _map_dimensions(equation, operands[0], equation.params["padding_config"], rule)
 
 
 def _slice(equation: Any, operands: Sequence[Fields]) -> Fields:
@@ -112,7 +112,7 @@ def _slice(equation: Any, operands: Sequence[Fields]) -> Fields:
 
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(starts)
-    return _per_dimension(equation, operands[0], zip(starts, limits, strides, strict=True), rule)
+    return _map_dimensions(equation, operands[0], zip(starts, limits, strides, strict=True), rule)
 
 
 def _reduce_window(equation: Any, operands: Sequence[Fields]) -> Fields:
@@ -123,7 +123,7 @@ def _reduce_window(equation: Any, operands: Sequence[Fields]) -> Fields:
 
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     parameters = zip(*(equation.params[name] for name in names), strict=True)
-    return _per_dimension(equation, operands[0], parameters, rule)
+    return _map_dimensions(equation, operands[0], parameters, rule)
 
 
 def _convolution(equation: Any, operands: Sequence[Fields]) -> Fields:
@@ -238,7 +238,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(POINTWISE, _pointwise),
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(WINDOWS, _reduce_window),
-    **dict.fromkeys(AXIS_PARAMETERS, _along_axis),
+    **dict.fromkeys(AXIS_PARAMETERS, _axis_operation),
     "broadcast_in_dim": _broadcast,
     "conv_general_dilated": _convolution,
     "dot_general": _dot_general,

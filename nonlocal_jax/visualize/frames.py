@@ -158,8 +158,8 @@ def select_clip(affinity: AffinityMap, clip: Any, sample: int) -> tuple[Affinity
         sample: Index of the clip in the batch.
     """
     selected = affinity[sample]
-    is_batch = np.ndim(clip) == len(selected.geometry().input) + 2
-    if is_batch and len(clip) == affinity.batch:
+    batched = np.ndim(clip) == len(selected.geometry().input) + 2
+    if batched and len(clip) == affinity.batch:
         clip = clip[sample]
     return selected, make_scene(selected, clip)
 
@@ -183,7 +183,7 @@ def make_scene(affinity: AffinityMap, clip: Any) -> Scene:
             f"pictures need a map of size (T, H, W) or (H, W); {affinity.block} has {queries.grid}."
         )
     frames = _clip_frames(clip, queries.input)
-    queries, keys = _with_time(queries), _with_time(keys)
+    queries, keys = _add_time_axis(queries), _add_time_axis(keys)
     axes = [field.axis for field in queries.fields if field is not None]
     if axes != [axis for axis in range(3) if queries.fields[axis] is not None]:
         raise ValueError(
@@ -219,7 +219,7 @@ def _clip_frames(clip: Any, size: tuple[int, ...]) -> Float[np.ndarray, "t h w 3
     return np.broadcast_to(frames, (*frames.shape[:-1], 3))
 
 
-def _with_time(geometry: Geometry) -> Geometry:
+def _add_time_axis(geometry: Geometry) -> Geometry:
     """Adds a time axis where there is none.
 
     An image becomes a clip of one frame. A map without time in a video becomes one frame that

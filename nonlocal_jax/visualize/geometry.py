@@ -85,17 +85,17 @@ class Field:
             last=np.where(inside, self.last[indices], -1).max(axis=1),
         )
 
-    def union(self, other: "Field") -> "Field | None":
+    def union(self, field: "Field") -> "Field | None":
         """Returns the smallest field that contains both, as for a sum of two maps.
 
         Returns None if the fields lie on different input axes or have different strides.
         """
-        if (self.axis, self.stride) != (other.axis, other.stride):
+        if (self.axis, self.stride) != (field.axis, field.stride):
             return None
-        start = min(self.start, other.start)
-        end = max(self.start + self.size, other.start + other.size)
-        first = np.minimum(self.first, other.first)
-        last = np.maximum(self.last, other.last)
+        start = min(self.start, field.start)
+        end = max(self.start + self.size, field.start + field.size)
+        first = np.minimum(self.first, field.first)
+        last = np.maximum(self.last, field.last)
         return Field(self.axis, self.stride, start, end - start, first, last)
 
     @property

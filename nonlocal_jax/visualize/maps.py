@@ -224,7 +224,7 @@ def _affinity_map(
         queries, keys, window = layout.positions, _pooled_size(layout), layout.window
         query_ids, key_ids = _flat_positions(layout, queries), _flat_positions(layout, keys)
 
-    def by_sum(rows: Array) -> Array:
+    def stack_sums(rows: Array) -> Array:
         """(B, *outer, N, d) -> (B, S, N, d)."""
         return rows.reshape(rows.shape[0], -1, *rows.shape[-2:])
 
@@ -236,10 +236,10 @@ def _affinity_map(
         window=window,
         batch=theta.shape[0],
         _geometry=_geometry_of_rows(layout, geometry),
-        _theta=by_sum(theta),
-        _phi=by_sum(phi),
+        _theta=stack_sums(theta),
+        _phi=stack_sums(phi),
         _w_f=w_f,
-        _key_mask=None if key_mask is None else by_sum(key_mask[..., None])[..., 0],
+        _key_mask=None if key_mask is None else stack_sums(key_mask[..., None])[..., 0],
         _scale=scale,
         _query_ids=query_ids,
         _key_ids=key_ids,

@@ -98,10 +98,10 @@ def time_by_time(affinity: AffinityMap) -> Float[np.ndarray, "b t keys_t"]:
     for ids, key_ids, weights in affinity.chunks():
         weight_shares = shares(weights)
         sources, targets = ids // positions, key_ids // key_positions
-        by_target = [weight_shares[..., targets == t].sum(axis=-1) for t in range(key_frames)]
-        given = np.stack(by_target, axis=-1)  # (B, n, frames of the keys)
+        target_shares = [weight_shares[..., targets == t].sum(axis=-1) for t in range(key_frames)]
+        frame_shares = np.stack(target_shares, axis=-1)  # (B, n, frames of the keys)
         for t in np.unique(sources):
-            table[:, t] += given[:, sources == t].sum(axis=1)
+            table[:, t] += frame_shares[:, sources == t].sum(axis=1)
     return (table / positions).astype(np.float32)
 
 

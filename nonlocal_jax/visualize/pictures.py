@@ -77,13 +77,13 @@ def arrows(
     share = _shares(row)
     order = np.argsort(-share, axis=None, kind="stable")[:top]
     figure, (panels,) = frame_panels(scene, axes)
-    panel, *start = scene.place(_with_frame(query), "queries")
+    panel, *start = scene.place(_video_position(query), "queries")
     largest = max(float(share.max()), TINY)
     for rank, flat_key in enumerate(order.tolist()):
         key = tuple(map(int, np.unravel_index(flat_key, row.shape)))
         if share[key] == 0:
             break
-        target_panel, *end = scene.place(_with_frame(key), "keys")
+        target_panel, *end = scene.place(_video_position(key), "keys")
         strength = float(share[key] / largest) ** 0.5
         ends = (panels[panel], start), (panels[target_panel], end)
         arrow = _arrow(*ends, strength, row[key] > 0, zorder=4 - rank / top)
@@ -172,7 +172,7 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
         weights = weights.reshape(scene.keys.grid)
         colours = "PuOr_r" if signed else "inferno"
         cells = _overlay(row, scene, weights, largest, cmap=colours, norm=norm)
-        panel, *pixel = scene.place(_with_frame(query), "queries")
+        panel, *pixel = scene.place(_video_position(query), "queries")
         style: dict[str, Any] = {"markeredgecolor": "black", "markersize": 7}
         row[panel].plot(pixel[1], pixel[0], "o", color=QUERY_ON_HEAT, **style)
     colour_bar(figure, cells, panels, "× uniform weight")
@@ -334,7 +334,7 @@ def _caption(figure: "Figure", affinity: AffinityMap, *parts: str) -> None:
     caption(figure, affinity.block, TITLES[affinity.instantiation], *parts)
 
 
-def _with_frame(position: Any) -> tuple[int, ...]:
+def _video_position(position: Any) -> tuple[int, ...]:
     """Returns frame, row and column of a position; an image is frame 0."""
     return (*(0,) * (3 - len(position)), *map(int, position))
 
