@@ -21,9 +21,9 @@ class TwoBlocks(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(nl.layers.VideoConv(6, (1, 3, 3), (1, 2, 2), name="conv1")(x))
+        x = nn.tanh(nl.layers.VideoConv(6, (1, 3, 3), (1, 2, 2), name="conv1")(x))
         x = nl.layers.nonlocal_block(self.instantiation, name="first")(x)
-        x = nn.relu(nl.layers.VideoConv(8, (3, 3, 3), (1, 2, 2), name="conv2")(x))
+        x = nn.tanh(nl.layers.VideoConv(8, (3, 3, 3), (1, 2, 2), name="conv2")(x))
         x = nl.layers.nonlocal_block(self.second, subsample=False, name="second")(x)
         return x.mean(axis=(1, 2, 3))
 
