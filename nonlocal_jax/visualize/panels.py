@@ -94,5 +94,6 @@ def colour_bar(figure: "Figure", cells: Any, panels: "list[list[Axes]]", label: 
 def caption(figure: "Figure", *parts: str) -> None:
     """Writes a caption below the figure, wrapped to its width."""
     inches = figure.bbox.width / figure.dpi
-    lines = textwrap.wrap(" · ".join(parts), int(inches * CHARACTERS_PER_INCH))
+    width = int(inches * CHARACTERS_PER_INCH)
+    lines = textwrap.wrap(" · ".join(parts), width, break_on_hyphens=False)
     figure.supxlabel("\n".join(lines), fontsize=9)

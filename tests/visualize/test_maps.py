@@ -256,10 +256,15 @@ def test_queries_that_do_not_fit_are_errors():
         affinity.top(61)
     with pytest.raises(IndexError, match="clip must be an index of the batch of 2 clips; got 2"):
         affinity[2]
-    broken = x.copy()
-    broken[1] = np.nan
+
+
+def test_affinities_that_are_not_finite_are_errors():
+    x = np.ones((2, 3, 4), np.float32)
+    x[1, 2] = np.nan
+    model = OneBlock(nl.layers.nonlocal_block("dot_product", subsample=False))
+    affinity = affinities(model, random_variables(model, x), x)["block"]
+    assert np.isfinite(affinity[0].rows((2,))).all()
     with pytest.raises(
-        ValueError,
-        match=r"affinities must be finite; first has NaN or infinity at \(0, 0, 0\)",
+        ValueError, match=r"affinities must be finite; block has NaN or infinity at \(2,\)"
     ):
-        affinities(TwoBlocks(), variables, broken, blocks="first")["first"].rows((0, 0, 0))
+        affinity[1].rows((2,))
