@@ -65,8 +65,8 @@ def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
 def fresh_trace() -> Iterator[None]:
     """Context manager in which all methods of modules run in Python, even if traced before.
 
-    `disable_jit` inlines `jax.jit`. `nn.jit` and `nnx.jit` keep traces in caches of their own,
-    whose keys contain the XLA metadata: a new number each time makes them miss.
+    `disable_jit` inlines `jax.jit`. Other transformations cache their traces by a context that
+    includes the XLA metadata, so a new number in the metadata makes every cache miss.
     """
     with jax.disable_jit(), set_xla_metadata(nonlocal_jax_trace=str(next(TRACES))):
         yield
@@ -182,7 +182,7 @@ def _simplify(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorC
 
 
 def _plain_convolution(module: VideoConv, x: Array) -> Array:
-    # VideoConv folds, tiles and reshapes for speed, which would merge axes of positions.
+    # VideoConv merges axes of positions for speed, which no rule can follow.
     kernel_shape = (*module.kernel_size, x.shape[-1] // module.groups, module.features)
     return jax.lax.conv_general_dilated(
         x,
