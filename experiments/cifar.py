@@ -37,7 +37,7 @@ from nonlocal_jax import training
 from nonlocal_jax.data import DataError, augment, cifar
 from nonlocal_jax.data.images import Images, load_digits
 from nonlocal_jax.data.pipeline import evaluation_batches, training_batches
-from nonlocal_jax.layers.block import Preset
+from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.models.cifar_resnets import STAGES, CifarResNet
 from nonlocal_jax.types import Instantiation
 

@@ -29,6 +29,7 @@ from nonlocal_jax.data import DataError, annotations
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, normalise
 from nonlocal_jax.data.sampling import Crops, InTime
+from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.weights import files
 from nonlocal_jax.weights.build import Choices, call, options
 from nonlocal_jax.weights.build import build as build_as
@@ -65,7 +66,7 @@ class Config(Choices):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
 
 
-def network(config: Config) -> tuple[Any, dict[str, Any], InTime, int, str]:
+def network(config: Config) -> tuple[Any, dict[str, Any], InTime, int, Preset]:
     """The model, its variables, its clips, its crops, and whose colours it takes."""
     if config.recipe is not None:
         experiment: Any = {"kinetics": kinetics, "charades": charades}[config.data]
@@ -101,7 +102,7 @@ def network(config: Config) -> tuple[Any, dict[str, Any], InTime, int, str]:
         variables,
         InTime(frames, stride),
         config.size or 256,
-        "mmcv" if chosen["preset"] == "mmcv" else "caffe2",
+        chosen["preset"],
     )
 
 

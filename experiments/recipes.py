@@ -16,7 +16,7 @@ from nonlocal_jax.data import augment
 from nonlocal_jax.data.clips import normalise
 from nonlocal_jax.data.sampling import Crops, InTime, Rule, Short
 from nonlocal_jax.evaluation import Combination
-from nonlocal_jax.layers.block import Preset
+from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.models.toy_video import ToyVideoNet
 from nonlocal_jax.models.video_resnets import Kind
 from nonlocal_jax.types import Instantiation
@@ -232,7 +232,7 @@ def _of_norms(params: Any) -> Any:
     }
 
 
-def prepare(normalisation: str, batch: Batch, key: jax.Array | None) -> Batch:
+def prepare(normalisation: Preset, batch: Batch, key: jax.Array | None) -> Batch:
     """On the device: in training, flip; then normalise."""
     inputs = batch["inputs"]
     if key is not None:

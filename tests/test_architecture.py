@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "layers": {"types", "ops"},
     "models": {"types", "ops", "layers"},
     "weights": {"types", "ops", "layers", "models"},
-    "data": {"types", "ops"},
+    "data": {"types", "ops", "layers"},  # of the layers, only what a source's input is
     "visualize": {
         "types",
         "ops",

@@ -18,11 +18,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from nonlocal_jax import checks
 from nonlocal_jax.data import DataError, VideoError
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.convert import Window
 from nonlocal_jax.data.frames import open_frames
 from nonlocal_jax.data.sampling import CROPS, Clips, Crops, InSpace, InTime, crops, whole
+from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.types import Array
 
 ATTEMPTS = 10  # records, one after the other, that may fail before an example is given up
@@ -31,20 +33,13 @@ RECORD, FAILURE = (
     "failure",
 )  # of a batch: which was asked for, and why it could not be read, or nothing
 
-# Mean and standard deviation of each source, of numbers from 0 to 255.
-NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "caffe2": ((114.75,) * 3, (57.375,) * 3),
-    "slowfast": ((0.45 * 255,) * 3, (0.225 * 255,) * 3),  # the same, as PySlowFast writes it
-    "mmcv": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
-}
 
-
-def normalise(clips: Any, source: str = "caffe2") -> Array:
+def normalise(clips: Any, preset: Preset = "caffe2") -> Array:
     """(clips − mean) / standard deviation, on the device.
 
     Args:
         clips: (..., 3), uint8, red, green, blue.
-        source: "caffe2" (video-nonlocal-net), "slowfast" (PySlowFast: the same numbers) or "mmcv" (mmaction2).
+        preset: The source whose mean and standard deviation are used.
 
     Returns:
         (..., 3), float32.
@@ -52,11 +47,9 @@ def normalise(clips: Any, source: str = "caffe2") -> Array:
     >>> [round(x, 3) for x in normalise(np.array([0, 114, 255], np.uint8)).tolist()]
     [-2.0, -0.013, 2.444]
     """
-    if source not in NORMALISATIONS:
-        raise ValueError(
-            f"source must be one of {', '.join(map(repr, NORMALISATIONS))}; got {source!r}."
-        )
-    mean, std = (np.asarray(numbers, np.float32) for numbers in NORMALISATIONS[source])
+    checks.one_of("preset", preset, PRESETS)
+    conventions = PRESETS[preset].input
+    mean, std = (np.asarray(rgb, np.float32) for rgb in (conventions.mean, conventions.std))
     x = jnp.asarray(clips).astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
     return (x - np.expand_dims(mean, axes)) / np.expand_dims(std, axes)

@@ -1,14 +1,14 @@
 """The non-local block, z_i = W_z y_i + x_i (Eq. 6), and the conventions of each published implementation."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nonlocal_jax import checks
 from nonlocal_jax.layers.conv import dot_over_positions
 from nonlocal_jax.layers.instantiations import (
     Concatenation,
@@ -21,10 +21,9 @@ from nonlocal_jax.layers.instantiations import (
     zero_bias,
 )
 from nonlocal_jax.layers.norm import BatchNorm, across_devices
+from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.layers.tap import enclosing_block
 from nonlocal_jax.types import Affinity, Array, Features, Instantiation, PositionMask, Scalar
-
-Preset = Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"]
 
 
 class NonLocalBlock(nn.Module):
@@ -182,76 +181,6 @@ OPERATIONS: dict[Instantiation, type[NonLocalOperation]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Convention:
-    """Where the sources differ. The defaults are the paper's."""
-
-    source: str = "the paper"
-    instantiations: tuple[Instantiation, ...] = tuple(OPERATIONS)
-    use_scale: bool = False  # logits of the embedded Gaussian times inner_features^-0.5
-    subsample: bool = True
-    pool_order: Literal["after", "before"] = "after"
-    use_bias: bool = False  # of θ, φ and g
-    out_bias: bool | None = False  # of W_z; None is yes exactly when no norm follows
-    kernel_init: Initializer = he_normal
-    bias_init: Callable[[int], Initializer] = zero_bias
-    norm: Callable[..., nn.Module] = BatchNorm
-    out_kernel_init: Initializer | None = None  # of W_z; None is kernel_init
-    w_f_init: Initializer | None = None  # None is kernel_init
-
-
-def _uniform_bias(fan_in: int) -> Initializer:
-    """PyTorch's default for a bias, U(−1/√fan_in, 1/√fan_in)."""
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
-
-
-_normal_001 = nn.initializers.normal(0.01)
-_he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-CONVENTIONS: dict[Preset, _Convention] = {
-    "paper": _Convention(),
-    "caffe2": _Convention(
-        source="video-nonlocal-net",
-        instantiations=("embedded_gaussian", "dot_product"),
-        use_scale=True,
-        pool_order="before",
-        use_bias=True,
-        out_bias=True,
-        kernel_init=_normal_001,
-        norm=functools.partial(BatchNorm, epsilon=1.0000001e-5),
-    ),
-    "slowfast": _Convention(
-        source="PySlowFast",
-        instantiations=("embedded_gaussian", "dot_product"),
-        use_scale=True,
-        pool_order="before",
-        use_bias=True,
-        out_bias=True,
-        kernel_init=_he_normal_fan_out,
-    ),
-    "non_local_pytorch": _Convention(
-        source="Non-local_pytorch",
-        use_bias=True,
-        out_bias=True,
-        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-        bias_init=_uniform_bias,
-    ),
-    "mmcv": _Convention(
-        source="mmcv",
-        use_scale=True,
-        subsample=False,
-        use_bias=True,
-        out_bias=None,
-        kernel_init=_normal_001,
-        out_kernel_init=_he_normal_fan_out,
-        w_f_init=_he_normal_fan_out,
-    ),
-}
-
-
 def nonlocal_block(
     instantiation: Instantiation, preset: Preset = "paper", **overrides: Any
 ) -> NonLocalBlock:
@@ -284,19 +213,13 @@ def nonlocal_block(
     >>> block.operation.use_scale, block.operation.pool_order, block.operation.subsample
     (True, 'before', (1, 3, 3))
     """
-    if instantiation not in OPERATIONS:
-        raise ValueError(
-            f"instantiation must be one of {', '.join(map(repr, OPERATIONS))}; got {instantiation!r}."
-        )
-    if preset not in CONVENTIONS:
-        raise ValueError(
-            f"preset must be one of {', '.join(map(repr, CONVENTIONS))}; got {preset!r}."
-        )
-    convention = CONVENTIONS[preset]
+    checks.one_of("instantiation", instantiation, OPERATIONS)
+    checks.one_of("preset", preset, PRESETS)
+    convention = PRESETS[preset].block
     if instantiation not in convention.instantiations:
         has = " and ".join(map(repr, convention.instantiations))
         raise ValueError(
-            f"preset {preset!r} has no {instantiation!r}: {convention.source} has {has}."
+            f"preset {preset!r} has no {instantiation!r}: {PRESETS[preset].title} has {has}."
         )
 
     operation_type = OPERATIONS[instantiation]

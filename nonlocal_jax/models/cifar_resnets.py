@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.block import CONVENTIONS, Preset, nonlocal_block
+from nonlocal_jax.layers.block import nonlocal_block
 from nonlocal_jax.layers.conv import VideoConv
 from nonlocal_jax.layers.norm import BatchNorm
+from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.layers.residual import relu_of_sum
 from nonlocal_jax.types import Array, Features, Image, Instantiation, Logits
 
@@ -79,7 +80,11 @@ class CifarResNet(nn.Module):
     def __call__(self, image: Image, *, train: bool = False) -> Logits:
         """Image (B, H, W, channels) -> logits (B, num_classes)."""
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        of_block = {"norm": CONVENTIONS[self.preset].norm, **options, **(self.block_options or {})}
+        of_block = {
+            "norm": PRESETS[self.preset].block.norm,
+            **options,
+            **(self.block_options or {}),
+        }
         x: Any = VideoConv(16, (1, 3, 3), name="conv1", **options)(image[:, None])
         x = nn.relu(BatchNorm(use_running_average=not train, name="conv1_norm", **options)(x))
         residual_block: Any = (

@@ -1,20 +1,20 @@
 """C2D and I3D ResNets with non-local blocks: the paper's Table 1, in the layouts and conventions of each published source."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.block import CONVENTIONS, Preset, nonlocal_block
+from nonlocal_jax.layers.block import nonlocal_block
 from nonlocal_jax.layers.conv import VideoConv
 from nonlocal_jax.layers.norm import Affine, across_devices
 from nonlocal_jax.layers.pooling import strided_max_pool
+from nonlocal_jax.layers.presets import PRESETS, Layout, Preset
 from nonlocal_jax.layers.residual import relu_of_sum
 from nonlocal_jax.types import Array, Features, Instantiation, Logits, Video
 
@@ -24,48 +24,6 @@ Triple = tuple[int, int, int]
 
 STAGES = ("res2", "res3", "res4", "res5")
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-
-
-class Pool(NamedTuple):
-    """A max pooling: its window, strides and padding along (T, H, W)."""
-
-    window: Triple
-    strides: Triple
-    padding: Triple = (0, 0, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What is between the convolutions.
-
-    Attributes:
-        conv1_stride: of conv1 in time; it is 2 in space.
-        pool1: after conv1.
-        pool2: after res2.
-    """
-
-    conv1_stride: int
-    pool1: Pool
-    pool2: Pool
-
-
-_short, _long = (1, 3, 3), (2, 3, 3)
-_by_space, _by_all = (1, 2, 2), (2, 2, 2)
-_padded = (0, 1, 1)
-_pool2, _pool2_of_table_1 = Pool((2, 1, 1), (2, 1, 1)), Pool((3, 1, 1), (2, 1, 1), (1, 0, 0))
-_of_short_clips = Layout(1, Pool(_short, _by_space, _padded), _pool2)  # 8×8 and 32×4
-# By source, for short clips and for long ones (32×2, 128×1).
-LAYOUTS: dict[Preset, tuple[Layout, Layout]] = {
-    "paper": (
-        Layout(1, Pool(_short, _by_space, _padded), _pool2_of_table_1),
-        Layout(2, Pool((3, 3, 3), _by_all, (1, 1, 1)), _pool2_of_table_1),
-    ),
-    "caffe2": (Layout(1, Pool(_short, _by_space), _pool2), Layout(2, Pool(_long, _by_all), _pool2)),
-    "slowfast": (_of_short_clips, Layout(2, Pool(_long, _by_all, _padded), _pool2)),
-    "non_local_pytorch": (_of_short_clips, Layout(2, Pool(_long, _by_all, _padded), _pool2)),
-    "mmcv": (_of_short_clips, Layout(2, Pool(_short, _by_all, _padded), _pool2)),
-}
-ZERO_INIT_RESIDUAL: tuple[Preset, ...] = ("caffe2", "slowfast")
 
 
 class Bottleneck(nn.Module):
@@ -387,7 +345,7 @@ def video_resnet(
     """
     _one_of("kind", kind, get_args(Kind))
     _one_of("clip", clip, get_args(Clip))
-    _one_of("preset", preset, tuple(LAYOUTS))
+    _one_of("preset", preset, tuple(PRESETS))
     if isinstance(depth, int):
         _one_of("depth", depth, tuple(DEPTHS))
     blocks = DEPTHS[depth] if isinstance(depth, int) else tuple(depth)
@@ -395,20 +353,21 @@ def video_resnet(
         raise ValueError(
             f"depth must have the residual blocks of res2 to res5, each at least 1; got {depth}."
         )
-    norm: Callable[..., nn.Module] = Affine if frozen_bn else CONVENTIONS[preset].norm
+    norm: Callable[..., nn.Module] = Affine if frozen_bn else PRESETS[preset].block.norm
     make_block = functools.partial(
         _make_block, instantiation, preset, {"norm": norm, **(block_options or {})}, group_size
     )
     make_block("res3")  # raises what is wrong with the options
+    backbone = PRESETS[preset].backbone
     defaults: dict[str, Any] = {
-        "zero_init_residual": preset in ZERO_INIT_RESIDUAL,
-        "head_window": None if preset == "mmcv" else (7, 7),
+        "zero_init_residual": backbone.zero_init_residual,
+        "head_window": backbone.head_window,
     }
     return VideoResNet(
         blocks=blocks,  # type: ignore[arg-type]
         taps=_taps(kind, blocks),
         conv1_frames=1 if kind == "c2d" else 5,
-        layout=LAYOUTS[preset][clip in ("32x2", "128x1")],
+        layout=backbone.long_clips if clip in ("32x2", "128x1") else backbone.short_clips,
         nonlocal_blocks=flax.core.FrozenDict(
             _positions(nonlocal_blocks, blocks, preset)
         ),  # hashable
@@ -430,12 +389,11 @@ def _make_block(
 ) -> nn.Module:
     size = group_size.get(stage) if isinstance(group_size, Mapping) else group_size
     defaults: dict[str, Any] = {"group_size": size}
-    if preset == "mmcv":  # as mmaction2's networks have them
-        defaults |= (
-            {"subsample": True, "use_scale": False}
-            if instantiation == "embedded_gaussian"
-            else {"subsample": True}
-        )
+    backbone = PRESETS[preset].backbone
+    if backbone.subsample is not None:
+        defaults["subsample"] = backbone.subsample
+    if backbone.use_scale is not None and instantiation == "embedded_gaussian":
+        defaults["use_scale"] = backbone.use_scale
     return nonlocal_block(instantiation, preset, **defaults | overrides | options)
 
 
@@ -478,7 +436,8 @@ def _positions(
         raise ValueError(
             f"{nonlocal_blocks} blocks want {of_res3} residual blocks in res3 and {of_res4} in res4; got {blocks}."
         )
-    every = 2 if preset == "slowfast" and nonlocal_blocks == 5 else res4 // of_res4
+    spread = nonlocal_blocks == 10 or PRESETS[preset].backbone.five_blocks_spread
+    every = 2 if not spread else res4 // of_res4
     return {
         "res3": tuple(range(1, 4, 2)) if nonlocal_blocks == 5 else tuple(range(4)),
         "res4": tuple(every * (i + 1) - 1 for i in range(of_res4)),

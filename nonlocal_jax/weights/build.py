@@ -7,18 +7,15 @@ from typing import Any
 import flax.linen as nn
 
 from nonlocal_jax import models
-from nonlocal_jax.layers.block import CONVENTIONS, Preset
+from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.models.video_resnets import Clip, Kind
 from nonlocal_jax.types import Instantiation
 from nonlocal_jax.weights.entries import NATIVE
 from nonlocal_jax.weights.infer import MNIST, Architecture
 
-PRESETS: dict[str, Preset] = {
-    "caffe2": "caffe2",
-    "slowfast": "slowfast",
-    "pytorchvideo": "slowfast",
-    "torchvision": "slowfast",  # pools padded as there
-    "mmaction2": "mmcv",
+# By the names in a file, whose networks those are.
+PRESET_OF_NAMES: dict[str, Preset] = {
+    names: preset for preset, conventions in PRESETS.items() for names in conventions.names
 }
 
 
@@ -59,7 +56,7 @@ def options(found: Architecture, choices: Choices = Choices()) -> dict[str, Any]
                 f"{MNIST} has no {wrong[0]} to choose; got {getattr(choices, wrong[0])!r}."
             )
         return {"instantiation": instantiation}
-    preset = choices.preset or PRESETS.get(found.source) or _preset(found, instantiation)
+    preset = choices.preset or PRESET_OF_NAMES.get(found.source) or _preset(found, instantiation)
     kind = choices.kind or ("c2d" if found.kind == "image" else found.kind)
     arguments: dict[str, Any] = {
         "depth": found.depth,
@@ -74,7 +71,7 @@ def options(found: Architecture, choices: Choices = Choices()) -> dict[str, Any]
             arguments["nonlocal_blocks"] = count
             break
     arguments |= {
-        "clip": choices.clip or ("32x2" if found.source == "mmaction2" else "8x8"),
+        "clip": choices.clip or PRESETS[PRESET_OF_NAMES.get(found.source, "paper")].clip,
         "preset": preset,
     }
     if found.num_classes is not None:
@@ -163,7 +160,7 @@ def _positions(
 
 def _block_options(found: Architecture, preset: Preset) -> dict[str, Any]:
     """Where the blocks are not as the preset has them."""
-    convention = CONVENTIONS[preset]
+    convention = PRESETS[preset].block
     block: dict[str, Any] = {} if found.nonlocal_norm else {"norm": None}
     if found.embedding_bias != convention.use_bias:
         block["use_bias"] = found.embedding_bias
@@ -183,7 +180,7 @@ def _preset(found: Architecture, instantiation: Instantiation) -> Preset:
     fits = (
         p
         for p in order
-        if instantiation in CONVENTIONS[p].instantiations
+        if instantiation in PRESETS[p].block.instantiations
         and not _block_options(found, p).keys() - {"norm"}
     )
     return next(fits, "paper")
