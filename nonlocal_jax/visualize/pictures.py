@@ -174,7 +174,7 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
         panel, *pixel = scene.place(_video_position(query), "queries")
         style: dict[str, Any] = {"markeredgecolor": "black", "markersize": 7}
         row[panel].plot(pixel[1], pixel[0], "o", color=QUERY_ON_HEAT, **style)
-    colour_bar(figure, cells, panels, "× uniform weight")
+    colour_bar(figure, cells, panels, "× uniform")
     _caption(figure, selected, "what the dot attends to", WEIGHTS[selected.instantiation])
     return figure
 
@@ -203,7 +203,7 @@ def entropy(affinity: AffinityMap, clip: Any, *, sample: int = 0) -> "Figure":
     colours: dict[str, Any] = {"cmap": "cividis", "vmin": 1, "vmax": key_count, "alpha": 0.75}
     for values, ax in zip(effective_keys, panels[0], strict=True):
         cells = ax.pcolormesh(columns, rows, values, **colours)
-    colour_bar(figure, cells, panels, "effective number of keys")
+    colour_bar(figure, cells, panels, "effective keys")
     _caption(
         figure, selected, f"exp(entropy) of the shares of each position, out of {key_count} keys"
     )
@@ -234,7 +234,7 @@ def received(
     figure, panels = frame_panels(scene, axes)
     largest = max(float(heat.max()), 1e-12)
     cells = _overlay(panels[0], scene, heat, largest, cmap="inferno", vmin=0, vmax=largest)
-    colour_bar(figure, cells, panels, "× uniform weight")
+    colour_bar(figure, cells, panels, "× uniform")
     _caption(
         figure, selected, "attention received from all positions", WEIGHTS[selected.instantiation]
     )

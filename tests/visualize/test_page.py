@@ -99,11 +99,11 @@ def expected_status(affinity, query):
     shares = measures.shares(row.reshape(-1))
     best = int(np.argmax(shares))
     t, r, c = map(int, np.unravel_index(best, affinity.keys))
-    weight = "weight, a negative one, is" if row.reshape(-1)[best] < 0 else "weight is"
+    weight = "weight (negative)" if row.reshape(-1)[best] < 0 else "weight"
     frame, query_row, column = query
     return (
-        f"Query at frame {frame}, row {query_row}, column {column}: the largest {weight} at the "
-        f"key frame {t}, row {r}, column {c}, "
+        f"Query at frame {frame}, row {query_row}, column {column}: the largest {weight} goes to "
+        f"frame {t}, row {r}, column {c} of the keys: "
     )
 
 
@@ -136,7 +136,7 @@ def test_pointing_shows_what_a_position_attends_to(page, maps):
         page.mouse.move(*window_position(page, query))
         assert status(page).startswith(expected_status(maps["first"], query))
     assert page.locator("#view").screenshot() != picture
-    share = float(re.search(r"with ([\d.]+)% of the total", status(page))[1])
+    share = float(re.search(r"keys: ([\d.]+)% of the total", status(page))[1])
     row = np.abs(maps["first"][0].rows((2, 3, 4))).reshape(-1)
     assert share == pytest.approx(100 * row.max() / row.sum(), abs=0.06)
     assert page.locator("#caption").inner_text() == (
@@ -350,9 +350,7 @@ def test_an_image_with_masked_keys(load, tmp_path):
     model = OneBlock(nl.layers.nonlocal_block("embedded_gaussian", subsample=False), masked=True)
     affinity = affinities(model, random_variables(model, x), x)["block"]
     page = load(explore(affinity, x, tmp_path / "image.html", query=(1, 2)).file)
-    assert status(page).startswith(
-        "Query at row 1, column 2: the largest weight is at the key row "
-    )
+    assert status(page).startswith("Query at row 1, column 2: the largest weight goes to row ")
     assert not page.locator("#play").is_visible()
     assert f"{affinity.rows((1, 2)).max() * 9 * 7:.1f} × uniform" in status(page)
     assert "; 63 keys." in page.locator("#caption").inner_text()
