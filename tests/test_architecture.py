@@ -39,6 +39,7 @@ HEAVY = (
     "sklearn",
     "optax",
     "orbax",
+    "safetensors",
     "tensorboard",
 )
 

@@ -65,6 +65,15 @@ def assert_equal(loaded, variables):
         np.testing.assert_array_equal(loaded[path], leaf, err_msg=path)
 
 
+def assert_arrays(found, expected):
+    """The same read-only arrays in the same order."""
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
+        assert found[name].dtype == array.dtype
+        assert not found[name].flags.writeable
+
+
 def without(variables, *parts):
     """Variables less the leaves whose path has one of these parts."""
     return unflatten(
