@@ -101,7 +101,8 @@ def python2(blobs, protocol):
                 + "'"
             )
             out.append(
-                f"S'{key}'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n({sizes}tcnumpy\ndtype\n"
+                f"S'{key}'\ncnumpy.core.multiarray\n_reconstruct\n"
+                f"(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n({sizes}tcnumpy\ndtype\n"
                 f"(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS{quoted}\ntbs"
             )
         else:

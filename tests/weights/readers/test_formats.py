@@ -1,4 +1,4 @@
-"""Recognising formats: every supported one is read, others are described, and damage raises an error."""
+"""Formats: supported ones are read, others are described, and damage raises an error."""
 
 import gzip
 import os

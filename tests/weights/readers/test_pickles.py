@@ -155,7 +155,7 @@ def among_weights(code):
 
 
 def around_state_dict(code):
-    """Yields legacy torch files with the object in a pickle beside the state dict, where no name is allowed."""
+    """Yields legacy torch files with the object in a pickle where no name is allowed."""
     yield forge.legacy_of(ARRAYS, magic=b"\x80\x02" + forge.MAGIC[2:-1] + code + b"0.")
     for part in ("protocol", "machine", "keys"):
         yield forge.legacy_of(ARRAYS, **{part: whole(code)})
