@@ -197,7 +197,7 @@ def test_static_clip_gets_the_response_of_the_image(path):
     """Away from the first and last frames, next to which kernels see padding."""
     image_file(path)
     image = np.random.default_rng(0).standard_normal((1, 1, 24, 16, 3)).astype(np.float32)
-    clip = np.broadcast_to(image, (1, 9, 24, 16, 3))
+    clip = jnp.broadcast_to(image, (1, 9, 24, 16, 3))
 
     def res2(kind):
         model = samples.tiny_network(kind)
