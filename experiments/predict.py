@@ -30,7 +30,7 @@ from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, normalise
 from nonlocal_jax.data.sampling import Crops, InTime
 from nonlocal_jax.layers.presets import Preset
-from nonlocal_jax.weights import files
+from nonlocal_jax.weights import read
 from nonlocal_jax.weights.build import Choices, call, options
 from nonlocal_jax.weights.build import build as build_as
 from nonlocal_jax.weights.infer import architecture
@@ -87,7 +87,7 @@ def network(config: Config) -> tuple[Any, dict[str, Any], InTime, int, Preset]:
             config.size or recipe.test_size,
             "caffe2",
         )
-    checkpoint = files.read(config.weights)
+    checkpoint = read(config.weights)
     found = architecture(checkpoint)
     chosen = options(found, config)
     if "clip" not in chosen or found.num_classes is None:

@@ -40,6 +40,7 @@ HEAVY = (
     "sklearn",
     "optax",
     "orbax",
+    "safetensors",
     "tensorboard",
 )
 

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.types import Array, Features
@@ -143,6 +144,32 @@ def across_devices(norm: Callable[..., nn.Module], axis_name: str | None) -> dic
     ):
         return {}
     return {"axis_name": getattr(norm, "keywords", {}).get("axis_name", axis_name)}
+
+
+def fold_batch_norm(scale: Any, bias: Any, mean: Any, var: Any, epsilon: float) -> tuple[Any, Any]:
+    """Folds a BatchNorm with fixed statistics into one affine map.
+
+    scale' = γ / √(var + ε), bias' = β − mean · scale'.
+
+    Args:
+        scale: γ (C,), or 1.0 for a norm without one.
+        bias: β (C,), or 0.0 for a norm without one.
+        mean: Running mean (C,).
+        var: Running variance (C,).
+        epsilon: ε of the BatchNorm.
+
+    Returns:
+        Scale and bias (C,), NumPy arrays if `var` is one, otherwise JAX arrays.
+
+    >>> scale, bias = fold_batch_norm(6.0, 1.0, np.array([1.0]), np.array([4.0]), 0.0)
+    >>> scale.tolist(), bias.tolist()
+    ([3.0], [-2.0])
+    """
+    if isinstance(var, np.ndarray):
+        folded = scale / np.sqrt(var + epsilon)
+    else:
+        folded = jax.lax.rsqrt(var + epsilon) * scale  # as in `BatchNorm`, to the last bit
+    return folded, bias - mean * folded
 
 
 def freeze_batch_norm(variables: Mapping[str, Any], epsilon: float = 1e-5) -> dict[str, Any]:
