@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nonlocal_jax.layers.block import nonlocal_block
-from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers.convolution import VideoConv
 from nonlocal_jax.layers.norm import BatchNorm
 from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.layers.residual import relu_of_sum

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers.convolution import VideoConv
 from nonlocal_jax.layers.norm import Affine
 from nonlocal_jax.layers.tap import PairwiseCall, tap
 from nonlocal_jax.types import Array

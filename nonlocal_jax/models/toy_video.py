@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from nonlocal_jax.layers import BatchNorm
-from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers.convolution import VideoConv
 from nonlocal_jax.layers.residual import relu_of_sum
 from nonlocal_jax.types import Features, Logits, Video
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nonlocal_jax import ops
-from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers.convolution import VideoConv
 from nonlocal_jax.layers.tap import PairwiseCall, tap
 from nonlocal_jax.types import Array
 

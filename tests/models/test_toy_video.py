@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import nonlocal_jax as nl
-from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers.convolution import VideoConv
 from nonlocal_jax.models import LocalBlock, ToyVideoNet
 
 CLIPS = jax.random.normal(jax.random.key(0), (2, 8, 16, 16, 1))
