@@ -116,7 +116,11 @@ def video_conv(
 
 
 def dot_over_positions(
-    x: Array, kernel: Array, dimension_numbers: lax.DotDimensionNumbers, **options: Any
+    x: Array,
+    kernel: Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    platform: str | None = None,
+    **options: Any,
 ) -> Array:
     """Computes the product over channels of an `nn.Dense`, as its `dot_general`.
 
@@ -124,7 +128,7 @@ def dot_over_positions(
     all positions as the
     rows of one matrix: elsewhere the position axes stay, because they may be sharded.
     """
-    if backend() == "cpu":
+    if (platform or backend()) == "cpu":
         return cpu.dot_over_rows(x, kernel, **options)
     return lax.dot_general(x, kernel, dimension_numbers, **options)
 

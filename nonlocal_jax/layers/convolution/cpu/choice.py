@@ -123,7 +123,7 @@ def _tile_sizes(kernel_shape: tuple[int, ...]) -> Triple:
     return (time_tile, 4, 1) if features <= BLOCK else (time_tile, 2, 2)
 
 
-def _min_products(taps: int, is_temporal: bool, length: int) -> float:
+def _min_products(taps: int, is_temporal: bool, length: int) -> int:
     """Returns the least c·f / (c + f) of c channels and f features with which tiles were faster."""
     if is_temporal:
         return 100 if length == 4 else 150

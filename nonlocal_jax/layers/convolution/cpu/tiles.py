@@ -14,7 +14,7 @@ JOINED_WIDTH = 2048  # positions: 32 of the blocks of 64 that XLA shares among t
 
 
 def convolution_in_tiles(
-    x: Array, kernel: Array, strides: Triple, groups: int, tiles: Triple
+    x: Array, kernel: Array, strides: Triple, groups: int, tiles: tuple[int, ...]
 ) -> Array:
     """Computes a convolution with three taps along each tiled axis, and a stride of 1.
 
@@ -25,9 +25,9 @@ def convolution_in_tiles(
         x, strides = x[:, :, :: strides[1], :: strides[2]], (strides[0], 1, 1)
     for axis, tile in enumerate(tiles):
         if tile > 1:
-            untiled = (*tiles[:axis], 1, *tiles[axis + 1 :])
+            remaining = (*tiles[:axis], 1, *tiles[axis + 1 :])
             convolve = functools.partial(
-                convolution_in_tiles, strides=strides, groups=groups, tiles=untiled
+                convolution_in_tiles, strides=strides, groups=groups, tiles=remaining
             )
             return tiled(x, kernel, axis, tile, convolve)
     if kernel.shape[2] == 1:
