@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import nonlocal_jax as nl
-from nonlocal_jax.layers import NonLocalBlock, conv
+from nonlocal_jax.layers import NonLocalBlock
+from nonlocal_jax.layers.convolution import cpu
 from nonlocal_jax.models.toy_video import ToyVideoNet
 from nonlocal_jax.visualize import GeometryError, affinities, to_pixels
 from nonlocal_jax.visualize.geometry import pixels_of
@@ -19,7 +20,7 @@ from nonlocal_jax.visualize.tracing import geometries
 @pytest.fixture(autouse=True)
 def without_tiles(monkeypatch):
     """Convolutions in tiles leave rounding errors beyond the receptive field, which gradients would show."""
-    monkeypatch.setattr(conv, "_in_tiles_where_faster", lambda *args: None)
+    monkeypatch.setattr(cpu, "choose", lambda *args: None)
 
 
 def measured(model, variables, shape, block):

@@ -11,7 +11,7 @@ import pytest
 from weights import samples
 
 import nonlocal_jax as nl
-from nonlocal_jax.layers import conv
+from nonlocal_jax.layers.convolution import layer as convolution_layer
 from nonlocal_jax.weights import export, save, sources
 from nonlocal_jax.weights.loading import load_checkpoint
 from nonlocal_jax.weights.names import CONV, VECTOR
@@ -109,12 +109,12 @@ def test_instantiations(instantiation, tmp_path):
 def test_a_broken_convolution(video, monkeypatch):
     """A kernel along time turned round."""
     path, model = video
-    video_conv = conv.video_conv
+    video_conv = convolution_layer.video_conv
 
     def broken(x, kernel, *options):
         return video_conv(x, kernel[::-1] if kernel.shape[1:3] == (1, 1) else kernel, *options)
 
-    monkeypatch.setattr(conv, "video_conv", broken)
+    monkeypatch.setattr(convolution_layer, "video_conv", broken)
     verification = verify(path, model, shape=SHAPE)
     assert not verification.ok
     wrong = {place for place, layer in by_place(verification).items() if (layer.output or 0) > 1e-4}
