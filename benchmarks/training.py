@@ -42,7 +42,7 @@ from experiments.report import read_log
 from nonlocal_jax import files, training
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.pipeline import training_batches
-from nonlocal_jax.layers.conv import video_conv
+from nonlocal_jax.layers.convolution import video_conv
 
 STEPS = 6  # steps of each competitor in a round
 WARM = (

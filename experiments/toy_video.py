@@ -51,7 +51,7 @@ from nonlocal_jax.data.toy_video import (
     make_clips,
     num_classes,
 )
-from nonlocal_jax.models.toy_video import Kind, LocalBlock, ToyVideoNet
+from nonlocal_jax.models.toy_video import LocalBlock, ToyVideoNet, TrunkKind
 from nonlocal_jax.types import Instantiation
 
 Network = Literal["control"] | Instantiation
@@ -84,7 +84,7 @@ class Config:
         "control",
         "embedded_gaussian",
     )  # the control has a residual block in place of a non-local one
-    kind: Kind | None = None  # c2d or i3d; None is c2d for same_digit, i3d for moving_pair
+    kind: TrunkKind | None = None  # c2d or i3d; None is c2d for same_digit, i3d for moving_pair
     preset: Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"] = (
         "paper"  # conventions of the non-local block
     )

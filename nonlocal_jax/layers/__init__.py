@@ -1,7 +1,7 @@
 """Linen modules: they own parameters and call `nonlocal_jax.ops`."""
 
 from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
-from nonlocal_jax.layers.conv import VideoConv, video_conv
+from nonlocal_jax.layers.convolution import VideoConv, video_conv
 from nonlocal_jax.layers.description import BlockDescription, describe
 from nonlocal_jax.layers.instantiations import (
     Concatenation,

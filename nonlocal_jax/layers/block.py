@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nonlocal_jax import checks
-from nonlocal_jax.layers.conv import dot_over_positions
+from nonlocal_jax.layers.convolution import dot_over_positions
 from nonlocal_jax.layers.instantiations import (
     Concatenation,
     DotProduct,

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from nonlocal_jax import ops
-from nonlocal_jax.layers.conv import dot_over_positions
+from nonlocal_jax.layers.convolution import dot_over_positions
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
 from nonlocal_jax.layers.tap import Axes, SumLayout, nonlocal_response
 from nonlocal_jax.types import Affinity, Array, Embedded, Features, PositionMask, PRNGKeyArray

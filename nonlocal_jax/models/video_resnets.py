@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nonlocal_jax.layers.block import nonlocal_block
-from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers.convolution import VideoConv
 from nonlocal_jax.layers.norm import Affine, across_devices
 from nonlocal_jax.layers.pooling import strided_max_pool
 from nonlocal_jax.layers.presets import PRESETS, Layout, Preset
