@@ -29,9 +29,9 @@ from nonlocal_jax.types import Affinity, Array, Features, Instantiation, Positio
 class NonLocalBlock(nn.Module):
     """A residual block around a non-local operation: z_i = norm(W_z y_i) + x_i.            (Eq. 6)
 
-    A new block is the identity: the norm's scale starts at 0 or, without a norm, W_z and its bias do.
-    It can therefore be inserted into a trained network without changing its output. There is no ReLU
-    after the sum.
+    A new block is the identity: the norm's scale starts at 0 or, without a norm, W_z and its bias
+    do. It can therefore be inserted into a trained network without changing its output. There is no
+    ReLU after the sum.
 
     Attributes:
         operation: Computes y: a `Gaussian`, `EmbeddedGaussian`, `DotProduct` or `Concatenation`. It
@@ -54,7 +54,8 @@ class NonLocalBlock(nn.Module):
     >>> z, state = jax.jit(lambda x: block.apply(variables, x, mutable=["intermediates"]))(x)
     >>> bool((z == x).all())
     True
-    >>> state["intermediates"]["operation"]["affinity"][0].shape  # (B, N, M): 4·6·6 queries, 4·3·3 pooled keys
+    >>> (affinity,) = state["intermediates"]["operation"]["affinity"]
+    >>> affinity.shape  # (B, N, M): 4·6·6 queries, 4·3·3 pooled keys
     (2, 144, 36)
     """
 
@@ -240,12 +241,12 @@ def nonlocal_block(
         )
     fields = dataclasses.fields(conventions)
     defaults = {field.name: getattr(conventions, field.name) for field in fields}
-    out_defaults = {
+    projection_defaults = {
         "norm": conventions.norm,
         "kernel_init": conventions.out_kernel_init or conventions.kernel_init,
     }
     operation_options = _select(defaults | overrides, operation_attributes)
-    block_options = _select(defaults | out_defaults | overrides, block_attributes)
+    block_options = _select(defaults | projection_defaults | overrides, block_attributes)
     return NonLocalBlock(operation_class(**operation_options, parent=None), **block_options)
 
 

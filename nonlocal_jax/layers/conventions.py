@@ -18,7 +18,7 @@ ClipFormat = Literal["8x8", "32x4", "32x2", "128x1"]  # frames × their stride i
 Triple = tuple[int, int, int]
 RGB = tuple[float, float, float]
 
-ALL_INSTANTIATIONS: tuple[Instantiation, ...] = (
+INSTANTIATIONS: tuple[Instantiation, ...] = (
     "gaussian",
     "embedded_gaussian",
     "dot_product",
@@ -33,7 +33,8 @@ class BlockConventions:
     Attributes:
         epsilon: ε of every BatchNorm of the source, in its blocks and in its networks.
         instantiations: The pairwise functions that the source has.
-        use_scale: Whether the logits of the embedded Gaussian are multiplied by inner_features^-0.5.
+        use_scale: Whether the logits of the embedded Gaussian are multiplied by
+            inner_features^-0.5.
         subsample: Whether keys and values are max pooled.
         pool_order: Whether pooling comes "after" φ and g, or once "before" both.
         use_bias: Whether θ, φ and g have a bias.
@@ -46,7 +47,7 @@ class BlockConventions:
     """
 
     epsilon: float
-    instantiations: tuple[Instantiation, ...] = ALL_INSTANTIATIONS
+    instantiations: tuple[Instantiation, ...] = INSTANTIATIONS
     use_scale: bool = False
     subsample: bool = True
     pool_order: Literal["after", "before"] = "after"
@@ -104,7 +105,8 @@ class BackboneConventions:
         head_window: (H, W) of the windows that the head averages over at test time. None averages
             over the whole map.
         five_blocks_spread: Whether 5 blocks in a ResNet-101 are spread over res4 (6, 13, 20), as in
-            video-nonlocal-net, or placed where those of a ResNet-50 are (1, 3, 5), as in PySlowFast.
+            video-nonlocal-net, or placed where those of a ResNet-50 are (1, 3, 5), as in
+            PySlowFast.
         subsample: Whether blocks inside the network pool their keys, where that differs from the
             block alone.
         use_scale: Whether blocks inside the network scale their logits, likewise.
@@ -128,8 +130,8 @@ class InputConventions:
         std: Standard deviation, likewise.
         sampling: "consecutive" takes frames a fixed stride apart. "slowfast" spreads them over the
             clip, first and last included, as PySlowFast's decoder does.
-        short_video: For a video shorter than a clip, "loop" starts again and "hold" repeats the last
-            frame.
+        short_video: For a video shorter than a clip, "loop" starts again and "hold" repeats the
+            last frame.
     """
 
     mean: RGB

@@ -46,8 +46,8 @@ def describe(
 ) -> tuple[BlockDescription, ...]:
     """Describes every non-local block of a network, in the order in which they run.
 
-    Operations without a block around them are listed and counted as well, and so are blocks of other
-    libraries that call `nonlocal_response` inside `enclosing_block`.
+    Operations without a block around them are listed and counted as well, and so are blocks of
+    other libraries that call `nonlocal_response` inside `enclosing_block`.
 
     Args:
         model: Any Linen module.

@@ -38,16 +38,16 @@ class NonLocalOperation(nn.Module):
             along every spatial axis (1×2×2 in video) over which the sum runs. A tuple gives the
             window along each position axis. False does not pool.
         pool_order: "after" pools φ(x) and g(x), as in the paper. "before" pools x once for both, as
-            in video-nonlocal-net and PySlowFast. The two differ numerically. The Gaussian's keys are
-            the pooled x in both.
+            in video-nonlocal-net and PySlowFast. The two differ numerically. The Gaussian's keys
+            are the pooled x in both.
         axes: "spacetime" sums over all positions, "space" over those of the same frame, "time" over
             those of the same pixel. The last two require (T, H, W) positions.
         group_size: Number of frames of a temporal group; a position sees its own group only. None
             makes all frames one group.
         use_bias: Whether θ, φ and g have a bias.
         kernel_init: Initializer of W_θ, W_φ and W_g, and of w_f unless that has its own.
-        bias_init: From the fan-in to the initializer of the biases, because PyTorch's default depends
-            on it.
+        bias_init: From the fan-in to the initializer of the biases, because PyTorch's default
+            depends on it.
         dtype: Dtype of the computation. None is that of the input and parameters. Logits and sums
             stay float32.
         param_dtype: Dtype of the parameters.
@@ -79,8 +79,8 @@ class NonLocalOperation(nn.Module):
         Args:
             x: (B, *positions, C), with one, two or three position axes: (N,), (H, W) or (T, H, W).
             mask: (B, *positions) of bool, False where x is padding. Padding is neither summed nor
-                counted, and its values have no influence. Where keys are pooled, a window is real if
-                any of its positions is.
+                counted, and its values have no influence. Where keys are pooled, a window is real
+                if any of its positions is.
             return_map: Whether to return the affinity f / C as well.
 
         Returns:
@@ -149,7 +149,7 @@ class NonLocalOperation(nn.Module):
     ) -> tuple[Array, Array | None]:
         """Returns y and, if it is requested or sown, the affinity (B, ..., N, M)."""
         # Over space and within groups, all keys of a query are on its own device. Parameters are
-        # initialized outside the map, where the axis does not exist.
+        # initialised outside the map, where the axis does not exist.
         is_split = not self.is_initializing() and self.axes != "space" and self.group_size is None
         options: dict[str, Any] = self.pairwise(theta)
         options |= {"key_mask": key_mask, "axis_name": self.axis_name if is_split else None}
@@ -206,7 +206,7 @@ class NonLocalOperation(nn.Module):
             return
         if self.axes == "space" or len(positions) != 3:
             raise ValueError(
-                "group_size must be None unless x has (T, H, W) positions and the sum runs over time; "
+                "group_size must be None unless x has (T, H, W) positions and sums run over time; "
                 f"got {len(positions)} position axes and axes={self.axes!r}."
             )
         if self.group_size < 1 or positions[0] % self.group_size:
@@ -259,7 +259,8 @@ class NonLocalOperation(nn.Module):
         if isinstance(self.subsample, Sequence):
             return tuple(self.subsample)
         raise ValueError(
-            f"subsample must be True, False or a size for each position axis; got {self.subsample!r}."
+            "subsample must be True, False or a size for each position axis; "
+            f"got {self.subsample!r}."
         )
 
 
@@ -289,8 +290,8 @@ class EmbeddedGaussian(NonLocalOperation):
     """f(x_i, x_j) = exp(θ(x_i) · φ(x_j)), C(x) = Σ_j f; parameters W_θ, W_φ, W_g.         (Eq. 3)
 
     Attributes:
-        use_scale: Whether the logits are multiplied by inner_features^-0.5, as in video-nonlocal-net,
-            PySlowFast and mmcv. The paper does not scale them.
+        use_scale: Whether the logits are multiplied by inner_features^-0.5, as in
+            video-nonlocal-net, PySlowFast and mmcv. The paper does not scale them.
 
     Source: section 3.2.
 

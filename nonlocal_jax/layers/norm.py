@@ -14,12 +14,12 @@ from nonlocal_jax.types import Array, Features
 
 
 class BatchNorm(nn.BatchNorm):
-    """Flax's BatchNorm with the references' constants, written so that its gradient keeps one array.
+    """Flax's BatchNorm with the references' constants, whose gradient keeps one array only.
 
-    y = x · s + (β − mean · s) with s = γ / √(var + ε). Flax computes (x − mean) · s + β, which keeps
-    x − mean as well as x for the gradient. A training step of I3D R50 with five blocks, on 2 clips of
-    8×224×224 and with direct convolutions, needed 1.24 GB of temporaries this way and 1.75 GB with
-    Flax's.
+    y = x · s + (β − mean · s) with s = γ / √(var + ε). Flax computes (x − mean) · s + β, which
+    keeps x − mean as well as x for the gradient. A training step of I3D R50 with five blocks, on 2
+    clips of 8×224×224 and with direct convolutions, needed 1.24 GB of temporaries this way and 1.75
+    GB with Flax's.
 
     Attributes:
         momentum: Share of the running statistics that each step keeps. PyTorch writes 0.9 as 0.1.
@@ -152,8 +152,7 @@ def apply_norm(
         x: (B, *positions, C).
         train: Whether BatchNorm uses, and updates, the statistics of this batch.
         axis_name: Mapped axis over whose devices positions are split; statistics are taken over all
-            of them. A norm that names an axis itself (`functools.partial(BatchNorm, axis_name=...)`)
-            keeps it.
+            of them. A `functools.partial` that names an axis itself keeps it.
         mask: (B, *positions) of bool, False for padding, which does not count.
         **options: More attributes of the norm, such as its name.
 
@@ -161,7 +160,8 @@ def apply_norm(
         (B, *positions, C).
 
     Raises:
-        ValueError: If a GroupNorm or InstanceNorm has a mask while positions are split over devices.
+        ValueError: If a GroupNorm or InstanceNorm has a mask while positions are split over
+            devices.
     """
     module = make_norm(**_device_options(make_norm, axis_name), **options)
     if isinstance(module, nn.BatchNorm):
@@ -169,9 +169,9 @@ def apply_norm(
     if isinstance(module, nn.GroupNorm | nn.InstanceNorm):
         if mask is not None and axis_name is not None:
             raise ValueError(
-                "GroupNorm must have no mask where positions are split over devices; got a mask and "
-                f"axis_name={axis_name!r}. Flax averages the devices' means without weighting them by "
-                "their counts of real positions. Use BatchNorm or LayerNorm."
+                "GroupNorm must have no mask where positions are split over devices; got a mask "
+                f"and axis_name={axis_name!r}. Flax averages the devices' means without weighting "
+                "them by their counts of real positions. Use BatchNorm or LayerNorm."
             )
         return module(x, mask=_norm_mask(mask, x, 1))
     return module(x)  # normalises each position alone, so padding cannot reach the real ones
@@ -191,8 +191,8 @@ def _norm_mask(
 ) -> Array | None:
     """The mask, broadcast to x, for a norm over the axes from `first_axis` on.
 
-    Where there is no real position at all, every position counts: statistics of nothing are NaN, and
-    so are gradients. The block still adds 0 to such inputs.
+    Where there is no real position at all, every position counts: statistics of nothing are NaN,
+    and so are gradients. The block still adds 0 to such inputs.
     """
     if mask is None:
         return None

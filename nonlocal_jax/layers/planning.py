@@ -40,9 +40,9 @@ class BlockPlan:
     instantiation: Instantiation
     queries: int
     keys: int
-    chosen: str
-    forward: Mapping[str, int]
-    backward: Mapping[str, int]
+    chosen: ops.Implementation
+    forward: Mapping[ops.Implementation, int]
+    backward: Mapping[ops.Implementation, int]
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -65,11 +65,11 @@ def plan(
 ) -> tuple[BlockPlan, ...]:
     """Reports the memory of every non-local block of a network, for each implementation.
 
-    Each block is compiled alone, in evaluation and in a training step, with every implementation that
-    is available for it on this machine; the bytes are those of
-    `compiled.memory_analysis().temp_size_in_bytes`. Nothing is computed. Blocks with equal attributes
-    and inputs are compiled once, so a network with five blocks needs seconds. Inside a network the
-    blocks' peaks do not add up, but what they keep for their gradients does.
+    Each block is compiled alone, in evaluation and in a training step, with every implementation
+    that is available for it on this machine; the bytes are those of
+    `compiled.memory_analysis().temp_size_in_bytes`. Nothing is computed. Blocks with equal
+    attributes and inputs are compiled once, so a network with five blocks needs seconds. Inside a
+    network the blocks' peaks do not add up, but what they keep for their gradients does.
 
     Args:
         input_shape: Shape of the input of `model`, batch first, channels last.
@@ -78,7 +78,8 @@ def plan(
         **kwargs: More arguments of the network's `__call__`.
 
     Returns:
-        One `BlockPlan` for each operation, in the order in which they run; empty where there is none.
+        One `BlockPlan` for each operation, in the order in which they run; empty where there is
+        none.
 
     Raises:
         ValueError, TypeError: As the network does for an input of this shape.
@@ -120,17 +121,24 @@ def temporary_bytes(function: Callable[..., Any], *arguments: Any) -> int:
         function: A function of arrays.
         *arguments: Its arguments, or `jax.ShapeDtypeStruct`s of them.
 
+    Raises:
+        NotImplementedError: If the platform's compiler does not report memory.
+
     >>> temporary_bytes(lambda x: x + 1, jax.ShapeDtypeStruct((1000,), jnp.float32))
     0
     """
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    if analysis is None:
+        raise NotImplementedError(
+            f"The compiler for {jax.default_backend()!r} must report its memory; it does not."
+        )
+    return int(analysis.temp_size_in_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Memory:
-    forward: Mapping[str, int]
-    backward: Mapping[str, int]
+    forward: Mapping[ops.Implementation, int]
+    backward: Mapping[ops.Implementation, int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,8 +166,8 @@ class _Operation:
     instantiation: Instantiation
     queries: int
     keys: int
-    chosen: str
-    implementations: tuple[str, ...]
+    chosen: ops.Implementation
+    implementations: tuple[ops.Implementation, ...]
 
     def key(self) -> Any:
         """Equal for blocks that compile to the same program."""
@@ -201,7 +209,7 @@ def _find_operations(
         available = (cost for cost in explanation.costs if cost.refusal is None)
         operations[call.module.path] = _Operation(
             place=block.path,
-            module=_without_axis_name(block.unbind()[0]),
+            module=_drop_axis_name(block.unbind()[0]),
             path=call.module.path[len(block.path) :],
             args=args,
             kwargs=kwargs,
@@ -227,7 +235,7 @@ def _shape(leaf: Any) -> Any:
     return leaf
 
 
-def _without_axis_name(module: nn.Module) -> nn.Module:
+def _drop_axis_name(module: nn.Module) -> nn.Module:
     """The module on one device: a block is planned outside the map that names the axis."""
     if isinstance(module, NonLocalBlock):
         return module.clone(operation=module.operation.clone(axis_name=None))
@@ -242,13 +250,13 @@ def _measure(operation: _Operation) -> _Memory:
     )
 
 
-def _forward_bytes(operation: _Operation, implementation: str) -> int:
+def _forward_bytes(operation: _Operation, implementation: ops.Implementation) -> int:
     apply, arrays = _make_apply(operation, implementation, train=False)
     variables = _variables(operation)
     return temporary_bytes(lambda variables, arrays: apply(variables, arrays)[0], variables, arrays)
 
 
-def _backward_bytes(operation: _Operation, implementation: str) -> int:
+def _backward_bytes(operation: _Operation, implementation: ops.Implementation) -> int:
     """Bytes of the output, the updated statistics, and the gradients of parameters and inputs."""
     apply, arrays = _make_apply(operation, implementation, train=True)
     variables = _variables(operation)
@@ -268,7 +276,7 @@ def _backward_bytes(operation: _Operation, implementation: str) -> int:
 
 
 def _make_apply(
-    operation: _Operation, implementation: str, train: bool
+    operation: _Operation, implementation: ops.Implementation, train: bool
 ) -> tuple[Callable[[Any, Any], tuple[Any, Any]], dict[int, jax.ShapeDtypeStruct]]:
     """A function of the block's variables and arrays, and the shapes of the arrays.
 
@@ -316,6 +324,6 @@ def _split_arrays(
     arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
 
     def fill(arrays: Mapping[int, Any]) -> Any:
-        return structure.unflatten(arrays.get(i, leaf) for i, leaf in enumerate(leaves))
+        return jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
 
     return arrays, fill

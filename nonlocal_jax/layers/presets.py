@@ -2,8 +2,8 @@
 
 A preset has the conventions of one source for the non-local block, for the video ResNet around it,
 for the colours and frames of its input, and for its files of weights. A new source is one entry
-here. Everything that depends on a source reads it from this table, and `presets_table` prints it for
-the documentation. `nonlocal_jax.layers.conventions` explains the fields.
+here. Everything that depends on a source reads it from this table, and `presets_table` prints it
+for the documentation. `nonlocal_jax.layers.conventions` explains the fields.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ PRESETS: dict[Preset, Conventions] = {
     "caffe2": Conventions(
         title="video-nonlocal-net",
         block=BlockConventions(
-            # As in its configuration. In float32 this differs from 1e-5 by one unit in the last place.
+            # As in its configuration; in float32, 1e-5 and one unit in the last place.
             epsilon=1.0000001e-5,
             instantiations=("embedded_gaussian", "dot_product"),
             use_scale=True,
@@ -186,8 +186,8 @@ def _biases(block: BlockConventions) -> str:
     if block.use_bias and block.out_bias:
         return "all"
     embeddings = ["θ, φ, g"] if block.use_bias else []
-    out = {True: ["W_z"], None: ["W_z without norm"], False: []}[block.out_bias]
-    return "; ".join(embeddings + out) or "none"
+    projection = {True: ["W_z"], None: ["W_z without norm"], False: []}[block.out_bias]
+    return "; ".join(embeddings + projection) or "none"
 
 
 def _backbone_cells(conventions: Conventions) -> dict[str, str]:

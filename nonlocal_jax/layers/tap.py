@@ -2,9 +2,9 @@
 
 Every non-local operation evaluates Eq. 1 through `nonlocal_response`, which reports the call to the
 listeners of `tap`. This is the one way in which `describe`, `plan`, `models.cost`, `weights.verify`
-and `visualize.affinities` find the operations of a network, so they find those of other libraries as
-well if these call `nonlocal_response`. A residual block names itself as `enclosing_block`, so that
-tools report the block rather than the operation inside it, and may offer its residual ratio:
+and `visualize.affinities` find the operations of a network, so they find those of other libraries
+as well if these call `nonlocal_response`. A residual block names itself as `enclosing_block`, so
+that tools report the block rather than the operation inside it, and may offer its residual ratio:
 
 >>> import flax.linen as nn, jax, jax.numpy as jnp
 >>> from nonlocal_jax.layers import describe, sow_residual_ratio
@@ -55,9 +55,10 @@ class SumLayout:
     Attributes:
         positions: Size of the map of the queries: (N,), (H, W) or (T, H, W).
         window: Max pooling of the keys along each of these axes; 1 where they are not pooled.
-        axes: "spacetime" sums over all positions, "space" over those of one frame, "time" over those
-            of one pixel.
-        groups: Number of temporal groups that are summed separately; None for one sum over all frames.
+        axes: "spacetime" sums over all positions, "space" over those of one frame, "time" over
+            those of one pixel.
+        groups: Number of temporal groups that are summed separately; None for one sum over all
+            frames.
     """
 
     positions: tuple[int, ...]
@@ -72,7 +73,8 @@ class PairwiseCall:
 
     Attributes:
         module: The module that called `nonlocal_response`.
-        block: The residual block around it, as `enclosing_block` names it; None where there is none.
+        block: The residual block around it, as `enclosing_block` names it; None where there is
+            none.
         instantiation: The pairwise function f.
         theta: (B, ..., N, d), the queries θ(x_i).
         phi: (B, ..., M, d), the keys φ(x_j).
@@ -160,8 +162,8 @@ def enclosing_block(block: nn.Module) -> Iterator[None]:
 def tap(listener: Listener) -> Iterator[None]:
     """Context manager that reports every call of `nonlocal_response` to a listener.
 
-    Calls are reported while JAX traces the network. A jitted function that JAX has already traced for
-    the same shapes is not traced again and reports nothing.
+    Calls are reported while JAX traces the network. A jitted function that JAX has already traced
+    for the same shapes is not traced again and reports nothing.
 
     Args:
         listener: Called with each `PairwiseCall`, in the order in which the operations run. If it
@@ -171,7 +173,9 @@ def tap(listener: Listener) -> Iterator[None]:
     >>> from nonlocal_jax.layers import nonlocal_block
     >>> model = nn.Sequential([nn.Dense(8), nonlocal_block("dot_product")])
     >>> shapes = []
-    >>> with tap(lambda call: shapes.append((call.instantiation, call.theta.shape, call.phi.shape))):
+    >>> def listener(call):
+    ...     shapes.append((call.instantiation, call.theta.shape, call.phi.shape))
+    >>> with tap(listener):
     ...     out = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 6, 4, 3)))
     >>> shapes
     [('dot_product', (2, 24, 4), (2, 6, 4))]

@@ -53,8 +53,8 @@ class Bottleneck(nn.Module):
             "param_dtype": self.param_dtype,
             "axis_name": self.axis_name,
         }
-        conv = functools.partial(VideoConv, **options)
-        norm = functools.partial(apply_norm, self.norm, train=train, **options)
+        conv: Any = functools.partial(VideoConv, **options)
+        norm: Any = functools.partial(apply_norm, self.norm, train=train, **options)
         (t, k), inner = self.taps, self.inner_features
         strides = (1, self.stride, self.stride)
         strides_a = strides if self.stride_at == "conv_a" else (1, 1, 1)

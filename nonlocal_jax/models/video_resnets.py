@@ -1,4 +1,4 @@
-"""C2D and I3D ResNets with non-local blocks: the paper's Table 1, as each published source builds it."""
+"""C2D and I3D ResNets with non-local blocks: Table 1 of the paper, as each source builds it."""
 
 import functools
 import math
@@ -37,30 +37,31 @@ class VideoResNet(nn.Module):
     | head | average, dropout, fc | | |
 
     A non-local block follows its residual block and is named after it, such as `nonlocal_res3_1`.
-    `mutable=["intermediates"]` returns the outputs of pool1, res2, pool2, res3, res4 and res5, and the
-    affinity of every block.
+    `mutable=["intermediates"]` returns the outputs of pool1, res2, pool2, res3, res4 and res5, and
+    the affinity of every block.
 
     Attributes:
         blocks: Number of residual blocks of res2 to res5.
-        taps: For each of those stages, the taps in time of each of its residual blocks (first, second
-            convolution).
+        taps: For each of those stages, the taps in time of each of its residual blocks (first,
+            second convolution).
         conv1_frames: Taps in time of conv1.
         layout: Strides and poolings.
-        nonlocal_blocks: By stage, the residual blocks that a non-local block follows, counted from 0.
+        nonlocal_blocks: By stage, the residual blocks that a non-local block follows, counted from
+            0.
         make_block: Makes a non-local block, given the stage and a name.
         norm: Makes a norm.
         num_classes: Number of logits.
         zero_init_residual: Whether each residual branch starts at 0, by the scale of its last norm.
         dropout: Share of the averaged features that is dropped in training.
-        head_window: (H, W) of the windows that the head averages over at test time. The windows slide
-            by 1, and each gives one vector of logits. None, a map that is no larger, and training
-            mean one average over all positions.
+        head_window: (H, W) of the windows that the head averages over at test time. The windows
+            slide by 1, and each gives one vector of logits. None, a map that is no larger, and
+            training mean one average over all positions.
         window_average: How several windows are averaged. "softmax" averages their softmaxes and
             returns the logarithm, as in the paper's fully convolutional testing. "logits" averages
             the logits.
-        stride_at: The convolution of a residual block that has the stride of its stage. Every network
-            released with or after the paper has it on the 3×3, "conv_b"; the first ResNets have it on
-            the 1×1, "conv_a".
+        stride_at: The convolution of a residual block that has the stride of its stage. Every
+            network released with or after the paper has it on the 3×3, "conv_b"; the first ResNets
+            have it on the 1×1, "conv_a".
         groups: Groups of ResNeXt; 1 is a ResNet.
         width_per_group: Width of a group of ResNeXt; 64 is a ResNet.
         remat: Whether residual blocks are recomputed in the backward pass instead of kept. A policy
@@ -68,9 +69,10 @@ class VideoResNet(nn.Module):
         dtype: Dtype of the computation, except norms' statistics and logits. None is that of the
             input and parameters.
         param_dtype: Dtype of the parameters.
-        axis_name: Under `jax.shard_map`, the mapped axis over whose devices T is split, for clips that
-            one device cannot hold. Parameters are initialized outside of the map. Windows take frames
-            from the neighbouring devices, and BatchNorm's statistics are those of all devices.
+        axis_name: Under `jax.shard_map`, the mapped axis over whose devices T is split, for clips
+            that one device cannot hold. Parameters are initialised outside of the map. Windows take
+            frames from the neighbouring devices, and BatchNorm's statistics are those of all
+            devices.
 
     Source: Table 1.
     """
@@ -124,8 +126,8 @@ class VideoResNet(nn.Module):
             (B, num_classes), float32.
 
         Raises:
-            ValueError: If a clip has another rank or number of channels, or is too short or small for
-                the strides.
+            ValueError: If a clip has another rank or number of channels, or is too short or small
+                for the strides.
         """
         axis_name = None if self.is_initializing() else self.axis_name
         self._check_clip(clip, axis_name)
@@ -212,15 +214,15 @@ class VideoResNet(nn.Module):
         _, t, h, w, _ = clip.shape
         if axis_name is not None and t % self.stride_in_time:
             raise ValueError(
-                f"each device of {axis_name!r} must hold a multiple of {self.stride_in_time} frames, "
-                f"for the strides of this layout; got {t}."
+                f"each device of {axis_name!r} must hold a multiple of {self.stride_in_time} "
+                f"frames, for the strides of this layout; got {t}."
             )
         smallest = video_tables.smallest_clip(self.layout)
-        if any(size < least for size, least in zip((t, h, w), smallest, strict=True)):
+        if any(size < minimum for size, minimum in zip((t, h, w), smallest, strict=True)):
             frames, rows, columns = smallest
             raise ValueError(
-                f"clip must have at least {frames} frames of {rows}×{columns} pixels for the strides "
-                f"of this layout; got {t} of {h}×{w}."
+                f"clip must have at least {frames} frames of {rows}×{columns} pixels for the "
+                f"strides of this layout; got {t} of {h}×{w}."
             )
 
 
@@ -243,14 +245,14 @@ def video_resnet(
     Args:
         depth: 50, 101 or 152, or the number of residual blocks of res2 to res5.
         kind: "c2d" processes each frame alone. "i3d_3x1x1" inflates the first convolution of every
-            second residual block to 3×1×1, "i3d_3x3x3" the second one to 3×3×3; both have a conv1 of
-            5×7×7.
+            second residual block to 3×1×1, "i3d_3x3x3" the second one to 3×3×3; both have a conv1
+            of 5×7×7.
         nonlocal_blocks: 0, 1 (right before the last residual block of res4), 5 (every second one of
             res3 and res4 of R50; for R101 where the preset's source has them) or 10 (every one of
             res3 and res4 of R50). Alternatively, by stage, the residual blocks that they follow,
             counted from 0: {"res3": (1, 3), "res4": (1, 3, 5)}.
-        clip: Frames × their stride, which choose the layout: "32x2" and "128x1" have stride 2 in time
-            in conv1 and pool1, "8x8" and "32x4" have none. The network accepts any length.
+        clip: Frames × their stride, which choose the layout: "32x2" and "128x1" have stride 2 in
+            time in conv1 and pool1, "8x8" and "32x4" have none. The network accepts any length.
         preset: The source whose conventions the network has: the blocks' (`nonlocal_block`), the
             poolings' sizes and padding, ε of BatchNorm, whether residual branches start at 0.
         num_classes: Number of logits.
@@ -280,7 +282,8 @@ def video_resnet(
     >>> jax.eval_shape(model.init_with_output, jax.random.key(0), clip)[0].shape
     (2, 7)
     """
-    taps = video_tables.stage_taps(kind, blocks := video_tables.residual_blocks(depth))
+    blocks = video_tables.residual_blocks(depth)
+    taps = video_tables.stage_taps(kind, blocks)
     checks.one_of("preset", preset, PRESETS)
     conventions = PRESETS[preset]
     backbone = conventions.backbone
@@ -289,7 +292,7 @@ def video_resnet(
     norm: Callable[..., nn.Module] = Affine if frozen_bn else conventions.block.norm
     overrides = {"norm": norm, **(block_options or {})}
     make_block = functools.partial(_make_block, instantiation, preset, overrides, group_size)
-    make_block("res3")  # so that a bad option raises here, not when the network is initialized
+    make_block("res3")  # so that a bad option raises here, not when the network is initialised
     defaults: dict[str, Any] = {
         "zero_init_residual": backbone.zero_init_residual,
         "head_window": backbone.head_window,
@@ -301,8 +304,8 @@ def video_resnet(
         layout=layout,
         nonlocal_blocks=flax.core.FrozenDict(places),  # modules must be hashable
         make_block=make_block,
-        # The accurate variance would keep x − mean, one more large map. Outputs of convolutions have
-        # means within a few deviations of 0, so the fast one loses no digits here.
+        # The accurate variance would keep x − mean, one more large map. Outputs of convolutions
+        # have means within a few deviations of 0, so the fast one loses no digits here.
         norm=norm if frozen_bn else functools.partial(norm, use_fast_variance=True),
         num_classes=num_classes,
         **defaults | options,

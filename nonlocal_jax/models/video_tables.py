@@ -1,4 +1,4 @@
-"""The tables of the video networks: depths, taps in time, places of non-local blocks, smallest clips.
+"""Tables of the video networks: depths, taps in time, places of non-local blocks, clip sizes.
 
 Only data and functions of it; `nonlocal_jax.models.video_resnets` builds the networks.
 """
@@ -77,8 +77,8 @@ def layout_of(clip: ClipFormat, backbone: BackboneConventions) -> Layout:
 def stage_taps(kind: Inflation, blocks: tuple[int, ...]) -> tuple[StageTaps, ...]:
     """Returns the taps in time of each residual block's first and second convolution, by stage.
 
-    In res2 all residual blocks are inflated, in res3 and res4 those with an even index, in res5 those
-    with an odd one.
+    In res2 all residual blocks are inflated, in res3 and res4 those with an even index, in res5
+    those with an odd one.
 
     Raises:
         ValueError: If the kind is unknown.
@@ -129,8 +129,8 @@ def block_places(
     res3_count, res4_count = NONLOCAL_COUNTS[nonlocal_blocks]
     if res3 < res3_count or res4 < res4_count:
         raise ValueError(
-            f"depth must have at least {res3_count} residual blocks in res3 and {res4_count} in res4 "
-            f"for {nonlocal_blocks} non-local blocks; got {blocks}."
+            f"depth must have at least {res3_count} residual blocks in res3 and {res4_count} in "
+            f"res4 for {nonlocal_blocks} non-local blocks; got {blocks}."
         )
     res3_places = (1, 3) if nonlocal_blocks == 5 else (0, 1, 2, 3)
     step = res4 // res4_count if spread or nonlocal_blocks == 10 else 2
