@@ -18,7 +18,7 @@ from nonlocal_jax.data.sampling import Crops, InTime, SamplingRule, ShortVideoRu
 from nonlocal_jax.evaluation import Combination
 from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.models.toy_video import ToyVideoNet
-from nonlocal_jax.models.video_resnets import Kind
+from nonlocal_jax.models.video_tables import Inflation as Kind
 from nonlocal_jax.types import Instantiation
 
 Batch = Mapping[str, Any]

@@ -8,7 +8,8 @@ import flax.linen as nn
 
 from nonlocal_jax import models
 from nonlocal_jax.layers.presets import PRESETS, Preset
-from nonlocal_jax.models.video_resnets import Clip, Kind
+from nonlocal_jax.models.video_tables import ClipFormat as Clip
+from nonlocal_jax.models.video_tables import Inflation as Kind
 from nonlocal_jax.types import Instantiation
 from nonlocal_jax.weights.entries import NATIVE, naming_tables
 from nonlocal_jax.weights.infer import MNIST, Architecture

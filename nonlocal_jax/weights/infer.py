@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 from nonlocal_jax import models
-from nonlocal_jax.models.video_resnets import DEPTHS, STAGES, Kind
+from nonlocal_jax.models.video_tables import DEPTHS, STAGES
+from nonlocal_jax.models.video_tables import Inflation as Kind
 from nonlocal_jax.types import Instantiation
 from nonlocal_jax.weights.entries import Entry, naming_tables, read_names, table_name
 from nonlocal_jax.weights.readers import Checkpoint
