@@ -120,7 +120,7 @@ class Config:
     # Whether BatchNorm computes statistics over the whole batch or on each device.
     batch_norm: Literal["global", "device"] = "global"
     precise_bn: int = 0  # Batches over which BatchNorm statistics are recomputed before evaluating.
-    # Whether devices replicate the parameters and the optimiser state, or share them.
+    # Whether each device holds all parameters and the whole optimiser state, or a shard of them.
     placement: Literal["replicated", "sharded"] = "replicated"
     seed: int = 0  # Seed of initial values, order and augmentation.
     # Steps between evaluations. None is 2,000, or 100 for digits.

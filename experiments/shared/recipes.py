@@ -109,7 +109,7 @@ class Config:
     precise_bn: int = 0  # Batches over which BatchNorm statistics are recomputed before evaluating.
     dtype: Literal["float32", "bfloat16"] = "float32"  # Precision of the computation.
     remat: bool = False  # Recompute residual blocks in the backward pass to save memory.
-    # Whether devices replicate the parameters and the optimiser state, or share them.
+    # Whether each device holds all parameters and the whole optimiser state, or a shard of them.
     placement: Literal["replicated", "sharded"] = "replicated"
     seed: int = 0  # Seed of initial values, order, clips and crops.
     # Steps between evaluations. None is a twentieth of all steps.

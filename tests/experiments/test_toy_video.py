@@ -14,7 +14,8 @@ import pytest
 import tyro
 from rich.console import Console
 
-from experiments import report, toy_video
+from experiments import toy_video
+from experiments.shared import results as report
 from experiments.toy_video import Config
 from nonlocal_jax.data.toy_video import Scene, load_scans
 
