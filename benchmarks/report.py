@@ -144,8 +144,11 @@ def excerpt(results: Results) -> str:
                 _side_by_side(results, case, names, milliseconds)
                 + _side_by_side(results, case, names, megabytes)[1:]
             )
-            rows.append([OPERATIONS[case.instantiation], f"{case.n:,}", f"{case.m:,}", *numbers])
-    # Short enough for a README of 100 columns, whose text names the competitors.
+            name = OPERATIONS[case.instantiation]
+            # Rows must fit a README of 100 columns, hence no thousands separators.
+            numbers = [text.replace(",", "") for text in numbers]
+            rows.append([name, str(case.n), str(case.m), *numbers])
+    # The text of the README names the competitors.
     heads = ["forward, ms", "forward + backward, ms", "forward + backward, MB"]
     return table(["", "queries", "keys", *heads], rows, 1)
 
