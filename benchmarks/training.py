@@ -38,7 +38,7 @@ from rich.console import Console
 
 import nonlocal_jax as nl
 from benchmarks.machine import cpu_model, git_commit
-from experiments.report import read_log
+from experiments.shared.results import read_log
 from nonlocal_jax import files, training
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.pipeline import training_batches

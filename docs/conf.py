@@ -1,6 +1,7 @@
 """Configuration of the documentation site. `make docs` builds it and executes the notebooks.
 
-The pages are the Markdown files of this directory, the notebooks, the benchmark report and the docstrings.
+The pages are the Markdown files of this directory, the notebooks, the benchmark report and the
+docstrings.
 """
 
 import importlib

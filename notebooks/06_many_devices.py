@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Many devices: meshes, and splitting positions
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/06_many_devices.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/06_many_devices.ipynb)
 #
 # Training runs on any mesh of devices through `jax.jit`. A clip that does not fit on
 # one device can be split over several along its frames; each position still attends to

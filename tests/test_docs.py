@@ -1,4 +1,6 @@
-"""The site is built without a warning; `make docs` runs the notebooks as well, which tests/test_notebooks.py does here."""
+"""The site is built without a warning; `make docs` runs the notebooks as well, which
+tests/test_notebooks.py does here.
+"""
 
 import functools
 import importlib

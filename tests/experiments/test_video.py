@@ -1,4 +1,7 @@
-"""Kinetics and Charades on real files: real processes, killed in training and in testing, end as if nothing had been."""
+"""Kinetics and Charades on real files:
+
+real processes, killed in training and in testing, end as if nothing had been.
+"""
 
 import dataclasses
 import functools

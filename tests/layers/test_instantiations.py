@@ -1,4 +1,7 @@
-"""The operation as a layer: which positions meet, how keys are pooled and masked, and that it is Eq. 1 between them."""
+"""The operation as a layer:
+
+which positions meet, how keys are pooled and masked, and that it is Eq. 1 between them.
+"""
 
 import chex
 import flax.linen as nn
@@ -144,7 +147,10 @@ def test_groups_equal_the_operation_on_each_group(layer, axes, subsample):
 @each_shape
 @pytest.mark.parametrize("pool_order", ["after", "before"])
 def test_padding_equals_a_smaller_input(layer, positions, pool_order):
-    """Masked positions at the end of every axis, full of NaN: the real ones answer as if they were alone."""
+    """Masked positions at the end of every axis, full of NaN:
+
+    the real ones answer as if they were alone.
+    """
     small = tuple(
         n - 1 if n < 5 else n // 2 * 2 - 2 for n in positions
     )  # whole windows, so that pooling drops nothing

@@ -1,4 +1,6 @@
-"""Equal to mmcv-lite's blocks as recorded by tests/parity/mmcv_peer.py (versions in the file); needs no torch."""
+"""Equal to mmcv-lite's blocks as recorded by tests/parity/mmcv_peer.py (versions in the file);
+needs no torch.
+"""
 
 from pathlib import Path
 
