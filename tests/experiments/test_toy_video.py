@@ -170,7 +170,8 @@ def test_nan_in_the_scans_stops_before_training(scans, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(
-        SystemExit, match=r"error: loss (nan|inf), .* at step \d.*or take a smaller learning rate"
+        SystemExit,
+        match=r"error: the loss .*; got (nan|inf) .* at step \d.*or lower the learning rate",
     ):
         toy_video.main(
             dataclasses.replace(SMALL, pretrain_learning_rate=1e38, warmup=0, output=tmp_path)
