@@ -36,6 +36,7 @@ from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, Views, normalise
 from nonlocal_jax.data.sampling import Crops, InTime
 from nonlocal_jax.layers.presets import Preset
+from nonlocal_jax.weights import read
 from nonlocal_jax.weights.build import Choices, call, options
 from nonlocal_jax.weights.build import build as build_architecture
 from nonlocal_jax.weights.infer import architecture
