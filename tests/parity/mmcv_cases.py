@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,16 +84,18 @@ def compare(case, state, x, z, cotangent, gradients):
     block = nonlocal_block(case.mode, preset="mmcv", subsample=case.sub_sample, **overrides)
     variables = from_mmcv(state)
 
-    def apply(params, x):
-        ours = block.apply({**variables, "params": params}, jnp.moveaxis(x, 1, -1))
-        return jnp.moveaxis(ours, -1, 1)
+    @jax.jit
+    def output_and_gradients(params, x, cotangent):
+        def apply(params, x):
+            output = block.apply({**variables, "params": params}, jnp.moveaxis(x, 1, -1))
+            return jnp.moveaxis(output, -1, 1)
 
-    ours, pullback = jax.vjp(jax.jit(apply), variables["params"], jnp.asarray(x))
+        output, pullback = jax.vjp(apply, params, x)
+        return output, *pullback(cotangent)
+
+    ours, params_gradient, x_gradient = output_and_gradients(variables["params"], x, cotangent)
     np.testing.assert_allclose(ours, z, rtol=1e-5, atol=1e-5)
-    of_params, of_x = pullback(jnp.asarray(cotangent))
-    np.testing.assert_allclose(of_x, gradients["x"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(x_gradient, gradients["x"], rtol=1e-4, atol=1e-5)
     expected = from_mmcv({**state, **gradients})["params"]
-    assert jax.tree.structure(of_params) == jax.tree.structure(expected)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), of_params, expected
-    )
+    chex.assert_trees_all_equal_structs(params_gradient, expected)
+    chex.assert_trees_all_close(params_gradient, expected, rtol=1e-4, atol=1e-4)
