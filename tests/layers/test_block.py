@@ -122,7 +122,7 @@ def test_batch_statistics_move_by_a_tenth_in_training_and_not_otherwise():
 
 @each_instantiation
 def test_frozen_batch_norm_answers_as_the_trained_one(instantiation):
-    block, _, variables, expected = new_and_trained(instantiation)
+    _, _, variables, expected = new_and_trained(instantiation)
     frozen = freeze_batch_norm(variables)
     assert set(frozen) == {"params"}
     assert set(frozen["params"]["out_norm"]) == {"scale", "bias"}
@@ -160,7 +160,8 @@ def test_padding_keeps_its_value_and_influences_nothing(norm):
 
     @jax.jit
     def apply(x):
-        return block.apply(variables, x, mask=MASK, train=True, mutable=["batch_stats"])
+        mask = jnp.asarray(MASK)
+        return block.apply(variables, x, mask=mask, train=True, mutable=["batch_stats"])
 
     (z, state) = apply(X)
     (spoilt, spoilt_state) = apply(np.where(MASK[..., None], X, np.float32(1e3)))
@@ -216,7 +217,7 @@ def test_the_residual_ratio_is_that_of_the_real_positions():
 
     @jax.jit
     def run(x):
-        return block.apply(variables, x, mask=MASK, mutable=["intermediates"])
+        return block.apply(variables, x, mask=jnp.asarray(MASK), mutable=["intermediates"])
 
     z, state = run(np.where(MASK[..., None], X, np.float32(1e3)))
     expected = np.linalg.norm(z[MASK] - X[MASK]) / np.linalg.norm(X[MASK])

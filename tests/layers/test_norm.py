@@ -28,7 +28,7 @@ VARIABLES = {
 
 @functools.cache
 def steps(norm):
-    """Values, gradients and statistics, running and not, with a mask and without, in one program."""
+    """Values, gradients and statistics, running or not, masked or not, in one program."""
 
     def run(params, x, running, mask):
         def loss(params, x):
@@ -40,7 +40,7 @@ def steps(norm):
 
     @jax.jit
     def run_all(params, x):
-        cases = [(running, mask) for running in (False, True) for mask in (None, MASK)]
+        cases = [(running, mask) for running in (False, True) for mask in (None, jnp.asarray(MASK))]
         return [run(params, x, running, mask) for running, mask in cases]
 
     return run_all(VARIABLES["params"], jnp.asarray(X, norm.dtype))
@@ -110,4 +110,4 @@ def test_folding_equals_the_norm_and_keeps_the_kind_of_array(convert):
     assert isinstance(scale, type(convert(0.0)))
     assert scale.dtype == bias.dtype == jnp.float32
     y = BatchNorm(use_running_average=True).apply(VARIABLES, jnp.asarray(X))
-    np.testing.assert_allclose(X * scale + bias, y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(X * np.asarray(scale) + np.asarray(bias), y, rtol=1e-5, atol=1e-5)

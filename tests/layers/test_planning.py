@@ -50,10 +50,7 @@ def test_bytes_are_those_of_the_compiler():
 
 
 def test_equal_blocks_are_compiled_once(compilations):
-    """Five blocks in two stages are two distinct ones:
-
-    two programs for two implementations each.
-    """
+    """Five blocks in two stages are two distinct ones: two implementations, two programs each."""
     places = {"res3": (0, 1), "res4": (0, 1, 2)}
     model = nl.models.video_resnet((1, 2, 3, 1), "c2d", places, num_classes=3)
     plans = nl.plan((1, 4, 64, 64, 3), model)
