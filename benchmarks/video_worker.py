@@ -1,7 +1,4 @@
-"""One competitor of `benchmarks.video`:
-
-reads a number of batches and answers with their seconds.
-"""
+"""Runs one competitor of `benchmarks.video`, which answers with the seconds its batches took."""
 
 import functools
 import itertools

@@ -1,7 +1,4 @@
-"""Atomic writes:
-
-a reader, or a process killed halfway, finds the old file or the new one, never a part.
-"""
+"""Atomic writes: readers, and processes killed halfway, find the old file or the new one."""
 
 import contextlib
 import os

@@ -123,8 +123,14 @@ def test_the_names_of_the_sources_are_those_of_their_weights(column, source, blo
         for line in (DOCS / "conventions.md").read_text().splitlines()
         if "|" in line
     }
-    leaves = {"θ": "operation/theta/kernel", "φ": "operation/phi/kernel", "g": "operation/g/kernel", "w_f": "operation/w_f",
-              "W_z": "out/kernel", "the": "out_norm/scale"}  # fmt: skip
+    leaves = {
+        "θ": "operation/theta/kernel",
+        "φ": "operation/phi/kernel",
+        "g": "operation/g/kernel",
+        "w_f": "operation/w_f",
+        "W_z": "out/kernel",
+        "the": "out_norm/scale",
+    }
     for word, leaf in leaves.items():
         named, found = (
             rows[word].split("|")[column].strip(" `"),

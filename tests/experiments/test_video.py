@@ -1,7 +1,4 @@
-"""Kinetics and Charades on real files:
-
-real processes, killed in training and in testing, end as if nothing had been.
-"""
+"""Kinetics and Charades on real files, in real processes that are killed and resumed."""
 
 import dataclasses
 import functools

@@ -1,7 +1,4 @@
-"""Video networks whose frames are split over devices equal those on one:
-
-logits, statistics, gradients.
-"""
+"""Video networks whose frames are split over devices equal those on one device."""
 
 import functools
 
@@ -44,10 +41,7 @@ SMALL = {
     ],
 )
 def test_equals_one_device(kind, clip, preset, train, options):
-    """In double precision:
-
-    in single, a rounding turns a ReLU or the winner of a pooling, and 3% of a gradient with it.
-    """
+    """In float64. In float32, rounding flips a ReLU or a maximum, and 3% of a gradient with it."""
     with jax.enable_x64(True):
         check_equal(kind, clip, preset, train, options)
 

@@ -23,10 +23,7 @@ def small(**options):
 
 
 def random(model):
-    """Variables of which every branch and block counts:
-
-    no scale is 0, no statistics are 0 and 1.
-    """
+    """Returns variables with which every branch and block contributes to the output."""
     draw = np.random.default_rng(0)
 
     def leaf(path, like):
@@ -145,10 +142,7 @@ def test_where_the_blocks_are(depth, count, preset, places):
 
 @pytest.mark.parametrize(("kind", "reach"), [("c2d", 0), ("i3d_3x1x1", 4), ("i3d_3x3x3", 4)])
 def test_how_far_in_time_a_frame_sees(kind, reach):
-    """res2 of frame 0, by gradient:
-
-    conv1 of 5 taps sees 2 on, res2's two blocks of 3 taps 1 each.
-    """
+    """By the gradient of res2 at frame 0: 5 taps of conv1 reach 2 frames, 3 taps of a block 1."""
     model = small(kind=kind, nonlocal_blocks=0, depth=(2, 1, 1, 1))
     variables = random(model)
 
