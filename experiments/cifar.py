@@ -189,13 +189,18 @@ def make_trainer(config: Config, num_classes: int) -> training.Trainer:
         decay_biases=config.decay_biases,
         clip_norm=config.clip_norm,
     )
+    cross_entropy = (
+        training.smoothed_cross_entropy(config.label_smoothing)
+        if config.label_smoothing
+        else training.cross_entropy
+    )
+    loss = training.classification(
+        build(config, num_classes), loss=cross_entropy, observe=nl.layers.residual_ratios
+    )
     return training.Trainer(
-        build(config, num_classes),
+        loss,
         optimiser,
         schedule,
-        loss=training.smoothed_cross_entropy(config.label_smoothing)
-        if config.label_smoothing
-        else training.cross_entropy,
         prepare=functools.partial(prepare, recipe, config.mixup, num_classes),
         accumulate=config.accumulate,
         batch_norm=config.batch_norm,
@@ -261,6 +266,7 @@ def loop_options(config: Config) -> training.Options:
         save_every=config.save_every,
         keep=config.keep,
         precise_bn=config.precise_bn,
+        warn_if_zero="residual_ratio",
         profile=config.profile,
         placement=config.placement,
     )

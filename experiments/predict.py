@@ -36,7 +36,7 @@ from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, Views, normalise
 from nonlocal_jax.data.sampling import Crops, InTime
 from nonlocal_jax.layers.presets import Preset
-from nonlocal_jax.weights import files
+from nonlocal_jax.weights import read
 from nonlocal_jax.weights.build import Choices, call, options
 from nonlocal_jax.weights.build import build as build_architecture
 from nonlocal_jax.weights.infer import architecture
@@ -114,7 +114,7 @@ def recipe_network(config: Config, name: str) -> Network:
 
 def inferred_network(config: Config) -> Network:
     """Infers the network from the names and shapes of its weights."""
-    checkpoint = files.read(config.weights)
+    checkpoint = read(config.weights)
     found = architecture(checkpoint)
     chosen = options(found, config)
     if "clip" not in chosen or found.num_classes is None:

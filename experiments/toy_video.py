@@ -53,7 +53,7 @@ from nonlocal_jax.data.toy_video import (
     num_classes,
 )
 from nonlocal_jax.layers.presets import Preset
-from nonlocal_jax.models.toy_video import Kind, LocalBlock, ToyVideoNet
+from nonlocal_jax.models.toy_video import LocalBlock, ToyVideoNet, TrunkKind
 from nonlocal_jax.types import Instantiation
 
 Network = Literal["control"] | Instantiation
@@ -80,7 +80,7 @@ class Config:
     # Networks to train. "control" has a residual block in place of the non-local one.
     networks: tuple[Network, ...] = ("control", "embedded_gaussian")
     # Trunk of the network. None is c2d for same_digit and i3d for moving_pair.
-    kind: Kind | None = None
+    kind: TrunkKind | None = None
     preset: Preset = "paper"  # Source whose conventions the non-local block follows.
     seeds: int = 1  # Runs of each network, with seeds 0, 1, ...
     # Train every instantiation on same_digit, and the control and the embedded Gaussian on
@@ -118,7 +118,7 @@ class Config:
         if not self.networks:
             raise ValueError(f"networks must name at least one of {', '.join(NETWORKS)}; got none.")
 
-    def of_task(self, task: Literal["same_digit", "moving_pair"]) -> "Config":
+    def specialised(self, task: Literal["same_digit", "moving_pair"]) -> "Config":
         """Returns the config for one task, with the task's own defaults filled in."""
         moving = task == "moving_pair"
         scene = Scene(size=20) if moving and self.scene == Scene() else self.scene
@@ -187,7 +187,8 @@ def make_trainer(
         peak = config.pretrain_learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(config.warmup, steps // 2), steps)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    return training.Trainer(build(network, config, task), optimiser, schedule), steps, batch_size
+    loss = training.classification(build(network, config, task), observe=nl.layers.residual_ratios)
+    return training.Trainer(loss, optimiser, schedule), steps, batch_size
 
 
 def initial_variables(model: ToyVideoNet, clips: np.ndarray, key: jax.Array, start: Any) -> Any:
@@ -254,6 +255,7 @@ def train(
         save_every=SAVE_EVERY,
         keep=1,
         best=None,
+        warn_if_zero="residual_ratio",
     )
     run_settings = {**settings(config, SHARED_OPTIONS), "network": name, "seed": seed}
     console.print(f"{name}, seed {seed}", highlight=False)
@@ -396,10 +398,10 @@ def check(config: Config) -> None:
 def task_configs(config: Config) -> Iterator[Config]:
     """Yields the config of the task, or with --all those of both tasks."""
     if not config.all:
-        yield config.of_task(config.task)
+        yield config.specialised(config.task)
         return
-    yield dataclasses.replace(config.of_task("same_digit"), networks=NETWORKS)
-    moving = config.of_task("moving_pair")
+    yield dataclasses.replace(config.specialised("same_digit"), networks=NETWORKS)
+    moving = config.specialised("moving_pair")
     networks: tuple[Network, ...] = ("control", "embedded_gaussian")
     yield dataclasses.replace(moving, networks=networks, seeds=min(config.seeds, 3))
 

@@ -126,7 +126,7 @@ def test_the_names_of_the_sources_are_those_of_their_weights(column, source, blo
     for word, leaf in leaves.items():
         named, found = (
             rows[word].split("|")[column].strip(" `"),
-            source.to_theirs(f"{block}/{leaf}"),
+            source.source_name(f"{block}/{leaf}"),
         )
         assert bool(named) == bool(found), word
         if named.startswith("..."):

@@ -54,27 +54,22 @@ def make_trainer(config: Config, recipe: Recipe, num_classes: int) -> training.T
     schedule = training.step_schedule(recipe.learning_rate, recipe.boundaries)
     optimiser = training.sgd(schedule, weight_decay=1e-4)
     if recipe.frozen_bn:
-        optimiser = optax.chain(optimiser, optax.masked(optax.set_to_zero(), _of_norms))
-    return training.Trainer(
+        freeze = optax.masked(optax.set_to_zero(), training.is_norm_parameter)
+        optimiser = optax.chain(optimiser, freeze)
+    loss = training.classification(
         build(config, recipe, num_classes),
-        optimiser,
-        schedule,
         loss=sigmoid_cross_entropy if recipe.multi_label else training.cross_entropy,
         metrics=hit if recipe.multi_label else training.accuracy,
+        observe=nl.layers.residual_ratios,
+    )
+    return training.Trainer(
+        loss,
+        optimiser,
+        schedule,
         prepare=functools.partial(prepare, config.normalisation),
         accumulate=config.accumulate,
         batch_norm=config.batch_norm,
     )
-
-
-def _of_norms(params: Any) -> Any:
-    """True for what belongs to a norm, which is what has a `scale`."""
-    return {
-        name: _of_norms(leaf)
-        if isinstance(leaf, Mapping)
-        else "scale" in params and name in ("scale", "bias")
-        for name, leaf in params.items()
-    }
 
 
 def prepare(normalisation: Preset, batch: Batch, key: jax.Array | None) -> Batch:

@@ -23,7 +23,7 @@ from nonlocal_jax.data import DataError, VideoError, stand_in
 from nonlocal_jax.data.annotations import Annotations
 from nonlocal_jax.data.clips import TestingClips, cores, normalise, video_labels
 from nonlocal_jax.data.pipeline import read_ahead
-from nonlocal_jax.training.stop import SAVED, StopSignals
+from nonlocal_jax.training.stop import EXIT_CODE, StopSignals
 
 READERS = 16  # Most videos decoded at the same time. The frames of each wait in memory.
 
@@ -31,7 +31,7 @@ READERS = 16  # Most videos decoded at the same time. The frames of each wait in
 def test(
     config: Config,
     recipe: Recipe,
-    kind: stand_in.Kind,
+    kind: stand_in.DataSet,
     output: Path,
     videos: Annotations,
     variables: Mapping[str, Any],
@@ -72,7 +72,7 @@ def test(
                 "run the same command to continue",
                 highlight=False,
             )
-            raise SystemExit(SAVED)
+            raise SystemExit(EXIT_CODE)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("tested")
             stored = evaluation.ScoreFolder(run.folder / "scores", "all")
@@ -195,7 +195,7 @@ def _make_reports(
 
 def _write_reports(
     recipe: Recipe,
-    kind: stand_in.Kind,
+    kind: stand_in.DataSet,
     folder: Path,
     stored: evaluation.ScoreFolder,
     reports: dict[str, Any],

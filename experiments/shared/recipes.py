@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from nonlocal_jax import checks
-from nonlocal_jax.data.sampling import Crops, InTime, Rule, Short
+from nonlocal_jax.data.sampling import Crops, InTime, SamplingRule, ShortVideoRule
 from nonlocal_jax.evaluation import Combination
 from nonlocal_jax.layers.presets import Preset
-from nonlocal_jax.models.video_resnets import Kind
+from nonlocal_jax.models.video_tables import Inflation
 from nonlocal_jax.types import Instantiation
 
 
@@ -43,7 +43,7 @@ class Recipe:
 
     start: str
     depth: int = 50
-    kind: Kind = "i3d_3x1x1"
+    kind: Inflation = "i3d_3x1x1"
     nonlocal_blocks: int | Mapping[str, tuple[int, ...]] = 0
     instantiation: Instantiation = "embedded_gaussian"
     axes: Literal["spacetime", "space", "time"] = "spacetime"
@@ -90,10 +90,10 @@ class Config:
     fps: float | None = None
     # How frames are sampled: "consecutive" takes them at a fixed stride, "slowfast" spreads them
     # over the clip as PySlowFast does.
-    sampling: Rule = "consecutive"
+    sampling: SamplingRule = "consecutive"
     # How a video shorter than a clip is extended: "loop" repeats it, "hold" repeats its last
     # frame as PySlowFast does.
-    short: Short = "loop"
+    short: ShortVideoRule = "loop"
     # Scale the shorter side so that 1 / length is uniformly distributed, as PySlowFast does.
     inverse: bool = False
     num_classes: int | None = None  # Number of classes. None is the recipe's.

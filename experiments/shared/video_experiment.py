@@ -20,7 +20,7 @@ from nonlocal_jax.data.clips import cores
 
 
 def run(
-    config: Config, recipes: Mapping[str, Recipe], name: str, kind: stand_in.Kind, output: Path
+    config: Config, recipes: Mapping[str, Recipe], name: str, kind: stand_in.DataSet, output: Path
 ) -> dict[str, Any] | None:
     """Trains and tests one recipe.
 
@@ -84,7 +84,7 @@ def _check_initial_weights(config: Config, recipe: Recipe, name: str, console: C
 
 
 def read_lists(
-    config: Config, recipe: Recipe, kind: stand_in.Kind, folder: Path
+    config: Config, recipe: Recipe, kind: stand_in.DataSet, folder: Path
 ) -> tuple[Annotations, Annotations]:
     """Reads the lists of training and test videos.
 

@@ -87,7 +87,7 @@ def initial(config: Config, model: Any, recipe: Recipe) -> Mapping[str, Any] | N
 def train(
     config: Config,
     recipe: Recipe,
-    kind: stand_in.Kind,
+    kind: stand_in.DataSet,
     output: Path,
     lists: tuple[Annotations, Annotations],
     console: Console,
@@ -145,6 +145,7 @@ def _loop_options(config: Config, recipe: Recipe) -> training.Options:
         keep=config.keep,
         best="hit_at_1" if recipe.multi_label else "accuracy",
         precise_bn=config.precise_bn,
+        warn_if_zero="residual_ratio",
         placement=config.placement,
     )
 

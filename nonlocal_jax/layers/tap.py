@@ -1,8 +1,27 @@
 """Finding the non-local operations of a network, and reading or replacing what they compute.
 
-Every non-local operation evaluates Eq. 1 through `nonlocal_response`, which reports the call to the listeners of `tap`.
-`describe`, `plan`, `models.cost`, `weights.verify` and `visualize.affinities` all find the operations of a network this
-way, so a block written outside this library is found as well if it calls `nonlocal_response`.
+Every non-local operation evaluates Eq. 1 through `nonlocal_response`, which reports the call to the
+listeners of `tap`. This is the one way in which `describe`, `plan`, `models.cost`, `weights.verify`
+and `visualize.affinities` find the operations of a network, so they find those of other libraries
+as well if these call `nonlocal_response`. A residual block names itself as `enclosing_block`, so
+that tools report the block rather than the operation inside it, and may offer its residual ratio:
+
+>>> import flax.linen as nn, jax, jax.numpy as jnp
+>>> from nonlocal_jax.layers import describe, sow_residual_ratio
+>>> class RelationBlock(nn.Module):
+...     @nn.compact
+...     def __call__(self, x):  # (B, N, C)
+...         theta, phi, g = (nn.Dense(4, name=name)(x) for name in ("theta", "phi", "g"))
+...         with enclosing_block(self):
+...             y = nonlocal_response(self, "embedded_gaussian", theta, phi, g, scale=0.5)
+...         residual = nn.Dense(x.shape[-1], name="out", kernel_init=nn.initializers.zeros)(y)
+...         sow_residual_ratio(self, residual, x)
+...         return x + residual
+>>> x = jnp.ones((2, 7, 3))
+>>> network = nn.Sequential([nn.Dense(8), RelationBlock()])
+>>> variables = network.init(jax.random.key(0), x)
+>>> print(describe(network, variables, x, expected=1)[0])
+layers_1: RelationBlock, 148 parameters, ‖block output‖/‖input‖ 0
 """
 
 import contextlib
@@ -36,8 +55,10 @@ class SumLayout:
     Attributes:
         positions: Size of the map of the queries: (N,), (H, W) or (T, H, W).
         window: Max pooling of the keys along each of these axes; 1 where they are not pooled.
-        axes: "spacetime" sums over all positions, "space" over those of one frame, "time" over those of one pixel.
-        groups: Number of temporal groups that are summed separately; None for one sum over all frames.
+        axes: "spacetime" sums over all positions, "space" over those of one frame, "time" over
+            those of one pixel.
+        groups: Number of temporal groups that are summed separately; None for one sum over all
+            frames.
     """
 
     positions: tuple[int, ...]
@@ -52,7 +73,8 @@ class PairwiseCall:
 
     Attributes:
         module: The module that called `nonlocal_response`.
-        block: The residual block around it, as `enclosing_block` names it; None where there is none.
+        block: The residual block around it, as `enclosing_block` names it; None where there is
+            none.
         instantiation: The pairwise function f.
         theta: (B, ..., N, d), the queries θ(x_i).
         phi: (B, ..., M, d), the keys φ(x_j).
@@ -80,8 +102,11 @@ class PairwiseCall:
 
     def respond(self, implementation: ops.Implementation | None = None) -> Responses:
         """Computes y (B, ..., N, e), with the requested implementation unless another is given."""
-        options: dict[str, Any] = {"key_mask": self.key_mask, "axis_name": self.axis_name}
-        options["implementation"] = implementation or self.implementation
+        options: dict[str, Any] = {
+            "key_mask": self.key_mask,
+            "axis_name": self.axis_name,
+            "implementation": implementation or self.implementation,
+        }
         match self.instantiation:
             case "gaussian":
                 return ops.gaussian(self.theta, self.phi, self.g, **options)
@@ -108,12 +133,11 @@ class PairwiseCall:
         )
 
 
-# Receives each call while the network is traced; what it returns replaces the response, None leaves it as computed.
 Listener = Callable[[PairwiseCall], Responses | None]
+# Context variables, so that threads that trace at the same time do not hear each other's calls.
 _listeners: contextvars.ContextVar[tuple[Listener, ...]] = contextvars.ContextVar(
     "listeners", default=()
 )
-
 _block: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("block", default=None)
 
 
@@ -121,8 +145,11 @@ _block: contextvars.ContextVar[nn.Module | None] = contextvars.ContextVar("block
 def enclosing_block(block: nn.Module) -> Iterator[None]:
     """Context manager that names the residual block around the operations inside.
 
-    Under lifted transformations such as `nn.remat`, the parent of an operation is not its block,
-    so the block says so.
+    A block calls this itself, because under lifted transformations such as `nn.remat` it is not the
+    parent of its operation.
+
+    Args:
+        block: The block, usually `self`.
     """
     token = _block.set(block)
     try:
@@ -133,21 +160,23 @@ def enclosing_block(block: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tap(listener: Listener) -> Iterator[None]:
-    """Context manager that reports every `nonlocal_response` inside the block to a listener.
+    """Context manager that reports every call of `nonlocal_response` to a listener.
 
-    Calls are reported while Python runs, that is while JAX traces: a jitted function that JAX has already compiled for
-    the same shapes is not traced again and reports nothing.
+    Calls are reported while JAX traces the network. A jitted function that JAX has already traced
+    for the same shapes is not traced again and reports nothing.
 
     Args:
-        listener: Called with a `PairwiseCall` in the order in which the operations run. An array that it returns
-            replaces the response; None leaves it as computed.
+        listener: Called with each `PairwiseCall`, in the order in which the operations run. If it
+            returns an array, the array replaces the response; None leaves the response unchanged.
 
     >>> import jax, jax.numpy as jnp
     >>> from nonlocal_jax.layers import nonlocal_block
     >>> model = nn.Sequential([nn.Dense(8), nonlocal_block("dot_product")])
     >>> shapes = []
-    >>> with tap(lambda call: shapes.append((call.instantiation, call.theta.shape, call.phi.shape))):
-    ...     variables = model.init(jax.random.key(0), jnp.ones((2, 6, 4, 3)))
+    >>> def listener(call):
+    ...     shapes.append((call.instantiation, call.theta.shape, call.phi.shape))
+    >>> with tap(listener):
+    ...     out = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((2, 6, 4, 3)))
     >>> shapes
     [('dot_product', (2, 24, 4), (2, 6, 4))]
     """
@@ -172,7 +201,7 @@ def nonlocal_response(
     axis_name: str | None = None,
     layout: SumLayout | None = None,
 ) -> Responses:
-    """Evaluates Eq. 1 for a module of a network, so that tools find it.
+    """Evaluates Eq. 1 for a module of a network and reports the call to the listeners of `tap`.
 
     y_i = 1/C(x) Σ_j f(x_i, x_j) g(x_j)                                                    (Eq. 1)
 
@@ -187,7 +216,8 @@ def nonlocal_response(
         key_mask: (B, ..., M) of bool, True for a real key.
         implementation: Passed to `nonlocal_jax.ops`.
         axis_name: Passed to `nonlocal_jax.ops`.
-        layout: Which positions of the feature map the rows are. Without it, affinity maps are drawn over (N,) and (M,).
+        layout: Which positions of the feature map the rows are. Without it, affinity maps are drawn
+            over (N,) and (M,).
 
     Returns:
         (B, ..., N, e) in the dtype of g.

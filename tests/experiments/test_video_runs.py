@@ -1,4 +1,4 @@
-"""Kinetics and Charades on real files: runs that are killed, stopped and resumed, and wrong input."""
+"""Kinetics and Charades on real files: killed, stopped and resumed runs, and wrong input."""
 
 import contextlib
 import json
@@ -274,5 +274,5 @@ def test_a_test_fails_on_too_many_unreadable_videos(tmp_path, video_options, mon
     recipe = kinetics.recipes()["toy_mp4"]
     videos = annotations.read(config.val_list, num_classes=6)
     monkeypatch.setattr(TestingClips, "read", unreadable)
-    with pytest.raises(DataError, match="2 of 6 videos cannot be read:\n  0.mp4"):
+    with pytest.raises(DataError, match=r"2 of 6 videos cannot be read:\n  0\.mp4"):
         multi_view.test(config, recipe, "kinetics", tmp_path, videos, {}, Console(quiet=True))
