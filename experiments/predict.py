@@ -128,6 +128,15 @@ def inferred_network(config: Config) -> Network:
     return Network(model, variables, InTime(frames, stride), config.size or 256, chosen["preset"])
 
 
+def check_format(picture: Path) -> None:
+    """Checks that matplotlib can write a picture with this suffix."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = [f".{name}" for name in FigureCanvasBase.get_supported_filetypes()]
+    if picture.suffix not in formats:
+        raise DataError(f"--picture must end in one of {', '.join(formats)}; got {picture.name}.")
+
+
 def load(config: Config, picture: Path) -> tuple[Network, Views, tuple[str, ...]]:
     """Loads the network, the views of the video and the class names, and checks all options.
 
@@ -136,6 +145,7 @@ def load(config: Config, picture: Path) -> tuple[Network, Views, tuple[str, ...]
     """
     try:
         with exit_on(DataError, ValueError):
+            check_format(picture)
             for flag, file in (("--picture", picture), ("--page", config.page)):
                 if file is not None and not file.parent.is_dir():
                     raise DataError(
@@ -216,7 +226,7 @@ def show_attention(
     except nl.visualize.NoBlocksError as error:
         console.print(f"no picture: {error}", highlight=False)
     except (OSError, ValueError) as error:
-        # The folder is read-only, the format is unknown, or the maps have NaN.
+        # The folder is read-only, the disk is full, or the maps have NaN.
         raise SystemExit(f"error: cannot write {file}: {error}") from error
 
 

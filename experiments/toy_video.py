@@ -118,7 +118,7 @@ class Config:
         if not self.networks:
             raise ValueError(f"networks must name at least one of {', '.join(NETWORKS)}; got none.")
 
-    def of_task(self, task: Literal["same_digit", "moving_pair"]) -> "Config":
+    def specialised(self, task: Literal["same_digit", "moving_pair"]) -> "Config":
         """Returns the config for one task, with the task's own defaults filled in."""
         moving = task == "moving_pair"
         scene = Scene(size=20) if moving and self.scene == Scene() else self.scene
@@ -398,10 +398,10 @@ def check(config: Config) -> None:
 def task_configs(config: Config) -> Iterator[Config]:
     """Yields the config of the task, or with --all those of both tasks."""
     if not config.all:
-        yield config.of_task(config.task)
+        yield config.specialised(config.task)
         return
-    yield dataclasses.replace(config.of_task("same_digit"), networks=NETWORKS)
-    moving = config.of_task("moving_pair")
+    yield dataclasses.replace(config.specialised("same_digit"), networks=NETWORKS)
+    moving = config.specialised("moving_pair")
     networks: tuple[Network, ...] = ("control", "embedded_gaussian")
     yield dataclasses.replace(moving, networks=networks, seeds=min(config.seeds, 3))
 

@@ -42,10 +42,7 @@ def test_first_page():
 
 @pytest.mark.networks
 def test_published_weights(tmp_path, monkeypatch, capsys):
-    """With random weights in a file of that name.
-
-    Only the shapes of the forward pass are computed.
-    """
+    """With random weights in a file of that name. The forward pass is traced, not compiled."""
     monkeypatch.chdir(tmp_path)
     model = nl.models.video_resnet(
         50, "i3d_3x1x1", nonlocal_blocks=5, clip="8x8", preset="slowfast"

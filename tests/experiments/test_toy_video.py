@@ -68,7 +68,7 @@ def test_the_demo_writes_a_table_logs_and_a_picture(demo):
 @pytest.mark.networks
 def test_a_finished_demo_is_not_trained_again(demo, scans):
     config, rows = demo
-    config = config.of_task("same_digit")
+    config = config.specialised("same_digit")
     console = Console(file=io.StringIO())
     trained = toy_video.train_all(config, scans, console)
     assert [run.accuracy for run in trained["embedded_gaussian"]] == rows[0]["accuracies"]
@@ -144,7 +144,7 @@ def test_insertion_keeps_the_features_of_the_trunk():
 
 @pytest.mark.parametrize("task", ["same_digit", "moving_pair"])
 def test_the_control_has_the_most_parameters_and_flops(task):
-    config = SMALL.of_task(task)
+    config = SMALL.specialised(task)
     control = toy_video.cost("control", config)
     for network in toy_video.INSTANTIATIONS:
         parameters, flops = toy_video.cost(network, config)
