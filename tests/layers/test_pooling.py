@@ -112,6 +112,14 @@ def test_strided_on_ties_the_first_maximum_has_the_gradient():
     chex.assert_trees_all_equal(gradient[0, ..., 0], expected)
 
 
+def test_strided_on_ties_across_rows_and_columns_the_first_row_wins():
+    """Also where the first maximum is in a later column than the other one."""
+    x = jnp.array([[[0.0, 1, 0], [1, 0, 0], [0, 0, 0]]])[..., None]
+    gradient = jax.grad(lambda x: strided_max_pool(x, (3, 3), (1, 1), (0, 0)).sum())(x)
+    expected = jnp.array([[0.0, 1, 0], [0, 0, 0], [0, 0, 0]])
+    chex.assert_trees_all_equal(gradient[0, ..., 0], expected)
+
+
 @pytest.mark.usefixtures("as_users_see_it")
 def test_a_strided_window_larger_than_the_map():
     message = r"window must not be larger than the padded map; got 3 for 1 \+ 2·0"

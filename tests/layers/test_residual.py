@@ -30,7 +30,7 @@ def test_equals_the_relu_of_the_sum(dtype):
 
 def test_values_that_are_not_finite_stay_so():
     inf, nan = np.inf, np.nan
-    x = np.array([[nan, 1, inf, 1, -inf, 3e38]], np.float32)
-    branch = np.array([[1, nan, 1, inf, 1, 3e38]], np.float32)
+    x = jnp.array([[nan, 1, inf, 1, -inf, 3e38]], jnp.float32)
+    branch = jnp.array([[1, nan, 1, inf, 1, 3e38]], jnp.float32)
     y = relu_of_sum(x, branch, platform="cpu")
     chex.assert_trees_all_equal(y, jax.nn.relu(x + branch))

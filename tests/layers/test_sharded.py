@@ -84,16 +84,16 @@ def test_equals_one_device(name, shape, options, is_masked):
     block = nl.layers.nonlocal_block(name, **options)
     split_block = nl.layers.nonlocal_block(name, **options, axis_name="positions")
     # Parameters are initialized outside of the mapped function.
-    initialize = jax.jit(lambda key: (block.init(key, x), split_block.init(key, x)))
-    variables, split_variables = initialize(jax.random.key(3))
+    initialize = jax.jit(lambda key, x: (block.init(key, x), split_block.init(key, x)))
+    variables, split_variables = initialize(jax.random.key(3), x)
     chex.assert_trees_all_equal(split_variables, variables)
 
     def gradients(run):
-        def loss(params, x):
+        def loss(params, x, mask):
             z, *updated = run({**variables, "params": params}, x, mask)
             return jnp.sum(z * cotangent), (z, *updated)
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x, mask)
 
     results, expected = gradients(split(split_block, True)), gradients(whole(block, True))
     chex.assert_trees_all_equal_structs(results, expected)
