@@ -25,9 +25,8 @@ def test_a_cifar_network_with_blocks_starts_as_the_one_without():
         collection: {place: v for place, v in tree.items() if "nonlocal" not in place}
         for collection, tree in variables.items()
     }
-    logits, plain_logits = jax.jit(
-        lambda ours, theirs, images: (network.apply(ours, images), plain.apply(theirs, images))
-    )(variables, plain_variables, IMAGES)
+    logits = jax.jit(network.apply)(variables, IMAGES)
+    plain_logits = jax.jit(plain.apply)(plain_variables, IMAGES)
     np.testing.assert_array_equal(logits, plain_logits)
     described = nl.describe(network, variables, jnp.asarray(IMAGES), expected=2)
     places = [block.place for block in described]
