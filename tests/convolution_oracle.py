@@ -31,12 +31,9 @@ def gradients(x, kernel, cotangent, strides=(1, 1, 1), groups=1):
     axes = tuple(range(4))
     taps = itertools.product(*map(range, kernel.shape[:3]))
     for tap, (parts, weights) in zip(taps, _taps(x, kernel, strides, groups), strict=True):
-        products = [ours @ matrix.T for ours, matrix in zip(cotangents, weights, strict=True)]
+        products = [rows @ matrix.T for rows, matrix in zip(cotangents, weights, strict=True)]
         x_gradient[_window(tap, x.shape, strides)] += np.concatenate(products, axis=-1)
-        sums = [
-            np.tensordot(part, ours, (axes, axes))
-            for part, ours in zip(parts, cotangents, strict=True)
-        ]
+        sums = [np.tensordot(*pair, (axes, axes)) for pair in zip(parts, cotangents, strict=True)]
         kernel_gradient[tap] = np.concatenate(sums, axis=-1)
     inside = (slice(size, size + n) for size, n in zip(half, x.shape[1:4], strict=True))
     return x_gradient[:, *inside], kernel_gradient

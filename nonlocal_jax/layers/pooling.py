@@ -84,8 +84,10 @@ def strided_max_pool(
     if window == strides and not any(padding):
         return max_pool(x, window)
     # The maximum over a box is the maximum along one axis after the other, which takes 4
-    # comparisons for 3×3 instead of 8.
-    for axis, (size, stride, pad) in enumerate(zip(window, strides, padding, strict=True), start=1):
+    # comparisons for 3×3 instead of 8. The last axis comes first: then, on ties, the first row
+    # decides before the first column, as in a search through the window.
+    axes = list(enumerate(zip(window, strides, padding, strict=True), start=1))
+    for axis, (size, stride, pad) in reversed(axes):
         if size > x.shape[axis] + 2 * pad:
             raise ValueError(
                 "window must not be larger than the padded map; "

@@ -130,7 +130,7 @@ class _Counter:
             multiply_adds = self._pairwise[module.path]
         else:
             multiply_adds = _layer_multiply_adds(module, args[0], output)
-        parameters = _own_parameters(module)
+        parameters = _parameter_count(module)
         if isinstance(module, Norm):
             self.norm_parameters += parameters
         if multiply_adds or parameters:
@@ -140,7 +140,7 @@ class _Counter:
         return result
 
 
-def _own_parameters(module: nn.Module) -> int:
+def _parameter_count(module: nn.Module) -> int:
     """Counts the parameters of a module without those of its submodules."""
     params = module.variables.get("params", {}).values()
     return sum(math.prod(leaf.shape) for leaf in params if hasattr(leaf, "shape"))

@@ -25,7 +25,7 @@ from nonlocal_jax.layers.convolution.folding import frame_convolution, temporal_
 POINT, TEMPORAL, SPATIAL, CUBE, STEM = (1, 1, 1), (3, 1, 1), (1, 3, 3), (3, 3, 3), (5, 7, 7)
 
 
-def in_tiles(*tiles):
+def tiled_form(*tiles):
     return functools.partial(convolution_in_tiles, tiles=tiles)
 
 
@@ -40,10 +40,10 @@ def in_tiles(*tiles):
         (frame_by_frame, (5, 3, 1), 3, (5, 7, 11), (1, 1, 1)),
         (frame_by_frame, (5, 3, 5), 3, (5, 7, 11), (3, 2, 2)),
         (frame_by_frame, (1, 3, 5), 3, (5, 7, 11), (2, 1, 2)),
-        (in_tiles(4, 1, 1), TEMPORAL, 5, (8, 5, 7), (1, 1, 2)),
-        (in_tiles(1, 4, 1), SPATIAL, 5, (3, 13, 14), (1, 1, 1)),
-        (in_tiles(1, 2, 2), SPATIAL, 5, (3, 13, 7), (1, 1, 1)),
-        (in_tiles(4, 2, 1), CUBE, 5, (4, 13, 11), (1, 1, 1)),
+        (tiled_form(4, 1, 1), TEMPORAL, 5, (8, 5, 7), (1, 1, 2)),
+        (tiled_form(1, 4, 1), SPATIAL, 5, (3, 13, 14), (1, 1, 1)),
+        (tiled_form(1, 2, 2), SPATIAL, 5, (3, 13, 7), (1, 1, 1)),
+        (tiled_form(4, 2, 1), CUBE, 5, (4, 13, 11), (1, 1, 1)),
     ],
 )
 def test_a_form_equals_the_sum_over_taps_with_its_gradients(

@@ -21,16 +21,16 @@ def test_equals_the_relu_of_the_sum(dtype):
         y, transpose = jax.vjp(function, x, branch)
         return y, transpose(cotangent), jax.jvp(function, (x, branch), (cotangent, x))[1]
 
-    ours = jax.jit(lambda: derivatives(lambda *pair: relu_of_sum(*pair, platform="cpu")))()
+    fused = jax.jit(lambda: derivatives(lambda *pair: relu_of_sum(*pair, platform="cpu")))()
     plain = jax.jit(lambda: derivatives(lambda x, branch: jax.nn.relu(x + branch)))()
-    assert 0.2 < jnp.mean(ours[0] > 0) < 0.8
-    chex.assert_trees_all_equal_dtypes(ours, plain)
-    chex.assert_trees_all_equal(ours, plain)
+    assert 0.2 < jnp.mean(fused[0] > 0) < 0.8
+    chex.assert_trees_all_equal_dtypes(fused, plain)
+    chex.assert_trees_all_equal(fused, plain)
 
 
 def test_values_that_are_not_finite_stay_so():
     inf, nan = np.inf, np.nan
-    x = np.array([[nan, 1, inf, 1, -inf, 3e38]], np.float32)
-    branch = np.array([[1, nan, 1, inf, 1, 3e38]], np.float32)
+    x = jnp.array([[nan, 1, inf, 1, -inf, 3e38]], jnp.float32)
+    branch = jnp.array([[1, nan, 1, inf, 1, 3e38]], jnp.float32)
     y = relu_of_sum(x, branch, platform="cpu")
     chex.assert_trees_all_equal(y, jax.nn.relu(x + branch))

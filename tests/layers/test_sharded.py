@@ -26,7 +26,7 @@ def normal(shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def over_devices(function, in_specs, out_specs):
+def split_over_devices(function, in_specs, out_specs):
     """Maps a function over four devices, each with a part of the first position axis."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("positions",))
     return jax.shard_map(
@@ -52,7 +52,7 @@ def split(model, train):
 
     def run(variables, x, mask):
         in_specs = (P(), ROWS, None if mask is None else ROWS)
-        mapped = over_devices(whole(model, train), in_specs, (ROWS, P(), P()))
+        mapped = split_over_devices(whole(model, train), in_specs, (ROWS, P(), P()))
         return mapped(variables, x, mask)
 
     return run
@@ -84,16 +84,16 @@ def test_equals_one_device(name, shape, options, is_masked):
     block = nl.layers.nonlocal_block(name, **options)
     split_block = nl.layers.nonlocal_block(name, **options, axis_name="positions")
     # Parameters are initialized outside of the mapped function.
-    initialize = jax.jit(lambda key: (block.init(key, x), split_block.init(key, x)))
-    variables, split_variables = initialize(jax.random.key(3))
+    initialize = jax.jit(lambda key, x: (block.init(key, x), split_block.init(key, x)))
+    variables, split_variables = initialize(jax.random.key(3), x)
     chex.assert_trees_all_equal(split_variables, variables)
 
     def gradients(run):
-        def loss(params, x):
+        def loss(params, x, mask):
             z, *updated = run({**variables, "params": params}, x, mask)
             return jnp.sum(z * cotangent), (z, *updated)
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x, mask)
 
     results, expected = gradients(split(split_block, True)), gradients(whole(block, True))
     chex.assert_trees_all_equal_structs(results, expected)
@@ -118,7 +118,7 @@ def test_a_convolution_takes_frames_from_its_neighbors(kernel_size, channels, st
 
     @jax.jit
     def run(x, kernel):
-        y, transpose = jax.vjp(over_devices(convolve, (ROWS, P()), ROWS), x, kernel)
+        y, transpose = jax.vjp(split_over_devices(convolve, (ROWS, P()), ROWS), x, kernel)
         return y, transpose(jnp.sin(y))
 
     y = convolution_oracle.convolution(x, kernel, strides, groups)
@@ -147,7 +147,7 @@ def test_a_pooling_takes_frames_from_its_neighbors(window, strides, padding):
 
         @jax.jit
         def run(x):
-            y, transpose = jax.vjp(over_devices(pool, ROWS, ROWS) if axis_name else pool, x)
+            y, transpose = jax.vjp(split_over_devices(pool, ROWS, ROWS) if axis_name else pool, x)
             return y, transpose(jnp.sin(y))
 
         return run(x)
@@ -175,7 +175,7 @@ def test_windows_that_do_not_split_are_refused(operation, stride, padding):
         rf"got 2 positions, window 3, stride {stride}, padding {padding}"
     )
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(over_devices(operation, ROWS, ROWS), x)
+        jax.eval_shape(split_over_devices(operation, ROWS, ROWS), x)
 
 
 def pair_of_blocks(**options):

@@ -30,9 +30,9 @@ def test_table_2e():
         (("i3d_3x1x1", 0), (1.2, 1.5)),
         (("c2d", 5), (1.2, 1.2)),
     ):
-        more_parameters, more_multiply_adds = totals(*args)
-        parameter_ratio = more_parameters / parameters
-        multiply_add_ratio = more_multiply_adds / multiply_adds
+        larger_parameters, larger_multiply_adds = totals(*args)
+        parameter_ratio = larger_parameters / parameters
+        multiply_add_ratio = larger_multiply_adds / multiply_adds
         assert (round(parameter_ratio, 1), round(multiply_add_ratio, 1)) == ratios
 
 
@@ -95,5 +95,5 @@ def test_parameters_of_the_mnist_network(instantiation, parameters):
 def test_nothing_is_computed():
     model = non_local_pytorch_mnist()
     batch = 10**9  # of which the first layer alone would need 100 TB
-    one = cost(model, (1, 28, 28, 1))
-    assert cost(model, (batch, 28, 28, 1)).multiply_adds == batch * one.multiply_adds
+    single = cost(model, (1, 28, 28, 1))
+    assert cost(model, (batch, 28, 28, 1)).multiply_adds == batch * single.multiply_adds

@@ -25,11 +25,10 @@ def test_a_cifar_network_with_blocks_starts_as_the_one_without():
         collection: {place: v for place, v in tree.items() if "nonlocal" not in place}
         for collection, tree in variables.items()
     }
-    logits, plain_logits = jax.jit(
-        lambda ours, theirs: (network.apply(ours, IMAGES), plain.apply(theirs, IMAGES))
-    )(variables, plain_variables)
+    logits = jax.jit(network.apply)(variables, IMAGES)
+    plain_logits = jax.jit(plain.apply)(plain_variables, IMAGES)
     np.testing.assert_array_equal(logits, plain_logits)
-    described = nl.describe(network, variables, IMAGES, expected=2)
+    described = nl.describe(network, variables, jnp.asarray(IMAGES), expected=2)
     places = [block.place for block in described]
     assert places == ["nonlocal_res2_0", "nonlocal_res3_0"]
 
@@ -38,13 +37,13 @@ def test_a_cifar_network_trains():
     model = cifar_resnet(8, {"res3": (0,)}, num_classes=4, preset="caffe2")
     variables = jax.jit(model.init)(jax.random.key(1), IMAGES)
 
-    def loss(params):
+    def loss(params, images):
         logits, updated = model.apply(
-            {**variables, "params": params}, IMAGES, train=True, mutable=["batch_stats"]
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
         )
         return jnp.sum(jnp.sin(logits)), updated
 
-    gradients, updated = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    gradients, updated = jax.jit(jax.grad(loss, has_aux=True))(variables["params"], IMAGES)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     mean = updated["batch_stats"]["conv1_norm"]["mean"]
     assert not np.array_equal(mean, variables["batch_stats"]["conv1_norm"]["mean"])
@@ -75,11 +74,11 @@ def test_the_maps_of_the_mnist_network(instantiation):
     images = np.random.default_rng(0).random((2, 28, 28, 1), np.float32)
 
     @jax.jit
-    def run(key):
+    def run(key, images):
         variables = model.init(key, images)
         return model.apply(variables, images, return_maps=True, mutable=["intermediates"])
 
-    (logits, maps), state = run(jax.random.key(1))
+    (logits, maps), state = run(jax.random.key(1), images)
     assert logits.shape == (2, 10)
     assert [affinity.shape for affinity in maps] == [(2, 196, 49), (2, 49, 9)]
     for i, affinity in enumerate(maps, start=1):

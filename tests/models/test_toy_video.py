@@ -65,18 +65,18 @@ def test_a_frozen_stem_has_no_gradient_and_keeps_its_statistics(freeze):
     net = ToyVideoNet(3, freeze_stem=freeze)
 
     @jax.jit
-    def run(key):
-        variables = net.init(key, CLIPS)
+    def run(key, clips):
+        variables = net.init(key, clips)
 
         def loss(params):
             logits, updated = net.apply(
-                {**variables, "params": params}, CLIPS, train=True, mutable=["batch_stats"]
+                {**variables, "params": params}, clips, train=True, mutable=["batch_stats"]
             )
             return jnp.sum(jnp.sin(logits)), updated["batch_stats"]
 
         return variables, *jax.grad(loss, has_aux=True)(variables["params"])
 
-    variables, gradient, statistics = run(jax.random.key(1))
+    variables, gradient, statistics = run(jax.random.key(1), CLIPS)
     for stem in ("stem1", "stem2", "stem3"):
         assert bool(gradient[stem]["kernel"].any()) is not freeze
         mean = variables["batch_stats"][f"{stem}_norm"]["mean"]
@@ -97,7 +97,7 @@ def test_inflated_kernels_give_a_static_clip_the_answer_of_its_frame():
     image = rng.standard_normal((2, 1, 5, 5, 3)).astype(np.float32)
     clip = np.repeat(image, 7, axis=1)
     flat = image @ kernel[0, 0]
-    params = {"params": {"kernel": nl.weights.inflate(kernel, 3)}}
+    params = {"params": {"kernel": nl.weights.inflate(jnp.asarray(kernel), 3)}}
     inflated = jax.jit(VideoConv(4, (3, 1, 1)).apply)(params, clip)
     expected = np.repeat(flat, 5, axis=1)
     chex.assert_trees_all_close(inflated[:, 1:-1], expected, rtol=1e-4, atol=1e-6)

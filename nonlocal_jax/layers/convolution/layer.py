@@ -37,7 +37,8 @@ class VideoConv(nn.Module):
 
     >>> import jax, jax.numpy as jnp
     >>> conv = VideoConv(7, kernel_size=(1, 3, 3), strides=(1, 2, 2))
-    >>> conv.init_with_output(jax.random.key(0), jnp.ones((2, 4, 16, 16, 3)))[0].shape
+    >>> x = jnp.ones((2, 4, 16, 16, 3))
+    >>> jax.eval_shape(conv.init_with_output, jax.random.key(0), x)[0].shape
     (2, 4, 8, 8, 7)
     """
 

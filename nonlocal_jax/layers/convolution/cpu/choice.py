@@ -104,11 +104,11 @@ def _choose_tiles(
     products = channels * features / (channels + features)
     if not is_possible or rows < 64 or products < _min_products(taps, is_temporal, length):
         return None
-    forward = kernel_gradient = _in_tiles(tiles)
+    forward = kernel_gradient = _tiled_form(tiles)
     if tiles == (1, 4, 1):
         # Tiles along both axes need fewer products, but their larger temporaries must fit the
         # cache.
-        kernel_gradient = _in_tiles((1, 4, 4))
+        kernel_gradient = _tiled_form((1, 4, 4))
         if 4 * math.prod(x_shape) <= 1.5 * CACHE_BYTES:
             forward = kernel_gradient
     return Lowering(forward, kernel_gradient)
@@ -131,7 +131,7 @@ def _min_products(taps: int, is_temporal: bool, length: int) -> int:
 
 
 @functools.cache
-def _in_tiles(tiles: Triple) -> ConvFunction:
+def _tiled_form(tiles: Triple) -> ConvFunction:
     """Returns the same object for equal tiles, so that equal convolutions hit the jit cache."""
     return functools.partial(convolution_in_tiles, tiles=tiles)
 
