@@ -9,7 +9,7 @@ import inspect
 import re
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 REPOSITORY = "https://github.com/nonlocal-jax/nonlocal_jax"
 
-project, author, release = "nonlocal_jax", "the authors of nonlocal_jax", version("nonlocal_jax")
+project, author, release = "nonlocal_jax", "the authors of nonlocal_jax", metadata.version("nonlocal_jax")
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode"]
 html_theme, html_title, html_show_copyright = "furo", "nonlocal_jax", False
 html_theme_options = {
