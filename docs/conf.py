@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 REPOSITORY = "https://github.com/nonlocal-jax/nonlocal_jax"
 
-project, author, release = "nonlocal_jax", "the authors of nonlocal_jax", metadata.version("nonlocal_jax")
+project, author = "nonlocal_jax", "the authors of nonlocal_jax"
+release = metadata.version("nonlocal_jax")
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode"]
 html_theme, html_title, html_show_copyright = "furo", "nonlocal_jax", False
 html_theme_options = {

@@ -4,9 +4,9 @@ The format is recognised by the first line, or by the list being a folder:
 
 | first line | format |
 |---|---|
-| `path label` | one video per line, as in video-nonlocal-net and PySlowFast; a comma also separates |
+| `path label` | one video per line, as in video-nonlocal-net and PySlowFast, or with a comma |
 | `label,youtube_id,time_start,time_end,split` | CSV of the official Kinetics release |
-| `id,...,actions,length` | CSV of Charades; `actions` is class, start and end, `c092 11.10 21.50;...` |
+| `id,...,actions,length` | CSV of Charades, with actions `c092 11.10 21.50;c147 23.10 31.50` |
 | `original_vido_id video_id frame_id path labels` | one frame per line, Charades in PySlowFast |
 | a folder | `FOLDER/class name/video.mp4`, a folder of videos for each class |
 

@@ -14,7 +14,13 @@ from nonlocal_jax.layers.norm import Affine, BatchNorm, fold_batch_norm, freeze_
 from nonlocal_jax.layers.planning import BlockPlan, plan
 from nonlocal_jax.layers.pooling import max_pool, pool_mask, strided_max_pool
 from nonlocal_jax.layers.residual_ratio import residual_ratios
-from nonlocal_jax.layers.taps import PairwiseCall, SumLayout, enclosing_block, nonlocal_response, tap
+from nonlocal_jax.layers.taps import (
+    PairwiseCall,
+    SumLayout,
+    enclosing_block,
+    nonlocal_response,
+    tap,
+)
 
 __all__ = [
     "Affine",
