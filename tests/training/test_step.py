@@ -135,9 +135,9 @@ def dimmed(batch, key):
 @pytest.mark.parametrize(
     ("options", "positions", "functions"),
     [
-        ({}, 2, {"moments", "evaluation"}),
-        ({"batch_norm": "device", "accumulate": 2}, 2, set()),
-        ({"batch_norm": "device"}, 1, {"moments"}),
+        ({}, 2, ("moments", "evaluation")),
+        ({"batch_norm": "device", "accumulate": 2}, 2, ()),
+        ({"batch_norm": "device"}, 1, ("moments",)),
     ],
     ids=str,
 )
