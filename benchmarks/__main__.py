@@ -1,12 +1,15 @@
-"""Measure this library beside PyTorch and mmcv-lite, and write the report.
+"""Compares this library with PyTorch and mmcv-lite, and writes the report.
 
-    python -m benchmarks                      # everything: results/<backend>.json, results/growth.png, README.md
-    python -m benchmarks --quick              # the smallest sizes, into runs/benchmarks
-    python -m benchmarks --only block/dot     # the cases whose name contains this; the others keep their results
-    python -m benchmarks --report-only        # the report anew, from the JSON
+    python -m benchmarks                   # everything
+    python -m benchmarks --quick           # only the smallest sizes, into runs/benchmarks
+    python -m benchmarks --only block/dot  # cases whose name contains this
+    python -m benchmarks --report-only     # rewrites the report from the JSON
 
-Wants torch and mmcv-lite beside the library: `make bench` makes an environment that has them. On 2 CPU cores about 40
-minutes; leave the machine alone meanwhile. mmcv's concatenation takes 15 GB.
+Results go to results/<backend>.json, results/growth.png and README.md in this directory. `--only`
+keeps the results of other cases.
+
+Requires torch and mmcv-lite: `make bench` creates an environment that has them. On 2 CPU cores this
+takes about 40 minutes, during which the machine should be idle. mmcv's concatenation takes 15 GB.
 """
 
 import dataclasses
@@ -26,26 +29,29 @@ from rich.progress import (
 )
 
 from benchmarks import machine, report
-from benchmarks.cases import Case, all_cases, is_quick
+from benchmarks.cases import Case, has_smallest_size, list_cases
 from benchmarks.measure import Workers, measure
 from benchmarks.records import Results
 
-BUSY = 0.3  # load for each core
+MAX_LOAD = 0.3  # load average per core above which a warning is printed
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Speed, memory and precision of the non-local operations and blocks, beside PyTorch and mmcv-lite."""
+    """Compare the speed, memory and precision of the non-local operations with PyTorch and mmcv-
+    lite.
+    """
 
-    only: tuple[
-        str, ...
-    ] = ()  # parts of the names (section/instantiation/N/M/d) of the cases to measure; none is all
-    quick: bool = False  # the smallest sizes alone, into runs/benchmarks
-    report_only: bool = False  # no measuring: write the report from the results that are there
-    readme: Path = Path(
-        "README.md"
-    )  # three lines of the report go here, where it has marks for them
-    seconds: float = 8.0  # of timing for each case, before the slowest competitors' fewest rounds
+    # Parts of the names (section/instantiation/N/M/d) of the cases to measure. Default: all.
+    only: tuple[str, ...] = ()
+    # Measure only the smallest sizes, into runs/benchmarks.
+    quick: bool = False
+    # Measure nothing, and write the report from existing results.
+    report_only: bool = False
+    # File that receives three lines of the report, between its marks.
+    readme: Path = Path("README.md")
+    # Seconds of timing per case; slow competitors may take longer.
+    seconds: float = 8.0
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
@@ -53,46 +59,52 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        """Where results/ and README.md go."""
+        """The directory of results/ and README.md."""
         return Path("runs/benchmarks") if self.quick else Path(__file__).parent
 
     def cases(self) -> list[Case]:
-        """Those that are asked for."""
-        chosen = [case for case in all_cases() if not self.quick or is_quick(case)]
+        """The cases to measure."""
+        chosen = [case for case in list_cases() if not self.quick or has_smallest_size(case)]
         if self.only:
             chosen = [case for case in chosen if any(part in case.name for part in self.only)]
         if not chosen:
             raise ValueError(
-                f"only must name parts of cases such as {all_cases()[0].name!r}; got {self.only}."
+                f"only must name parts of cases such as {list_cases()[0].name!r}; got {self.only}."
             )
         return chosen
 
 
 def main(config: Config) -> None:
-    """Measure, then report."""
+    """Measures, then writes the report."""
     results = config.folder / "results"
     if not config.report_only:
         run(config, results)
     report.write(results, config.folder / "README.md", Path() if config.quick else config.readme)
     print(
-        f"{config.folder / 'README.md'}, from {', '.join(str(path) for path in sorted(results.glob('*.json')))}"
+        f"wrote {config.folder / 'README.md'} from "
+        + ", ".join(str(path) for path in sorted(results.glob("*.json")))
     )
 
 
 def run(config: Config, folder: Path) -> None:
-    """Measure the cases one after the other; each is on disk before the next one starts."""
+    """Measures one case after another, and saves each before the next one starts."""
     chosen, workers = config.cases(), Workers()
     columns = (
-        TextColumn("{task.description:<44}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description:<44}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     try:
         environment = machine.describe(
             workers, shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
         )
-        if environment["load"] > BUSY * environment["cores"]:
+        if environment["load"] > MAX_LOAD * environment["cores"]:
             print(
-                f"The machine is busy (load {environment['load']:.1f}): the numbers will be of little use.",
+                f"warning: the machine is busy (load {environment['load']:.1f}), so the results "
+                "will not be reliable.",
                 file=sys.stderr,
             )
         path = folder / f"{environment['backend']}.json"

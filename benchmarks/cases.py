@@ -1,4 +1,4 @@
-"""What is measured: which sums and blocks, at which sizes, by whom, with which numbers in them."""
+"""What is measured: operations, blocks, sizes, competitors, and the input arrays."""
 
 import dataclasses
 import math
@@ -11,11 +11,19 @@ import numpy.typing as npt
 from nonlocal_jax.types import Instantiation
 
 Section = Literal["operation", "block", "growth", "network"]
-Direction = Literal["forward", "both"]  # both: the response and every gradient
+Direction = Literal["forward", "both"]  # "both": the response and every gradient
 Competitor = Literal[
-    "auto", "dense", "copy", "plain", "torch pairs", "torch sdpa", "torch contiguous", "torch channels_last", "mmcv contiguous",
+    "auto",
+    "dense",
+    "copy",
+    "plain",
+    "torch pairs",
+    "torch sdpa",
+    "torch contiguous",
+    "torch channels_last",
+    "mmcv contiguous",
     "mmcv channels_last",
-]  # fmt: skip
+]
 Floats = npt.NDArray[np.floating[Any]]
 
 INSTANTIATIONS: tuple[Instantiation, ...] = get_args(Instantiation)
@@ -32,22 +40,26 @@ LIBRARY: dict[Competitor, Literal["jax", "torch"]] = {
     "mmcv channels_last": "torch",
 }
 GROWTH_WIDTH = 64  # d of the growth cases
-MMCV_CONCATENATION = "mmcv's concatenation divides the saved output of a ReLU in place, so it cannot be trained: forward only."
+MMCV_CONCATENATION = (
+    "mmcv's concatenation divides the saved output of a ReLU in place, which breaks its gradient, "
+    "so only its forward pass is measured."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One sum, or one block around it, at one size; or a whole network.
+    """One operation or block at one size, or a whole network.
 
     Attributes:
-        section: "operation" and "growth" are functions of `nonlocal_jax.ops`; "block" is a whole block; "network" is I3D R50
-            with five of them, whose largest block has this n, m and d.
-        instantiation: the pairwise function.
-        n: queries.
-        m: keys.
-        d: channels of θ, φ and g; a block has 2d, and so have the queries and keys of its Gaussian.
-        where: where in a network this size occurs.
-        positions: (T, H, W) of a block, or of a network's clips.
+        section: "operation" and "growth" are functions of `nonlocal_jax.ops`, "block" is a whole
+            block, and "network" is I3D R50 with five blocks, the largest of which has this n, m and
+            d.
+        instantiation: The pairwise function.
+        n: Number of queries.
+        m: Number of keys.
+        d: Channels of θ, φ and g. A block has 2d, as do the queries and keys of its Gaussian.
+        where: Where in a network this size occurs.
+        positions: (T, H, W) of a block, or of the clips of a network.
     """
 
     section: Section
@@ -68,13 +80,13 @@ class Case:
 
     @property
     def weight(self) -> float:
-        """About how long it takes, for the progress bar."""
+        """Roughly how long the case takes, for the progress bar."""
         return 40 if self.section == "network" else 1 + self.n * self.m * self.d / 2e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One case as one competitor computes it."""
+    """One case, computed by one competitor."""
 
     case: Case
     competitor: Competitor
@@ -108,8 +120,8 @@ NETWORK = Case(
 )
 
 
-def all_cases() -> list[Case]:
-    """Every case, the small ones first."""
+def list_cases() -> list[Case]:
+    """Returns every case, small ones first."""
     operations = [
         Case("operation", name, *size, where)
         for size, where in SIZES.items()
@@ -128,53 +140,51 @@ def all_cases() -> list[Case]:
 
 
 def block(instantiation: Instantiation, n: int, m: int, d: int) -> Case:
-    """A block of 2d channels at one of `SIZES`."""
+    """Returns the case of a block with 2d channels at one of `SIZES`."""
     return Case("block", instantiation, n, m, d, SIZES[n, m, d], POSITIONS[n])
 
 
-def is_quick(case: Case) -> bool:
-    """Whether it is among the smallest."""
+def has_smallest_size(case: Case) -> bool:
+    """Whether the case has the smallest size."""
     return case.n * case.m * case.d <= 784 * 196 * 512
 
 
 def competitors(case: Case, free_bytes: float) -> list[tuple[Competitor, Direction]]:
-    """Who computes a case, in which directions: what would not fit into the free memory is left out."""
+    """Lists who computes a case, in which directions, leaving out what would not fit in memory."""
     if case.section == "network":
-        return _both("auto", "plain", "torch contiguous", "torch channels_last")
+        return _every_direction("auto", "plain", "torch contiguous", "torch channels_last")
     pairs = 4 * case.n * case.m  # bytes
     if case.section == "growth":
-        fits: list[tuple[Direction, int]] = [
-            ("forward", 2 * pairs),
-            ("both", 4 * pairs),
-        ]  # dense has up to so many
-        return _both("auto", "copy") + [
-            ("dense", direction) for direction, needed in fits if needed < free_bytes / 2
+        # The most that "dense" holds at once, in bytes.
+        dense_bytes: dict[Direction, int] = {"forward": 2 * pairs, "both": 4 * pairs}
+        dense: list[tuple[Competitor, Direction]] = [
+            ("dense", direction)
+            for direction, needed in dense_bytes.items()
+            if needed < free_bytes / 2
         ]
+        return _every_direction("auto", "copy") + dense
     torch: tuple[Competitor, ...] = (
         ("torch pairs", "torch sdpa") if "gaussian" in case.instantiation else ("torch pairs",)
     )
     if case.section == "operation":
-        return _both("auto", "dense", *torch)
-    ours = _both("auto", *torch)
-    mmcv = _both("mmcv contiguous", "mmcv channels_last")
+        return _every_direction("auto", "dense", *torch)
+    jax_and_torch = _every_direction("auto", *torch)
+    mmcv = _every_direction("mmcv contiguous", "mmcv channels_last")
     if case.instantiation == "concatenation":
-        fits_too = (
-            6 * case.d * pairs < free_bytes
-        )  # it repeats θ and φ and joins them: 15 GB measured at 3136/784/256
-        mmcv = [
-            (name, direction) for name, direction in mmcv if direction == "forward" and fits_too
-        ]
-    return ours + mmcv
+        # mmcv repeats and joins θ and φ for every pair: 15 GB were measured at 3136/784/256.
+        fits = 6 * case.d * pairs < free_bytes
+        mmcv = [pair for pair in mmcv if pair[1] == "forward" and fits]
+    return jax_and_torch + mmcv
 
 
-def _both(*names: Competitor) -> list[tuple[Competitor, Direction]]:
+def _every_direction(*names: Competitor) -> list[tuple[Competitor, Direction]]:
     return [(name, direction) for name in names for direction in get_args(Direction)]
 
 
 def inputs(case: Case) -> list[Floats]:
-    """θ (1, N, d), φ (1, M, d), g (1, M, d) and, for the concatenation, w_f (2d,).
+    """Returns θ (1, N, d), φ (1, M, d), g (1, M, d) and, for the concatenation, w_f (2d,).
 
-    Logits are about N(0, 1), so that a softmax over them is neither uniform nor one-hot.
+    Logits are roughly N(0, 1), so that a softmax over them is neither uniform nor one-hot.
     """
     random = np.random.default_rng(0)
     theta, phi = (
@@ -188,19 +198,19 @@ def inputs(case: Case) -> list[Floats]:
 
 
 def cotangent(case: Case) -> Floats:
-    """Of the response (1, N, d), or of a block's output (1, T, H, W, 2d)."""
+    """Returns a cotangent of the response (1, N, d), or of a block's output (1, T, H, W, 2d)."""
     shape = (1, *case.positions, 2 * case.d) if case.section == "block" else (1, case.n, case.d)
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
 def features(case: Case) -> Floats:
-    """The input of a block, (1, T, H, W, 2d)."""
+    """Returns the input of a block, (1, T, H, W, 2d)."""
     x = np.random.default_rng(2).standard_normal((1, *case.positions, 2 * case.d), np.float32)
     return x * np.float32((2 * case.d) ** -0.25)
 
 
 def weights(case: Case) -> dict[str, Floats]:
-    """Of a block: kernels (inputs, outputs), biases, w_f, and scale, bias, mean and variance of BatchNorm."""
+    """Returns a block's weights: kernels (inputs, outputs), biases, w_f and BatchNorm's."""
     random = np.random.default_rng(3)
     channels, d = 2 * case.d, case.d
 
@@ -221,12 +231,15 @@ def weights(case: Case) -> dict[str, Floats]:
 
 
 def clips(case: Case) -> Floats:
-    """The input of a network, (2, T, H, W, 3)."""
+    """Returns the input of a network, (2, T, H, W, 3)."""
     return np.random.default_rng(4).standard_normal((2, *case.positions, 3), np.float32)
 
 
 def network_weight(name: str, shape: tuple[int, ...]) -> Floats:
-    """Of a network, by PySlowFast's names: norms and statistics away from 0 and 1, residuals small, logits of about 1."""
+    """Returns one array of a network, by its name in PySlowFast.
+
+    Norms and statistics stay away from 0 and 1, residuals are small, and logits are about 1.
+    """
     random = np.random.default_rng(zlib.crc32(name.encode()))
     if len(shape) > 1:
         gain = 0.5 if "conv_theta" in name or "conv_phi" in name else 2.0

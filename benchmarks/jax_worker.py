@@ -1,4 +1,4 @@
-"""This library's operations and blocks, on request."""
+"""Runs this library's operations and blocks on request, in a process of its own."""
 
 import functools
 import importlib.metadata
@@ -17,7 +17,7 @@ from benchmarks.worker import serve
 
 
 class Jax:
-    """Every run is one compiled function."""
+    """Competitors written in JAX. Every run is one compiled function."""
 
     backend = jax.default_backend()
 
@@ -44,9 +44,9 @@ class Jax:
         return facts if self.backend == "cpu" else facts | {"temporary_bytes": temporary}
 
     def device_peak(self, run: Callable[[], Sequence[Any]]) -> int | None:
-        return None  # `facts` has the compiler's number
+        return None  # `facts` reports what the compiler says
 
-    def to_numpy(self, output: Any) -> Floats:
+    def as_numpy(self, output: Any) -> Floats:
         return np.asarray(output.astype(jnp.float32))
 
     def versions(self) -> dict[str, str]:
@@ -58,7 +58,7 @@ class Jax:
 
 
 def chosen(job: Job) -> str | None:
-    """The implementation that "auto" takes for an operation."""
+    """Returns the implementation that "auto" takes for an operation."""
     if job.case.section in ("block", "network") or job.competitor != "auto":
         return None
     theta, phi, g = (jnp.asarray(x, job.dtype) for x in cases.inputs(job.case)[:3])
@@ -66,7 +66,7 @@ def chosen(job: Job) -> str | None:
 
 
 def build(job: Job) -> tuple[Any, tuple[Any, ...]]:
-    """The compiled function of a job and its arguments, on the device."""
+    """Returns the compiled function of a job and its arguments, on the device."""
     function, arguments = _block(job) if job.case.section == "block" else _operation(job)
     return jax.jit(function), jax.tree.map(lambda x: jnp.asarray(x, job.dtype), arguments)
 
@@ -84,15 +84,15 @@ def _operation(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     if job.direction == "forward":
         return operation, tuple(arguments)
 
-    def both(cotangent: jax.Array, *inputs: jax.Array) -> Any:
+    def value_and_gradients(cotangent: jax.Array, *inputs: jax.Array) -> Any:
         y, pull = jax.vjp(operation, *inputs)
         return y, pull(cotangent)
 
-    return both, (cases.cotangent(job.case), *arguments)
+    return value_and_gradients, (cases.cotangent(job.case), *arguments)
 
 
 def _block(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Forward with the running statistics of BatchNorm; both directions as in training, with those of the batch."""
+    """Forward uses the running statistics of BatchNorm; both directions use those of the batch."""
     block = nl.layers.nonlocal_block(
         job.case.instantiation, preset="mmcv", subsample=job.case.m < job.case.n
     )
@@ -101,7 +101,9 @@ def _block(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     if job.direction == "forward":
         return block.apply, ({"params": params, "batch_stats": statistics}, x)
 
-    def both(cotangent: jax.Array, statistics: Any, params: Any, x: jax.Array) -> Any:
+    def value_and_gradients(
+        cotangent: jax.Array, statistics: Any, params: Any, x: jax.Array
+    ) -> Any:
         def train(params: Any, x: jax.Array) -> Any:
             return block.apply(
                 {"params": params, "batch_stats": statistics},
@@ -113,11 +115,13 @@ def _block(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         z, pull, updated = jax.vjp(train, params, x, has_aux=True)
         return z, pull(cotangent), updated
 
-    return both, (cases.cotangent(job.case), statistics, params, x)
+    return value_and_gradients, (cases.cotangent(job.case), statistics, params, x)
 
 
 def _variables(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters and batch statistics of the block, from the weights that all competitors share."""
+    """Returns the block's parameters and batch statistics, from the weights that all competitors
+    share.
+    """
     w = cases.weights(case)
     dense = [name for name in ("theta", "phi", "g") if f"{name}.kernel" in w]
     operation: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Where the numbers come from."""
+"""Describes the machine that the results come from."""
 
 import os
 import platform
@@ -11,8 +11,8 @@ from benchmarks.measure import Workers
 
 
 def describe(workers: Workers, command: str) -> dict[str, Any]:
-    """Backend, versions, hardware, commit, date and command."""
-    jax, torch = workers.of("jax").ask("describe"), workers.of("torch").ask("describe")
+    """Returns backend, versions, hardware, commit, date and command."""
+    jax, torch = workers.get("jax").ask("describe"), workers.get("torch").ask("describe")
     return {
         "backend": jax["backend"],
         "torch backend": torch["backend"],
@@ -29,7 +29,7 @@ def describe(workers: Workers, command: str) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """As the system calls it."""
+    """Returns the name of the processor, as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -37,7 +37,7 @@ def cpu_model() -> str:
 
 
 def git_commit() -> str | None:
-    """Of the working copy; "+" says that it has changes."""
+    """Returns the commit of the working copy, followed by "+" if it has changes."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None

@@ -1,12 +1,15 @@
-"""Time, memory and errors of a case: one process for each library, the competitors in turn.
+"""Measures the time, memory and errors of a case, with one process per library.
 
-Time: the median over rounds. In each round every competitor runs once, in alternating order, so that what else the machine
-does meets all of them; a sample lasts 5 ms or longer, with several calls if need be; compilation and the first run come before.
-Before a sample shorter than half a second comes an untimed run, since the competitor before left its own data in the caches.
+Time is the median over rounds. In each round every competitor runs once, in alternating order, so
+that other load on the machine affects all of them alike. A sample lasts at least 5 ms, with several
+calls if necessary, and excludes compilation and the first run. Samples shorter than half a second
+are preceded by an untimed run, because the previous competitor left its own data in the caches.
 
-Memory, on CPUs: the same for all libraries, in a fresh process in which every large array is mapped by itself and given back
-(MALLOC_MMAP_THRESHOLD_): the high-water mark of resident memory during one run, less the resident memory before it and the
-outputs. On GPUs: torch's own count, and XLA's.
+Memory on CPUs is measured in the same way for all libraries: in a fresh process in which every
+large
+array is mapped separately and returned to the system (MALLOC_MMAP_THRESHOLD_), the high-water mark
+of resident memory during one run, minus the resident memory before it and the outputs. On GPUs, it
+is what torch and XLA report.
 """
 
 import dataclasses
@@ -30,24 +33,22 @@ from benchmarks import cases, reference
 from benchmarks.cases import LIBRARY, Case, Floats, Job
 from benchmarks.records import Record
 
-SAMPLE = 0.005  # seconds that a sample lasts at least
-PAUSE = 0.01  # seconds between competitors, until the threads of the last one sleep
-SHORT = 0.5  # seconds of a run up to which the state of the caches may matter
-SLOW, VERY_SLOW = (
-    2.0,
-    10.0,
-)  # seconds of a run from which 3 rounds do, and from which torch's first run is the only one
-ROUNDS = (9, 31)
-GRADIENT_ERRORS = (3136, 784, 256)
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+SAMPLE = 0.005  # shortest sample, in seconds
+PAUSE = 0.01  # seconds between competitors, in which the threads of the last one go to sleep
+SHORT = 0.5  # runs shorter than this, in seconds, depend on the state of the caches
+SLOW = 2.0  # runs longer than this, in seconds, are measured in 3 rounds
+SLOWEST = 10.0  # of runs longer than this, in seconds, torch does only one
+MIN_ROUNDS, MAX_ROUNDS = 9, 31
+GRADIENT_ERROR_SIZE = (3136, 784, 256)
+SEPARATE_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 class JobError(RuntimeError):
-    """A job that its worker could not do."""
+    """A job failed in its worker."""
 
 
 class Worker:
-    """A process of one library, which does jobs on request."""
+    """A process that runs the jobs of one library on request."""
 
     def __init__(
         self, library: Literal["jax", "torch"], environment: dict[str, str] | None = None
@@ -64,16 +65,16 @@ class Worker:
             text=True,
         )
 
-    def ask(self, do: str, job: Job | None = None, **options: Any) -> dict[str, Any]:
+    def ask(self, request: str, job: Job | None = None, **options: Any) -> dict[str, Any]:
         assert self._process.stdin
         assert self._process.stdout
-        request = {"do": do, "job": job and dataclasses.asdict(job)} | options
+        message = {"do": request, "job": job and dataclasses.asdict(job)} | options
         try:
-            print(json.dumps(request), file=self._process.stdin, flush=True)
+            print(json.dumps(message), file=self._process.stdin, flush=True)
             answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             raise JobError(
-                f"the {self.library} process ended with {self._process.wait()}"
+                f"the {self.library} process ended with code {self._process.wait()}"
             ) from None
         if "failure" in answer:
             raise JobError(answer["failure"])
@@ -90,21 +91,21 @@ class Worker:
 
 
 class Workers:
-    """The process of each library that is timed, started when it is first needed and again after it died."""
+    """One process per library for timing, started when first needed and restarted after it dies."""
 
     def __init__(self) -> None:
         self._workers: dict[str, Worker] = {}
 
-    def ask(self, do: str, job: Job, **options: Any) -> dict[str, Any]:
+    def ask(self, request: str, job: Job, **options: Any) -> dict[str, Any]:
         library = LIBRARY[job.competitor]
         try:
-            return self.of(library).ask(do, job, **options)
+            return self.get(library).ask(request, job, **options)
         except JobError as failed:
             if "process ended" in str(failed):
                 del self._workers[library]
             raise
 
-    def of(self, library: Literal["jax", "torch"]) -> Worker:
+    def get(self, library: Literal["jax", "torch"]) -> Worker:
         if library not in self._workers:
             self._workers[library] = Worker(library)
         return self._workers[library]
@@ -121,10 +122,10 @@ class Workers:
 def measure(
     case: Case, workers: Workers, budget: float, advance: Callable[[float], None]
 ) -> list[Record]:
-    """Everything about one case. `advance` is told which part of it was done."""
+    """Measures everything about one case. Calls `advance` with the fraction that was completed."""
     jobs = [Job(case, *pair) for pair in cases.competitors(case, _free_bytes())]
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    records = {job: Record.of(case, job.competitor, job.direction, now) for job in jobs}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    records = {job: Record.empty(case, job.competitor, job.direction, date) for job in jobs}
     first_runs = _time(records, workers, budget)
     workers.forget()
     advance(0.4)
@@ -142,14 +143,14 @@ def measure(
 
 
 def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[Job, float]:
-    """Fill in the seconds; return those of the first runs, compilation included."""
+    """Fills in the seconds. Returns those of the first runs, which include compilation."""
     first: dict[Job, float] = {}
     samples: dict[Job, list[float]] = {}
 
-    def attempt(job: Job, do: str, **options: Any) -> float | None:
+    def attempt(job: Job, request: str, **options: Any) -> float | None:
         time.sleep(PAUSE)
         try:
-            seconds: float = workers.ask(do, job, **options)["seconds"]
+            seconds: float = workers.ask(request, job, **options)["seconds"]
         except JobError as failed:
             records[job].failure = str(failed)
             samples.pop(job, None)
@@ -160,11 +161,11 @@ def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[J
         seconds = attempt(job, "prepare", warm=True)
         if seconds is not None:
             first[job] = seconds
-            samples[job] = [seconds] if _once(job, seconds) else []
+            samples[job] = [seconds] if _first_run_suffices(job, seconds) else []
     estimates = {
         job: attempt(job, "time", calls=1, again=True)
-        for job, done in list(samples.items())
-        if not done
+        for job, measured in list(samples.items())
+        if not measured
     }
     running = {job: seconds for job, seconds in estimates.items() if seconds is not None}
     for job, seconds in running.items():
@@ -176,38 +177,36 @@ def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[J
                 calls = math.ceil(SAMPLE / running[job])
                 seconds = attempt(job, "time", calls=calls, again=running[job] < SHORT)
                 samples[job] += [] if seconds is None else [seconds]
-    for job, done in samples.items():
-        records[job].seconds, records[job].fastest, records[job].rounds = (
-            statistics.median(done),
-            min(done),
-            len(done),
-        )
+    for job, measured in samples.items():
+        records[job].seconds = statistics.median(measured)
+        records[job].fastest = min(measured)
+        records[job].rounds = len(measured)
     return first
 
 
 def plan(estimates: dict[Job, float], budget: float) -> dict[Job, int]:
-    """Rounds of each job: 3 of a slow one, else as many as the budget of seconds allows, 9 to 31."""
-    in_turn = sum(
+    """Returns the rounds of each job: 3 if it is slow, else 9 to 31 within the budget."""
+    round_seconds = sum(
         max(seconds, SAMPLE) + PAUSE + (seconds < SHORT) * seconds for seconds in estimates.values()
     )
-    usual = min(max(int(budget / in_turn), ROUNDS[0]), ROUNDS[1]) if estimates else 0
+    usual = min(max(int(budget / round_seconds), MIN_ROUNDS), MAX_ROUNDS) if estimates else 0
     return {job: 3 if seconds > SLOW else usual for job, seconds in estimates.items()}
 
 
-def _once(job: Job, seconds: float) -> bool:
-    """Whether the first run is enough: torch compiles nothing."""
-    return LIBRARY[job.competitor] == "torch" and seconds > VERY_SLOW
+def _first_run_suffices(job: Job, seconds: float) -> bool:
+    """Whether the first run is a valid sample: torch compiles nothing."""
+    return LIBRARY[job.competitor] == "torch" and seconds > SLOWEST
 
 
 def _measure_memory(records: dict[Job, Record], first_runs: dict[Job, float]) -> None:
-    """Fill in the temporary bytes of one competitor, from a process of its own."""
+    """Fills in the temporary bytes of one competitor, measured in a separate process."""
     competitor = next(iter(records)).competitor
-    with Worker(LIBRARY[competitor], MAPPED) as worker:
+    with Worker(LIBRARY[competitor], SEPARATE_MAPPINGS) as worker:
         for job, record in records.items():
             if record.failure:
                 continue
             try:
-                worker.ask("prepare", job, warm=not _once(job, first_runs[job]))
+                worker.ask("prepare", job, warm=not _first_run_suffices(job, first_runs[job]))
                 answer = worker.ask("peak", job)
             except JobError as failed:
                 record.failure = f"memory: {failed}"
@@ -218,7 +217,7 @@ def _measure_memory(records: dict[Job, Record], first_runs: dict[Job, float]) ->
 
 
 def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) -> None:
-    """Fill in the errors: of operations against float64, of a block's peers against this library's block."""
+    """Fills in errors: operations relative to float64, a block's peers relative to ours."""
 
     def outputs(job: Job) -> list[Floats]:
         workers.ask("outputs", job, path=str(path))
@@ -232,7 +231,7 @@ def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) ->
     }
     case = next(iter(records)).case
     if case.section in ("block", "network"):
-        _compare_with_ours(forward, outputs)
+        _compare_peers(forward, outputs)
     if case.section != "operation":
         return
     arrays = cases.inputs(case)
@@ -245,7 +244,7 @@ def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) ->
         if LIBRARY[job.competitor] == "jax":
             half = outputs(dataclasses.replace(job, dtype="bfloat16"))[0]
             record.bfloat16_error = reference.relative_error(half, exact_rounded)
-    if case.size == GRADIENT_ERRORS:
+    if case.size == GRADIENT_ERROR_SIZE:
         gradients = reference.gradients(case.instantiation, arrays, cases.cotangent(case))
         for job, record in records.items():
             if job.direction == "both" and not record.failure:
@@ -253,21 +252,18 @@ def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) ->
                 record.gradient_error = max(reference.relative_error(*pair) for pair in pairs)
 
 
-def _compare_with_ours(
-    records: dict[Job, Record], outputs: Callable[[Job], Sequence[Floats]]
-) -> None:
-    ours = next((outputs(job)[0] for job in records if job.competitor == "auto"), None)
+def _compare_peers(records: dict[Job, Record], outputs: Callable[[Job], Sequence[Floats]]) -> None:
+    expected = next((outputs(job)[0] for job in records if job.competitor == "auto"), None)
     for job, record in records.items():
-        if ours is not None and job.competitor not in ("auto", "mmcv channels_last"):
-            theirs = outputs(job)[0]
-            channels_last = (
-                np.moveaxis(theirs, 1, -1) if job.competitor.startswith("mmcv") else theirs
-            )
-            record.error = reference.relative_error(channels_last, ours)
+        if expected is not None and job.competitor not in ("auto", "mmcv channels_last"):
+            output = outputs(job)[0]
+            if job.competitor.startswith("mmcv"):
+                output = np.moveaxis(output, 1, -1)  # mmcv's channels come second
+            record.error = reference.relative_error(output, expected)
 
 
 def _free_bytes() -> float:
-    """Memory that is free for use; without a word of it, all that there is."""
+    """Returns the available memory; all memory where the system does not report it."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""The whole network, I3D with five non-local blocks, as this library runs it and as plain Flax does."""
+"""Runs the whole network, I3D with five non-local blocks, in this library and in plain Flax."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ OPTIMISER = optax.sgd(0.01, momentum=0.9, nesterov=True)
 
 
 def prepare(job: Job) -> Callable[[], Sequence[Any]]:
-    """One run: the logits of a batch of clips, or those of a training step that goes on where the last one ended."""
+    """Prepares a run: the logits of a batch of clips, or those of one more training step."""
     state: list[Any] = [weights()]
     if job.direction == "both":
         state.append(OPTIMISER.init(state[0]["params"]))
@@ -37,7 +37,7 @@ def prepare(job: Job) -> Callable[[], Sequence[Any]]:
 
 
 def lowered(job: Job) -> Any:
-    """What `prepare` compiles."""
+    """Returns what `prepare` compiles, lowered."""
     state: list[Any] = [jax.eval_shape(weights)]
     if job.direction == "both":
         state.append(jax.eval_shape(OPTIMISER.init, state[0]["params"]))
@@ -45,7 +45,11 @@ def lowered(job: Job) -> Any:
 
 
 def function(job: Job) -> Any:
-    """Of variables and clips; in training of variables, the optimiser's state and clips, the first two taken over."""
+    """Returns the jitted function of (variables, clips), or in training of (variables, state,
+    clips).
+
+    In training, the variables and the optimizer state are donated.
+    """
     model = _model() if job.competitor == "auto" else PlainI3D()
     if job.direction == "forward":
         return jax.jit(model.apply)
@@ -74,15 +78,15 @@ def function(job: Job) -> Any:
 
 
 def weights() -> dict[str, Any]:
-    """Those that all competitors share, under our names."""
+    """Returns the weights that all competitors share, under this library's names."""
     model = _model()
     leaves = {}
     for path, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0), model.example)).items():
-        found = SLOWFAST.to_theirs(path.split("/", 1)[1])
+        found = SLOWFAST.source_name(path.split("/", 1)[1])
         assert found, path
-        theirs, row = found
-        shape = row.transform.to_theirs(np.broadcast_to(np.float32(0), leaf.shape)).shape
-        leaves[path] = jnp.asarray(row.transform.to_ours(cases.network_weight(theirs, shape)))
+        name, row = found
+        shape = row.transform.export_array(np.broadcast_to(np.float32(0), leaf.shape)).shape
+        leaves[path] = jnp.asarray(row.transform.import_array(cases.network_weight(name, shape)))
     return unflatten(leaves)
 
 

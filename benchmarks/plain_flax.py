@@ -1,4 +1,4 @@
-"""The paper's I3D as one writes it in Flax: `nn.Conv` in three dimensions, `nn.BatchNorm`, `nn.max_pool`, all pairs."""
+"""The paper's I3D in idiomatic Flax: 3-D convolutions, `nn.BatchNorm`, and all pairs."""
 
 import functools
 from typing import Any
@@ -18,13 +18,16 @@ BLOCKS = {("res3", 1), ("res3", 3), ("res4", 1), ("res4", 3), ("res4", 5)}
 
 
 class PlainI3D(nn.Module):
-    """I3D R50 8×8 with five non-local blocks; its variables are those of `nonlocal_jax.models.video_resnet`."""
+    """I3D R50 8×8 with five non-local blocks.
+
+    Its variables equal those of `models.video_resnet`.
+    """
 
     num_classes: int = 400
 
     @nn.compact
     def __call__(self, x: Any, *, train: bool = False) -> jax.Array:
-        """Clips (B, T, H, W, 3) -> logits."""
+        """Computes logits of clips (B, T, H, W, 3)."""
         norm = functools.partial(
             nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5
         )
@@ -37,9 +40,12 @@ class PlainI3D(nn.Module):
                 )(x)
                 if (stage, i) in BLOCKS:
                     block = nl.layers.nonlocal_block(
-                        "embedded_gaussian", "slowfast", implementation="dense",
-                        norm=functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5), name=f"nonlocal_{stage}_{i}",
-                    )  # fmt: skip
+                        "embedded_gaussian",
+                        "slowfast",
+                        implementation="dense",
+                        norm=functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5),
+                        name=f"nonlocal_{stage}_{i}",
+                    )
                     x = block(x, train=train)
             if stage == "res2":
                 x = nn.max_pool(x, (2, 1, 1), (2, 1, 1))

@@ -1,4 +1,4 @@
-"""Time and memory against N, on logarithmic axes."""
+"""Plots time and memory against N, on logarithmic axes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.records import Record, Results
 from benchmarks.targets import growth, seconds, slope, temporary
 
-# Okabe and Ito's colours, which the colour-blind tell apart; the markers differ too.
+# Okabe and Ito's colours, which are distinguishable with colour blindness. The markers differ too.
 STYLES = {
     ("concatenation", "auto"): ("#0072B2", "o", "-"),
     ("concatenation", "dense"): ("#0072B2", "o", ":"),
@@ -23,7 +23,7 @@ STYLES = {
 
 
 def draw(results: Results, path: Path, direction: str = "both") -> None:
-    """Write the picture: two panels, the fitted exponents in their legends."""
+    """Writes the picture: two panels, with the fitted exponents in their legends."""
     matplotlib.use("agg")
     figure = Figure(figsize=(11, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2)

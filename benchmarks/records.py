@@ -1,4 +1,4 @@
-"""What a measurement is, and the file that keeps them."""
+"""The record of a measurement, and the file that keeps the records."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from nonlocal_jax.types import Instantiation
 
 @dataclasses.dataclass
 class Record:
-    """One case as one competitor computed it; None is what was not measured, or could not be."""
+    """One case as one competitor computed it. None means not measured, or not measurable."""
 
     section: Section
     instantiation: Instantiation
@@ -22,23 +22,22 @@ class Record:
     where: str
     competitor: Competitor
     direction: Direction
-    date: str  # when, in UTC
-    seconds: float | None = None  # of one call, the median over the rounds
-    fastest: float | None = None  # the minimum
+    date: str  # in UTC
+    seconds: float | None = None  # of one call, the median over rounds
+    fastest: float | None = None  # of one call, the minimum over rounds
     rounds: int = 0
     temporary_bytes: int | None = None  # at the peak, besides inputs and outputs
-    xla_temporary_bytes: int | None = None  # as XLA's compiler says
+    xla_temporary_bytes: int | None = None  # the same, as XLA's compiler reports it
     compile_seconds: float | None = None
     implementation: str | None = None  # what "auto" took
-    error: float | None = (
-        None  # ‖y − y64‖ / ‖y64‖; of a block's or network's peer, against this library's
-    )
-    bfloat16_error: float | None = None  # against float64 of the same rounded inputs
+    # ‖y − y64‖ / ‖y64‖. For a peer of a block or network, relative to this library's output.
+    error: float | None = None
+    bfloat16_error: float | None = None  # relative to float64 of the same rounded inputs
     gradient_error: float | None = None  # the largest among the gradients
     failure: str | None = None
 
     @classmethod
-    def of(cls, case: Case, competitor: Competitor, direction: Direction, date: str) -> "Record":
+    def empty(cls, case: Case, competitor: Competitor, direction: Direction, date: str) -> "Record":
         return cls(
             case.section, case.instantiation, *case.size, case.where, competitor, direction, date
         )
@@ -58,31 +57,34 @@ class Record:
 
 @dataclasses.dataclass
 class Results:
-    """Everything of one backend: `environment` says where and how, `records` what came out."""
+    """All results of one backend: `environment` says where and how, `records` what was measured."""
 
     environment: dict[str, Any]
     records: list[Record]
 
     def put(self, new: Sequence[Record]) -> None:
-        """Add records in place of earlier ones of the same case and competitor."""
+        """Adds records, replacing earlier ones of the same case and competitor."""
         kept = {record.key: record for record in self.records} | {
             record.key: record for record in new
         }
         self.records = list(kept.values())
 
-    def find(self, competitor: str, direction: str, **of_case: Any) -> Record | None:
-        """The record whose fields are as said; "torch" and "mmcv" are the fastest of those that start so."""
+    def find(self, competitor: str, direction: str, **fields: Any) -> Record | None:
+        """Returns the record with these fields.
+
+        "torch" and "mmcv" stand for the fastest such competitor.
+        """
         found = [
             record
             for record in self.records
             if competitor in (record.competitor, record.competitor.split()[0])
             and record.direction == direction
-            and all(getattr(record, name) == value for name, value in of_case.items())
+            and all(getattr(record, name) == value for name, value in fields.items())
         ]
         return min(found, key=lambda record: record.seconds or float("inf"), default=None)
 
     def write(self, path: Path) -> None:
-        """All of it as JSON, a record a line."""
+        """Writes everything as JSON, one record per line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n    ".join(json.dumps(dataclasses.asdict(record)) for record in self.records)
         environment = json.dumps(self.environment, indent=2).replace("\n", "\n  ")

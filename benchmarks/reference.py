@@ -1,4 +1,4 @@
-"""The four sums and their gradients in float64 NumPy: what errors are measured against."""
+"""The four operations and their gradients in float64 NumPy, as the reference for errors."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,11 +7,11 @@ import numpy as np
 from benchmarks.cases import Floats
 from nonlocal_jax.types import Instantiation
 
-ROWS = 1024  # queries at once, so that 12544 × 12544 pairs fit
+ROWS = 1024  # queries per block, so that 12544 × 12544 pairs fit in memory
 
 
 def response(instantiation: Instantiation, arrays: Sequence[Floats]) -> Floats:
-    """Response to θ (1, N, d), φ (1, M, d), g (1, M, e) and perhaps w_f (2d,)."""
+    """Computes the response to θ (1, N, d), φ (1, M, d), g (1, M, e) and optionally w_f (2d,)."""
     theta, phi, g, *w_f = (_float64(array) for array in arrays)
     return np.concatenate([_affinity(instantiation, rows, phi, w_f) @ g for rows in _rows(theta)])[
         None
@@ -21,7 +21,7 @@ def response(instantiation: Instantiation, arrays: Sequence[Floats]) -> Floats:
 def gradients(
     instantiation: Instantiation, arrays: Sequence[Floats], cotangent: Floats
 ) -> list[Floats]:
-    """Gradients of all `arrays`, in their order, by the formulas of each pairwise function."""
+    """Computes the gradients of all `arrays`, by the formulas of each pairwise function."""
     theta, phi, g, *w_f = (_float64(array) for array in arrays)
     dy = _float64(cotangent)
     affinity = _affinity(instantiation, theta, phi, w_f)
@@ -44,7 +44,7 @@ def gradients(
 
 
 def relative_error(value: Floats, exact: Floats) -> float:
-    """‖value − exact‖ / ‖exact‖."""
+    """Computes ‖value − exact‖ / ‖exact‖."""
     return float(
         np.linalg.norm(np.subtract(value, exact, dtype=np.float64)) / np.linalg.norm(exact)
     )

@@ -1,4 +1,4 @@
-"""What was aimed at, and whether it was met: every row by name from the results."""
+"""The performance targets, and whether the results meet them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from benchmarks.cases import INSTANTIATIONS, Direction
 from benchmarks.records import Record, Results
 from nonlocal_jax.types import Instantiation
 
-RESOLUTION = 65536  # bytes; resident memory is not told more finely, and less counts as this much
+RESOLUTION = 65536  # bytes; resident memory is not reported more finely, and less counts as this
 DIRECTIONS: dict[Direction, str] = {"forward": "forward", "both": "forward + backward"}
 PEERS = ("torch", "mmcv")
 OPERATIONS: dict[Instantiation, str] = {name: name.replace("_", " ") for name in INSTANTIATIONS}
@@ -18,23 +18,23 @@ OPERATIONS: dict[Instantiation, str] = {name: name.replace("_", " ") for name in
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A number that was aimed at: `measured` should be at least, or at most, `bound`; None if it was not measured."""
+    """A target: `measured` should be at least, or at most, `bound`. None means not measured."""
 
     claim: str
     measured: float | None
     bound: float
-    at_least: bool
+    is_minimum: bool
     unit: str = "×"
 
     @property
     def met(self) -> bool | None:
         if self.measured is None:
             return None
-        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+        return self.measured >= self.bound if self.is_minimum else self.measured <= self.bound
 
 
 def targets(results: Results) -> list[Target]:
-    """All of them."""
+    """Returns all targets."""
     return [
         *_concatenation(results),
         *_dot_product(results),
@@ -48,17 +48,17 @@ def targets(results: Results) -> list[Target]:
 
 
 def seconds(record: Record) -> float | None:
-    """Of one call, the median."""
+    """Returns the median seconds of one call."""
     return record.seconds
 
 
 def temporary(record: Record) -> float | None:
-    """Bytes at the peak besides inputs and outputs."""
+    """Returns the bytes at the peak, besides inputs and outputs."""
     return None if record.temporary_bytes is None else max(record.temporary_bytes, RESOLUTION)
 
 
 def xla_temporary(record: Record) -> float | None:
-    """The same as XLA's compiler says it, however small."""
+    """Returns the same as XLA's compiler reports it, however small."""
     return record.xla_temporary_bytes
 
 
@@ -70,14 +70,17 @@ def ratio(
     value: Callable[[Record], float | None],
     **case: Any,
 ) -> float | None:
-    """What `above` needs over what `below` needs, in the same case."""
+    """Returns what `above` needs, divided by what `below` needs, in the same case."""
     pair = [results.find(competitor, direction, **case) for competitor in (above, below)]
     top, bottom = (None if record is None else value(record) for record in pair)
     return None if top is None or not bottom else top / bottom
 
 
 def slope(lengths: Sequence[float], values: Sequence[float]) -> float | None:
-    """The exponent p of values ≈ c · lengths^p, by least squares of the logarithms; None of fewer than two."""
+    """Fits the exponent p of values ≈ c · lengths^p by least squares of logarithms.
+
+    Returns None for fewer than two values.
+    """
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0]) if len(values) > 1 else None
 
 
@@ -88,7 +91,7 @@ def growth(
     direction: str,
     value: Callable[[Record], float | None],
 ) -> tuple[list[float], list[float]]:
-    """N and the values there, in rising order."""
+    """Returns N and the values measured there, in ascending order of N."""
     chosen = [
         (float(record.n), measured)
         for record in results.records
@@ -165,13 +168,13 @@ def _blocks(results: Results) -> Iterator[Target]:
 def _growth(results: Results) -> Iterator[Target]:
     for name in ("concatenation", "dot_product"):
         for direction, words in DIRECTIONS.items():
-            for value, of in (
+            for value, quantity in (
                 (seconds, "time"),
                 (xla_temporary, "temporary memory, as XLA counts it,"),
             ):
                 measured = slope(*growth(results, name, "auto", direction, value))
                 yield Target(
-                    f"{name.replace('_', ' ')}, {words}: exponent of {of} in N",
+                    f"{name.replace('_', ' ')}, {words}: exponent of {quantity} in N",
                     measured,
                     1.15,
                     False,
@@ -187,7 +190,7 @@ def _errors(results: Results) -> Iterator[Target]:
             (lambda record: record.gradient_error, "float32, gradients at 3136/784", 2.0),
         ):
             directions = ("both",) if "gradients" in words else ("forward",)
-            worst = max(_against_dense(results, name, directions, value), default=None)
+            worst = max(_ratios_to_dense(results, name, directions, value), default=None)
             yield Target(
                 f"{spelt}, every size, {words}: auto's error over dense's", worst, bound, False
             )
@@ -196,7 +199,7 @@ def _errors(results: Results) -> Iterator[Target]:
 def _auto(results: Results) -> Iterator[Target]:
     for name, spelt in OPERATIONS.items():
         worst = max(
-            _against_dense(results, name, tuple(DIRECTIONS), seconds, same_counts=False),
+            _ratios_to_dense(results, name, tuple(DIRECTIONS), seconds, include_dense=False),
             default=None,
         )
         yield Target(
@@ -207,14 +210,17 @@ def _auto(results: Results) -> Iterator[Target]:
         )
 
 
-def _against_dense(
+def _ratios_to_dense(
     results: Results,
     instantiation: Instantiation,
     directions: Sequence[str],
     value: Callable[[Record], float | None],
-    same_counts: bool = True,
+    include_dense: bool = True,
 ) -> Iterator[float]:
-    """What auto needs over what dense needs, at every size; `same_counts`: also at those where auto is dense."""
+    """Yields what auto needs, divided by what dense needs, at every size.
+
+    Sizes at which auto is dense are left out unless `include_dense`.
+    """
     for record in results.records:
         if (record.section, record.instantiation, record.competitor) != (
             "operation",
@@ -222,7 +228,7 @@ def _against_dense(
             "auto",
         ):
             continue
-        if record.direction in directions and (same_counts or record.implementation != "dense"):
+        if record.direction in directions and (include_dense or record.implementation != "dense"):
             case = {
                 "section": "operation",
                 "instantiation": instantiation,
@@ -242,10 +248,10 @@ def _network(results: Results) -> Iterator[Target]:
         )
         yield Target(f"I3D R50 with 5 blocks, {words}: torch's time over ours", torch, bound, True)
         yield Target(f"I3D R50 with 5 blocks, {words}: plain Flax's time over ours", plain, 2, True)
-    ours = results.find("auto", "both", section="network")
+    step = results.find("auto", "both", section="network")
     yield Target(
         "I3D R50 with 5 blocks, training step: compilation",
-        ours.compile_seconds if ours else None,
+        step.compile_seconds if step else None,
         20,
         False,
         " s",

@@ -1,7 +1,7 @@
-"""ResNet-20 for CIFAR in plain torch, for the benchmark of training: a process that trains when it is told to.
+"""ResNet-20 for CIFAR in plain torch, as a process that trains on request.
 
-Written from He, Zhang, Ren, Sun (CVPR 2016), section 4.2, shortcuts of option A. The answer to a line `FORMAT WARM STEPS` is
-the seconds that the steps took after so many that are not timed.
+Written from He, Zhang, Ren, Sun (CVPR 2016), section 4.2, with shortcuts of option A. To a line
+`FORMAT WARM STEPS` it answers with the seconds that STEPS steps took, after WARM untimed ones.
 """
 
 import itertools
@@ -16,7 +16,10 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 class BasicBlock(nn.Module):
-    """ReLU(x + 3×3 ∘ 3×3), BN after each convolution; where the shape changes, x is strided and padded with zero channels."""
+    """ReLU(x + 3×3 ∘ 3×3), with BN after each convolution.
+
+    Where the shape changes, x is strided and padded with zero channels.
+    """
 
     def __init__(self, channels: int, features: int, stride: int) -> None:
         super().__init__()
@@ -24,13 +27,13 @@ class BasicBlock(nn.Module):
         self.norm_a = nn.BatchNorm2d(features)
         self.conv_b = nn.Conv2d(features, features, 3, 1, 1, bias=False)
         self.norm_b = nn.BatchNorm2d(features)
-        self.stride, self.more = stride, features - channels
+        self.stride, self.new_channels = stride, features - channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X -> the same, or the next stage's, shape."""
+        """Computes features of the same shape, or of the shape of the next stage."""
         y = self.norm_b(self.conv_b(torch.relu(self.norm_a(self.conv_a(x)))))
-        if self.more:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
+        if self.new_channels:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
         return torch.relu(x + y)
 
 
@@ -47,13 +50,13 @@ class ResNet20(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, 32, 32) -> logits (B, 10)."""
+        """Computes logits (B, 10) of images (B, 3, 32, 32)."""
         x = self.blocks(torch.relu(self.norm1(self.conv1(x))))
         return self.head(x.mean((2, 3)))
 
 
 class Training:
-    """One network in one memory format, and its optimiser."""
+    """A network in one memory format, and its optimiser."""
 
     def __init__(self, memory_format: torch.memory_format, batch_size: int) -> None:
         torch.manual_seed(0)
@@ -66,7 +69,7 @@ class Training:
         self.steps(2)
 
     def steps(self, count: int) -> float:
-        """Train; give the seconds."""
+        """Trains for `count` steps. Returns the seconds."""
         begun = time.perf_counter()
         for _ in range(count):
             loss = F.cross_entropy(self.model(self.images), self.labels)
@@ -77,15 +80,15 @@ class Training:
 
 
 def main(batch_size: int) -> None:
-    """Answer until stdin ends."""
-    of_format = {
+    """Answers requests until stdin ends."""
+    trainings = {
         name: Training(memory_format, batch_size) for name, memory_format in FORMATS.items()
     }
     print("ready", flush=True)
     for line in sys.stdin:
         name, warm, count = line.split()
-        of_format[name].steps(int(warm))
-        print(of_format[name].steps(int(count)), flush=True)
+        trainings[name].steps(int(warm))
+        print(trainings[name].steps(int(count)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The paper's video networks in plain torch, for the benchmark and as the tests' reference.
+"""The paper's video networks in plain torch, for the benchmark and as the reference of the tests.
 
-Written from the paper's Table 1 and the conventions of PySlowFast, whose names the parameters have: its published weights load
-into this module as they are. Channels first, (B, C, T, H, W).
+Written from the paper's Table 1 and the conventions of PySlowFast. The parameters have PySlowFast's
+names, so its published weights load into this module directly. Channels come first: (B, C, T, H,
+W).
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-EVEN = {
+# Which residual blocks of an I3D have kernels inflated in time.
+INFLATED = {
     "res2": lambda i: True,
     "res3": lambda i: i % 2 == 0,
     "res4": lambda i: i % 2 == 0,
@@ -31,7 +33,7 @@ class Stem(nn.Module):
         self.pool_layer = nn.MaxPool3d((pool, 3, 3), (pool, 2, 2), (0, pool_padding, pool_padding))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Clip -> pool1."""
+        """Computes the output of pool1."""
         return self.pool_layer(torch.relu(self.bn(self.conv(x))))
 
 
@@ -59,13 +61,13 @@ class Branch(nn.Module):
         self.c_bn = nn.BatchNorm3d(features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The residual."""
+        """Computes the residual."""
         x = torch.relu(self.a_bn(self.a(x)))
         return self.c_bn(self.c(torch.relu(self.b_bn(self.b(x)))))
 
 
 class ResidualBlock(nn.Module):
-    """ReLU of the sum of the branch and the shortcut."""
+    """ReLU of the sum of branch and shortcut."""
 
     def __init__(
         self,
@@ -83,13 +85,13 @@ class ResidualBlock(nn.Module):
         self.branch2 = Branch(channels, inner, features, taps, stride, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X -> the same, or the next stage's, shape."""
+        """Computes features of the same shape, or of the shape of the next stage."""
         shortcut = self.branch1_bn(self.branch1(x)) if hasattr(self, "branch1") else x
         return torch.relu(shortcut + self.branch2(x))
 
 
 class NonLocal(nn.Module):
-    """The pairs written out; keys and values of x pooled by 1×2×2."""
+    """The non-local block with explicit pairs, whose keys and values are pooled by 1×2×2."""
 
     def __init__(self, channels: int, instantiation: str) -> None:
         super().__init__()
@@ -102,7 +104,7 @@ class NonLocal(nn.Module):
         self.pool = nn.MaxPool3d((1, 2, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X plus what it gathers."""
+        """Computes x plus the normalized response."""
         keys = self.pool(x)
         theta, phi, g = (
             self.get_submodule(f"conv_{n}")(a).flatten(2)
@@ -125,14 +127,15 @@ class Head(nn.Module):
         self.projection = nn.Linear(channels, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits."""
+        """Computes logits."""
         return self.projection(x.mean((2, 3, 4)))
 
 
 class VideoResNet(nn.Module):
-    """C2D or I3D, with non-local blocks after the residual blocks named.
+    """C2D or I3D, with non-local blocks after the given residual blocks.
 
-    Attributes: as those of `nonlocal_jax.models.video_resnet`; `pool_padding` is 1 in PySlowFast and 0 in Caffe2.
+    The arguments are those of `nonlocal_jax.models.video_resnet`. `pool_padding` is 1 in PySlowFast
+    and 0 in Caffe2.
     """
 
     def __init__(
@@ -156,7 +159,7 @@ class VideoResNet(nn.Module):
         for stage, blocks in enumerate(BLOCKS[depth], 2):
             s, name = nn.Module(), f"res{stage}"
             for i in range(blocks):
-                t = 3 if kind != "c2d" and EVEN[name](i) else 1
+                t = 3 if kind != "c2d" and INFLATED[name](i) else 1
                 taps = (1, t) if kind == "i3d_3x3x3" else (t, 1)
                 stride = 2 if i == 0 and stage > 2 else 1
                 s.add_module(
@@ -171,16 +174,16 @@ class VideoResNet(nn.Module):
         self.head = Head(channels, num_classes)
 
     def forward(self, clip: torch.Tensor) -> torch.Tensor:
-        """Logits of clips."""
+        """Computes logits of clips."""
         return self.stages(clip)["logits"]
 
     def stages(self, clip: torch.Tensor) -> dict[str, Any]:
-        """Every stage's features, and the logits."""
+        """Computes the features of every stage, and the logits."""
         x = self.s1.pathway0_stem(clip)
-        out = {"pool1": x}
+        features = {"pool1": x}
         for stage in (2, 3, 4, 5):
             for module in self.get_submodule(f"s{stage}").children():
                 x = module(x)
-            out[f"res{stage}"] = x
+            features[f"res{stage}"] = x
             x = self.pool2(x) if stage == 2 else x
-        return out | {"logits": self.head(x)}
+        return features | {"logits": self.head(x)}

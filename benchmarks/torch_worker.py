@@ -1,4 +1,4 @@
-"""The same operations and blocks in plain PyTorch, as well as one would write them there, and mmcv-lite's blocks."""
+"""Runs the same operations and blocks in PyTorch, and mmcv-lite's blocks, on request."""
 
 import functools
 import importlib.metadata
@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Torch:
-    """Forward in inference mode; both directions by autograd."""
+    """Competitors written in PyTorch: forward in inference mode, both directions by autograd."""
 
     backend = "gpu" if DEVICE == "cuda" else "cpu"
 
@@ -29,26 +29,23 @@ class Torch:
             return _network(job)
         function, inputs = build(job)
         if job.direction == "forward":
-            return lambda: _forward(function, inputs)
+            return lambda: _run_forward(function, inputs)
         cotangent = _tensor(cases.cotangent(job.case))
         if job.competitor.startswith("mmcv"):
             cotangent = _channels_second(cotangent, job)
-        return lambda: _both(function, inputs, cotangent)
+        return lambda: _forward_and_backward(function, inputs, cotangent)
 
     def facts(self, job: Job) -> dict[str, Any]:
         return {}
 
     def device_peak(self, run: Callable[[], Sequence[Any]]) -> int | None:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         outputs = run()
-        return (
-            int(torch.cuda.max_memory_allocated())
-            - before
-            - sum(output.nbytes for output in outputs)
-        )
+        peak = int(torch.cuda.max_memory_allocated())
+        return peak - allocated - sum(output.nbytes for output in outputs)
 
-    def to_numpy(self, output: Any) -> Floats:
+    def as_numpy(self, output: Any) -> Floats:
         array: Floats = output.detach().float().cpu().numpy()
         return array
 
@@ -57,14 +54,16 @@ class Torch:
         return versions | {"torch threads": str(torch.get_num_threads())}
 
 
-def _forward(function: Callable[..., Any], inputs: Sequence[Any]) -> Sequence[Any]:
+def _run_forward(function: Callable[..., Any], inputs: Sequence[Any]) -> Sequence[Any]:
     with torch.inference_mode():
         y = function(*inputs)
     _wait()
     return [y]
 
 
-def _both(function: Callable[..., Any], inputs: Sequence[Any], cotangent: Any) -> Sequence[Any]:
+def _forward_and_backward(
+    function: Callable[..., Any], inputs: Sequence[Any], cotangent: Any
+) -> Sequence[Any]:
     y = function(*inputs)
     gradients = torch.autograd.grad(y, inputs, cotangent)
     _wait()
@@ -77,7 +76,7 @@ def _wait() -> None:
 
 
 def build(job: Job) -> tuple[Callable[..., Any], list[Any]]:
-    """The function of a job and the tensors that it differentiates by."""
+    """Returns the function of a job and the tensors that it is differentiated by."""
     case, train, sdpa = job.case, job.direction == "both", job.competitor == "torch sdpa"
     if job.competitor.startswith("mmcv"):
         return _mmcv_block(job, train)
@@ -103,7 +102,10 @@ def respond(
     w_f: Any = None,
     scale: float = 1.0,
 ) -> Any:
-    """Response to θ (B, N, d), φ (B, M, d), g (B, M, e), by scaled_dot_product_attention or with all N×M pairs."""
+    """Computes the response, by scaled_dot_product_attention or with all N×M pairs.
+
+    The arguments are θ (B, N, d), φ (B, M, d), g (B, M, e) and w_f (2d,).
+    """
     if instantiation == "dot_product":
         return theta @ phi.mT @ (g / g.shape[-2])
     if instantiation == "concatenation":
@@ -121,7 +123,7 @@ def respond(
 def block(
     case: Case, sdpa: bool, x: Any, w: dict[str, Any], statistics: tuple[Any, Any], train: bool
 ) -> Any:
-    """The block on channels-last x (B, T, H, W, C): every convolution is a matrix product."""
+    """Computes the block on x (B, T, H, W, C), with convolutions as matrix products."""
 
     def linear(name: str) -> Any:
         return functional.linear(x, w[f"{name}.kernel"].T, w[f"{name}.bias"])
@@ -137,15 +139,15 @@ def block(
     scale = case.d**-0.5 if case.instantiation == "embedded_gaussian" else 1.0
     theta, phi, g = (a.flatten(1, 3) for a in (theta, phi, g))
     y = respond(case.instantiation, sdpa, theta, phi, g, w.get("w_f"), scale)
-    out = (y @ w["out.kernel"]).flatten(0, 1)
+    residual = (y @ w["out.kernel"]).flatten(0, 1)
     normed = functional.batch_norm(
-        out, *statistics, w["scale"], w["bias"], training=train, momentum=0.1, eps=1e-5
+        residual, *statistics, w["scale"], w["bias"], training=train, momentum=0.1, eps=1e-5
     )
     return normed.view(x.shape) + x
 
 
 def _pool(x: Any) -> Any:
-    """1×2×2 max pooling of (B, T, H, W, c), which as (B·T, c, H, W) is in the channels_last format."""
+    """Applies 1×2×2 max pooling to (B, T, H, W, c), viewed as channels_last (B·T, c, H, W)."""
     pooled = functional.max_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     return pooled.unflatten(0, x.shape[:2])
 
@@ -164,7 +166,8 @@ def _mmcv_block(job: Job, train: bool) -> tuple[Callable[..., Any], list[Any]]:
     missing, unexpected = module.load_state_dict(_mmcv_state(case), strict=False)
     if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
         raise ValueError(
-            f"the block's weights must be {sorted(module.state_dict())}; {missing} or {unexpected} differ."
+            f"the block's weights must be {sorted(module.state_dict())}; "
+            f"missing {missing}, unexpected {unexpected}."
         )
     module = module.to(DEVICE).train(train)
     for parameter in module.parameters():
@@ -180,20 +183,20 @@ def _mmcv_state(case: Case) -> dict[str, Any]:
     pooled = ".0" if case.m < case.n else ""
     names = {"theta": "theta", "phi": f"phi{pooled}", "g": f"g{pooled}"}
     state = {}
-    for ours, theirs in names.items():
-        if f"{ours}.kernel" in w:
-            state[f"{theirs}.conv.weight"] = w[f"{ours}.kernel"].T[..., None, None, None]
-            state[f"{theirs}.conv.bias"] = w[f"{ours}.bias"]
+    for embedding, name in names.items():
+        if f"{embedding}.kernel" in w:
+            state[f"{name}.conv.weight"] = w[f"{embedding}.kernel"].T[..., None, None, None]
+            state[f"{name}.conv.bias"] = w[f"{embedding}.bias"]
     if "w_f" in w:
         state["concat_project.conv.weight"] = w["w_f"][None, :, None, None]
     state["conv_out.conv.weight"] = w["out.kernel"].T[..., None, None, None]
     norm = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-    state |= {f"conv_out.bn.{theirs}": w[ours] for theirs, ours in norm.items()}
+    state |= {f"conv_out.bn.{name}": w[leaf] for name, leaf in norm.items()}
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
 
 
 def _network(job: Job) -> Callable[[], Sequence[Any]]:
-    """One run: the logits of a batch of clips, or those of a training step that goes on where the last one ended."""
+    """Prepares a run: the logits of a batch of clips, or those of one more training step."""
     model = VideoResNet(nonlocal_blocks={"res3": (1, 3), "res4": (1, 3, 5)})
     state = {
         name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()
@@ -206,7 +209,7 @@ def _network(job: Job) -> Callable[[], Sequence[Any]]:
     model = model.to(DEVICE, memory_format=_memory_format(job)).train(job.direction == "both")
     clips = _channels_second(_tensor(cases.clips(job.case)), job)
     if job.direction == "forward":
-        return lambda: _forward(model, [clips])
+        return lambda: _run_forward(model, [clips])
     optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
     labels = torch.arange(len(clips), device=DEVICE)
 

@@ -1,12 +1,14 @@
-"""What the training loop costs beyond its step, and its step beside torch's.
+"""Measures what the training loop costs beyond its step, and compares the step with torch's.
 
-    python -m benchmarks.training        # results/training/<backend>.json, 12 minutes on 2 CPU cores
+    python -m benchmarks.training        # results/training/<backend>.json, 12 minutes on 2 CPU
+    cores
 
-ResNet-20 on random images of CIFAR's shape, batches of 128, through the whole loop: pipeline, log, TensorBoard, bar,
-checkpoints. While the loop pauses, every few steps, the others have their turn: the bare jitted step on a batch that lies
-on the device, and in every fourth round the pipeline by itself, torch in a process of its own, the convolutions of the step,
-and for each a matrix product with as many multiplications. So all see the same machine; numbers are medians over the
-rounds.
+ResNet-20 trains on random images of CIFAR's shape, in batches of 128, through the whole loop:
+pipeline, log, TensorBoard, progress bar, checkpoints. Every few steps the loop pauses and the
+competitors take their turn: the bare jitted step on a batch that is already on the device and, in
+every fourth round, the pipeline alone, torch in a separate process, the convolutions of the step,
+and for each of them a matrix product with as many multiplications. So all of them see the same
+machine. Numbers are medians over the rounds.
 """
 
 import collections
@@ -36,17 +38,20 @@ from rich.console import Console
 
 import nonlocal_jax as nl
 from benchmarks.machine import cpu_model, git_commit
-from experiments.report import read_log
-from nonlocal_jax import training
+from experiments.shared.results import read_log
+from nonlocal_jax import files, training
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.pipeline import training_batches
-from nonlocal_jax.layers.conv import video_conv
+from nonlocal_jax.layers.convolution import video_conv
 
-STEPS = 6  # of each competitor in a round; the first two of them find the caches as the competitor before left them
-WARM = 2
+STEPS = 6  # steps of each competitor in a round
+WARM = (
+    2  # untimed steps at the start of a turn, which find the caches as the previous one left them
+)
 SAVE_EVERY = 12
-BATCHES = 400  # of the pipeline in a round: many more than it reads ahead
-CONVOLUTIONS = {  # (channels, features, rows and columns of the input, stride): how many ResNet-20 has
+BATCHES = 400  # batches of the pipeline in a round, many more than it reads ahead
+# How many 3×3 convolutions ResNet-20 has, by (channels, features, input rows and columns, stride).
+CONVOLUTIONS = {
     (3, 16, 32, 1): 1,
     (16, 16, 32, 1): 6,
     (16, 32, 32, 2): 1,
@@ -60,12 +65,16 @@ FOLDER = Path(__file__).parent / "results" / "training"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The training loop beside its bare step, its pipeline, and torch."""
+    """Compare the training loop with its bare step, its pipeline, and torch."""
 
-    rounds: int = 48  # of the loop and the bare step; every fourth one has all else
-    saves: int = 8  # checkpoints whose cost is measured
+    # Rounds of the loop and the bare step; every fourth one includes everything else.
+    rounds: int = 48
+    # Checkpoints whose cost is measured.
+    saves: int = 8
+    # Images per step.
     batch_size: int = 128
-    output: Path = FOLDER  # folder of the JSON
+    # Directory of the JSON.
+    output: Path = FOLDER
 
     def __post_init__(self) -> None:
         for name in ("rounds", "saves", "batch_size"):
@@ -74,7 +83,7 @@ class Config:
 
 
 class Torch:
-    """The process of the peer."""
+    """The process that trains the same network in torch."""
 
     def __init__(self, batch_size: int) -> None:
         command = [sys.executable, "-m", "benchmarks.torch_cifar", str(batch_size)]
@@ -93,7 +102,7 @@ class Torch:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(
-                "the process of torch ended; is torch installed? `make bench` makes an environment that has it."
+                "the torch process ended. `make bench` creates an environment that has torch."
             )
         return line
 
@@ -102,10 +111,10 @@ class Torch:
 
 
 def make_trainer() -> training.Trainer:
-    """ResNet-20 by its recipe."""
+    """Returns the trainer of ResNet-20, by its recipe."""
     schedule = optax.constant_schedule(0.01)
     return training.Trainer(
-        nl.models.cifar_resnet(20),
+        training.classification(nl.models.cifar_resnet(20)),
         training.sgd(schedule, weight_decay=1e-4),
         schedule,
         prepare=_scaled,
@@ -117,14 +126,14 @@ def _scaled(batch: Any, key: Any) -> Any:
 
 
 def make_images(count: int = 10_000) -> Images:
-    """Noise of CIFAR's shape; what is learned does not matter here."""
+    """Returns noise of CIFAR's shape. What is learned does not matter here."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     return Images(images, rng.integers(0, 10, count).astype(np.int32), 10)
 
 
 def fit(folder: Path, options: training.Options, data: Any, evaluation: Any) -> None:
-    """The real loop; what it prints is not kept."""
+    """Runs the real loop and discards what it prints."""
     with training.Run(folder, {}) as run:
         console = Console(file=io.StringIO())
         mesh = training.make_mesh(devices=jax.devices()[:1])
@@ -141,7 +150,7 @@ def fit(folder: Path, options: training.Options, data: Any, evaluation: Any) -> 
 
 
 class Bare:
-    """The compiled step alone, on a batch that is there."""
+    """The compiled step alone, on a batch that is already on the device."""
 
     def __init__(self, batch: Any) -> None:
         trainer, mesh = make_trainer(), training.make_mesh(devices=jax.devices()[:1])
@@ -157,7 +166,7 @@ class Bare:
         self.seconds(WARM + 1)
 
     def seconds(self, steps: int) -> float:
-        """Of one step, without the first ones."""
+        """Returns the seconds of one step, excluding the first ones."""
         for i in range(steps):
             if i == WARM:
                 jax.block_until_ready(self._state)
@@ -168,13 +177,14 @@ class Bare:
 
 
 class Convolutions:
-    """The 3×3 convolutions of ResNet-20 by themselves: y, and the gradients of the kernel and of x, which the images lack.
+    """The 3×3 convolutions of ResNet-20 alone: y, and the gradients of the kernel and of x.
 
-    Beside each, one matrix product with as many multiplications, from what each position sees, made beforehand.
+    The gradient of x is left out for the images. Each has a matrix product with as many
+    multiplications, whose input is prepared beforehand.
     """
 
     def __init__(self, batch_size: int) -> None:
-        self._both: list[tuple[Timed, Timed, int]] = []
+        self._pairs: list[tuple[Timed, Timed, int]] = []
         for (channels, features, size, stride), count in CONVOLUTIONS.items():
             convolve = functools.partial(video_conv, strides=(1, stride, stride))
             x, kernel = (
@@ -183,9 +193,8 @@ class Convolutions:
             )
             y, pull = jax.vjp(convolve, x, kernel)
             rows, taps = y.size // features, 9 * channels
-            around = (
-                9 * features // stride**2
-            )  # with a stride of 2, positions of x meet 1, 2, 2 and 4 taps
+            # With a stride of 2, the positions of x meet 1, 2, 2 and 4 taps.
+            x_taps = 9 * features // stride**2
             convolutions: Any = (
                 (convolve, x, kernel),
                 (lambda pull, y: pull(y)[1], pull, y),
@@ -194,20 +203,22 @@ class Convolutions:
             shapes = (
                 ((rows, taps), (taps, features)),
                 ((taps, rows), (rows, features)),
-                ((x.size // channels, around), (around, channels)),
+                ((x.size // channels, x_taps), (x_taps, channels)),
             )
             for (function, *arguments), pair in list(zip(convolutions, shapes, strict=True))[
                 : 2 if channels == 3 else 3
             ]:
                 product = jax.jit(jnp.matmul), tuple(map(jnp.ones, pair))
-                self._both.append(((jax.jit(function), tuple(arguments)), product, count))
+                self._pairs.append(((jax.jit(function), tuple(arguments)), product, count))
         self.seconds()
 
     def seconds(self) -> dict[str, float]:
-        """Of all convolutions, of all products, and of all by the lesser of the two for each."""
+        """Returns the seconds of all convolutions, of all products, and of the faster of the two
+        for each.
+        """
         times = [
             (_median(convolution), _median(product), count)
-            for convolution, product, count in self._both
+            for convolution, product, count in self._pairs
         ]
         return {
             "convolutions": sum(count * convolution for convolution, _, count in times),
@@ -229,15 +240,15 @@ def _median(timed: Timed) -> float:
 
 
 def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
-    """Seconds of one step, or batch, by competitor and round."""
+    """Returns the seconds of one step, or batch, by competitor and round."""
     images = make_images()
     seconds: dict[str, list[float]] = collections.defaultdict(list)
     read = functools.partial(training_batches, images, config.batch_size, seed=0)
     bare, torch, pipeline = Bare(next(read(start=0))), Torch(config.batch_size), read(start=0)
     convolutions = Convolutions(config.batch_size)
 
-    def others() -> Iterator[Any]:
-        """In the place of an evaluation, for which the loop waits and stops its clock."""
+    def competitors() -> Iterator[Any]:
+        """Takes the place of an evaluation, during which the loop waits and stops its clock."""
         measures: list[Callable[[], dict[str, float]]] = [
             lambda: {"bare": bare.seconds(STEPS)},
             lambda: {"pipeline": _batches(pipeline, BATCHES) / BATCHES},
@@ -245,9 +256,8 @@ def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
             lambda: {"torch, contiguous": torch.seconds("contiguous", STEPS)},
             lambda: {"torch, channels_last": torch.seconds("channels_last", STEPS)},
         ]
-        turn = len(
-            seconds["bare"]
-        )  # all in turns 1, 5, 9, ..., and in turns 5, 13, ... the other way round
+        # Turns 1, 5, 9, ... measure everything; turns 5, 13, ... in reverse order.
+        turn = len(seconds["bare"])
         for measure in (measures if turn % 4 == 1 else measures[:1])[:: -1 if turn % 8 > 3 else 1]:
             for name, value in measure().items():
                 seconds[name].append(value)
@@ -257,12 +267,12 @@ def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
     steps = STEPS * (config.rounds + 1)
     options = training.Options(steps, evaluate_every=STEPS, save_every=steps, best=None)
     try:
-        fit(folder, options, lambda step: read(start=step), others)
+        fit(folder, options, lambda step: read(start=step), competitors)
     finally:
         torch.close()
     clock = [row["seconds"] for row in read_log(folder, "train")]
     spans = zip(clock[STEPS + WARM - 1 :: STEPS], clock[2 * STEPS - 1 :: STEPS], strict=True)
-    seconds["loop"] = [(after - before) / (STEPS - WARM) for before, after in spans]
+    seconds["loop"] = [(stop - start) / (STEPS - WARM) for start, stop in spans]
     return {**seconds, "bare": seconds["bare"][1:]}  # the first round warms up
 
 
@@ -274,31 +284,35 @@ def _batches(pipeline: Iterator[Any], count: int) -> float:
 
 
 def stalls(config: Config, folder: Path) -> tuple[float, list[float]]:
-    """Seconds of a step without a checkpoint, and what the six steps after each checkpoint take in addition."""
+    """Measures the cost of checkpoints.
+
+    Returns:
+        The seconds of a step without a checkpoint, and what the six steps after each checkpoint
+        take in addition.
+    """
     images, times = make_images(), []
 
     def data(step: int) -> Iterator[Any]:
         for batch in training_batches(images, config.batch_size, seed=0, start=step):
-            times.append(
-                time.perf_counter()
-            )  # the loop takes a batch after it has started each step
+            times.append(time.perf_counter())  # the loop takes a batch after it has started a step
             yield batch
 
     options = training.Options(SAVE_EVERY * (config.saves + 1), save_every=SAVE_EVERY, best=None)
     fit(folder, options, data, None)
-    # Batch 0 is taken twice: for the shapes, and for the first step; that of step i, from 1, while step i - 1 is computed.
-    of_steps = np.diff(times[2:])
-    quiet = [x for i, x in enumerate(of_steps, start=1) if i % SAVE_EVERY >= SAVE_EVERY // 2]
+    # Batch 0 is taken twice: for the shapes and for the first step. The batch of step i, from 1, is
+    # taken while step i - 1 is computed.
+    step_seconds = np.diff(times[2:])
+    quiet = [x for i, x in enumerate(step_seconds, start=1) if i % SAVE_EVERY >= SAVE_EVERY // 2]
     step = statistics.median(quiet)
     extra = [
-        float(sum(of_steps[at - 1 : at + SAVE_EVERY // 2 - 1]) - SAVE_EVERY // 2 * step)
-        for at in range(SAVE_EVERY, len(of_steps) - SAVE_EVERY // 2, SAVE_EVERY)
+        float(sum(step_seconds[save - 1 : save + SAVE_EVERY // 2 - 1]) - SAVE_EVERY // 2 * step)
+        for save in range(SAVE_EVERY, len(step_seconds) - SAVE_EVERY // 2, SAVE_EVERY)
     ]
     return step, extra
 
 
 def main(config: Config) -> None:
-    """Measure, write the JSON, print it."""
+    """Measures, writes the JSON, and prints it."""
     with tempfile.TemporaryDirectory() as folder:
         seconds = side_by_side(config, Path(folder) / "rounds")
         step, extra = stalls(config, Path(folder) / "saves")
@@ -331,7 +345,7 @@ def main(config: Config) -> None:
     }
     config.output.mkdir(parents=True, exist_ok=True)
     file = config.output / f"{jax.default_backend()}.json"
-    training.write_whole(file, json.dumps(results, indent=1) + "\n")
+    files.write_text(file, json.dumps(results, indent=1) + "\n")
     print(
         json.dumps(
             {

@@ -1,13 +1,16 @@
-"""Clips a second: this library's pipeline beside OpenCV, torchcodec, and nothing but PyAV's decoder.
+"""Compares the video pipeline with OpenCV, torchcodec and the bare decoder.
 
     python -m benchmarks.video        # results/video/cpu.json, 6 minutes on 2 CPU cores
 
-32 frames of 64 (32×2) of H.264 videos with a shorter side of 256 pixels, decoded, cropped and scaled to 224×224 as the paper's
-training does, in batches of 8: the same clips and windows for all. The videos pan and zoom over scikit-learn's two photographs,
-with noise; once with a keyframe every 250 frames, as x264 has it, and once every 32, as `nonlocal_jax.data transcode`.
+Clips of 32 out of 64 frames (32×2) are decoded from H.264 videos with a shorter side of 256 pixels,
+cropped and scaled to 224×224 as in the paper's training, in batches of 8. All competitors read the
+same clips and windows. The videos pan and zoom over scikit-learn's two photographs, with noise:
+once with a keyframe every 250 frames, the default of x264, and once every 32, as `nonlocal_jax.data
+transcode` writes them.
 
-Each competitor is a process of its own, stopped while the others have their turn, and decodes as many clips at a time as there
-are cores, with decoders of one thread. Numbers are medians over the rounds.
+Each competitor is a separate process, which is stopped while the others take their turn. It decodes
+as many clips at a time as there are cores, with single-threaded decoders. Numbers are medians over
+the rounds.
 """
 
 import dataclasses
@@ -30,7 +33,7 @@ import tyro
 
 from benchmarks.machine import cpu_model, git_commit
 from benchmarks.video_worker import BATCH, FRAMES, HEIGHT, RATE, WIDTH
-from nonlocal_jax import training
+from nonlocal_jax import files
 from nonlocal_jax.data import stand_in
 
 FOLDER = Path(__file__).parent / "results" / "video"
@@ -44,16 +47,19 @@ COMPETITORS = (
     "torchcodec, approximate",
 )
 VIDEOS = 16
-LONG = 18_000  # frames, ten minutes
+LONG = 18_000  # frames of ten minutes
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The video pipeline beside OpenCV, torchcodec and the bare decoder."""
+    """Compare the video pipeline with OpenCV, torchcodec and the bare decoder."""
 
-    rounds: int = 12  # turns of each competitor
-    batches: int = 3  # of 8 clips, in a turn
-    output: Path = FOLDER  # folder of the JSON
+    # Turns of each competitor.
+    rounds: int = 12
+    # Batches of 8 clips in a turn.
+    batches: int = 3
+    # Directory of the JSON.
+    output: Path = FOLDER
 
     def __post_init__(self) -> None:
         for name in ("rounds", "batches"):
@@ -62,7 +68,7 @@ class Config:
 
 
 class Worker:
-    """The process of one competitor; it sleeps but for its turn."""
+    """The process of one competitor, which sleeps except during its turn."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -70,23 +76,25 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.missing = self._read().removeprefix("ready").strip()  # why it cannot run
+        self.missing = (
+            self._read().removeprefix("ready").strip()
+        )  # the reason why it cannot run, or nothing
         self._process.send_signal(signal.SIGSTOP)
 
     def seconds(self, batches: int) -> float:
-        """Of so many batches."""
+        """Returns the seconds that the batches take."""
         assert self._process.stdin
         self._process.send_signal(signal.SIGCONT)
         print(batches, file=self._process.stdin, flush=True)
-        found = float(self._read())
+        seconds = float(self._read())
         self._process.send_signal(signal.SIGSTOP)
-        return found
+        return seconds
 
     def _read(self) -> str:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process of {self.name} ended.")
+            raise RuntimeError(f"the {self.name} process ended.")
         return line
 
     def close(self) -> None:
@@ -95,14 +103,14 @@ class Worker:
 
 
 def photographs() -> list[np.ndarray]:
-    """Two, of 427×640 pixels."""
+    """Returns two photographs of 427×640 pixels."""
     from sklearn.datasets import load_sample_images
 
     return [np.asarray(image) for image in load_sample_images().images]
 
 
 def write_video(file: Path, number: int, keyframes: str, frames: int = FRAMES) -> None:
-    """A walk over one of the photographs."""
+    """Writes a video that pans over one of the photographs."""
     photograph, rng = photographs()[number % 2], np.random.default_rng(number)
     phase, speed = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.01, 0.05, 2)
     noise = rng.normal(0, 3, (8, HEIGHT, WIDTH, 1))
@@ -119,7 +127,10 @@ def write_video(file: Path, number: int, keyframes: str, frames: int = FRAMES) -
 
 
 def memory(folder: Path) -> dict[str, float]:
-    """Megabytes that reading a clip at the end takes at the peak, each in a process of its own, by the length of the video."""
+    """Returns the peak megabytes for reading the last clip of a video, by its length.
+
+    Each video is read in a separate process.
+    """
     found = {}
     for frames in (FRAMES, LONG):
         file = folder / f"{frames}.mp4"
@@ -132,13 +143,13 @@ def memory(folder: Path) -> dict[str, float]:
 
 
 def side_by_side(config: Config, folder: Path) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Clips a second of each competitor, by round; and why some could not run."""
+    """Returns the clips per second of each competitor by round, and why some could not run."""
     workers = [Worker(name, folder) for name in COMPETITORS]
     rounds: dict[str, list[float]] = {worker.name: [] for worker in workers if not worker.missing}
     try:
-        able = [worker for worker in workers if not worker.missing]
+        available = [worker for worker in workers if not worker.missing]
         for turn in range(config.rounds + 1):
-            for worker in able[:: -1 if turn % 2 else 1]:
+            for worker in available[:: -1 if turn % 2 else 1]:
                 rounds[worker.name].append(BATCH * config.batches / worker.seconds(config.batches))
     finally:
         for worker in workers:
@@ -148,7 +159,7 @@ def side_by_side(config: Config, folder: Path) -> tuple[dict[str, list[float]], 
 
 
 def ratios(rounds: dict[str, list[float]]) -> dict[str, float]:
-    """Of the pipeline to the faster of the two libraries, and what it takes beyond the decoder, as a share."""
+    """Compares the pipeline with the faster of the two libraries, and with the decoder alone."""
     peers = [values for name, values in rounds.items() if name.startswith(("opencv", "torchcodec"))]
     best: Sequence[float] = (
         max(peers, key=statistics.median) if peers else [float("nan")] * len(rounds["pipeline"])
@@ -163,27 +174,31 @@ def ratios(rounds: dict[str, list[float]]) -> dict[str, float]:
         )
     )
     return {
-        "over the faster library": statistics.median(ours / peer for ours, peer, _, _ in pairs),
-        "beyond the decoder": statistics.median(alone / ours - 1 for ours, _, alone, _ in pairs),
+        "over the faster library": statistics.median(
+            pipeline / peer for pipeline, peer, _, _ in pairs
+        ),
+        "beyond the decoder": statistics.median(
+            alone / pipeline - 1 for pipeline, _, alone, _ in pairs
+        ),
         "beyond the decoder and colours": statistics.median(
-            colours / ours - 1 for ours, _, _, colours in pairs
+            colours / pipeline - 1 for pipeline, _, _, colours in pairs
         ),
     }
 
 
 def main(config: Config) -> None:
-    """Measure, write the JSON, print it."""
+    """Measures, writes the JSON, and prints it."""
     results: dict[str, Any] = {}
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for encoding, keyframes in ENCODINGS.items():
-            of_encoding = folder / keyframes
-            of_encoding.mkdir()
+            encoding_folder = folder / keyframes
+            encoding_folder.mkdir()
             for number in range(VIDEOS):
-                write_video(of_encoding / f"{number}.mp4", number, keyframes)
-            rounds, missing = side_by_side(config, of_encoding)
-            medians = {who: statistics.median(values) for who, values in rounds.items()}
+                write_video(encoding_folder / f"{number}.mp4", number, keyframes)
+            rounds, missing = side_by_side(config, encoding_folder)
+            medians = {worker: statistics.median(values) for worker, values in rounds.items()}
             results[encoding] = {
                 "clips_per_second": medians,
                 "ratios": ratios(rounds),
@@ -193,7 +208,7 @@ def main(config: Config) -> None:
     versions = {
         package: importlib.metadata.version(package)
         for package in ("av", "grain", "opencv-python", "torchcodec")
-        if _there(package)
+        if _is_installed(package)
     }
     record = {
         "environment": {
@@ -210,15 +225,15 @@ def main(config: Config) -> None:
         "peak_megabytes": peaks,
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    training.write_whole(config.output / "cpu.json", json.dumps(record, indent=1) + "\n")
+    files.write_text(config.output / "cpu.json", json.dumps(record, indent=1) + "\n")
     shown = {
-        encoding: {k: v for k, v in found.items() if k != "rounds"}
-        for encoding, found in results.items()
+        encoding: {k: v for k, v in measured.items() if k != "rounds"}
+        for encoding, measured in results.items()
     }
     print(json.dumps({"missing": missing, "encodings": shown, "peak_megabytes": peaks}, indent=1))
 
 
-def _there(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""One competitor of `benchmarks.video`: reads how many batches, answers how many seconds they took."""
+"""Runs one competitor of `benchmarks.video`, which answers with the seconds its batches took."""
 
 import functools
 import itertools
@@ -14,50 +14,51 @@ import numpy as np
 
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TrainingClips, cores
-from nonlocal_jax.data.convert import Window
 from nonlocal_jax.data.pipeline import training_batches
 from nonlocal_jax.data.sampling import InSpace, InTime
-from nonlocal_jax.data.video import Video
+from nonlocal_jax.data.video import Video, Window
 
 BATCH = 8
-IN_TIME, IN_SPACE, SEED = InTime(32, 2), InSpace(), 0
+TIME_SAMPLING, SPACE_SAMPLING, SEED = InTime(32, 2), InSpace(), 0
 FRAMES, RATE, HEIGHT, WIDTH = 300, 30.0, 256, 340
 
 
-class Clip(NamedTuple):
-    """What of which file."""
+class ClipRequest(NamedTuple):
+    """Which frames and which window of a file to read."""
 
     file: Path
     frames: np.ndarray
     window: Window
 
 
-def clips(videos: Annotations) -> Iterator[Clip]:
-    """Those of `TrainingClips`, in the order of the list, epoch by epoch."""
+def clips(videos: Annotations) -> Iterator[ClipRequest]:
+    """Yields the clips of `TrainingClips`, in the order of the list, epoch by epoch."""
     for epoch in itertools.count():
         for index, record in enumerate(videos.records):
             shares = np.random.default_rng([SEED, epoch, index]).random(4)
-            window = IN_SPACE.window(HEIGHT, WIDTH, shares[1:])
-            yield Clip(record.path, IN_TIME.clip(FRAMES, RATE, shares[0]), window)
+            window = SPACE_SAMPLING.window(HEIGHT, WIDTH, shares[1:])
+            yield ClipRequest(record.path, TIME_SAMPLING.clip(FRAMES, RATE, shares[0]), window)
 
 
 def pipeline(videos: Annotations) -> Iterator[Any]:
-    """This library's, grain and all."""
-    return training_batches(TrainingClips(videos, IN_TIME, IN_SPACE, seed=SEED), BATCH, seed=SEED)
+    """Yields batches of this library's pipeline, including grain."""
+    return training_batches(
+        TrainingClips(videos, TIME_SAMPLING, SPACE_SAMPLING, seed=SEED), BATCH, seed=SEED
+    )
 
 
 def side_by_side(
-    read: Callable[[Clip], Any], stack: Callable[[list[Any]], Any], videos: Annotations
+    read: Callable[[ClipRequest], Any], stack: Callable[[list[Any]], Any], videos: Annotations
 ) -> Iterator[Any]:
-    """Batches of what `read` gives, a thread for each core."""
+    """Yields batches of what `read` returns, with one thread per core."""
     order = clips(videos)
     with ThreadPoolExecutor(cores()) as pool:
         while True:
             yield stack(list(pool.map(read, itertools.islice(order, BATCH))))
 
 
-def decoder(colours: bool, clip: Clip) -> None:
-    """PyAV's, from the keyframe before the clip to its last frame; nothing is done with the frames, or they become RGB."""
+def decoder(colours: bool, clip: ClipRequest) -> None:
+    """Decodes with PyAV from the keyframe before the clip to its last frame, optionally to RGB."""
     import av
 
     with av.open(str(clip.file)) as container:
@@ -65,20 +66,20 @@ def decoder(colours: bool, clip: Clip) -> None:
         stream.codec_context.thread_count = 1
         assert stream.time_base
         unit = round(1 / (RATE * float(stream.time_base)))
-        wanted = set((clip.frames * unit).tolist())
+        missing = set((clip.frames * unit).tolist())
         container.seek(int(clip.frames[0]) * unit, stream=stream)
         for frame in container.decode(stream):
-            if frame.pts in wanted:
-                wanted.remove(frame.pts)
+            if frame.pts in missing:
+                missing.remove(frame.pts)
                 if colours:
                     frame.to_ndarray(format="rgb24")
-                if not wanted:
+                if not missing:
                     return
-    raise RuntimeError(f"{clip.file}: {len(wanted)} frames were not there.")
+    raise RuntimeError(f"{clip.file}: {len(missing)} frames were not found.")
 
 
-def opencv(clip: Clip) -> np.ndarray:
-    """Every frame is decoded; those that are not wanted are not converted."""
+def opencv(clip: ClipRequest) -> np.ndarray:
+    """Decodes every frame with OpenCV, and converts only those of the clip."""
     import cv2  # type: ignore[import-not-found]
 
     capture = cv2.VideoCapture(str(clip.file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
@@ -88,7 +89,7 @@ def opencv(clip: Clip) -> np.ndarray:
     for i in range(len(clip.frames)):
         found, frame = capture.read()
         if not found:
-            raise RuntimeError(f"{clip.file}: frame {clip.frames[i]} was not there.")
+            raise RuntimeError(f"{clip.file}: frame {clip.frames[i]} was not found.")
         part = cv2.resize(
             frame[top : top + height, left : left + width], size, interpolation=cv2.INTER_LINEAR
         )
@@ -98,8 +99,8 @@ def opencv(clip: Clip) -> np.ndarray:
     return result
 
 
-def torchcodec(seek_mode: str, clip: Clip) -> Any:
-    """The wanted frames by their numbers."""
+def torchcodec(seek_mode: str, clip: ClipRequest) -> Any:
+    """Reads the frames of the clip by number, with torchcodec."""
     import torch
     from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found]
 
@@ -112,7 +113,7 @@ def torchcodec(seek_mode: str, clip: Clip) -> Any:
 
 
 def batches(name: str, videos: Annotations) -> Iterator[Any]:
-    """Of one competitor, endless."""
+    """Yields batches of one competitor, without end."""
     if name == "pipeline":
         return pipeline(videos)
     if name.startswith("decoder"):
@@ -131,30 +132,30 @@ def batches(name: str, videos: Annotations) -> Iterator[Any]:
 
 
 def memory(file: Path) -> float:
-    """Megabytes at the peak of reading the last clip, beyond what the process had before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from now on, not that of the imports
-    before = _kilobytes("VmRSS")
+    """Returns the peak megabytes for reading the last clip, beyond what the process had before."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which the imports raised
+    resident = _kilobytes("VmRSS")
     with Video(file) as video:
         video.read(
             len(video) - 63 + 2 * np.arange(32),
-            functools.partial(IN_SPACE.window, shares=np.array([0.5, 0.5, 0.5])),
+            functools.partial(SPACE_SAMPLING.window, shares=np.array([0.5, 0.5, 0.5])),
         )
-    return (_kilobytes("VmHWM") - before) / 1024
+    return (_kilobytes("VmHWM") - resident) / 1024
 
 
 def _kilobytes(name: str) -> int:
-    """Of this process, by Linux."""
+    """Returns a figure about this process, as Linux reports it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def main() -> None:
-    """Be one of them."""
-    name, where = sys.argv[1], Path(sys.argv[2])
+    """Runs one competitor."""
+    name, path = sys.argv[1], Path(sys.argv[2])
     if name == "memory":
-        print(memory(where))
+        print(memory(path))
         return
-    videos = Annotations(tuple(Record(file, (0,)) for file in sorted(where.glob("*.mp4"))), 1)
+    videos = Annotations(tuple(Record(file, (0,)) for file in sorted(path.glob("*.mp4"))), 1)
     try:
         source = batches(name, videos)
         next(source)

@@ -1,4 +1,7 @@
-"""A process that runs jobs of one library on request. Requests and answers are JSON, one a line, over stdin and stdout."""
+"""A process that runs the jobs of one library on request.
+
+Requests and answers are JSON over stdin and stdout, one per line.
+"""
 
 import gc
 import json
@@ -17,30 +20,30 @@ CLEAR_REFS, OOM_SCORE = Path("/proc/self/clear_refs"), Path("/proc/self/oom_scor
 
 
 class Library(Protocol):
-    """What a library has to say; its outputs are a flat list of arrays."""
+    """What each library implements. Outputs are a flat list of arrays."""
 
     backend: str  # "cpu", "gpu" or "tpu"
 
     def prepare(self, job: Job) -> Callable[[], Sequence[Any]]:
-        """Everything but the run itself: the run gives the outputs when they are there."""
+        """Prepares a job. Returns the run, which blocks until its outputs are ready."""
 
     def facts(self, job: Job) -> dict[str, Any]:
-        """What the library itself knows of a job: the bytes it says it wants, the implementation it takes."""
+        """Returns what the library reports about a job, such as temporary bytes."""
 
     def device_peak(self, run: Callable[[], Sequence[Any]]) -> int | None:
-        """Temporary bytes on an accelerator; None where the library cannot tell."""
+        """Returns temporary bytes on an accelerator; None where the library cannot tell."""
 
-    def to_numpy(self, output: Any) -> Floats:
-        """An output as an array of float32, its axes as the library has them."""
+    def as_numpy(self, output: Any) -> Floats:
+        """Converts an output to float32, with its axes in the order of the library."""
 
     def versions(self) -> dict[str, str]:
-        """Of the library and its company."""
+        """Returns the versions of the library and of what it depends on."""
 
 
 def serve(library: Library) -> None:
-    """Answer until stdin ends. What else is written to stdout goes to stderr."""
+    """Answers requests until stdin ends. Anything else written to stdout goes to stderr."""
     if OOM_SCORE.exists():
-        OOM_SCORE.write_text("1000")  # should memory run out, this process goes, not another one
+        OOM_SCORE.write_text("1000")  # if memory runs out, Linux kills this process first
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     runs: dict[Job, Callable[[], Sequence[Any]]] = {}
@@ -48,38 +51,37 @@ def serve(library: Library) -> None:
         try:
             answer = _answer(library, runs, json.loads(line))
         except Exception as error:
-            answer = {
-                "failure": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            }
+            message = str(error).splitlines()[0] if str(error) else ""
+            answer = {"failure": f"{type(error).__name__}: {message}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def _answer(
     library: Library, runs: dict[Job, Callable[[], Sequence[Any]]], request: dict[str, Any]
 ) -> dict[str, Any]:
-    what = request["do"]
-    if what == "forget":
+    action = request["do"]
+    if action == "forget":
         runs.clear()
         gc.collect()
         return {}
-    if what == "describe":
+    if action == "describe":
         return {"backend": library.backend, "versions": library.versions()}
     job = _job(request["job"])
-    if what == "prepare":
+    if action == "prepare":
         runs[job] = library.prepare(job)
         return {"seconds": _seconds(runs[job], 1) if request["warm"] else None}
-    if what == "time":
+    if action == "time":
         if request["again"]:
             runs[job]()
         return {"seconds": _seconds(runs[job], request["calls"])}
-    if what == "peak":
+    if action == "peak":
         peak = (
             _resident_peak(runs[job])
             if library.backend == "cpu"
             else library.device_peak(runs[job])
         )
         return {"temporary_bytes": peak} | library.facts(job)
-    np.savez(request["path"], *(library.to_numpy(output) for output in library.prepare(job)()))
+    np.savez(request["path"], *(library.as_numpy(output) for output in library.prepare(job)()))
     return {}
 
 
@@ -89,7 +91,7 @@ def _job(fields: dict[str, Any]) -> Job:
 
 
 def _seconds(run: Callable[[], Sequence[Any]], calls: int) -> float:
-    """Of one call, as the mean of several."""
+    """Returns the seconds of one call, as the mean of several."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -97,14 +99,14 @@ def _seconds(run: Callable[[], Sequence[Any]], calls: int) -> float:
 
 
 def _resident_peak(run: Callable[[], Sequence[Any]]) -> int | None:
-    """How much more memory than before the process held at most, less the outputs; None where Linux does not tell."""
+    """Returns the rise of resident memory, minus the outputs; None where it is not reported."""
     if not CLEAR_REFS.exists():
         return None
     gc.collect()
-    CLEAR_REFS.write_text("5")  # the high-water mark starts again
-    before = _status("VmRSS")
+    CLEAR_REFS.write_text("5")  # resets the high-water mark
+    resident = _status("VmRSS")
     outputs = run()
-    return max(_status("VmHWM") - before - sum(output.nbytes for output in outputs), 0)
+    return max(_status("VmHWM") - resident - sum(output.nbytes for output in outputs), 0)
 
 
 def _status(name: str) -> int:

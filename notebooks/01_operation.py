@@ -14,14 +14,17 @@
 # %% [markdown]
 # # The operation: from Eq. 1 to the block
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/01_operation.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/01_operation.ipynb)
 #
-# The non-local operation computes each position's response as a weighted sum over all positions,
+# The non-local operation computes the response at a position as a weighted sum over
+# all positions,
 #
 # $$ y_i = \frac{1}{C(x)} \sum_j f(x_i, x_j)\, g(x_j) \qquad (1) $$
 #
-# Here it is as the paper writes it, then as the library runs it, then as the residual block that goes into a network.
-# About a minute on a CPU.
+# This notebook computes it as the paper writes it, then as the library runs it, and
+# then as the residual block that goes into a network. It takes less than a minute on
+# a CPU.
 
 # %%
 import shutil
@@ -43,11 +46,13 @@ import numpy as np
 import nonlocal_jax as nl
 
 # %% [markdown]
-# ## Eq. 1, by a double loop
+# ## Eq. 1 as a double loop
 #
-# Of every pair of positions $f$ says how much $j$ means to $i$; $C$ normalises. With $f = e^{\theta_i \cdot \phi_j}$ and
-# $C = \sum_j f$ this is the *embedded Gaussian*, a softmax over $j$. Positions that ask are queries, those that are summed keys;
-# where keys are subsampled there are fewer of them, and the paper's $N$, which the sum is divided by below, is their number $M$.
+# The pairwise function $f$ weights position $j$ for the response at position $i$, and
+# $C$ normalises the weights. With $f = e^{\theta_i \cdot \phi_j}$ and $C = \sum_j f$
+# this is the *embedded Gaussian*, a softmax over $j$. The positions $i$ are the
+# queries and the positions $j$ the keys. The keys can be subsampled; then their number
+# $M$ is smaller than the number of queries $N$.
 
 # %%
 N, M, d, e = 5, 7, 3, 2  # queries, keys, their width, the width of the values
@@ -71,21 +76,23 @@ np.abs(y - nl.ops.embedded_gaussian(theta, phi, g)).max()
 # | Gaussian (Eq. 2) | $e^{x_i \cdot x_j}$ | $\sum_j f$ | sum to 1 |
 # | embedded Gaussian (Eq. 3) | $e^{\theta_i \cdot \phi_j}$ | $\sum_j f$ | sum to 1 |
 # | dot product (Eq. 4) | $\theta_i \cdot \phi_j$ | $M$ | signed |
-# | concatenation (Eq. 5) | $\mathrm{ReLU}(w_f \cdot [\theta_i, \phi_j])$ | $M$ | at least 0, of any size |
+# | concatenation (Eq. 5) | $\mathrm{ReLU}(w_f \cdot [\theta_i, \phi_j])$ | $M$ | ≥ 0 |
 #
-# `nl.ops.affinity` gives $f / C$; `nl.ops.definition` states all of this in a screen of code.
+# The paper divides the last two by $N$, which is $M$ where keys are subsampled.
+# `nl.ops.affinity` returns $f / C$, and `nl.ops.definition` states all four functions
+# in one screen of code.
 
 # %%
 w_f = jax.random.normal(keys[3], (2 * d,))
 for name in ("gaussian", "embedded_gaussian", "dot_product", "concatenation"):
-    more = [w_f] if name == "concatenation" else []
-    affinity = nl.ops.affinity(name, theta, phi, *more)
+    extra = [w_f] if name == "concatenation" else []
+    affinity = nl.ops.affinity(name, theta, phi, *extra)
     row = affinity[0]
     print(f"{name:18s} {affinity.shape}, row 0 {np.round(row, 2)}, sum {row.sum():.2f}")
 
 # %% [markdown]
-# Nothing about it is particular to images: positions may be those of a sequence, an image or a video. Some may be padding: a key
-# whose mask is False is neither summed nor counted.
+# Positions can be those of a sequence, an image or a video. Some can be padding: a key
+# whose mask is False is left out of the sum and of $C$.
 
 # %%
 key_mask = jnp.arange(M) < 4
@@ -93,11 +100,12 @@ masked = nl.ops.dot_product(theta, phi, g, key_mask=key_mask)
 np.abs(masked - nl.ops.dot_product(theta, phi[:4], g[:4])).max()
 
 # %% [markdown]
-# ## Never N×M
+# ## No N×M matrix
 #
-# The sum can be had without the matrix of all pairs, and exactly: the Gaussians go over it in tiles, the dot product is
-# $\theta (\phi^T g) / M$, and the concatenation needs but a sort. `implementation="auto"` takes the one that is forecast to be
-# the fastest; whatever runs, it equals the definition.
+# The sum can be computed exactly without storing the matrix of all pairs: the Gaussians
+# stream over tiles of it, the dot product is $\theta (\phi^T g) / M$, and the
+# concatenation sorts the keys. `implementation="auto"` selects the one that is expected
+# to be the fastest. All of them equal the definition up to rounding.
 
 # %%
 rows = [jax.random.normal(k, (3000, 32)) for k in keys[:3]]
@@ -107,17 +115,19 @@ for name, implementation in {
     "concatenation": "sorted",
 }.items():
     operation = getattr(nl.ops, name)
-    more = [jnp.ones(64)] if name == "concatenation" else []
-    dense = operation(*rows, *more, implementation="dense")
-    fast = operation(*rows, *more, implementation=implementation)
+    extra = [jnp.ones(64)] if name == "concatenation" else []
+    dense = operation(*rows, *extra, implementation="dense")
+    fast = operation(*rows, *extra, implementation=implementation)
     difference = jnp.abs(dense - fast).max() / jnp.abs(dense).max()
     print(f"{name:18s} {implementation:13s} largest difference {difference:.1e}")
 
 # %% [markdown]
-# ## The layer: it owns θ, φ and g, and subsamples the keys
+# ## The layer: θ, φ, g and the subsampling of the keys
 #
-# `nl.layers.EmbeddedGaussian` and its three siblings are Flax Linen modules over (B, N, C), (B, H, W, C) or (B, T, H, W, C).
-# Max pooling of 2×2 leaves a fourth of the keys (the paper's subsampling), never fewer queries.
+# `nl.layers.EmbeddedGaussian`, `Gaussian`, `DotProduct` and `Concatenation` are Flax
+# Linen modules for inputs (B, N, C), (B, H, W, C) or (B, T, H, W, C). By default, 2×2
+# max pooling reduces the number of keys to a quarter, as in the paper; the number of
+# queries stays the same.
 
 # %%
 x = jax.random.normal(jax.random.key(1), (2, 4, 14, 14, 16))
@@ -129,8 +139,8 @@ print(y.shape, affinity.shape, "= (B, 4·14·14 queries, 4·7·7 keys)")
 # %% [markdown]
 # ## The block: $z_i = W_z y_i + x_i$ (Eq. 6)
 #
-# BatchNorm after $W_z$ starts with a scale of 0, so a new block is the identity: put into a trained network, it changes nothing
-# until it is trained.
+# The BatchNorm after $W_z$ starts with a scale of 0, so a new block is the identity.
+# Inserted into a trained network, it changes nothing until it is trained.
 
 # %%
 block = nl.layers.nonlocal_block("embedded_gaussian", preset="paper")
@@ -138,21 +148,23 @@ variables = block.init(jax.random.key(2), x)
 bool((block.apply(variables, x) == x).all())
 
 # %% [markdown]
-# ## What a map looks like, before any training
+# ## An affinity map, before any training
 #
-# The Gaussian of an image's own colours looks along its vector: from bright sky to bright sky, from the shade under the eaves to all
-# that is dark, and from a grey spot among the leaves, whose vector is short once the mean is taken away, at everything alike. A photograph that comes with scikit-learn, every 8th
-# pixel; from three positions:
+# The Gaussian of the colours of an image attends to similar colours. The image is a
+# photograph that comes with scikit-learn, at every 8th pixel, and the mean colour is
+# roughly subtracted. Sky attends to sky; the shadow under the eaves attends to
+# everything dark; a grey spot among the leaves, whose colour vector is short after the
+# subtraction, attends to all positions alike.
 
 # %%
 from sklearn.datasets import load_sample_image
 
 photo = jnp.asarray(load_sample_image("china.jpg"))[None, ::8, ::8] / 255.0
-by_colour = nl.layers.nonlocal_block("gaussian", subsample=False)
+block = nl.layers.nonlocal_block("gaussian", subsample=False)
 sharper = 6 * (photo - 0.5)
-variables = by_colour.init(jax.random.key(0), sharper)
-maps = nl.visualize.affinities(by_colour, variables, sharper)
+variables = block.init(jax.random.key(0), sharper)
+maps = nl.visualize.affinities(block, variables, sharper)
 nl.visualize.heatmap(maps["NonLocalBlock"], photo, [(8, 40), (30, 20), (45, 60)])
 
 # %% [markdown]
-# Next: [02, train a block and look at it](02_train_and_look.ipynb).
+# Next: [02, train a block and look at its attention](02_train_and_look.ipynb).

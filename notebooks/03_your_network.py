@@ -14,10 +14,12 @@
 # %% [markdown]
 # # A block in your own network: Linen, NNX, and a pretrained one
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/03_your_network.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/03_your_network.ipynb)
 #
-# A non-local block takes and gives arrays of one shape, so it goes between any two layers. Put in before training or after: it is the
-# identity until it is trained. Under a minute on a CPU.
+# The output of a non-local block has the shape of its input, so a block can be placed
+# between any two layers. It can be added before or after training, because a new block
+# is the identity. The notebook takes less than a minute on a CPU.
 
 # %%
 import shutil
@@ -64,29 +66,33 @@ variables = model.init(jax.random.key(1), images)
 print(*nl.describe(model, variables, images, expected=1), sep="\n")
 
 # %% [markdown]
-# `describe` lists every block and raises when there are not as many as you expect: as a new block is the identity, one that was
-# forgotten would not show. Parameters are under `params` as those of any layer; BatchNorm's statistics under `batch_stats`.
+# `describe` lists every block and raises an error if their number is not the expected
+# one. Because a new block is the identity, a missing block would not show in the
+# output. The parameters of the block are in `params`, as those of any layer; the
+# statistics of its BatchNorm are in `batch_stats`.
 #
-# ## Into a trained network, without changing its answer
+# ## Adding a block to a trained network
 #
-# Take the trained variables, add those of the block.
+# Combine the trained variables with those of the new block. The output of the network
+# does not change.
 
 # %%
-without = Network(nonlocal_block=False)
-trained = without.init(jax.random.key(2), images)  # stands for a trained network
+trunk = Network(nonlocal_block=False)
+trained = trunk.init(jax.random.key(2), images)  # stands for a trained network
 fresh = model.init(jax.random.key(3), images)
-with_block = {
+extended = {
     "params": {**trained["params"], "nonlocal": fresh["params"]["nonlocal"]},
     "batch_stats": fresh["batch_stats"],
 }
-before = without.apply(trained, images)
-after = model.apply(with_block, images)
-print("largest change of an answer:", float(jnp.abs(after - before).max()))
-assert (after == before).all()
+trunk_logits = trunk.apply(trained, images)
+logits = model.apply(extended, images)
+print("largest change of the logits:", float(jnp.abs(logits - trunk_logits).max()))
+assert (logits == trunk_logits).all()
 
 # %% [markdown]
-# To train it, say `train=True`, and let BatchNorm update its statistics: `mutable=["batch_stats"]`. The block's scale γ is 0, and its
-# gradient is not: it learns from the first step on.
+# In training, pass `train=True` and `mutable=["batch_stats"]`, so that BatchNorm
+# updates its statistics. The scale γ of this BatchNorm is 0, but its gradient is not,
+# so the block learns from the first step.
 
 
 # %%
@@ -97,14 +103,15 @@ def loss(params, batch_stats):
 
 
 value_and_gradient = jax.value_and_grad(loss, has_aux=True)
-(value, batch_stats), gradient = value_and_gradient(*with_block.values())
+(value, batch_stats), gradient = value_and_gradient(*extended.values())
 print("gradient of γ:", jnp.abs(gradient["nonlocal"]["out_norm"]["scale"]).max())
-print("the mean that moved:", batch_stats["nonlocal"]["out_norm"]["mean"][:3])
+print("updated mean:", batch_stats["nonlocal"]["out_norm"]["mean"][:3])
 
 # %% [markdown]
 # ## Flax NNX
 #
-# `nnx.bridge.ToNNX` makes an NNX module of any Linen one. In training its call takes `mutable` too, and keeps the statistics.
+# `nnx.bridge.ToNNX` turns a Linen module into an NNX module. In training, pass
+# `mutable` to its call; the module stores the updated statistics.
 
 
 # %%
@@ -124,8 +131,8 @@ class NnxNetwork(nnx.Module):
 
 nnx_model = NnxNetwork(nnx.Rngs(0))
 x = nnx.relu(nnx_model.conv(images))
-same = bool((nnx_model.nonlocal_block(x) == x).all())
-print(nnx_model(images).shape, "and the identity:", same)
+identity = bool((nnx_model.nonlocal_block(x) == x).all())
+print(nnx_model(images).shape, "block is the identity:", identity)
 
 
 # %%
@@ -139,26 +146,29 @@ print(
     "gradient of γ:",
     jnp.abs(gradient["nonlocal_block"]["out_norm"]["scale"][...]).max(),
 )
-print("the mean that moved:", nnx_model.nonlocal_block.out_norm["mean"][...][:3])
+print("updated mean:", nnx_model.nonlocal_block.out_norm["mean"][...][:3])
 
 # %% [markdown]
-# What a block attends to is seen in Linen and NNX alike ([notebook 02](02_train_and_look.ipynb)):
+# Affinity maps ([notebook 02](02_train_and_look.ipynb)) work for Linen and NNX:
 
 # %%
 maps = nl.visualize.affinities(nnx_model, None, images)
-print({name: (one.queries, one.keys) for name, one in maps.items()})
+print({name: (m.queries, m.keys) for name, m in maps.items()})
 
 # %% [markdown]
-# ## Which block, where, how many
+# ## Which block, where, and how many
 #
-# - *Which*: all four pairwise functions do about as well in the paper (Table 2a); the dot product and the
-#   concatenation are the fastest here, the embedded Gaussian is the most used.
-# - *Where*: res3 or res4, where maps are neither too large nor too coarse (Table 2b); one block right before the last residual block
-#   of res4 is the paper's default.
-# - *How many*: 5 or 10 help more than 1 (Table 2c).
-# - *Presets* follow the published implementations where they differ: softmax scale, pooling order, biases, initialisation.
+# - *Which*: all four pairwise functions perform similarly in the paper (Table 2a). The
+#   dot product and the concatenation are the fastest in this library; the embedded
+#   Gaussian is the most common.
+# - *Where*: res3 or res4, where maps are neither too large nor too coarse (Table 2b).
+#   By default, the paper inserts one block right before the last residual block of
+#   res4.
+# - *How many*: 5 or 10 blocks improve the accuracy more than 1 (Table 2c).
+# - *Presets* follow the published implementations where these differ: scale of the
+#   softmax, order of pooling, biases, initialisation.
 #
-# The paper's video networks have all of this by name:
+# The paper's video networks take all of this as arguments:
 
 # %%
 network = nl.models.video_resnet(

@@ -12,14 +12,17 @@
 # ---
 
 # %% [markdown]
-# # Published weights: load, verify, predict, see
+# # Published weights: load, verify, predict, visualize
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/04_published_weights.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/04_published_weights.ipynb)
 #
-# The library reads the files of video-nonlocal-net, PySlowFast, mmaction2, pytorchvideo, Non-local_pytorch, torchvision and timm, by a
-# reader that runs nothing of what is in them; torch is not wanted. On Colab this notebook downloads PySlowFast's I3D NLN 8×8 R50
-# (142 MB; PySlowFast reports 74.0% on Kinetics-400 with 30 views); elsewhere it writes a small file of random weights under the same
-# names, so that all of it runs offline. About a minute.
+# The library reads the weight files of video-nonlocal-net, PySlowFast, mmaction2,
+# pytorchvideo, Non-local_pytorch, torchvision and timm. Its reader does not execute
+# code from the files and does not need torch. On Colab this notebook downloads
+# PySlowFast's I3D NLN 8×8 R50 (142 MB), for which PySlowFast reports 74.0% on
+# Kinetics-400 with 30 views. Elsewhere it writes a small file of random weights with
+# the same names, so that everything runs offline in less than a minute.
 
 # %%
 import shutil
@@ -56,14 +59,14 @@ if DOWNLOAD:
     )
 else:
     file = folder / "weights.safetensors"
-    stages = (1, 1, 2, 1)  # residual blocks of each; a non-local one in res4
+    stages = (1, 1, 1, 1)  # residual blocks; a non-local block follows that of res3
     model = nl.models.video_resnet(
         stages,
         "i3d_3x1x1",
-        {"res4": (0,)},
+        {"res3": (0,)},
         clip="8x8",
         preset="slowfast",
-        width_per_group=16,
+        width_per_group=4,
     )
     random = jax.jit(model.init)(jax.random.key(0), jnp.zeros(model.example.shape))
     nl.weights.save(file, random, names="caffe2")
@@ -72,9 +75,10 @@ print(f"{file.name}: {file.stat().st_size / 1e6:.0f} MB")
 # %% [markdown]
 # ## Load
 #
-# The names in this file are Caffe2's; PySlowFast runs the weights in a network of its own conventions, which `preset="slowfast"` has.
-# Every entry of the file must find its place and every leaf of the network its entry; what does not is an error that says so, never
-# silence.
+# This file uses the parameter names of Caffe2, but PySlowFast runs the weights with its
+# own conventions, which `preset="slowfast"` selects. Each entry of the file must match
+# a parameter of the network and each parameter an entry; otherwise loading raises an
+# error that lists the differences.
 
 # %%
 report = nl.weights.load_report(file, model)
@@ -82,11 +86,13 @@ print("\n".join(str(report).splitlines()[:8]))
 variables = nl.weights.load(file, model)
 
 # %% [markdown]
-# On the command line: `python -m nonlocal_jax.weights inspect FILE` says what a file holds, and the call that makes its network.
+# On the command line, `python -m nonlocal_jax.weights inspect FILE` prints the contents
+# of a file and the call that creates its network.
 #
 # ## Verify
 #
-# The weights against the file, the fast layers against their definitions, stage by stage:
+# `verify` compares the weights with the file, and the fast layers with their
+# definitions, stage by stage:
 
 # %%
 check = nl.weights.verify(file, model)
@@ -96,8 +102,9 @@ assert check.ok
 # %% [markdown]
 # ## Predict
 #
-# A clip is 8 frames, 8 apart, normalised as the source does, with the shorter side at 256 (96 where the weights are random, to be quick).
-# Here the library makes a short H.264 file to read; put the name of your own video in its place.
+# A clip has 8 frames, every 8th of the video, normalised as in the source. The shorter
+# side is scaled to 256 pixels, or to 64 for the random weights, which is faster. The
+# library generates a short H.264 file as input; replace it by your own video.
 
 # %%
 from nonlocal_jax.data import stand_in
@@ -105,32 +112,34 @@ from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, normalise
 from nonlocal_jax.data.sampling import InTime
 
-numbers = {"train": 2, "val": 1, "test": 1}
+numbers = {"train": 1, "test": 1}
 lists = stand_in.make(folder / "videos", "kinetics", numbers=numbers)
 video = lists["train"].with_name("train0000.mp4")
-size = 256 if DOWNLOAD else 96
-one = Annotations((Record(video, (0,)),), 1)
-clip = list(TestingClips(one, InTime(8, 8), 1, "centre", size).read(0))[-1]
+size = 256 if DOWNLOAD else 64
+annotations = Annotations((Record(video, (0,)),), 1)
+clip = list(TestingClips(annotations, InTime(8, 8), 1, "centre", size).read(0))[-1]
 logits = jax.jit(model.apply)(variables, normalise(jnp.asarray(clip)[None]))
 score = float(jax.nn.softmax(logits).max())
-print(f"{video.name}: {clip.shape}, class {int(logits.argmax())} with {score:.2f}")
+print(f"{video.name}: {clip.shape}, class {int(logits.argmax())}, score {score:.2f}")
 
 # %% [markdown]
-# In a clone of the repository, `python -m experiments.predict VIDEO --weights FILE --page looked.html` does this with 30 views, as the
-# released code, and draws where it looked.
+# In a clone of the repository, `python -m experiments.predict VIDEO --weights FILE
+# --page page.html` averages 30 views, as the released code does, and writes a page with
+# the attention.
 #
-# ## See
+# ## Visualize
 #
-# The maps of every block, over the frames of the video itself. Positions of res4 are 16 pixels apart, and `to_pixels` knows what
-# they see:
+# The affinity maps of the blocks are drawn over the frames of the video. Neighbouring
+# positions of a map are 8 or 16 pixels apart, and `to_pixels` returns the receptive
+# field of each:
 
 # %%
 maps = nl.visualize.affinities(model, variables, normalise(jnp.asarray(clip)[None]))
 name, block = list(maps.items())[-1]
 query = tuple(n // 2 for n in block.queries)
-seen = nl.visualize.to_pixels(block, query)
+field = nl.visualize.to_pixels(block, query)
 print(f"{name}: {block.queries} queries, {block.keys} keys")
-print(f"{query} sees, in frame, row and column, {seen.first} to {seen.last}")
+print(f"{query} depends on (frame, row, column) {field.first} to {field.last}")
 nl.visualize.arrows(block, clip, query)
 
 # %%

@@ -12,12 +12,15 @@
 # ---
 
 # %% [markdown]
-# # Speed and memory: what `auto` picks, and why
+# # Speed and memory: what `auto` selects, and why
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/05_speed_and_memory.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/05_speed_and_memory.ipynb)
 #
-# Eq. 1 over N positions has N² pairs. At 4×56×56 positions their matrix takes 630 MB in float32, for one clip and one block, and
-# training keeps it. None of the library's fast paths builds it, and each is an exact equal. Under a minute on a CPU.
+# Eq. 1 over N positions has N² pairs. For 4×56×56 positions their matrix takes 630 MB
+# in float32, for one clip and one block, and training stores it. The fast
+# implementations of the library compute the same result without it. The notebook takes
+# less than a minute on a CPU.
 
 # %%
 import shutil
@@ -43,9 +46,10 @@ import numpy as np
 import nonlocal_jax as nl
 
 # %% [markdown]
-# ## What there is to choose from
+# ## The implementations
 #
-# `nl.ops.explain` says what would run on arrays of some shapes, and why, without computing anything.
+# `nl.ops.explain` reports what would run for arrays of given shapes, and why, without
+# computing anything.
 
 
 # %%
@@ -57,13 +61,15 @@ for name in ("embedded_gaussian", "dot_product", "concatenation"):
     print(name, nl.ops.explain(name, rows(12544), rows(3136), rows(3136)), sep="\n")
 
 # %% [markdown]
-# - **streaming** goes over the keys in tiles and keeps a sum and a maximum of each row; its gradient goes over them again.
+# - **streaming** processes the keys in tiles and keeps a running sum and maximum of
+#   each row; its gradient recomputes the tiles.
 # - **cudnn** is NVIDIA's fused kernel for half precision.
-# - **reassociated** is $\theta (\phi^T g) / M$: a $d \times e$ matrix in place of an $N \times M$ one.
-# - **sorted** sorts the keys of the concatenation by $w_\phi \cdot \phi_j$: a ReLU of $a_i + b_j$ keeps those above $-a_i$, whose sums
-#   are prefix sums.
+# - **reassociated** is $\theta (\phi^T g) / M$: a $d \times e$ matrix instead of an
+#   $N \times M$ matrix.
+# - **sorted** sorts the keys of the concatenation by $b_j = w_\phi \cdot \phi_j$. The
+#   ReLU of $a_i + b_j$ keeps the keys with $b_j > -a_i$, whose sums are prefix sums.
 #
-# The smaller N and M are, the better the dense form does; so at small maps it is what runs:
+# For small N and M the dense implementation is the fastest, so `auto` selects it:
 
 # %%
 for n in (49, 196, 784, 3136, 12544):
@@ -74,9 +80,10 @@ for n in (49, 196, 784, 3136, 12544):
     print(f"N = {n:6,}: {', '.join(names)}")
 
 # %% [markdown]
-# ## Measured here
+# ## Measurements on this machine
 #
-# Medians of interleaved runs, of the operation alone. (In a clone, `make bench` does this properly, beside torch and mmcv, with gradients.)
+# Medians of interleaved runs of the operation alone. (In a clone of the repository,
+# `make bench` also measures gradients, and compares with torch and mmcv.)
 
 # %%
 CASES = {
@@ -91,12 +98,12 @@ def measure(n, d=64, rounds=5):
     theta, phi, g = (jax.random.normal(jax.random.key(i), (n, d)) for i in range(3))
     runs = {}
     for name, fast in CASES.items():
-        more = [jnp.ones(2 * d)] if name == "concatenation" else []
+        extra = [jnp.ones(2 * d)] if name == "concatenation" else []
         for implementation in ("dense", fast):
             operation = getattr(nl.ops, name)
             call = jax.jit(functools.partial(operation, implementation=implementation))
-            call(theta, phi, g, *more).block_until_ready()
-            runs[name, implementation] = (call, (theta, phi, g, *more))
+            call(theta, phi, g, *extra).block_until_ready()
+            runs[name, implementation] = (call, (theta, phi, g, *extra))
     times = {key: [] for key in runs}
     for _ in range(rounds):
         for key, (call, arguments) in runs.items():
@@ -119,9 +126,10 @@ for ax, (name, fast) in zip(axes, CASES.items()):
 _ = axes[0].set_ylabel("ms")
 
 # %% [markdown]
-# ## Memory, before anything is compiled
+# ## Memory
 #
-# `nl.plan` forecasts what each block of a network keeps; XLA's own count, after compiling, is beside it.
+# `nl.plan` reports the memory that each block of a network needs. For comparison, the
+# memory analysis of XLA for the compiled block:
 
 # %%
 block = nl.layers.nonlocal_block("embedded_gaussian")
@@ -135,7 +143,7 @@ print(f"XLA: {compiled.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB forwar
 # %% [markdown]
 # ## The whole network, layer by layer
 #
-# `nl.models.cost` counts parameters and multiply-adds; nothing runs.
+# `nl.models.cost` counts parameters and multiply-adds without running the network.
 
 # %%
 model = nl.models.video_resnet(50, "i3d_3x1x1", nonlocal_blocks=5, preset="slowfast")
@@ -145,7 +153,9 @@ for line in str(cost).splitlines():
         print(line)
 
 # %% [markdown]
-# To save memory: `remat=True` of a network computes residual blocks again in the backward pass; `dtype=jnp.bfloat16` halves activations
-# (sums and logits stay float32); `subsample=(1, 4, 4)` leaves fewer keys; `axes="space"` and `group_size` sum over fewer.
+# Ways to save memory: `remat=True` recomputes residual blocks in the backward pass;
+# `dtype=jnp.bfloat16` halves the activations (sums and logits stay in float32);
+# `subsample=(1, 4, 4)` leaves fewer keys; `axes="space"` and `group_size` restrict the
+# sums to fewer positions.
 #
 # Next: [06, many devices](06_many_devices.ipynb).

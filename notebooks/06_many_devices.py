@@ -12,13 +12,16 @@
 # ---
 
 # %% [markdown]
-# # Many devices: meshes, and positions that are split
+# # Many devices: meshes, and splitting positions
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/06_many_devices.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/06_many_devices.ipynb)
 #
-# Training runs on any mesh of devices by `jax.jit`; a clip that one device cannot hold is split over several by its frames, and each
-# position still sees all. Here on four CPU devices that JAX simulates, wherever it runs; on a TPU or GPUs take the same code
-# without the cell that simulates. About a minute.
+# Training runs on any mesh of devices through `jax.jit`. A clip that does not fit on
+# one device can be split over several along its frames; each position still attends to
+# all others. This notebook uses four CPU devices that JAX simulates. On TPUs or GPUs,
+# use the same code without the two lines that set `os.environ`. It takes less than a
+# minute.
 
 # %%
 import sys
@@ -36,14 +39,13 @@ flags = os.environ.get("XLA_FLAGS", "")  # set before JAX starts
 os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 from nonlocal_jax import training
-from nonlocal_jax.data.toy_video import Scene, load_scans, make_clips
-from nonlocal_jax.models.toy_video import ToyVideoNet
 
 import nonlocal_jax as nl
 
@@ -53,15 +55,26 @@ jax.devices()
 # %% [markdown]
 # ## Batches over devices
 #
-# A mesh has the axes `data` and `positions`. The batch is split over `data`; one compiled step has its collectives; and the result is
-# that of one device but for rounding.
+# A mesh has the axes `data` and `positions`. The batch is split over `data`, and XLA
+# inserts the collectives into the compiled step. The result equals that of one device
+# up to rounding.
+
 
 # %%
-clips = make_clips("same_digit", jax.random.key(0), load_scans("train"), 8, Scene())
-batch = {"inputs": np.asarray(clips.video), "labels": np.asarray(clips.labels)}
-model = ToyVideoNet(2, nl.layers.nonlocal_block("dot_product"))
-trainer = training.Trainer(model, optax.sgd(0.1))
-# On the host, as a step takes the place of its state.
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(16, (1, 3, 3), strides=(1, 2, 2))(x))
+        x = nl.layers.nonlocal_block("dot_product", name="block")(x, train=train)
+        return nn.Dense(2)(x.mean(axis=(1, 2, 3)))
+
+
+random = np.random.default_rng(0)
+inputs = random.normal(size=(8, 8, 16, 16, 1)).astype(np.float32)
+batch = {"inputs": inputs, "labels": random.integers(0, 2, 8)}
+model = Network()
+trainer = training.Trainer(training.classification(model), optax.sgd(0.1))
+# Copied to the host, because a step donates the memory of its state.
 variables = jax.device_get(jax.jit(model.init)(jax.random.key(1), batch["inputs"][:1]))
 
 results = {}
@@ -82,13 +95,15 @@ print(f"largest difference of a parameter after a step: {largest:.1e}")
 assert largest < 1e-4
 
 # %% [markdown]
-# `shardings = training.state_sharding(mesh, state, "sharded")` splits parameters and optimiser state as well (ZeRO, FSDP).
-# Many hosts: `--distributed`, see the page on many hosts.
+# `training.state_sharding(mesh, state, "sharded")` also splits parameters and optimiser
+# state (ZeRO, FSDP). For several hosts, see `--distributed` on the page about many
+# hosts.
 #
-# ## One clip over devices
+# ## One clip over several devices
 #
-# With `axis_name` a block sums over the keys of all devices: they are gathered or go around a ring, and the dot product sends but one
-# d×e matrix. Frames are split; each device holds the answer of its own.
+# With `axis_name`, a block sums over the keys of all devices. The keys are gathered or
+# passed around a ring; the dot product only sends a d×e matrix. Frames are split, and
+# each device computes the output of its own frames.
 
 # %%
 x = jax.random.normal(jax.random.key(3), (1, 8, 14, 14, 32))
@@ -96,13 +111,13 @@ mesh = jax.sharding.Mesh(np.array(jax.devices()), ("positions",))
 frames = P(None, "positions")
 
 for name in ("embedded_gaussian", "dot_product", "concatenation"):
-    alone = nl.layers.nonlocal_block(name, zero_init=False)
-    block_variables = alone.init(jax.random.key(4), x)
+    whole = nl.layers.nonlocal_block(name, zero_init=False)
+    block_variables = whole.init(jax.random.key(4), x)
     split = nl.layers.nonlocal_block(name, zero_init=False, axis_name="positions")
     specs = {"in_specs": (P(), frames), "out_specs": frames}
-    over_devices = jax.shard_map(split.apply, mesh=mesh, check_vma=False, **specs)
-    z = jax.jit(over_devices)(block_variables, x)
-    difference = jnp.abs(z - alone.apply(block_variables, x)).max()
+    sharded = jax.shard_map(split.apply, mesh=mesh, check_vma=False, **specs)
+    z = jax.jit(sharded)(block_variables, x)
+    difference = jnp.abs(z - whole.apply(block_variables, x)).max()
     shards = (
         f"{len(z.addressable_shards)} shards of {z.addressable_shards[0].data.shape}"
     )
@@ -110,11 +125,13 @@ for name in ("embedded_gaussian", "dot_product", "concatenation"):
     assert difference < 1e-4
 
 # %% [markdown]
-# ## Seeing where the data is
+# ## Where the data is
 
 # %%
 jax.debug.visualize_array_sharding(z[0, :, :, 0, 0])
 
 # %% [markdown]
-# Whole networks take `axis_name` too, `nl.models.video_resnet(..., axis_name="positions")`: convolutions and poolings fetch the
-# frames at their borders from the neighbours. `training.make_mesh(positions=4)` is the mesh on which `training` runs them.
+# Whole networks also accept `axis_name`, as in `nl.models.video_resnet(...,
+# axis_name="positions")`: convolutions and pooling fetch the frames at their borders
+# from neighbouring devices. `training.make_mesh(positions=4)` creates the mesh on which
+# `training` runs them.

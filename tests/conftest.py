@@ -1,48 +1,53 @@
-"""Strict by default: four simulated CPU devices, rank promotion raises, annotations are checked, warnings are errors."""
+"""Strict settings for every test, and a compilation cache that is kept between runs.
+
+Rank promotion raises, annotations are checked, warnings are errors, and there are four simulated
+CPU devices.
+"""
 
 import os
-import shutil
-import tempfile
+from pathlib import Path
 
-# Before JAX starts: where there is no accelerator, four devices for pmap.
+# Set before JAX starts. Without an accelerator, pmap needs simulated devices.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
-os.environ.setdefault(
-    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-)  # where there is one, the test processes share it
+# With an accelerator, the test processes share its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# In the environment, so that processes started by tests use the same cache.
+CACHE = {
+    "jax_compilation_cache_dir": str(Path(__file__).parent.parent / ".jax_cache"),
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for option, default in CACHE.items():
+    os.environ.setdefault(option.upper(), str(default))
 
-import jax
-import jaxtyping
-import pytest
+import jax  # noqa: E402 - reads the environment
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update(
-    "jax_default_matmul_precision", "highest"
-)  # float32 means float32 on accelerators too
+# Products of float32 are exact to float32 on accelerators as well.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def pytest_configure(config):
-    """What one test process has compiled, the others load; each run of the tests starts with nothing."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        config.compiled = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
-            prefix="nonlocal_jax-tests-"
-        )
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-        jax.config.update("jax_compilation_cache_dir", config.compiled)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# LLVM's optimizations take half of the compilation time. Those of XLA's own graph, which decide
+# about results and memory, stay on.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
-def pytest_unconfigure(config):
-    if hasattr(config, "compiled"):
-        shutil.rmtree(config.compiled, ignore_errors=True)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Turns LLVM's optimizations on for tests that train, before their fixtures are made."""
+    optimized = item.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture
 def as_users_see_it():
-    """Without the annotation checker, which would refuse bad input before the library's own errors can."""
+    """Turns off the annotation checker, which would refuse bad input before the library's errors
+    can.
+    """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

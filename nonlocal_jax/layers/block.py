@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nonlocal_jax import checks
-from nonlocal_jax.layers.conv import dot_over_positions
+from nonlocal_jax.layers.convolution import dot_over_positions
 from nonlocal_jax.layers.instantiations import (
     Concatenation,
     DotProduct,
@@ -22,7 +22,7 @@ from nonlocal_jax.layers.instantiations import (
 )
 from nonlocal_jax.layers.norm import BatchNorm, apply_norm
 from nonlocal_jax.layers.presets import PRESETS, Preset, presets_table
-from nonlocal_jax.layers.tap import enclosing_block
+from nonlocal_jax.layers.taps import enclosing_block
 from nonlocal_jax.types import Affinity, Array, Features, Instantiation, PositionMask, Scalar
 
 

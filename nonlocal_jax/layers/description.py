@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.tap import PairwiseCall, tap
+from nonlocal_jax.layers.taps import PairwiseCall, tap
 from nonlocal_jax.types import Array
 
 Path = tuple[str, ...]

@@ -14,9 +14,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from nonlocal_jax import checks, ops
-from nonlocal_jax.layers.conv import dot_over_positions
+from nonlocal_jax.layers.convolution import dot_over_positions
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
-from nonlocal_jax.layers.tap import Axes, SumLayout, nonlocal_response
+from nonlocal_jax.layers.taps import Axes, SumLayout, nonlocal_response
 from nonlocal_jax.types import Affinity, Array, Embedded, Features, PositionMask, PRNGKeyArray
 
 PoolOrder = Literal["after", "before"]
@@ -326,7 +326,7 @@ class DotProduct(NonLocalOperation):
 
 
 class Concatenation(NonLocalOperation):
-    """f(x_i, x_j) = ReLU(w_f · [θ(x_i), φ(x_j)]), C(x) = N; parameters W_θ, W_φ, W_g, w_f.   (Eq. 5)
+    """f(x_i, x_j) = ReLU(w_f · [θ(x_i), φ(x_j)]), C(x) = N; parameters W_θ, W_φ, W_g, w_f. (Eq. 5)
 
     Attributes:
         w_f_init: Initializer of w_f, called with the shape (2d, 1). None is `kernel_init`.

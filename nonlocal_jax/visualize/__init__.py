@@ -1,26 +1,21 @@
-"""What a block attends to: affinity maps, where they lie in the input, and pictures of them::
+"""What a non-local block attends to: affinity maps, the pixels behind them, and pictures::
 
-    maps = nl.visualize.affinities(model, variables, clip)                  # every block, row by row
-    nl.visualize.arrows(maps["nonlocal_res4_5"], clip, (2, 7, 7))           # where one position looks
-    nl.visualize.explore(maps, clip, "explore.html")                        # every position, in a browser
+    maps = nl.visualize.affinities(model, variables, clip)         # every block, rows on request
+    nl.visualize.arrows(maps["nonlocal_res4_5"], clip, (2, 7, 7))  # what one position attends to
+    nl.visualize.explore(maps, clip, "explore.html")               # every position, in a browser
 
-Matplotlib is loaded when something is drawn.
+Matplotlib is imported when the first picture is drawn.
 """
 
 from nonlocal_jax.visualize import measures
+from nonlocal_jax.visualize.affinity_map import AffinityMap
+from nonlocal_jax.visualize.charts import query_dependence, time_by_time
 from nonlocal_jax.visualize.frames import from_pixels, to_pixels
 from nonlocal_jax.visualize.geometry import GeometryError, Pixels
-from nonlocal_jax.visualize.maps import AffinityMap, NoBlocksError, affinities
+from nonlocal_jax.visualize.maps import NoBlocksError, affinities
 from nonlocal_jax.visualize.movie import animate
 from nonlocal_jax.visualize.page import explore
-from nonlocal_jax.visualize.pictures import (
-    arrows,
-    entropy,
-    heatmap,
-    query_dependence,
-    received,
-    time_by_time,
-)
+from nonlocal_jax.visualize.pictures import arrows, entropy, heatmap, received
 
 __all__ = [
     "AffinityMap",

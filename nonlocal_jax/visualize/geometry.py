@@ -1,11 +1,13 @@
-"""Which input frames and pixels a position of a feature map sees: the receptive field.
+"""Receptive fields: which input frames and pixels each position of a feature map depends on.
 
-Away from the borders, index j along an axis of a feature map sees the input indices stride · j + start to
-stride · j + start + size − 1. A convolution or pooling of k taps, with stride s and p positions of padding, makes of that
+Away from the borders, index j along an axis of a feature map depends on the input indices from
+stride · j + start to stride · j + start + size − 1. A convolution or pooling of k taps with stride
+s and padding p turns this into
 
     stride ← s · stride,   start ← start − p · stride,   size ← size + (k − 1) · stride.
 
-At the borders it sees less, and what poolings without padding leave over is seen by none; so what each index sees is kept.
+At the borders the field is clipped by the padding, and pooling without padding drops the last
+indices. The clipped range of every index is therefore stored as well.
 """
 
 import dataclasses
@@ -15,24 +17,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-NOTHING = np.iinfo(np.int64).max  # the first index of what sees padding alone
+from nonlocal_jax import checks
+
+EMPTY_FIRST = np.iinfo(np.int64).max  # `first` of an index that covers padding only
 
 
 class GeometryError(ValueError):
-    """Positions that cannot be followed back to the input."""
+    """Raised where positions of a feature map cannot be traced back to the input."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What the indices along one axis of a map see of one axis of the input.
+    """Receptive fields of the indices along one axis of a feature map, on one axis of the input.
 
     Attributes:
-        axis: of the input, 0 being the first position axis: frames of a video, rows of an image.
-        stride: input indices from one index to the next.
-        start: the first input index that index 0 sees, were there no borders.
-        size: how many it sees.
-        first: for each index, the first input index that it sees indeed: padding is not seen, nor what poolings leave over.
-        last: the last one; less than `first` where an index sees padding alone.
+        axis: Input axis, 0 being the first position axis: frames of a video, rows of an image.
+        stride: Input indices from one index of the map to the next.
+        start: First input index of the field of index 0, borders ignored.
+        size: Number of input indices in a field, borders ignored.
+        first: First input index of each field after clipping at the borders.
+        last: Last input index of each field after clipping; less than `first` where a field covers
+            padding only.
     """
 
     axis: int
@@ -43,61 +48,71 @@ class Field:
     last: Int[np.ndarray, " n"]
 
     @classmethod
-    def of_input(cls, axis: int, length: int) -> "Field":
-        """Each index sees itself."""
+    def identity(cls, axis: int, length: int) -> "Field":
+        """Returns the field of the input itself: each index covers only itself."""
         return cls(axis, 1, 0, 1, np.arange(length), np.arange(length))
 
-    def through(
+    def windowed(
         self, taps: int = 1, stride: int = 1, padding: tuple[int, int] = (0, 0), dilation: int = 1
     ) -> "Field":
-        """After a convolution or a pooling.
+        """Returns the field after a convolution or pooling along this axis.
 
-        >>> after = Field.of_input(0, 224).through(7, 2, (3, 3)).through(3, 2, (1, 1))  # conv1 and pool1 of a ResNet
-        >>> after.stride, after.start, after.size, after.first[:3], after.last[-1]
+        Args:
+            taps: Size of the window.
+            stride: Stride of the window.
+            padding: Padding at the low and the high end; negative numbers crop.
+            dilation: Distance between neighbouring taps.
+
+        >>> conv1 = Field.identity(0, 224).windowed(7, 2, (3, 3))
+        >>> pool1 = conv1.windowed(3, 2, (1, 1))  # the stem of a ResNet
+        >>> pool1.stride, pool1.start, pool1.size, pool1.first[:3], pool1.last[-1]
         (4, -5, 11, array([0, 0, 3]), np.int64(223))
         """
-        before, behind = padding
+        low, high = padding
+        length = len(self.first)
         span = (taps - 1) * dilation + 1
-        count = (len(self.first) + before + behind - span) // stride + 1
-        seen = (
-            np.arange(count)[:, None] * stride + np.arange(taps) * dilation - before
-        )  # indices of this field
-        real = (seen >= 0) & (seen < len(self.first))
-        seen = np.clip(seen, 0, len(self.first) - 1)
+        count = (length + low + high - span) // stride + 1
+        offsets = np.arange(taps) * dilation - low
+        indices = np.arange(count)[:, None] * stride + offsets
+        inside = (indices >= 0) & (indices < length)
+        indices = np.clip(indices, 0, length - 1)
         return Field(
-            self.axis,
-            stride * self.stride,
-            self.start - before * self.stride,
-            self.size + (span - 1) * self.stride,
-            np.where(real, self.first[seen], NOTHING).min(axis=1),
-            np.where(real, self.last[seen], -1).max(axis=1),
+            axis=self.axis,
+            stride=stride * self.stride,
+            start=self.start - low * self.stride,
+            size=self.size + (span - 1) * self.stride,
+            first=np.where(inside, self.first[indices], EMPTY_FIRST).min(axis=1),
+            last=np.where(inside, self.last[indices], -1).max(axis=1),
         )
 
-    def joined(self, other: "Field") -> "Field | None":
-        """The smallest field that holds both, as of a sum; None where there is none."""
-        if (self.axis, self.stride) != (other.axis, other.stride):
+    def union(self, field: "Field") -> "Field | None":
+        """Returns the smallest field that contains both, as for a sum of two maps.
+
+        Returns None if the fields lie on different input axes or have different strides.
+        """
+        if (self.axis, self.stride) != (field.axis, field.stride):
             return None
-        start, end = (
-            min(self.start, other.start),
-            max(self.start + self.size, other.start + other.size),
-        )
-        first, last = np.minimum(self.first, other.first), np.maximum(self.last, other.last)
+        start = min(self.start, field.start)
+        end = max(self.start + self.size, field.start + field.size)
+        first = np.minimum(self.first, field.first)
+        last = np.maximum(self.last, field.last)
         return Field(self.axis, self.stride, start, end - start, first, last)
 
     @property
     def centre(self) -> float:
-        """The middle of what index 0 sees, were there no borders."""
+        """Centre of the field of index 0, borders ignored."""
         return self.start + (self.size - 1) / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The receptive fields of a feature map.
+    """Receptive fields of a feature map.
 
     Attributes:
-        fields: for each of its axes; None for one of size 1 that sees all, as after an average over time.
-        grid: its size.
-        input: the size of the input, (T, H, W), (H, W) or (N,).
+        fields: Field of each axis of the map; None for an axis of size 1 that depends on the whole
+            input axis, as after an average over time.
+        grid: Size of the map.
+        input: Size of the input: (T, H, W), (H, W) or (N,).
     """
 
     fields: tuple[Field | None, ...]
@@ -105,24 +120,23 @@ class Geometry:
     input: tuple[int, ...]
 
     def pooled(self, window: Sequence[int]) -> "Geometry":
-        """That of keys which are the largest of windows, as the non-local block subsamples them."""
+        """Returns the geometry after max pooling, as the non-local block subsamples its keys."""
         fields = tuple(
-            None if field is None else field.through(size, size)
+            None if field is None else field.windowed(size, size)
             for field, size in zip(self.fields, window, strict=True)
         )
-        return Geometry(
-            fields, tuple(n // size for n, size in zip(self.grid, window, strict=True)), self.input
-        )
+        grid = tuple(length // size for length, size in zip(self.grid, window, strict=True))
+        return Geometry(fields, grid, self.input)
 
 
 class Pixels(NamedTuple):
-    """Input positions, by axis: frame, row and column in video, row and column in an image.
+    """Input positions: frame, row and column of a video; row and column of an image.
 
     Attributes:
-        first: (..., axes), the first index that is seen.
-        last: (..., axes), the last one; `first` - 1 where padding alone is seen.
-        centre: (..., axes), the middle of the receptive field before it is cut off at the borders of the input, or the border
-            where it lies beyond.
+        first: (..., axes), first input index of the receptive field.
+        last: (..., axes), last input index; `first` - 1 where the field covers padding only.
+        centre: (..., axes), centre of the receptive field before it is clipped at the borders of
+            the input, moved to the border if it lies outside.
     """
 
     first: Int[np.ndarray, "*q axes"]
@@ -130,36 +144,44 @@ class Pixels(NamedTuple):
     centre: Float[np.ndarray, "*q axes"]
 
 
+def check_side(side: str) -> None:
+    """Checks the argument that chooses between the queries and the keys."""
+    checks.one_of("of", side, ("queries", "keys"))
+
+
 def pixels_of(geometry: Geometry, positions: Any) -> Pixels:
-    """What positions (..., grid axes) see. Raises IndexError where one lies outside the grid."""
+    """Returns the receptive fields of positions (..., axes of the map).
+
+    Raises:
+        ValueError: Positions that are not integers with one number for each axis of the map.
+        IndexError: A position outside the map.
+    """
     positions = np.asarray(positions)
-    if (
-        positions.ndim == 0
-        or positions.shape[-1] != len(geometry.grid)
-        or not np.issubdtype(positions.dtype, np.integer)
-    ):
-        raise ValueError(
-            f"positions must be integers, (..., {len(geometry.grid)}) for a map of {geometry.grid}; got {positions.dtype} "
-            f"of shape {positions.shape}."
-        )
-    outside = (positions < 0) | (positions >= np.array(geometry.grid))
-    if outside.any():
-        position = tuple(
-            positions.reshape(-1, len(geometry.grid))[
-                np.nonzero(outside.reshape(-1, outside.shape[-1]))[0][0]
-            ]
-        )
-        raise IndexError(
-            f"positions must lie inside the map {geometry.grid}; got {tuple(map(int, position))}."
-        )
+    _check_positions(positions, geometry.grid)
     shape = (*positions.shape[:-1], len(geometry.input))
     limit = np.array(geometry.input) - 1
-    first, last = np.zeros(shape, np.int64), np.broadcast_to(limit, shape).copy()
+    # Input axes without a field are covered from end to end.
+    first = np.zeros(shape, np.int64)
+    last = np.broadcast_to(limit, shape).copy()
     centre = np.broadcast_to(limit / 2, shape).copy()
     for field, index in zip(geometry.fields, np.moveaxis(positions, -1, 0), strict=True):
         if field is not None:
-            first[..., field.axis], last[..., field.axis] = field.first[index], field.last[index]
+            first[..., field.axis] = field.first[index]
+            last[..., field.axis] = field.last[index]
             centre[..., field.axis] = field.stride * index + field.centre
     centre = np.clip(centre, 0, limit)
     first = np.where(last < first, np.floor(centre).astype(np.int64), first)
     return Pixels(first, np.maximum(last, first - 1), centre)
+
+
+def _check_positions(positions: Any, grid: tuple[int, ...]) -> None:
+    integers = np.issubdtype(positions.dtype, np.integer)
+    if positions.ndim == 0 or positions.shape[-1] != len(grid) or not integers:
+        raise ValueError(
+            f"positions must be integers of shape (..., {len(grid)}) for a map of size {grid}; got "
+            f"{positions.dtype} of shape {positions.shape}."
+        )
+    outside = ((positions < 0) | (positions >= np.array(grid))).any(axis=-1)
+    if outside.any():
+        position = tuple(map(int, positions[outside][0]))
+        raise IndexError(f"positions must lie inside the map {grid}; got {position}.")

@@ -1,4 +1,4 @@
-"""Arrows that move, as a GIF or an MP4."""
+"""Animated arrows, as a GIF or an MP4."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from nonlocal_jax.visualize.maps import AffinityMap
+from nonlocal_jax import files
+from nonlocal_jax.visualize.affinity_map import AffinityMap
 from nonlocal_jax.visualize.pictures import arrows
 
 Picture = UInt8[np.ndarray, "h w 3"]
+GIF_COLOURS = 128
 
 
 def animate(
@@ -24,38 +26,41 @@ def animate(
     sample: int = 0,
     seconds: float = 0.5,
 ) -> Path:
-    """Write `arrows` of one position after another: of a track through the clip, or of a walk over the map.
+    """Writes a movie of `arrows` from one position after another, such as a track through the clip.
 
     Args:
-        affinity: of `affinities`.
-        clip: what the network saw.
+        affinity: A map that `affinities` returned.
+        clip: The input of the network.
         queries: (Q, axes), positions of the map in the order in which they are shown.
-        file: ends in .gif (Pillow) or .mp4 (PyAV, H.264).
-        top: how many arrows.
-        sample: which clip of the batch.
-        seconds: for which each is shown.
+        file: Path that ends in .gif (written by Pillow) or .mp4 (PyAV, H.264). It is replaced
+            atomically.
+        top: Number of arrows.
+        sample: Index of the clip in the batch.
+        seconds: Time for which each position is shown.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ValueError: another kind of file, a folder that is not there, no queries, a time that is not positive, or as `arrows`;
+        ValueError: Another type of file, a directory that does not exist, no queries, a time that
+            is not between 0.01 and 60 seconds, or for the reasons that `arrows` lists; raised
             before anything is written.
-        IndexError: a query outside the map.
+        IndexError: A query outside the map.
     """
     file, queries = Path(file), np.atleast_2d(np.asarray(queries))
     if file.suffix not in (".gif", ".mp4"):
         raise ValueError(f"file must end in .gif or .mp4; got {file.name!r}.")
     if not file.parent.is_dir():
-        raise ValueError(f"file must lie in a folder that is there; there is no {file.parent}.")
+        raise ValueError(f"file must be in an existing directory; {file.parent} does not exist.")
     if not 0.01 <= seconds <= 60:
-        raise ValueError(f"seconds must be from 0.01 to 60; got {seconds}.")
+        raise ValueError(f"seconds must be between 0.01 and 60; got {seconds}.")
     if not queries.size:
-        raise ValueError("queries must hold at least one position; got none.")
-    affinity.flat(queries)  # raises what is wrong with them
+        raise ValueError("queries must have at least one position; got none.")
+    affinity.flat(queries)  # raises for positions outside the map
     pictures = _pictures(affinity, clip, queries, top, sample)
     write = _write_gif if file.suffix == ".gif" else _write_mp4
-    write(pictures, file, seconds)
+    with files.atomic_write(file) as partial:
+        write(pictures, partial, seconds)
     return file
 
 
@@ -73,26 +78,23 @@ def _pictures(
 def _write_gif(pictures: Iterator[Picture], file: Path, seconds: float) -> None:
     from PIL import Image
 
-    first, *others = (Image.fromarray(picture).quantize(128) for picture in pictures)
-    first.save(file, save_all=True, append_images=others, duration=round(1000 * seconds), loop=0)
+    first, *later = (Image.fromarray(picture).quantize(GIF_COLOURS) for picture in pictures)
+    timing: dict[str, Any] = {"duration": round(1000 * seconds), "loop": 0}
+    first.save(file, format="GIF", save_all=True, append_images=later, **timing)
 
 
 def _write_mp4(pictures: Iterator[Picture], file: Path, seconds: float) -> None:
     import av
 
-    with av.open(str(file), "w") as container:
+    with av.open(str(file), "w", format="mp4") as container:
         stream: Any = None
         for picture in pictures:
-            height, width = (
-                n // 2 * 2 for n in picture.shape[:2]
-            )  # H.264 with 4:2:0 wants them even
+            # H.264 with 4:2:0 chroma subsampling requires even sizes.
+            height, width = (size // 2 * 2 for size in picture.shape[:2])
             if stream is None:
-                stream = container.add_stream(
-                    "libx264", rate=Fraction(1 / seconds).limit_denominator(1000)
-                )
+                rate = Fraction(1 / seconds).limit_denominator(1000)
+                stream = container.add_stream("libx264", rate=rate)
                 stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            frame = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(picture[:height, :width]), format="rgb24"
-            )
-            container.mux(stream.encode(frame))
+            cropped = np.ascontiguousarray(picture[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(cropped, format="rgb24")))
         container.mux(stream.encode(None))

@@ -1,4 +1,4 @@
-"""A page of one file in which one points at a position and sees where it looks."""
+"""An interactive page in a single file: point at a position to see what it attends to."""
 
 import base64
 import dataclasses
@@ -14,22 +14,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from nonlocal_jax import files
 from nonlocal_jax.visualize import measures
-from nonlocal_jax.visualize.frames import Scene, of_sample
-from nonlocal_jax.visualize.maps import AffinityMap
-from nonlocal_jax.visualize.pictures import WEIGHTS
+from nonlocal_jax.visualize.affinity_map import AffinityMap
+from nonlocal_jax.visualize.frames import Scene, select_clip
+from nonlocal_jax.visualize.panels import TITLES, WEIGHTS
 
-BUDGET = 12 << 20  # bytes of affinities in a page
-SMALL = 64  # pixels: pictures up to this size are stored without loss
+MAX_BYTES = 12 << 20  # of the affinities in a page, before base64
+LOSSLESS_SIZE = 64  # pixels; larger pictures are stored as JPEG
+LEVELS = 127  # of the square root of a share, in 8 bits with a sign
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A page that was written; as the value of a notebook's cell it shows itself.
+    """A page that `explore` wrote; a notebook displays it.
 
     Attributes:
-        file: of the page.
-        height: of the frame in a notebook, in pixels.
+        file: Path of the page.
+        height: Height of the page in a notebook, in pixels.
     """
 
     file: Path
@@ -37,7 +39,8 @@ class Page:
 
     def _repr_html_(self) -> str:
         page = html.escape(self.file.read_text(encoding="utf-8"))
-        return f'<iframe srcdoc="{page}" style="width: 100%; height: {self.height}px; border: 0"></iframe>'
+        style = f"width: 100%; height: {self.height}px; border: 0"
+        return f'<iframe srcdoc="{page}" style="{style}"></iframe>'
 
 
 def explore(
@@ -48,32 +51,39 @@ def explore(
     sample: int = 0,
     query: tuple[int, ...] | None = None,
     title: str = "Where it looks",
+    max_bytes: int = MAX_BYTES,
 ) -> Page:
-    """Write a page in which one points at, taps, or goes by keys to a position, and sees where it looks, in every block.
+    """Writes a page that shows what any position of any block attends to.
 
-    The file holds all that it shows and loads nothing. Of each position the largest weights are kept, as many as fit into
-    12 MiB, in steps of 1/127 of the square root of the largest; the page says how many of the keys these are.
+    Positions are selected by mouse, touch or keyboard. The file contains everything it shows and
+    loads nothing from elsewhere. For each position the largest weights are stored, as many as fit
+    into `max_bytes`, in steps of 1/127 of the square root of the largest; the page states how many
+    of the keys these are.
 
     Args:
-        maps: of `affinities`, or one of them; the page calls each by its name here, so maps of two networks may be compared.
-        clip: what the network saw, (B, T, H, W, C) or one clip (T, H, W, C); images likewise without T.
-        file: of the page.
-        sample: which clip of the batch.
-        query: the position that is shown first, of the first block; None is the middle.
-        title: of the page.
+        maps: The maps that `affinities` returned, or one of them. The page uses the names of the
+            mapping, so maps of two networks can be compared.
+        clip: The input of the network, (B, T, H, W, C), or one clip (T, H, W, C); images without T.
+        file: Path of the page. It is replaced atomically.
+        sample: Index of the clip in the batch.
+        query: Position of the first block that is selected at first; None for the middle.
+        title: Title of the page.
+        max_bytes: Size of the stored weights.
 
     Returns:
-        The page, which a notebook shows.
+        The page, which a notebook displays.
 
     Raises:
-        ValueError: no maps, a file that cannot be there, weights that are not finite, another clip than the network saw, or
-            a map whose axes are not in the order of the input's; before anything is written.
-        IndexError: a query outside the map.
-        GeometryError: a network whose receptive fields cannot be followed.
+        ValueError: No maps, a path that cannot be written, weights that are not finite, another
+            clip than the network saw, or a map whose axes are not in the order of the input's;
+            raised before anything is written.
+        IndexError: A query outside the map.
+        GeometryError: The receptive fields of a block cannot be followed.
 
     >>> import jax, jax.numpy as jnp, tempfile
     >>> import flax.linen as nn, nonlocal_jax as nl
-    >>> model = nn.Sequential([nn.Conv(8, (3, 3), strides=2), nl.layers.nonlocal_block("embedded_gaussian")])
+    >>> block = nl.layers.nonlocal_block("embedded_gaussian")
+    >>> model = nn.Sequential([nn.Conv(8, (3, 3), strides=2), block])
     >>> image = jax.random.uniform(jax.random.key(0), (1, 24, 24, 3))
     >>> maps = nl.visualize.affinities(model, model.init(jax.random.key(1), image), image)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -82,94 +92,125 @@ def explore(
     True
     """
     maps = {maps.block: maps} if isinstance(maps, AffinityMap) else dict(maps)
-    file = Path(file)
     if not maps:
         raise ValueError("maps must have at least one block; got none.")
-    if not file.absolute().parent.is_dir():
-        raise ValueError(
-            f"file must lie in a folder that is there; there is no {file.absolute().parent}."
-        )
-    if file.is_dir():
-        raise ValueError(f"file must not be a folder; got {file}.")
-    drawn = {name: of_sample(one, clip, sample) for name, one in maps.items()}
-    first, scenes = next(iter(drawn.values()))[0], [at for _, at in drawn.values()]
-    start = first.single(tuple(n // 2 for n in first.queries) if query is None else query)
-    numbers = sorted({int(number) for at in scenes for number in at.numbers})
-    pictures = {
-        int(n): picture for at in scenes for n, picture in zip(at.numbers, at.pictures, strict=True)
-    }
+    file = _checked_path(file)
+    selected = {name: select_clip(affinity, clip, sample) for name, affinity in maps.items()}
+    first_map, first_scene = next(iter(selected.values()))
+    middle = tuple(n // 2 for n in first_map.queries)
+    start = first_map.single(middle if query is None else query)
+    pictures = _pictures([scene for _, scene in selected.values()])
+    numbers = sorted(pictures)
+    blocks = [
+        {"name": name, **_block(affinity, scene, numbers, max_bytes // len(selected))}
+        for name, (affinity, scene) in selected.items()
+    ]
     record = {
         "title": title,
-        "size": next(iter(pictures.values())).shape[:2],
+        "size": first_scene.pictures.shape[1:3],
         "numbers": numbers,
-        "pictures": [_as_url(pictures[number]) for number in numbers],
+        "pictures": [_data_url(pictures[number]) for number in numbers],
         "query": [*[0] * (3 - len(start)), *start],
-        "blocks": [
-            {"name": name, **_block(one, at, numbers, BUDGET // len(drawn))}
-            for name, (one, at) in drawn.items()
-        ],
+        "blocks": blocks,
     }
     template = (resources.files("nonlocal_jax.visualize") / "page.html").read_text(encoding="utf-8")
-    text = json.dumps(record, allow_nan=False).replace(
-        "<", "\\u003c"
-    )  # nothing in a name can end the script
-    file.write_text(template.replace("/*data*/", text), encoding="utf-8")
+    # Escaped, so that a block named "</script>" cannot end the script element.
+    text = json.dumps(record, allow_nan=False).replace("<", "\\u003c")
+    files.write_text(file, template.replace("/*data*/", text))
     return Page(file)
 
 
-def _block(one: AffinityMap, at: Scene, numbers: list[int], budget: int) -> dict[str, Any]:
-    """What the page needs of one block."""
-    queries, keys = math.prod(one.queries), math.prod(one.keys)
+def _checked_path(file: Path | str) -> Path:
+    file = Path(file)
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"file must be in an existing directory; {folder} does not exist.")
+    if file.is_dir():
+        raise ValueError(f"file must not be a directory; got {file}.")
+    return file
+
+
+def _pictures(scenes: list[Scene]) -> dict[int, Float[np.ndarray, "h w 3"]]:
+    """Returns the input frames that any of the blocks is drawn on, by number."""
+    return {
+        int(number): picture
+        for scene in scenes
+        for number, picture in zip(scene.numbers, scene.pictures, strict=True)
+    }
+
+
+def _block(
+    affinity: AffinityMap, scene: Scene, numbers: list[int], max_bytes: int
+) -> dict[str, Any]:
+    """Returns the entry of one block in the data of the page."""
+    counted = affinity.counted().reshape(-1)
+    weights = _largest_weights(affinity, max_bytes)
+    kept = weights["kept"]
+    cut = f"; the {kept:,} largest of each position are stored" if kept < affinity.summed else ""
+    title, unit = TITLES[affinity.instantiation], WEIGHTS[affinity.instantiation]
+    key_frames = range(scene.keys.grid[0])
+    return {
+        "caption": f"{title[0].upper()}{title[1:]}: {unit}; {counted.max():,} keys{cut}.",
+        "queries": scene.queries.grid,
+        "keys": scene.keys.grid,
+        "panels": [numbers.index(int(number)) for number in scene.numbers],
+        "key_panels": [scene.place((frame, 0, 0), "keys")[0] for frame in key_frames],
+        "queries_axes": _axes(scene, "queries"),
+        "keys_axes": _axes(scene, "keys"),
+        "counted": _base64(counted.astype(np.uint32)),
+        **weights,
+    }
+
+
+def _largest_weights(affinity: AffinityMap, max_bytes: int) -> dict[str, Any]:
+    """Returns the largest weights of each query as flat keys and signed levels.
+
+    A level is the square root of the share, relative to the largest, in `LEVELS` steps.
+    """
+    queries, keys = math.prod(affinity.queries), math.prod(affinity.keys)
     wide = keys > 1 << 16
-    kept = max(min(one.summed, budget // (queries * (5 if wide else 3))), 1)
+    entry_bytes = 5 if wide else 3
+    kept = max(min(affinity.summed, max_bytes // (queries * entry_bytes)), 1)
     indices = np.zeros((queries, kept), np.uint32 if wide else np.uint16)
-    weights = np.zeros((queries, kept), np.int8)
+    levels = np.zeros((queries, kept), np.int8)
     largest = np.zeros(queries, np.float32)
-    for ids, key_ids, rows in one.chunks():
+    for ids, key_ids, rows in affinity.chunks():
         share = measures.shares(rows[0])
         order = np.argsort(-share, axis=-1, kind="stable")[:, :kept]
         top = np.take_along_axis(share, order, axis=-1)
-        largest[ids], indices[ids] = top[:, 0], key_ids[order]
         sign = np.sign(np.take_along_axis(rows[0], order, axis=-1))
-        weights[ids] = np.round(
-            127 * sign * np.sqrt(top / np.maximum(top[:, :1], np.finfo(np.float32).tiny))
-        )
-    counted = one.counted().reshape(-1)
-    part = f"; of each position the {kept:,} largest are kept" if kept < one.summed else ""
+        relative = top / np.maximum(top[:, :1], np.finfo(np.float32).tiny)
+        levels[ids] = np.round(LEVELS * sign * np.sqrt(relative))
+        indices[ids] = key_ids[order]
+        largest[ids] = top[:, 0]
     return {
-        "caption": f"{one.instantiation.replace('_', ' ')}; {WEIGHTS[one.instantiation]}; {counted.max():,} keys{part}.",
-        "queries": at.queries.grid,
-        "keys": at.keys.grid,
-        "panels": [numbers.index(int(number)) for number in at.numbers],
-        "key_panels": [at.place((frame, 0, 0), "keys")[0] for frame in range(at.keys.grid[0])],
-        "queries_axes": _axes(at, "queries"),
-        "keys_axes": _axes(at, "keys"),
-        "counted": _base64(counted.astype(np.uint32)),
         "kept": kept,
         "wide": wide,
         "indices": _base64(indices),
-        "weights": _base64(weights),
+        "weights": _base64(levels),
         "largest": _base64(largest),
     }
 
 
-def _axes(at: Scene, of: str) -> list[tuple[int, float] | None]:
-    """Stride and centre, in pixels, along rows and columns."""
-    geometry = at.queries if of == "queries" else at.keys
+def _axes(scene: Scene, side: str) -> list[tuple[int, float] | None]:
+    """Returns stride and centre, in pixels, along rows and columns."""
     return [
         None if field is None else (int(field.stride), float(field.centre))
-        for field in geometry.fields[1:]
+        for field in scene.geometry(side).fields[1:]
     ]
 
 
-def _as_url(picture: Float[np.ndarray, "h w 3"]) -> str:
+def _data_url(picture: Float[np.ndarray, "h w 3"]) -> str:
     from PIL import Image
 
-    file, small = io.BytesIO(), max(picture.shape[:2]) <= SMALL
+    lossless = max(picture.shape[:2]) <= LOSSLESS_SIZE
+    kind, options = ("png", {}) if lossless else ("jpeg", {"quality": 90})
+    file = io.BytesIO()
     image = Image.fromarray((255 * picture + 0.5).astype(np.uint8))
-    image.save(file, format="PNG" if small else "JPEG", **({} if small else {"quality": 90}))
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _base64(array: np.ndarray) -> str:
-    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+    little_endian = array.astype(array.dtype.newbyteorder("<"))
+    return base64.b64encode(little_endian.tobytes()).decode()

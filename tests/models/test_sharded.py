@@ -46,7 +46,7 @@ def two_devices():
     ],
 )
 def test_equals_one_device(kind, clip, preset, train, options):
-    """In double precision: in single, rounding may switch a ReLU or the maximum of a pooling."""
+    """In float64. In float32, rounding flips a ReLU or a maximum, and 3% of a gradient with it."""
     with jax.enable_x64(True):
         check_equal(kind, clip, preset, train, options)
 

@@ -1,4 +1,4 @@
-"""The blocks of any network are found: in Linen and NNX, in the order in which they run, again and at other sizes."""
+"""Blocks are found in any network: Linen or NNX, of this library or of a user, in running order."""
 
 import chex
 import flax.linen as nn
@@ -7,91 +7,213 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from visualize.networks import TwoBlocks, clips, with_weights
+from visualize.networks import OneBlock, TwoBlocks, clips, random_variables
 
 import nonlocal_jax as nl
 from nonlocal_jax.visualize import GeometryError, NoBlocksError, affinities
 
 
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 def test_blocks_are_found_in_the_order_in_which_they_run():
     x = clips()
     model = TwoBlocks()
-    variables = with_weights(model, x)
-    maps = affinities(model, variables, x)
+    variables = random_variables(model, x)
+    maps = affinities(model, variables, x, blocks=["second", "first"])
     assert list(maps) == ["first", "second"]
-    assert [one.queries for one in maps.values()] == [(4, 6, 10), (4, 3, 5)]
-    assert [one.keys for one in maps.values()] == [(4, 3, 5), (4, 3, 5)]
+    assert [affinity.queries for affinity in maps.values()] == [(4, 6, 10), (4, 3, 5)]
+    assert [affinity.keys for affinity in maps.values()] == [(4, 3, 5), (4, 3, 5)]
     assert list(affinities(model, variables, x, blocks="second")) == ["second"]
-    assert list(affinities(model, variables, x, blocks=["second", "first"])) == ["first", "second"]
 
 
 def test_their_order_is_not_that_of_their_names():
     names = ("zeta", "block_10", "block_9", "alpha")
 
-    class Many(nn.Module):
+    class FourBlocks(nn.Module):
         @nn.compact
         def __call__(self, x):
             for name in names:
                 x = nl.layers.nonlocal_block("dot_product", name=name)(x)
             return x
 
-    x = jnp.ones((1, 6, 4))
-    variables = Many().init(jax.random.key(0), x)
-    assert tuple(affinities(Many(), variables, x)) == names
-    assert tuple(affinities(Many(), variables, x, blocks=["alpha", "zeta"])) == ("zeta", "alpha")
+    x = np.ones((1, 6, 4), np.float32)
+    variables = random_variables(FourBlocks(), x)
+    assert tuple(affinities(FourBlocks(), variables, x)) == names
+    selected = affinities(FourBlocks(), variables, x, blocks=["alpha", "zeta"])
+    assert tuple(selected) == ("zeta", "alpha")
 
 
-def test_arguments_go_to_the_model():
+class PairwiseAttention(nn.Module):
+    """A block as a user would write it, outside this library."""
+
+    with_layout: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        batch, *positions, channels = x.shape
+        rows = x.reshape(batch, -1, channels)
+        theta = nn.Dense(4, name="theta")(rows)
+        phi = nn.Dense(4, name="phi")(rows[:, ::2])
+        g = nn.Dense(4, name="g")(rows[:, ::2])
+        layout = None
+        if self.with_layout:  # every second column is a key
+            window = (1,) * (len(positions) - 1) + (2,)
+            layout = nl.layers.SumLayout(tuple(positions), window)
+        y = nl.layers.nonlocal_response(self, "dot_product", theta, phi, g, layout=layout)
+        residual = nn.Dense(channels, name="out")(y).reshape(x.shape)
+        ratio = jnp.linalg.norm(residual) / jnp.linalg.norm(x)
+        self.sow("intermediates", "residual_ratio", ratio)
+        return x + residual
+
+
+class UserNetwork(nn.Module):
+    """A user's block, whose output goes into a block of the library."""
+
+    with_layout: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3), strides=2, name="conv1")(x)
+        x = PairwiseAttention(self.with_layout, name="own")(x)
+        x = nn.Conv(6, (3, 3), strides=2, name="conv2")(x)
+        return nl.layers.nonlocal_block("dot_product", name="library")(x)
+
+
+@pytest.mark.parametrize("with_layout", [True, False])
+def test_a_block_written_by_a_user_is_found(with_layout):
+    x = normal((2, 12, 16, 3))
+    model = UserNetwork(with_layout)
+    variables = random_variables(model, x)
+    maps = affinities(model, variables, x)
+    assert list(maps) == ["own", "library"]
+    own = maps["own"]
+    if with_layout:
+        assert (own.queries, own.keys) == ((6, 8), (6, 4))
+        assert own.geometry().fields[0].stride == 2
+        assert own.geometry("keys").fields[1].stride == 4
+    else:
+        assert (own.queries, own.keys) == ((48,), (24,))
+        with pytest.raises(
+            GeometryError,
+            match=r"own: the module does not say which positions its rows are; pass layout="
+            r"nl\.layers\.SumLayout\(\.\.\.\) to nl\.layers\.nonlocal_response",
+        ):
+            own.geometry()
+    # The receptive fields of later blocks are followed through the user's block in either case.
+    assert maps["library"].geometry().fields[0].stride == 4
+
+    weights = variables["params"]
+    features = nn.Conv(6, (3, 3), strides=2).apply({"params": weights["conv1"]}, x)
+    rows = np.asarray(features).reshape(2, 48, 6)
+    theta = rows @ weights["own"]["theta"]["kernel"]
+    phi = rows[:, ::2] @ weights["own"]["phi"]["kernel"]
+    queries = np.stack(np.unravel_index(np.arange(48), own.queries), axis=-1)
+    np.testing.assert_allclose(
+        own.rows(queries).reshape(2, 48, 24), theta @ phi.swapaxes(1, 2) / 24, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("with_layout", [True, False])
+def test_describe_and_cost_find_a_block_written_by_a_user(with_layout):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            block = PairwiseAttention(with_layout, name="own")
+            with nl.layers.enclosing_block(block):
+                return block(x)
+
+    x = jnp.asarray(normal((2, 12, 16, 3)))
+    (description,) = nl.describe(Wrapped(), random_variables(Wrapped(), x), x, expected=1)
+    assert str(description).startswith("own: PairwiseAttention, ")
+    assert description.ratio > 0
+    rows = {layer.place: layer for layer in nl.models.cost(Wrapped(), x.shape).layers}
+    assert rows["own"].multiply_adds == 2 * 192 * 96 * (4 + 4)
+
+
+def test_a_layout_that_does_not_fit_is_an_error():
+    class Cropped(nn.Module):
+        """The rows of θ are not the positions of the module's input."""
+
+        rows: int
+
+        @nn.compact
+        def __call__(self, x):
+            theta = x[:, : self.rows]
+            layout = nl.layers.SumLayout((5,), (1,))
+            y = nl.layers.nonlocal_response(
+                self, "dot_product", theta, x[:, :5], x[:, :5], layout=layout
+            )
+            return y
+
+    x = normal((1, 6, 4))
+    (affinity,) = affinities(Cropped(5), {}, x).values()
+    with pytest.raises(
+        GeometryError,
+        match=r"the layout must have the positions of the module's input, \(6,\); got \(5,\)",
+    ):
+        affinity.geometry()
+    with pytest.raises(
+        ValueError, match=r"layout of Cropped must have as many positions as theta has rows, 4; got"
+    ):
+        affinities(Cropped(4), {}, x)
+
+
+def test_arguments_are_passed_to_the_model():
     """A mask of each clip, and a flag."""
 
     class Masked(nn.Module):
         @nn.compact
         def __call__(self, x, *, mask, train):
             x = nn.Conv(4, (3, 3), strides=2)(x * mask[..., None])
-            return nl.layers.nonlocal_block("dot_product", name="block")(
-                x, train=train, mask=mask[:, ::2, ::2]
-            )
+            block = nl.layers.nonlocal_block("dot_product", name="block")
+            return block(x, train=train, mask=mask[:, ::2, ::2])
 
-    x = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
+    x = normal((2, 12, 16, 3))
     mask = jnp.ones((2, 12, 16), bool).at[1, :, 8:].set(False)
-    variables = Masked().init(jax.random.key(1), x, mask=mask, train=False)
-    one = affinities(Masked(), variables, x, mask=mask, train=False)["block"]
-    assert one.counted()[:, 0, 0].tolist() == [12, 6]
-    assert not one.rows((0, 0))[1, 0, :, 2:].any()
-    assert one.geometry().fields[0].stride == 2
+    options = {"mask": mask, "train": False}
+    variables = random_variables(Masked(), x, **options)
+    affinity = affinities(Masked(), variables, x, **options)["block"]
+    assert affinity.counted()[:, 0, 0].tolist() == [12, 6]
+    assert not affinity.rows((0, 0))[1, 0, :, 2:].any()
+    assert affinity.geometry().fields[0].stride == 2
 
+
+def test_arguments_that_do_not_belong_to_clips_are_not_cut():
     class Weighted(nn.Module):
         @nn.compact
-        def __call__(self, x, *, of_batch):
-            return nl.layers.nonlocal_block("dot_product", name="block")(
-                x * of_batch.reshape(2, 1, 1, 1)
-            )
+        def __call__(self, x, *, weights):
+            block = nl.layers.nonlocal_block("dot_product", name="block")
+            return block(x * weights.reshape(2, 1, 1, 1))
 
-    variables = Weighted().init(jax.random.key(1), x, of_batch=jnp.ones((1, 2)))
-    one = affinities(Weighted(), variables, x, of_batch=jnp.ones((1, 2)))["block"]
-    assert one.rows((0, 0)).shape == (2, 1, 6, 8)
-    one = affinities(Weighted(), variables, x, of_batch=jnp.ones((2, 1)))["block"]
-    with pytest.raises(GeometryError, match="block: the network cannot be traced with one clip: "):
-        one.geometry()
+    x = normal((2, 6, 8, 3))
+    weights = np.ones((1, 2), np.float32)
+    variables = random_variables(Weighted(), x, weights=weights)
+    affinity = affinities(Weighted(), variables, x, weights=weights)["block"]
+    assert affinity.rows((0, 0)).shape == (2, 1, 3, 4)
+    affinity = affinities(Weighted(), variables, x, weights=weights.T)["block"]
+    with pytest.raises(
+        GeometryError, match="block: the network cannot be traced with a single clip: "
+    ):
+        affinity.geometry()
 
 
-def test_one_block_at_two_sizes():
-    class Pyramid(nn.Module):
+def test_prng_keys_are_not_cut():
+    class Dropped(nn.Module):
         @nn.compact
         def __call__(self, x):
-            block = nl.layers.nonlocal_block("embedded_gaussian", subsample=False, name="block")
-            return block(x).mean() + block(nn.max_pool(x, (2, 2), (2, 2))).mean()
+            x = nn.Dropout(0.5, deterministic=False)(x)
+            return nl.layers.nonlocal_block("dot_product", name="block")(x)
 
-    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 4))
-    fine, coarse = affinities(Pyramid(), Pyramid().init(jax.random.key(1), x), x).values()
-    assert (fine.queries, coarse.queries, coarse.block) == ((6, 8), (3, 4), "block#2")
-    assert [one.geometry().grid for one in (fine, coarse)] == [(6, 8), (3, 4)]
-    for one in (fine, coarse):
-        np.testing.assert_allclose(one.rows([(0, 0), (2, 3)]).sum(axis=(2, 3)), 1, rtol=1e-5)
+    x, rngs = np.ones((2, 6, 8, 4), np.float32), {"dropout": jax.random.PRNGKey(0)}
+    block = nl.layers.nonlocal_block("dot_product")
+    variables = {kind: {"block": tree} for kind, tree in random_variables(block, x).items()}
+    assert affinities(Dropped(), variables, x, rngs=rngs)["block"].geometry().grid == (6, 8)
 
 
 def test_nnx_models():
-    """The maps are those of the same network in Linen, and the model is as it was before."""
+    """The maps are those of the same network in Linen, and the model is unchanged."""
 
     class Linen(nn.Module):
         @nn.compact
@@ -108,126 +230,100 @@ def test_nnx_models():
         def __call__(self, x):
             return self.blocks[0](self.conv(x))
 
-    x = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
+    def state(model):
+        return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
+
+    x = normal((2, 12, 16, 3))
     model = Nnx(nnx.Rngs(1))
-    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
+    state_before = state(model)
     maps = affinities(model, None, x)
     assert list(maps) == ["blocks/0"]
-    of_block = model.blocks[0]
-    variables = Linen().init(jax.random.key(0), x)
+    variables = random_variables(Linen(), x)
+    block = model.blocks[0]
+    norm = {name: block.out_norm[name] for name in variables["params"]["block"]["out_norm"]}
     params = {
-        "conv": {"kernel": model.conv.kernel[...], "bias": model.conv.bias[...]},
-        "block": jax.tree.map(lambda leaf: leaf[...], {"operation": of_block.operation, "out": of_block.out, "out_norm": {
-            name: of_block.out_norm[name] for name in variables["params"]["block"]["out_norm"]
-        }}, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)),
-    }  # fmt: skip
+        "conv": {"kernel": model.conv.kernel, "bias": model.conv.bias},
+        "block": {"operation": block.operation, "out": block.out, "out_norm": norm},
+    }
+    params = jax.tree.map(
+        lambda leaf: leaf[...], params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
     expected = affinities(Linen(), {**variables, "params": params}, x)["block"]
-    every = np.stack(np.unravel_index(np.arange(48), (6, 8)), axis=-1)
+    queries = np.stack(np.unravel_index(np.arange(48), (6, 8)), axis=-1)
     np.testing.assert_allclose(
-        maps["blocks/0"].rows(every), expected.rows(every), rtol=1e-5, atol=1e-7
+        maps["blocks/0"].rows(queries), expected.rows(queries), rtol=1e-5, atol=1e-7
     )
     assert maps["blocks/0"].geometry().fields[0].stride == 2
-    after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
-    chex.assert_trees_all_equal(after, before)
+    chex.assert_trees_all_equal(state(model), state_before)
     assert model.blocks[0].to_nnx__module.name is None
 
-    whole = nnx.bridge.ToNNX(Linen(), rngs=nnx.Rngs(0)).lazy_init(x)
-    assert list(affinities(whole, None, x)) == ["block"]
+
+def test_a_linen_network_inside_nnx():
+    x = jnp.asarray(normal((1, 5, 4)))
+    model = OneBlock(nl.layers.nonlocal_block("dot_product"))
+    bridged = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(x)
+    assert list(affinities(bridged, None, x)) == ["block"]
+
+
+def test_the_model_and_its_variables_must_belong_together():
+    x = normal((2, 12, 16, 3))
+    linear = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
     with pytest.raises(
-        TypeError, match="variables of an NNX module must be None, as it holds its own; got dict"
+        TypeError,
+        match="variables of an NNX module must be None, because the module holds its own; got dict",
     ):
-        affinities(model, {}, x)
+        affinities(linear, {}, x)
     with pytest.raises(
-        TypeError, match="variables of a Linen module must be those that `init` gives; got None"
+        TypeError, match="variables of a Linen module must be the result of `init`; got None"
     ):
-        affinities(Linen(), None, x)
+        affinities(TwoBlocks(), None, x)
     with pytest.raises(TypeError, match="model must be a Linen or an NNX module; got function"):
         affinities(lambda x: x, None, x)
     with pytest.raises(
         NoBlocksError, match="the model must have non-local blocks; Linear has none"
     ):
-        affinities(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), None, x)
+        affinities(linear, None, x)
 
 
-def test_a_network_that_is_used_at_two_sizes():
-    """A head over a pyramid, in Linen and in NNX."""
-
-    class Head(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nl.layers.nonlocal_block("embedded_gaussian", subsample=False, name="block")(x)
-
-    class Pyramid(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            head = nn.jit(Head)(name="head")
-            return head(x).mean() + head(x[:, ::2, ::2]).mean() + head(x).mean()
-
-    class Nnx(nnx.Module):
-        def __init__(self, rngs):
-            self.head = nnx.bridge.ToNNX(Head(), rngs=rngs).lazy_init(jnp.ones((1, 6, 8, 4)))
-
-        def __call__(self, x):
-            return self.head(x).mean() + self.head(x[:, ::2, ::2]).mean() + self.head(x).mean()
-
-    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 4))
-    for model, variables in (
-        (Pyramid(), Pyramid().init(jax.random.key(1), x)),
-        (Nnx(nnx.Rngs(0)), None),
-    ):
-        maps = affinities(model, variables, x)
-        assert list(maps) == ["head/block", "head/block#2", "head/block#3"]
-        assert [one.queries for one in maps.values()] == [(6, 8), (3, 4), (6, 8)]
-        assert [one.geometry().grid for one in maps.values()] == [(6, 8), (3, 4), (6, 8)]
-        assert maps["head/block#2"].geometry().fields[0].stride == 2
-        first, second, third = (one.rows((0, 0)) for one in maps.values())
-        np.testing.assert_array_equal(first, third)
-        assert second.shape == (2, 1, 3, 4)
+class Head(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nl.layers.nonlocal_block("embedded_gaussian", subsample=False, name="block")(x)
 
 
-def test_networks_that_jax_has_traced_already():
-    """Of what is under `jit` JAX keeps the trace, in which nothing can be seen."""
-
-    class Jitted(nnx.Module):
-        def __init__(self, rngs):
-            block = nl.layers.nonlocal_block("dot_product")
-            self.block = nnx.bridge.ToNNX(block, rngs=rngs).lazy_init(jnp.ones((1, 6, 8, 4)))
-
-        @nnx.jit
-        def __call__(self, x):
-            return self.block(x)
-
-    class Again(Jitted):
-        @nnx.remat
-        def __call__(self, x):
-            return self.block(x)
-
-    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 4))
-    model = Jitted(nnx.Rngs(0))
-    model(x)
-    for _ in range(2):
-        assert affinities(model, None, x)["block"].rows((0, 0)).shape == (2, 1, 3, 4)
-    model = Again(nnx.Rngs(0))
-    model(x)
-    for _ in range(2):
-        with pytest.raises(
-            ValueError,
-            match=r"blocks must not be inside nnx\.remat, nnx\.scan or nnx\.vmap; of block one",
-        ):
-            affinities(model, None, x)
+class LinenPyramid(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        head = nn.jit(Head)(name="head")
+        return head(x).mean() + head(x[:, ::2, ::2]).mean() + head(x).mean()
 
 
-def test_keys_of_the_model_are_not_of_the_clips():
-    class Dropped(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nl.layers.nonlocal_block("dot_product", name="block")(
-                nn.Dropout(0.5, deterministic=False)(x)
-            )
+class NnxPyramid(nnx.Module):
+    def __init__(self, rngs):
+        self.head = nnx.bridge.ToNNX(Head(), rngs=rngs).lazy_init(jnp.ones((1, 6, 8, 4)))
 
-    x, rngs = jnp.ones((2, 6, 8, 4)), {"dropout": jax.random.PRNGKey(0)}
-    variables = Dropped().init({"params": jax.random.key(0), **rngs}, x)
-    assert affinities(Dropped(), variables, x, rngs=rngs)["block"].geometry().grid == (6, 8)
+    def __call__(self, x):
+        return self.head(x).mean() + self.head(x[:, ::2, ::2]).mean() + self.head(x).mean()
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_block_that_runs_at_two_sizes(library):
+    """A head over a pyramid: each call has a map, numbered in the order of the calls."""
+    x = normal((2, 6, 8, 4))
+    if library == "linen":
+        model, variables = LinenPyramid(), random_variables(LinenPyramid(), x)
+    else:
+        model, variables = NnxPyramid(nnx.Rngs(0)), None
+    maps = affinities(model, variables, x)
+    assert list(maps) == ["head/block", "head/block#2", "head/block#3"]
+    assert maps["head/block#2"].block == "head/block#2"
+    assert [affinity.queries for affinity in maps.values()] == [(6, 8), (3, 4), (6, 8)]
+    assert [affinity.geometry().grid for affinity in maps.values()] == [(6, 8), (3, 4), (6, 8)]
+    assert maps["head/block#2"].geometry().fields[0].stride == 2
+    first, second, third = (affinity.rows([(0, 0), (2, 3)]) for affinity in maps.values())
+    np.testing.assert_array_equal(first, third)
+    np.testing.assert_allclose(first.sum(axis=(2, 3)), 1, rtol=1e-5)
+    np.testing.assert_allclose(second.sum(axis=(2, 3)), 1, rtol=1e-5)
 
 
 def test_a_block_that_is_called_twice_has_two_maps():
@@ -239,19 +335,52 @@ def test_a_block_that_is_called_twice_has_two_maps():
             )
             return block(block(x))
 
-    x = jax.random.normal(jax.random.key(0), (1, 6, 4))
-    variables = Twice().init(jax.random.key(1), x)
-    first, second = affinities(Twice(), variables, x).values()
+    x = normal((1, 6, 4))
+    first, second = affinities(Twice(), random_variables(Twice(), x), x).values()
     assert (first.block, second.block) == ("block", "block#2")
     assert np.abs(first.rows((0,)) - second.rows((0,))).max() > 1e-4
-    assert [one.geometry().grid for one in (first, second)] == [(6,), (6,)]
+    assert [affinity.geometry().grid for affinity in (first, second)] == [(6,), (6,)]
 
 
-def test_blocks_that_are_computed_again_are_found():
+def test_networks_that_jax_has_traced_before():
+    """JAX caches the trace of a jitted function, in which no call is reported."""
+
+    class Jitted(nnx.Module):
+        def __init__(self, rngs):
+            block = nl.layers.nonlocal_block("dot_product")
+            self.block = nnx.bridge.ToNNX(block, rngs=rngs).lazy_init(jnp.ones((1, 6, 8, 4)))
+
+        @nnx.jit
+        def __call__(self, x):
+            return self.block(x)
+
+    class Rematerialised(Jitted):
+        @nnx.remat
+        def __call__(self, x):
+            return self.block(x)
+
+    x = normal((2, 6, 8, 4))
+    model = Jitted(nnx.Rngs(0))
+    model(x)
+    for _ in range(2):
+        assert affinities(model, None, x)["block"].rows((0, 0)).shape == (2, 1, 3, 4)
+    model = Rematerialised(nnx.Rngs(0))
+    model(x)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError,
+            match=r"blocks must not be inside nnx\.remat, nnx\.scan or nnx\.vmap; at least one of "
+            r"block is",
+        ):
+            affinities(model, None, x)
+
+
+def test_rematerialised_blocks_are_found():
     x = clips((1, 2, 4, 6, 3))
     model = nn.Sequential([nn.remat(nl.layers.NonLocalBlock)(nl.layers.DotProduct())])
-    (one,) = affinities(model, model.init(jax.random.key(0), x), x).values()
-    assert one.rows((0, 0, 0)).shape == (1, 1, 2, 2, 3)
+    (affinity,) = affinities(model, random_variables(model, x), x).values()
+    assert affinity.rows((0, 0, 0)).shape == (1, 1, 2, 2, 3)
+    assert affinity.geometry().grid == (2, 4, 6)
 
 
 def test_blocks_inside_vmap_are_refused():
@@ -268,12 +397,13 @@ def test_blocks_inside_vmap_are_refused():
             )
             return block(nl.layers.DotProduct(), norm=None, name="block")(x)
 
-    x = jnp.ones((3, 2, 5, 4))
+    x = np.ones((3, 2, 5, 4), np.float32)
     for axes in ({"params": 0}, {"params": 0, "intermediates": 0}):
+        model = Vmapped(axes)
         with pytest.raises(
             ValueError, match=r"blocks must not be inside nn\.scan, nn\.vmap or .*; block.* is"
         ):
-            affinities(Vmapped(axes), Vmapped(axes).init(jax.random.key(0), x), x)
+            affinities(model, random_variables(model, x), x)
 
 
 def test_blocks_inside_scan_are_refused():
@@ -285,12 +415,13 @@ def test_blocks_inside_scan_are_refused():
     class Scanned(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.scan(
+            steps = nn.scan(
                 Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
-            )()(x, None)[0]
+            )
+            return steps()(x, None)[0]
 
-    x = jnp.ones((1, 5, 4))
+    x = np.ones((1, 5, 4), np.float32)
     with pytest.raises(
         ValueError, match=r"blocks must not be inside nn\.scan, nn\.vmap or .*; .*block is"
     ):
-        affinities(Scanned(), Scanned().init(jax.random.key(0), x), x)
+        affinities(Scanned(), random_variables(Scanned(), x), x)

@@ -1,101 +1,88 @@
-"""Receptive fields are those that gradients measure, index by index, and what cannot be followed says why."""
-
-import itertools
+"""Receptive fields equal those that NaNs measure, index by index; obstacles are named."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from visualize.networks import random_variables
 
 import nonlocal_jax as nl
-from nonlocal_jax.layers import NonLocalBlock, conv
+from nonlocal_jax.layers import NonLocalBlock, VideoConv
 from nonlocal_jax.models.toy_video import ToyVideoNet
 from nonlocal_jax.visualize import GeometryError, affinities, to_pixels
 from nonlocal_jax.visualize.geometry import pixels_of
 from nonlocal_jax.visualize.tracing import geometries
 
 
-@pytest.fixture(autouse=True)
-def without_tiles(monkeypatch):
-    """Convolutions in tiles leave rounding errors beyond the receptive field, which gradients would show."""
-    monkeypatch.setattr(conv, "_in_tiles_where_faster", lambda *args: None)
+def geometry_of(model, shape, block="block"):
+    """Returns the geometry of a block from shapes alone."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    return geometries(model.apply, variables, x)[block]
 
 
-def measured(model, variables, shape, block):
-    """First and last input index with a gradient, along each axis, for every position on the diagonal of the block's map.
+def reached_by_nan(model, shape, block):
+    """Returns, for each axis, which input indices (rows) reach which indices of the block's input.
 
-    All weights are positive and each output is a mean, so that no gradient vanishes by chance. Inputs grow along each axis, or
-    shrink, so that max poolings pass on the gradient of the last position of a window, or of the first. Other blocks are left
-    out.
+    Each clip of a batch is NaN at one index of one axis and 1 elsewhere; every output that depends
+    on such an input becomes NaN, whatever the weights. Other blocks are left out.
     """
 
-    def positive(path, leaf):
-        if path[-1].key == "kernel":
-            kernel = np.random.default_rng(0).uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-            return kernel / kernel.sum(axis=tuple(range(leaf.ndim - 1)), keepdims=True)
-        return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
-
-    variables = jax.tree_util.tree_map_with_path(positive, variables)
-    where = np.indices(shape[1:-1]).astype(np.float32)
-    exponents = np.stack(
-        [np.tensordot(way, where, 1) for way in itertools.product((0.4, -0.4), repeat=len(where))]
-    )
-    x = jnp.exp(exponents - exponents.min())  # from 1 on: tinier ones would be slow
-    x = jnp.broadcast_to(x[..., None], (*x.shape, shape[-1]))
-
-    def features(x):
-        found = {}
-
-        def keep(call, args, kwargs, context):
-            if not isinstance(context.module, NonLocalBlock):
-                return call(*args, **kwargs)
-            found["/".join(context.module.path)] = args[0]
+    def plain(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, VideoConv):
+            # The tiles of the fast CPU forms would spread a NaN over a whole tile.
+            kernel = module.variables["params"]["kernel"]
+            padding = [(size // 2, size // 2) for size in module.kernel_size]
+            layouts = ("NDHWC", "DHWIO", "NDHWC")
+            options = {"dimension_numbers": layouts, "feature_group_count": module.groups}
+            return jax.lax.conv_general_dilated(args[0], kernel, module.strides, padding, **options)
+        if isinstance(module, NonLocalBlock):
+            found["/".join(module.path)] = args[0]
             return (args[0], None) if kwargs.get("return_map") else args[0]
+        return call(*args, **kwargs)
 
-        with nn.intercept_methods(keep):
-            model.apply(variables, x)
-        return found[block]
-
-    grid = jax.eval_shape(features, x).shape[1:-1]
+    found = {}
+    size = shape[1:-1]
+    clips = np.ones((sum(size), *size, shape[-1]), np.float32)
+    slabs = [(axis, index) for axis, length in enumerate(size) for index in range(length)]
+    for clip, (axis, index) in zip(clips, slabs, strict=True):
+        clip[(slice(None),) * axis + (index,)] = np.nan
+    variables = random_variables(model, jax.ShapeDtypeStruct(shape, jnp.float32))
 
     @jax.jit  # what comes after the block is never computed
-    def seen(position):
-        out, back = jax.vjp(features, x)
-        (gradient,) = back(
-            jnp.broadcast_to(
-                jnp.zeros(grid).at[tuple(position)].set(1.0)[None, ..., None], out.shape
-            )
-        )
-        return (gradient != 0).any(axis=(0, -1))
+    def reached(clips):
+        with nn.intercept_methods(plain):
+            model.apply(variables, clips)
+        return jnp.isnan(found[block]).any(axis=-1)
 
-    positions = np.array([[min(i, n - 1) for n in grid] for i in range(max(grid))])
-    fields = []
-    for position in positions:
-        mask = np.asarray(seen(position))
-        others = [tuple(j for j in range(mask.ndim) if j != i) for i in range(mask.ndim)]
-        fields.append([np.nonzero(mask.any(axis=axes))[0][[0, -1]] for axes in others])
-    return positions, np.array(fields)
+    masks = np.asarray(reached(clips))
+    starts = np.cumsum([0, *size])
+    reach = []
+    for axis, length in enumerate(size):
+        others = tuple(1 + i for i in range(len(size)) if i != axis)
+        reach.append(masks[starts[axis] : starts[axis] + length].any(axis=others))
+    return reach
 
 
 def check(model, shape, block):
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(1), x)
-    geometry = geometries(model.apply, variables, x)[block]
-    positions, fields = measured(model, variables, shape, block)
-    seen = pixels_of(geometry, positions)
-    np.testing.assert_array_equal(np.stack([seen.first, seen.last], axis=-1), fields)
-    return geometry
+    geometry = geometry_of(model, shape, block)
+    for field, reach in zip(geometry.fields, reached_by_nan(model, shape, block), strict=True):
+        length = len(reach)
+        np.testing.assert_array_equal(field.first, reach.argmax(axis=0))
+        np.testing.assert_array_equal(field.last, length - 1 - reach[::-1].argmax(axis=0))
 
 
 # Sizes that leave rows and columns over in the poolings, all different.
+@pytest.mark.networks
 @pytest.mark.parametrize(
     ("kind", "preset", "clip", "shape", "block"),
     [
-        ("i3d_3x1x1", "paper", "8x8", (1, 7, 75, 52, 3), "nonlocal_res4_1"),
-        ("i3d_3x1x1", "caffe2", "32x2", (1, 21, 45, 38, 3), "nonlocal_res3_0"),
-        ("i3d_3x3x3", "slowfast", "32x2", (1, 18, 47, 34, 3), "nonlocal_res4_1"),
-        ("c2d", "mmcv", "32x2", (1, 17, 43, 36, 3), "nonlocal_res3_0"),
+        ("i3d_3x1x1", "paper", "8x8", (1, 5, 45, 38, 3), "nonlocal_res4_1"),
+        ("i3d_3x1x1", "caffe2", "32x2", (1, 13, 31, 26, 3), "nonlocal_res3_0"),
+        ("i3d_3x3x3", "slowfast", "32x2", (1, 10, 31, 26, 3), "nonlocal_res4_1"),
+        ("c2d", "mmcv", "32x2", (1, 9, 27, 22, 3), "nonlocal_res3_0"),
     ],
 )
 def test_video_resnets(kind, preset, clip, shape, block):
@@ -110,27 +97,29 @@ def test_the_whole_resnet_50():
     model = nl.models.video_resnet(
         50, "i3d_3x1x1", 1, preset="slowfast", num_classes=3, width_per_group=4
     )
-    rows = check(model, (1, 8, 64, 48, 3), "nonlocal_res4_4").fields[1]
-    # conv1 and pool1; then a 3×3 in every residual block, 3 at stride 4 and the first of res3, 3 at 8 and the first of res4, 4 at 16.
+    rows = geometry_of(model, (1, 8, 64, 48, 3), "nonlocal_res4_4").fields[1]
+    # The stem has size 11. A 3×3 convolution in every residual block follows: 3 at stride 4 and the
+    # first of res3, 3 at stride 8 and the first of res4, 4 at stride 16.
     assert (rows.stride, rows.size) == (16, 11 + 2 * (4 * 4 + 4 * 8 + 4 * 16))
 
 
-def test_the_small_networks():
+def test_small_networks():
     block = nl.layers.nonlocal_block("embedded_gaussian", subsample=False)
     check(ToyVideoNet(2, block, "i3d"), (1, 5, 18, 23, 1), "block")
     check(nl.models.non_local_pytorch_mnist(), (1, 28, 28, 1), "nonlocal2")
+
+
+def test_an_image_network_has_a_time_axis_of_size_1():
     images = nl.models.cifar_resnet(14, {"res2": (1,), "res3": (0,)})
-    x = jnp.ones((1, 32, 32, 3))
-    maps = affinities(images, jax.jit(images.init)(jax.random.key(0), x), x)
-    assert [one.geometry().fields[0] for one in maps.values()] == [
-        None,
-        None,
-    ]  # the axis of its one frame
-    assert to_pixels(maps["nonlocal_res3_0"], (0, 4, 1)).centre.tolist() == [16, 4]
+    found = [
+        geometry_of(images, (1, 32, 32, 3), name) for name in ("nonlocal_res2_1", "nonlocal_res3_0")
+    ]
+    assert [geometry.fields[0] for geometry in found] == [None, None]
+    assert pixels_of(found[1], (0, 4, 1)).centre.tolist() == [16, 4]
 
 
-class Own(nn.Module):
-    """What people build: several kinds of windows, a shortcut, frames in the batch, a gate by means, axes that change places."""
+class ManyLayers(nn.Module):
+    """Windows of several types, a shortcut, frames in the batch, a gate of means, swapped axes."""
 
     @nn.compact
     def __call__(self, x):
@@ -147,137 +136,119 @@ class Own(nn.Module):
         return nl.layers.nonlocal_block("dot_product", subsample=False, name="block")(y)
 
 
-def test_what_sees_padding_alone_sees_nothing():
-    class Padded(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nl.layers.nonlocal_block("dot_product", name="block")(
-                nn.Conv(4, (1, 1), padding=2)(x)
-            )
-
-    x = jnp.ones((1, 5, 6, 2))
-    one = affinities(Padded(), Padded().init(jax.random.key(0), x), x)["block"]
-    seen = to_pixels(one, [(0, 0), (2, 9), (2, 3), (8, 8)])
-    assert seen.first.tolist() == [[0, 0], [0, 5], [0, 1], [4, 5]]
-    assert seen.last.tolist() == [[-1, -1], [0, 4], [0, 1], [3, 4]]
-
-
-def test_frames_in_the_batch_are_images():
-    class Images(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nl.layers.nonlocal_block("dot_product", name="block")(
-                x.reshape(-1, *x.shape[2:])
-            )
-
-    x = jnp.ones((1, 3, 6, 8, 4))
-    one = affinities(Images(), Images().init(jax.random.key(0), x), x)["block"]
-    assert one.batch == 3
-    with pytest.raises(
-        GeometryError,
-        match=r"frames are folded into the batch: .* give the model one frame at a time",
-    ):
-        one.geometry()
+def test_networks_written_by_users():
+    """The gate, which depends on all positions, is left out."""
+    geometry = geometry_of(ManyLayers(), (1, 3, 31, 26, 2))
+    assert [field.axis for field in geometry.fields] == [0, 2, 1]
+    assert [field.stride for field in geometry.fields] == [1, 4, 4]
+    # Convolution of 3; pooling of 3 at stride 2; dilated convolution of 5, mean of 2 at stride 4.
+    size = 3 + 2 * 2 + 4 * 4 + 4
+    assert [field.size for field in geometry.fields] == [3, size, size]
+    # The pooling pads its 15 rows by 1 on both sides, its 12 columns only at the end; the dilated
+    # convolution pads both by 2.
+    first = pixels_of(geometry, (1, 2, 3)).first
+    assert first.tolist() == [0, 3 * 4 - 2 - 2 * 4, 2 * 4 - 2 * 4]
 
 
-def test_networks_of_ones_own():
-    """The gate, which sees all, is left out."""
-    x = jnp.ones((1, 3, 31, 26, 2))
-    (one,) = affinities(Own(), jax.jit(Own().init)(jax.random.key(0), x), x).values()
-    t, columns, rows = one.geometry().fields
-    assert [field.axis for field in (t, columns, rows)] == [0, 2, 1]
-    assert [field.stride for field in (t, columns, rows)] == [1, 4, 4]
-    # conv 3, pooling 3 at stride 2, dilated conv 5 and mean of 2 at stride 4
-    assert [field.size for field in (t, columns, rows)] == [
-        3,
-        3 + 2 * 2 + 4 * 4 + 4,
-        3 + 2 * 2 + 4 * 4 + 4,
-    ]
-    seen = to_pixels(one, (1, 2, 3))
-    # The pooling pads its 15 rows by 1 before, its 12 columns behind alone; the dilated convolution pads both by 2.
-    assert seen.first.tolist() == [0, 3 * 4 - 2 - 2 * 4, 2 * 4 - 2 * 4]
-
-
-def test_keys_see_as_many_windows_as_are_pooled():
-    x = jnp.ones((1, 4, 12, 20, 3))
-    model = nn.Sequential(
-        [nl.layers.VideoConv(4, (1, 3, 3), (1, 2, 2)), nl.layers.nonlocal_block("dot_product")]
-    )
-    (one,) = affinities(model, model.init(jax.random.key(0), x), x).values()
-    seen = to_pixels(one, [(0, 0, 0), (3, 2, 4)], of="keys")
-    assert seen.first.tolist() == [[0, 0, 0], [3, 7, 15]]
-    assert seen.last.tolist() == [[0, 3, 3], [3, 11, 19]]
-    assert seen.centre.tolist() == [[0, 1, 1], [3, 9, 17]]
-
-
-class Before(nn.Module):
+class BlockAfter(nn.Module):
     """A block after any function."""
 
     function: object
 
     @nn.compact
     def __call__(self, x):
-        return nl.layers.nonlocal_block("dot_product", subsample=False, name="block")(
-            self.function(x)
-        )
+        block = nl.layers.nonlocal_block("dot_product", subsample=False, name="block")
+        return block(self.function(x))
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (
-            lambda x: x.reshape(1, -1, x.shape[-1]),
-            "block: receptive fields cannot be followed through a reshape that merges",
-        ),
-        (
-            lambda x: jax.image.resize(x, (1, 7, 9, 3), "bilinear"),
-            r"the axes of a map of \(7, 9\) must each run along an axis of",
-        ),
-        (lambda x: x[:, ::-1], "followed through rev along an axis of positions"),
-        (lambda x: jnp.cumsum(x, axis=1), "followed through cumsum along an axis of positions"),
-        (
-            lambda x: x[:, :3, :3] + nn.max_pool(x, (2, 2), (2, 2))[:, :3, :3],
-            "maps whose strides differ",
-        ),
-        (
-            lambda x: nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x),
-            "followed through a transposed convolution",
-        ),
-    ],
-)
-def test_what_cannot_be_followed_says_why(function, message):
-    """Maps are there all the same."""
-    x = jax.random.normal(jax.random.key(0), (1, 6, 8, 3))
-    model = Before(function)
-    (one,) = affinities(model, model.init(jax.random.key(0), x), x).values()
-    assert np.isfinite(one.rows((0,) * len(one.queries))).all()
+def test_a_position_of_padding_depends_on_nothing():
+    pad = BlockAfter(lambda x: jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))))
+    pixels = pixels_of(geometry_of(pad, (1, 5, 6, 2)), [(0, 0), (2, 9), (2, 3), (8, 8)])
+    assert pixels.first.tolist() == [[0, 0], [0, 5], [0, 1], [4, 5]]
+    assert pixels.last.tolist() == [[-1, -1], [0, 4], [0, 1], [3, 4]]
+
+
+def test_keys_depend_on_all_positions_that_are_pooled():
+    strided = nl.layers.VideoConv(4, (1, 3, 3), (1, 2, 2))
+    model = nn.Sequential([strided, nl.layers.nonlocal_block("dot_product")])
+    x = np.ones((1, 4, 12, 20, 3), np.float32)
+    (affinity,) = affinities(model, random_variables(model, x), x).values()
+    pixels = to_pixels(affinity, [(0, 0, 0), (3, 2, 4)], of="keys")
+    assert pixels.first.tolist() == [[0, 0, 0], [3, 7, 15]]
+    assert pixels.last.tolist() == [[0, 3, 3], [3, 11, 19]]
+    assert pixels.centre.tolist() == [[0, 1, 1], [3, 9, 17]]
+
+
+OBSTACLES = {
+    "merged": (
+        lambda x: x.reshape(1, -1, x.shape[-1]),
+        "receptive fields cannot be followed through a reshape that merges",
+    ),
+    "resized": (
+        lambda x: jax.image.resize(x, (1, 7, 9, 3), "bilinear"),
+        r"each axis of the map \(7, 9\) must correspond to an axis of the input",
+    ),
+    "reversed": (lambda x: x[:, ::-1], "followed through rev along an axis of positions"),
+    "summed": (
+        lambda x: jnp.cumsum(x, axis=1),
+        "followed through cumsum along an axis of positions",
+    ),
+    "strides": (
+        lambda x: x[:, :3, :3] + nn.max_pool(x, (2, 2), (2, 2))[:, :3, :3],
+        "maps whose strides differ",
+    ),
+    "transposed": (
+        lambda x: nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x),
+        "followed through a transposed convolution",
+    ),
+    "frames": (
+        lambda x: x.reshape(-1, *x.shape[2:]),
+        "frames are folded into the batch, .* pass one frame at a time",
+    ),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_an_obstacle_is_named(obstacle):
+    function, message = OBSTACLES[obstacle]
+    shape = (1, 2, 4, 5, 3) if obstacle == "frames" else (1, 6, 8, 3)
+    error = geometry_of(BlockAfter(function), shape)
+    assert isinstance(error, GeometryError)
     with pytest.raises(GeometryError, match=message):
-        to_pixels(one, (0,) * len(one.queries))
+        raise error
+
+
+def test_a_block_behind_an_obstacle_has_a_map():
+    x = np.random.default_rng(0).normal(size=(1, 3, 6, 8, 3)).astype(np.float32)
+    model = BlockAfter(lambda x: x.reshape(-1, *x.shape[2:]))
+    affinity = affinities(model, random_variables(model, x), x)["block"]
+    assert affinity.batch == 3
+    assert np.isfinite(affinity.rows((0, 0))).all()
+    with pytest.raises(GeometryError, match="block: frames are folded into the batch"):
+        to_pixels(affinity, (0, 0))
 
 
 @pytest.mark.usefixtures("as_users_see_it")
 def test_bad_positions():
-    x = jnp.ones((1, 6, 8, 3))
-    model = Before(lambda x: x)
-    (one,) = affinities(model, model.init(jax.random.key(0), x), x).values()
+    x = np.ones((1, 6, 8, 3), np.float32)
+    model = BlockAfter(lambda x: x)
+    (affinity,) = affinities(model, random_variables(model, x), x).values()
     with pytest.raises(
         IndexError, match=r"positions must lie inside the map \(6, 8\); got \(0, 8\)"
     ):
-        to_pixels(one, [(0, 0), (0, 8)])
+        to_pixels(affinity, [(0, 0), (0, 8)])
     with pytest.raises(
         ValueError,
-        match=r"positions must be integers, \(\.\.\., 2\) for a map of \(6, 8\); got int64 of shape \(3,\)",
+        match=r"positions must be integers of shape \(\.\.\., 2\) for a map of size \(6, 8\); got "
+        r"int64 of shape \(3,\)",
     ):
-        to_pixels(one, (0, 0, 0))
-    with pytest.raises(ValueError, match="of must be 'queries' or 'keys'; got 'values'"):
-        to_pixels(one, (0, 0), of="values")
+        to_pixels(affinity, (0, 0, 0))
+    with pytest.raises(ValueError, match="of must be one of 'queries', 'keys'; got 'values'"):
+        to_pixels(affinity, (0, 0), of="values")
 
 
 def test_nothing_is_computed():
-    """Shapes are enough, of a network that would not fit."""
-    model = nl.models.video_resnet(152, "i3d_3x3x3", 1, num_classes=3)
-    variables = jax.eval_shape(model.init, jax.random.key(0), model.example)
-    (found,) = geometries(
-        model.apply, variables, jax.ShapeDtypeStruct((64, 128, 320, 320, 3), jnp.float32)
-    ).values()
-    assert found.grid == (64, 20, 20)
+    """Shapes are enough, even for clips that would not fit into memory."""
+    model = nl.models.video_resnet((1, 1, 1, 1), "i3d_3x3x3", {"res4": (0,)}, num_classes=3)
+    geometry = geometry_of(model, (64, 128, 320, 320, 3), "nonlocal_res4_0")
+    assert geometry.grid == (64, 20, 20)

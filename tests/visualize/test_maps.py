@@ -1,183 +1,209 @@
-"""Rows, largest weights and summaries are those of the map that the block itself gives, whichever positions it sums."""
+"""Rows, largest weights and summaries equal those of the map that the block itself sows."""
 
 import dataclasses
-import importlib
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from visualize.networks import OneBlock, TwoBlocks, clips, with_weights
+from visualize.networks import OneBlock, TwoBlocks, clips, column_mask, random_variables
 
 import nonlocal_jax as nl
 from nonlocal_jax.visualize import NoBlocksError, affinities, measures
 
-MODULE = importlib.import_module("nonlocal_jax.visualize.maps")
 INSTANTIATIONS = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+LAYOUTS = {
+    "spacetime": {},
+    "space": {"axes": "space"},
+    "time": {"axes": "time"},
+    "groups": {"group_size": 2},
+    "masked": {"subsample": (2, 1, 3)},
+}
+SHAPE = (2, 4, 5, 9, 6)
+QUERIES = 4 * 5 * 9
 
 
-def by_itself(block, model, variables, x):
-    """(B, queries, keys) of zeros and, where keys are summed, what the block gives as its map."""
-    sown = model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]["block"][
-        "operation"
-    ]["affinity"][0]
-    sown, operation, (t, h, w) = np.asarray(sown), block.operation, x.shape[1:-1]
-    window = operation.subsampling((t, h, w))
-    keys = (t // window[0], h // window[1], w // window[2])
-    out = np.zeros((x.shape[0], t, h, w, *keys))
-    if operation.axes == "space":
+class AllBlocks(nn.Module):
+    """Blocks of every pairwise function and layout on one input, so that they are compiled once."""
+
+    @nn.compact
+    def __call__(self, x):
+        for instantiation in INSTANTIATIONS:
+            for layout, options in LAYOUTS.items():
+                name = f"{instantiation}_{layout}"
+                block = nl.layers.nonlocal_block(instantiation, name=name, **options)
+                block(x, mask=column_mask(x) if layout == "masked" else None)
+
+
+@pytest.fixture(scope="module")
+def all_maps():
+    """The maps of all blocks, and what each block sows as its affinity."""
+    x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    model = AllBlocks()
+    variables = random_variables(model, x)
+    maps = affinities(model, variables, x)
+
+    @jax.jit
+    def sown(variables, x):
+        intermediates = model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]
+        return {name: block["operation"]["affinity"][0] for name, block in intermediates.items()}
+
+    return maps, jax.tree.map(np.asarray, sown(variables, x))
+
+
+def dense_map(sown, options, keys):
+    """Returns (B, queries, keys): what the block sowed where keys are summed, 0 elsewhere."""
+    batch, t, h, w, _ = SHAPE
+    dense = np.zeros((batch, t, h, w, *keys))
+    if options.get("axes") == "space":
         for i in range(t):
-            out[:, i, :, :, i] = sown[:, i].reshape(-1, h, w, *keys[1:])
-    elif operation.axes == "time":
+            dense[:, i, :, :, i] = sown[:, i].reshape(-1, h, w, *keys[1:])
+    elif options.get("axes") == "time":
         for n in range(h * w):
-            out[:, :, n // w, n % w, :, n // w, n % w] = sown[:, n]
-    elif operation.group_size:
-        size, of_keys = operation.group_size, operation.group_size // window[0]
+            dense[:, :, n // w, n % w, :, n // w, n % w] = sown[:, n]
+    elif size := options.get("group_size"):
         for i in range(t // size):
-            part = sown[:, i].reshape(-1, size, h, w, of_keys, *keys[1:])
-            out[:, i * size : (i + 1) * size, :, :, i * of_keys : (i + 1) * of_keys] = part
+            group = slice(i * size, (i + 1) * size)
+            dense[:, group, :, :, group] = sown[:, i].reshape(-1, size, h, w, size, *keys[1:])
     else:
-        out[:] = sown.reshape(out.shape)
-    return out.reshape(x.shape[0], t * h * w, -1), keys
+        dense[:] = sown.reshape(dense.shape)
+    return dense.reshape(batch, QUERIES, -1)
+
+
+def dense_dependence(shares, sum_ids):
+    """Returns cosine distance and divergence of one clip by definition, from all pairs of rows."""
+    cosines, divergences = [], []
+    for index in np.unique(sum_ids):
+        rows = shares[(sum_ids == index) & (shares.sum(axis=-1) > 0)]
+        n = len(rows)
+        unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+        cosines.append((1 - unit @ unit.T).sum() / (n * (n - 1)) if n > 1 else 0)
+        mean = rows.sum(axis=0) / max(n, 1)
+        informations = [(r[r > 0] * np.log(r[r > 0] / mean[r > 0])).sum() for r in rows]
+        divergences.append(np.mean(informations) if n else 0)
+    return np.mean(cosines), np.mean(divergences)
 
 
 @pytest.mark.parametrize("instantiation", INSTANTIATIONS)
-@pytest.mark.parametrize(
-    ("options", "masked"),
-    [
-        ({}, False),
-        ({"axes": "space"}, False),
-        ({"axes": "time"}, False),
-        ({"group_size": 2}, False),
-        ({"subsample": (2, 1, 3)}, True),
-    ],
-    ids=["spacetime", "space", "time", "groups", "masked"],
-)
-def test_all_of_it_is_the_blocks_own_map(instantiation, options, masked, monkeypatch):
-    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 9, 6))
-    block = nl.layers.nonlocal_block(instantiation, **options)
-    model = OneBlock(block, masked)
-    variables = model.init(jax.random.key(1), x)
-    monkeypatch.setattr(MODULE, "CHUNK", 2 * 50 * 7)  # several chunks, the last one smaller
-    (one,) = affinities(model, variables, x).values()
-    expected, keys = by_itself(block, model, variables, x)
-    assert (one.queries, one.keys, one.batch) == ((4, 5, 9), keys, 2)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_numbers_are_those_of_the_dense_map(all_maps, instantiation, layout):
+    maps, sown = all_maps
+    name, options = f"{instantiation}_{layout}", LAYOUTS[layout]
+    keys = {"time": (4, 5, 9), "masked": (2, 5, 3)}.get(layout, (4, 2, 4))
+    expected = dense_map(sown[name], options, keys)
+    # Several chunks, the last one smaller.
+    affinity = dataclasses.replace(maps[name], chunk_entries=2 * 50 * maps[name].summed)
+    assert (affinity.queries, affinity.keys, affinity.batch) == ((4, 5, 9), keys, 2)
 
     close = {"rtol": 1e-4, "atol": 2e-6}
-    every = np.stack(np.unravel_index(np.arange(180), one.queries), axis=-1)
+    positions = np.stack(np.unravel_index(np.arange(QUERIES), affinity.queries), axis=-1)
     chosen = [171, 3, 88, 3]
-    some = every[chosen]
-    np.testing.assert_allclose(one.rows(some).reshape(2, 4, -1), expected[:, chosen], **close)
-    np.testing.assert_allclose(one[1].rows(every)[0].reshape(180, -1), expected[1], **close)
+    rows = affinity.rows(positions[chosen]).reshape(2, 4, -1)
+    np.testing.assert_allclose(rows, expected[:, chosen], **close)
+    rows = affinity[1].rows(positions)[0].reshape(QUERIES, -1)
+    np.testing.assert_allclose(rows, expected[1], **close)
 
-    k = min(3, one.summed)
-    for queries, rows in ((None, expected), (some, expected[:, chosen])):
-        weights, positions = one.top(k, queries)
-        np.testing.assert_allclose(
-            np.abs(weights), np.sort(np.abs(rows), axis=-1)[..., ::-1][..., :k], **close
-        )
-        flat = np.ravel_multi_index(tuple(np.moveaxis(positions, -1, 0)), keys)
+    k = min(3, affinity.summed)
+    for queries, rows in ((None, expected), (positions[chosen], expected[:, chosen])):
+        weights, key_positions = affinity.top(k, queries)
+        largest = np.sort(np.abs(rows), axis=-1)[..., ::-1][..., :k]
+        np.testing.assert_allclose(np.abs(weights), largest, **close)
+        flat = np.ravel_multi_index(tuple(np.moveaxis(key_positions, -1, 0)), keys)
         np.testing.assert_allclose(np.take_along_axis(rows, flat, axis=-1), weights, **close)
 
-    # The summaries, from the whole map at once.
-    total = np.abs(expected).sum(-1, keepdims=True)
-    s = np.abs(expected) / np.where(total == 0, 1, total)
+    total = np.abs(expected).sum(axis=-1, keepdims=True)
+    shares = np.abs(expected) / np.where(total == 0, 1, total)
+    entropies = -(shares * np.log(np.where(shares > 0, shares, 1))).sum(axis=-1)
     np.testing.assert_allclose(
-        measures.entropy(one).reshape(2, 180),
-        -(s * np.log(np.where(s > 0, s, 1))).sum(-1),
-        rtol=1e-4,
-        atol=1e-5,
+        measures.entropy(affinity).reshape(2, QUERIES), entropies, rtol=1e-4, atol=1e-5
     )
-    by_time = s.reshape(2, 4, 45, keys[0], -1).sum(-1).mean(2)
-    np.testing.assert_allclose(measures.time_by_time(one), by_time, **close)
-    dependence = measures.query_dependence(one)
-    flat = np.arange(180)
-    of_sum = {"space": flat // 45, "time": flat % 45}.get(
-        options.get("axes"), flat // 90 if "group_size" in options else 0 * flat
+    frame_shares = shares.reshape(2, 4, 45, keys[0], -1).sum(axis=-1).mean(axis=2)
+    np.testing.assert_allclose(measures.time_by_time(affinity), frame_shares, **close)
+    flat = np.arange(QUERIES)
+    sum_ids = {"space": flat // 45, "time": flat % 45, "groups": flat // 90}.get(layout, 0 * flat)
+    dependence = np.stack(measures.query_dependence(affinity), axis=-1)
+    np.testing.assert_allclose(
+        dependence, [dense_dependence(clip_shares, sum_ids) for clip_shares in shares], **close
     )
-    for clip in range(2):
-        cosine, divergence = [], []
-        for queries in (of_sum == i for i in np.unique(of_sum)):
-            rows = s[clip][queries & (total[clip, :, 0] > 0)]
-            unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-            n, mean = len(rows), rows.sum(0) / max(len(rows), 1)
-            cosine.append((1 - unit @ unit.T).sum() / (n * (n - 1)) if n > 1 else 0)
-            divergence.append(
-                np.mean([(r[r > 0] * np.log(r[r > 0] / mean[r > 0])).sum() for r in rows])
-                if n
-                else 0
-            )
-        np.testing.assert_allclose(dependence.cosine[clip], np.mean(cosine), **close)
-        np.testing.assert_allclose(dependence.jensen_shannon[clip], np.mean(divergence), **close)
-    received = measures.received(one)
+    received = measures.received(affinity)
     assert received.shape == (2, *keys)
-    if not options:
-        np.testing.assert_allclose(received.reshape(2, -1), s.mean(1) * s.shape[-1], **close)
+    if layout == "spacetime":
+        mean_shares = shares.mean(axis=1) * shares.shape[-1]
+        np.testing.assert_allclose(received.reshape(2, -1), mean_shares, **close)
 
 
 def test_rows_of_zeros_stay_zeros():
-    """The concatenation's ReLU may leave nothing."""
-    x = jax.random.normal(jax.random.key(0), (1, 2, 3, 5, 4))
+    """The ReLU of the concatenation may leave nothing."""
+    x = np.random.default_rng(0).normal(size=(1, 2, 3, 5, 4)).astype(np.float32)
     model = OneBlock(nl.layers.nonlocal_block("concatenation"))
-    variables = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(1), x))
-    (one,) = affinities(model, variables, x).values()
-    assert not one.rows((0, 0, 0)).any()
-    assert not measures.entropy(one).any()
-    assert measures.query_dependence(one).cosine.tolist() == [0]
-    assert not measures.time_by_time(one).any()
+    variables = jax.tree.map(np.zeros_like, random_variables(model, x))
+    (affinity,) = affinities(model, variables, x).values()
+    assert not affinity.rows((0, 0, 0)).any()
+    assert not measures.entropy(affinity).any()
+    assert measures.query_dependence(affinity).cosine.tolist() == [0]
+    assert not measures.time_by_time(affinity).any()
 
 
-@pytest.mark.parametrize("axes", ["spacetime", "space", "time"])
-def test_maps_that_are_uniform_are_of_no_query(axes):
-    """All weights 0: each query looks at all keys alike that are not masked."""
-    x = jax.random.normal(jax.random.key(0), (2, 4, 5, 9, 6))
-    model = OneBlock(
-        nl.layers.nonlocal_block("embedded_gaussian", axes=axes, subsample=False), masked=True
-    )
-    variables = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(1), x))
-    (one,) = affinities(model, variables, x).values()
-    mask = np.asarray(model.mask(x))
-    np.testing.assert_allclose(measures.received(one), mask, rtol=1e-5)
-    real = {"spacetime": (1, 2, 3), "space": (2, 3), "time": (1,)}[axes]
-    np.testing.assert_array_equal(
-        one.counted(), np.broadcast_to(mask.sum(axis=real, keepdims=True), one.counted().shape)
-    )
-    there = one.counted() > 0
-    np.testing.assert_allclose(
-        np.exp(measures.entropy(one))[there], one.counted()[there], rtol=1e-5
-    )
-    dependence = measures.query_dependence(one)
-    np.testing.assert_allclose([*dependence.cosine, *dependence.jensen_shannon], 0, atol=1e-6)
+class MaskedBlocks(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for axes in ("spacetime", "space", "time"):
+            block = nl.layers.nonlocal_block(
+                "embedded_gaussian", axes=axes, subsample=False, name=axes
+            )
+            block(x, mask=column_mask(x))
 
 
-def test_of_many_pairs_only_what_is_asked_for_is_kept():
-    """12,544 × 12,544 float32 numbers would be 629 MB; the arrays that are alive stay below a fiftieth of that."""
+def test_a_uniform_map_does_not_depend_on_the_query():
+    """With weights of 0, each query attends equally to all keys that are not masked."""
+    x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    variables = jax.tree.map(np.zeros_like, random_variables(MaskedBlocks(), x))
+    maps = affinities(MaskedBlocks(), variables, x)
+    mask = np.asarray(column_mask(x))
+    for axes, sum_axes in {"spacetime": (1, 2, 3), "space": (2, 3), "time": (1,)}.items():
+        affinity = maps[axes]
+        np.testing.assert_allclose(measures.received(affinity), mask, rtol=1e-5)
+        counted = affinity.counted()
+        key_counts = mask.sum(axis=sum_axes, keepdims=True)
+        np.testing.assert_array_equal(counted, np.broadcast_to(key_counts, counted.shape))
+        real = counted > 0
+        np.testing.assert_allclose(
+            np.exp(measures.entropy(affinity))[real], counted[real], rtol=1e-5
+        )
+        dependence = measures.query_dependence(affinity)
+        np.testing.assert_allclose([*dependence.cosine, *dependence.jensen_shannon], 0, atol=1e-6)
+
+
+def test_only_the_requested_rows_of_a_large_map_are_stored():
+    """12,544 × 12,544 float32 numbers would take 629 MB; the live arrays take less than 12 MB."""
     x = jax.random.normal(jax.random.key(0), (1, 4, 56, 56, 4))
     model = OneBlock(nl.layers.nonlocal_block("embedded_gaussian", subsample=False))
-    variables = model.init(jax.random.key(1), x)
-    before = sum(array.nbytes for array in jax.live_arrays())
-    (one,) = affinities(model, variables, x).values()
-    row = one.rows([(0, 0, 0), (3, 55, 55)])
-    weights, positions = one.top(20, [(i, i, i) for i in range(4)])
-    assert row.shape == (1, 2, 4, 56, 56)
+    variables = random_variables(model, x)
+    bytes_before = sum(array.nbytes for array in jax.live_arrays())
+    (affinity,) = affinities(model, variables, x).values()
+    rows = affinity.rows([(0, 0, 0), (3, 55, 55)])
+    weights, positions = affinity.top(20, [(i, i, i) for i in range(4)])
+    assert rows.shape == (1, 2, 4, 56, 56)
     assert weights.shape == (1, 4, 20)
     assert positions.shape == (1, 4, 20, 3)
-    assert sum(array.nbytes for array in jax.live_arrays()) - before < 12e6
+    assert sum(array.nbytes for array in jax.live_arrays()) - bytes_before < 12e6
     with pytest.raises(
         ValueError,
-        match=r"queries must be at most 4,096 at once; got 10,000\. Ask for them in parts, or for `top`",
+        match=r"queries must be at most 4,096 in one call; got 10,000\. Pass them in parts, or use "
+        "`top`",
     ):
-        one.rows(np.zeros((10_000, 3), int))
+        affinity.rows(np.zeros((10_000, 3), int))
 
 
 @pytest.mark.usefixtures("as_users_see_it")
-def test_bad_input():
+def test_models_and_clips_that_do_not_fit_are_errors():
     x = clips()
     model = TwoBlocks()
-    variables = with_weights(model, x)
+    variables = random_variables(model, x)
+    dense = nn.Dense(3)
     with pytest.raises(NoBlocksError, match="the model must have non-local blocks; Dense has none"):
-        affinities(nn.Dense(3), nn.Dense(3).init(jax.random.key(0), x), x)
+        affinities(dense, random_variables(dense, x), x)
     with pytest.raises(ValueError, match="blocks must be among first, second; got 'third'"):
         affinities(model, variables, x, blocks=["first", "third"])
     with pytest.raises(
@@ -188,43 +214,57 @@ def test_bad_input():
     network = nl.models.video_resnet(
         (1, 1, 1, 1), "c2d", {"res3": (0,)}, clip="32x2", preset="caffe2", num_classes=3
     )
-    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 32, 32, 32, 3)))
-    of_network = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    network_variables = random_variables(network, jnp.zeros((1, 32, 32, 32, 3)))
     with pytest.raises(
         ValueError, match=r"clip must have at least \d+ frames of \d+×\d+ pixels .* got 8 of 2×32"
     ):
-        affinities(network, of_network, jnp.zeros((1, 8, 2, 32, 3)))
-    one = affinities(model, variables, x)["first"]
-    assert len(repr(one)) < 200
-    large = dataclasses.replace(one, keys=(64, 128, 128))
+        affinities(network, network_variables, np.zeros((1, 8, 2, 32, 3), np.float32))
+    split = OneBlock(nl.layers.nonlocal_block("dot_product", axis_name="i"))
+    with pytest.raises(ValueError, match="block must not be split over devices; got axis_name='i'"):
+        affinities(split, random_variables(split, x), x)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_queries_that_do_not_fit_are_errors():
+    x = clips()
+    variables = random_variables(TwoBlocks(), x)
+    affinity = affinities(TwoBlocks(), variables, x)["first"]
+    assert len(repr(affinity)) < 200
+    large = dataclasses.replace(affinity, keys=(64, 128, 128))
     with pytest.raises(
         ValueError,
-        match=r"rows must hold at most 1,024 MiB; those of 200 queries of 2 clips hold 1,600",
+        match=r"rows must take at most 1,024 MiB; 200 queries of 2 clips take 1,600 MiB",
     ):
         large.rows(np.zeros((200, 3), int))
     with pytest.raises(TypeError, match="float"):
-        one.top(2.5)
+        affinity.top(2.5)
     with pytest.raises(
         IndexError, match=r"a query must lie inside the map \(4, 6, 10\) of first; got \(0, 6, 0\)"
     ):
-        one.rows([(0, 0, 0), (0, 6, 0)])
+        affinity.rows([(0, 0, 0), (0, 6, 0)])
     with pytest.raises(
         ValueError,
-        match=r"queries must be integers, \(Q, 3\) positions of the map \(4, 6, 10\); got float64",
+        match=r"queries must be integers of shape \(Q, 3\), positions of the map \(4, 6, 10\); got "
+        "float64",
     ):
-        one.rows((0.5, 0, 0))
+        affinity.rows((0.5, 0, 0))
     with pytest.raises(
         ValueError,
-        match=r"k must be from 1 to 60, the keys that each position of first sums; got 61",
+        match=r"k must be between 1 and 60, the number of keys that each position of first sums "
+        "over; got 61",
     ):
-        one.top(61)
-    with pytest.raises(IndexError, match="clip must be one of the 2 of the batch; got 2"):
-        one[2]
+        affinity.top(61)
+    with pytest.raises(IndexError, match="clip must be an index of the batch of 2 clips; got 2"):
+        affinity[2]
+
+
+def test_affinities_that_are_not_finite_are_errors():
+    x = np.ones((2, 3, 4), np.float32)
+    x[1, 2] = np.nan
+    model = OneBlock(nl.layers.nonlocal_block("dot_product", subsample=False))
+    affinity = affinities(model, random_variables(model, x), x)["block"]
+    assert np.isfinite(affinity[0].rows((2,))).all()
     with pytest.raises(
-        ValueError,
-        match=r"affinities must be finite; those of first at \(0, 0, 0\) are NaN or infinity",
+        ValueError, match=r"affinities must be finite; block has NaN or infinity at \(2,\)"
     ):
-        affinities(model, variables, x.at[1].set(jnp.nan))["first"].rows((0, 0, 0))
-    split = nl.layers.nonlocal_block("dot_product", axis_name="i")
-    with pytest.raises(ValueError, match="block must not be split over devices; got axis_name='i'"):
-        affinities(OneBlock(split), OneBlock(split).init(jax.random.key(0), x), x)
+        affinity[1].rows((2,))
