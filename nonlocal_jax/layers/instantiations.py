@@ -326,8 +326,7 @@ class DotProduct(NonLocalOperation):
 
 
 class Concatenation(NonLocalOperation):
-    """f(x_i, x_j) = ReLU(w_f · [θ(x_i), φ(x_j)]), C(x) = N; parameters W_θ, W_φ, W_g, w_f.   (Eq.
-    5)
+    """f(x_i, x_j) = ReLU(w_f · [θ(x_i), φ(x_j)]), C(x) = N; parameters W_θ, W_φ, W_g, w_f. (Eq. 5)
 
     Attributes:
         w_f_init: Initializer of w_f, called with the shape (2d, 1). None is `kernel_init`.
