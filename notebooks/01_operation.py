@@ -87,7 +87,7 @@ w_f = jax.random.normal(keys[3], (2 * d,))
 for name in ("gaussian", "embedded_gaussian", "dot_product", "concatenation"):
     extra = [w_f] if name == "concatenation" else []
     affinity = nl.ops.affinity(name, theta, phi, *extra)
-    row = affinity[0]
+    row = np.asarray(affinity[0], float)
     print(f"{name:18s} {affinity.shape}, row 0 {np.round(row, 2)}, sum {row.sum():.2f}")
 
 # %% [markdown]

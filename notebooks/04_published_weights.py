@@ -112,7 +112,7 @@ from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, normalise
 from nonlocal_jax.data.sampling import InTime
 
-numbers = {"train": 1, "test": 1}
+numbers = {"train": 2, "test": 1}
 lists = stand_in.make(folder / "videos", "kinetics", numbers=numbers)
 video = lists["train"].with_name("train0000.mp4")
 size = 256 if DOWNLOAD else 64
