@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "data": {"types", "ops", "layers"},  # of the layers only `presets`, as tested below
     "visualize": {"types", "ops", "layers"},
     "evaluation": {"types", "ops"},
-    "training": {"types", "ops", "evaluation"},
+    "training": {"types", "ops"},
 }
 HEAVY = (
     "tensorflow",

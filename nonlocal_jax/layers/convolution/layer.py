@@ -125,9 +125,9 @@ def dot_over_positions(
 ) -> Array:
     """Computes the product over channels of an `nn.Dense`, as its `dot_general`.
 
-    This is a 1×1×1 convolution of x (*positions, C) with a kernel (C, features). Only a CPU gets
-    all positions as the
-    rows of one matrix: elsewhere the position axes stay, because they may be sharded.
+    This is a 1×1×1 convolution of x (*positions, C) with a kernel (C, features). On CPUs, all
+    positions become the rows of one matrix. Elsewhere the position axes stay, because they may be
+    sharded.
     """
     if (platform or host_platform()) == "cpu":
         return cpu.dot_over_rows(x, kernel, **options)
