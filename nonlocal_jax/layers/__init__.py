@@ -1,6 +1,6 @@
 """Linen modules: they own parameters and call `nonlocal_jax.ops`."""
 
-from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block, sow_residual_ratio
+from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
 from nonlocal_jax.layers.convolution import VideoConv, video_conv
 from nonlocal_jax.layers.description import BlockDescription, describe
 from nonlocal_jax.layers.instantiations import (
@@ -13,7 +13,7 @@ from nonlocal_jax.layers.instantiations import (
 from nonlocal_jax.layers.norm import Affine, BatchNorm, fold_batch_norm, freeze_batch_norm
 from nonlocal_jax.layers.planning import BlockPlan, plan
 from nonlocal_jax.layers.pooling import max_pool, pool_mask, strided_max_pool
-from nonlocal_jax.layers.residual_ratio import residual_ratios
+from nonlocal_jax.layers.residual_ratio import residual_ratios, sow_residual_ratio
 from nonlocal_jax.layers.taps import (
     PairwiseCall,
     SumLayout,

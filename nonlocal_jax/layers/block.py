@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from nonlocal_jax import checks
@@ -22,8 +21,9 @@ from nonlocal_jax.layers.instantiations import (
 )
 from nonlocal_jax.layers.norm import BatchNorm, apply_norm
 from nonlocal_jax.layers.presets import PRESETS, Preset, presets_table
+from nonlocal_jax.layers.residual_ratio import sow_residual_ratio
 from nonlocal_jax.layers.taps import enclosing_block
-from nonlocal_jax.types import Affinity, Array, Features, Instantiation, PositionMask, Scalar
+from nonlocal_jax.types import Affinity, Array, Features, Instantiation, PositionMask
 
 
 class NonLocalBlock(nn.Module):
@@ -142,51 +142,6 @@ class NonLocalBlock(nn.Module):
             dot_general=dot_over_positions,
             name="out",
         )(y)
-
-
-def sow_residual_ratio(
-    module: nn.Module,
-    residual: Features,
-    x: Features,
-    mask: PositionMask | None = None,
-    axis_name: str | None = None,
-) -> None:
-    """Sows ‖residual‖ / ‖x‖ of a residual block as the intermediate "residual_ratio".
-
-    `describe` and training logs show it. Nothing is computed unless "intermediates" is mutable.
-
-    Args:
-        module: The block, usually `self`.
-        residual: (B, *positions, C), what the block adds to its input.
-        x: (B, *positions, C), its input.
-        mask: (B, *positions) of bool, False where x is padding.
-        axis_name: Mapped axis over whose devices positions are split.
-    """
-    if module.is_mutable_collection("intermediates") and not module.is_initializing():
-        ratio = residual_ratio(residual, x, mask, axis_name)
-        module.sow("intermediates", "residual_ratio", ratio)
-
-
-def residual_ratio(
-    residual: Features,
-    x: Features,
-    mask: PositionMask | None = None,
-    axis_name: str | None = None,
-) -> Scalar:
-    """Computes ‖residual‖ / ‖x‖ over the real positions: 0 while a block is the identity.
-
-    Args:
-        residual: (B, *positions, C), W_z y after its norm; 0 where x is padding.
-        x: (B, *positions, C), the block's input.
-        mask: (B, *positions) of bool, False where x is padding.
-        axis_name: Mapped axis over whose devices positions are split.
-    """
-    x = x if mask is None else jnp.where(mask[..., None], x, 0)
-    squares = [jnp.sum(jnp.square(a.astype(jnp.float32))) for a in (residual, x)]
-    if axis_name is not None:
-        squares = jax.lax.psum(squares, axis_name)
-    residual_norm, input_norm = map(jnp.sqrt, squares)
-    return residual_norm / jnp.where(input_norm == 0, 1, input_norm)
 
 
 OPERATIONS: dict[Instantiation, type[NonLocalOperation]] = {

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nonlocal_jax.layers.residual_ratio import RESIDUAL_RATIO
 from nonlocal_jax.layers.taps import PairwiseCall, tap
 from nonlocal_jax.types import Array
 
@@ -113,7 +114,7 @@ def describe(
 
 
 def _sown_ratio(intermediates: Any, path: Path) -> Array | None:
-    sown = _lookup(intermediates, path).get("residual_ratio")
+    sown = _lookup(intermediates, path).get(RESIDUAL_RATIO)
     return None if sown is None else sown[-1]
 
 
