@@ -1,4 +1,1 @@
-"""Speed, memory and precision of this library, measured side by side with its peers:
-
-`make bench`.
-"""
+"""Speed, memory and precision of this library, measured side by side with its peers."""

@@ -1,9 +1,12 @@
 """Compares this library with PyTorch and mmcv-lite, and writes the report.
 
-    python -m benchmarks                   # everything: results/<backend>.json, growth.png,
-    README.md python -m benchmarks --quick           # only the smallest sizes, into runs/benchmarks
-    python -m benchmarks --only block/dot  # cases whose name contains this; others keep their
-    results python -m benchmarks --report-only     # rewrites the report from the JSON
+    python -m benchmarks                   # everything
+    python -m benchmarks --quick           # only the smallest sizes, into runs/benchmarks
+    python -m benchmarks --only block/dot  # cases whose name contains this
+    python -m benchmarks --report-only     # rewrites the report from the JSON
+
+Results go to results/<backend>.json, results/growth.png and README.md in this directory. `--only`
+keeps the results of other cases.
 
 Requires torch and mmcv-lite: `make bench` creates an environment that has them. On 2 CPU cores this
 takes about 40 minutes, during which the machine should be idle. mmcv's concatenation takes 15 GB.

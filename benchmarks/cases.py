@@ -1,7 +1,4 @@
-"""What is measured:
-
-the operations and blocks, their sizes, the competitors, and the input arrays.
-"""
+"""What is measured: operations, blocks, sizes, competitors, and the input arrays."""
 
 import dataclasses
 import math
@@ -213,10 +210,7 @@ def features(case: Case) -> Floats:
 
 
 def weights(case: Case) -> dict[str, Floats]:
-    """Returns the weights of a block:
-
-    kernels (inputs, outputs), biases, w_f, and those of BatchNorm.
-    """
+    """Returns a block's weights: kernels (inputs, outputs), biases, w_f and BatchNorm's."""
     random = np.random.default_rng(3)
     channels, d = 2 * case.d, case.d
 

@@ -185,10 +185,7 @@ def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[J
 
 
 def plan(estimates: dict[Job, float], budget: float) -> dict[Job, int]:
-    """Returns the rounds of each job:
-
-    3 for a slow one, else 9 to 31, as the budget of seconds allows.
-    """
+    """Returns the rounds of each job: 3 if it is slow, else 9 to 31 within the budget."""
     round_seconds = sum(
         max(seconds, SAMPLE) + PAUSE + (seconds < SHORT) * seconds for seconds in estimates.values()
     )
@@ -220,10 +217,7 @@ def _measure_memory(records: dict[Job, Record], first_runs: dict[Job, float]) ->
 
 
 def _measure_errors(records: dict[Job, Record], workers: Workers, path: Path) -> None:
-    """Fills in errors:
-
-    of operations relative to float64, of a block's peers relative to our block.
-    """
+    """Fills in errors: operations relative to float64, a block's peers relative to ours."""
 
     def outputs(job: Job) -> list[Floats]:
         workers.ask("outputs", job, path=str(path))

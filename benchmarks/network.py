@@ -82,11 +82,11 @@ def weights() -> dict[str, Any]:
     model = _model()
     leaves = {}
     for path, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0), model.example)).items():
-        found = SLOWFAST.to_theirs(path.split("/", 1)[1])
+        found = SLOWFAST.source_name(path.split("/", 1)[1])
         assert found, path
         name, row = found
-        shape = row.transform.to_theirs(np.broadcast_to(np.float32(0), leaf.shape)).shape
-        leaves[path] = jnp.asarray(row.transform.to_ours(cases.network_weight(name, shape)))
+        shape = row.transform.export_array(np.broadcast_to(np.float32(0), leaf.shape)).shape
+        leaves[path] = jnp.asarray(row.transform.import_array(cases.network_weight(name, shape)))
     return unflatten(leaves)
 
 

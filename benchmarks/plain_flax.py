@@ -1,7 +1,4 @@
-"""The paper's I3D in idiomatic Flax:
-
-3-D `nn.Conv`, `nn.BatchNorm`, `nn.max_pool`, and all pairs.
-"""
+"""The paper's I3D in idiomatic Flax: 3-D convolutions, `nn.BatchNorm`, and all pairs."""
 
 import functools
 from typing import Any

@@ -144,9 +144,13 @@ def excerpt(results: Results) -> str:
                 _side_by_side(results, case, names, milliseconds)
                 + _side_by_side(results, case, names, megabytes)[1:]
             )
-            rows.append([OPERATIONS[case.instantiation], f"{case.n:,}", f"{case.m:,}", *numbers])
-    heads = _head(("nonlocal_jax", *names[1:]))
-    return table(["", "queries", "keys", *heads[:2], heads[3]], rows, 1)
+            name = OPERATIONS[case.instantiation]
+            # Rows must fit a README of 100 columns, hence no thousands separators.
+            numbers = [text.replace(",", "") for text in numbers]
+            rows.append([name, str(case.n), str(case.m), *numbers])
+    # The text of the README names the competitors.
+    heads = ["forward, ms", "forward + backward, ms", "forward + backward, MB"]
+    return table(["", "queries", "keys", *heads], rows, 1)
 
 
 def _origin(results: Results) -> str:

@@ -38,11 +38,11 @@ from rich.console import Console
 
 import nonlocal_jax as nl
 from benchmarks.machine import cpu_model, git_commit
-from experiments.report import read_log
+from experiments.shared.results import read_log
 from nonlocal_jax import files, training
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.pipeline import training_batches
-from nonlocal_jax.layers.conv import video_conv
+from nonlocal_jax.layers.convolution import video_conv
 
 STEPS = 6  # steps of each competitor in a round
 WARM = (
@@ -114,7 +114,7 @@ def make_trainer() -> training.Trainer:
     """Returns the trainer of ResNet-20, by its recipe."""
     schedule = optax.constant_schedule(0.01)
     return training.Trainer(
-        nl.models.cifar_resnet(20),
+        training.classification(nl.models.cifar_resnet(20)),
         training.sgd(schedule, weight_decay=1e-4),
         schedule,
         prepare=_scaled,

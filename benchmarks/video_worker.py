@@ -1,7 +1,4 @@
-"""One competitor of `benchmarks.video`:
-
-reads a number of batches and answers with their seconds.
-"""
+"""Runs one competitor of `benchmarks.video`, which answers with the seconds its batches took."""
 
 import functools
 import itertools
@@ -17,10 +14,9 @@ import numpy as np
 
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TrainingClips, cores
-from nonlocal_jax.data.convert import Window
 from nonlocal_jax.data.pipeline import training_batches
 from nonlocal_jax.data.sampling import InSpace, InTime
-from nonlocal_jax.data.video import Video
+from nonlocal_jax.data.video import Video, Window
 
 BATCH = 8
 TIME_SAMPLING, SPACE_SAMPLING, SEED = InTime(32, 2), InSpace(), 0

@@ -1,6 +1,7 @@
 """Configuration of the documentation site. `make docs` builds it and executes the notebooks.
 
-The pages are the Markdown files of this directory, the notebooks, the benchmark report and the docstrings.
+The pages are the Markdown files of this directory, the notebooks, the benchmark report and the
+docstrings.
 """
 
 import importlib
@@ -8,7 +9,7 @@ import inspect
 import re
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 REPOSITORY = "https://github.com/nonlocal-jax/nonlocal_jax"
 
-project, author, release = "nonlocal_jax", "the authors of nonlocal_jax", version("nonlocal_jax")
+project, author = "nonlocal_jax", "the authors of nonlocal_jax"
+release = metadata.version("nonlocal_jax")
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode"]
 html_theme, html_title, html_show_copyright = "furo", "nonlocal_jax", False
 html_theme_options = {

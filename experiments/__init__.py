@@ -1,1 +1,1 @@
-"""One runnable file for each experiment."""
+"""Runnable experiments, one per file. `shared` holds what several of them use."""

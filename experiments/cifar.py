@@ -1,28 +1,28 @@
-"""Residual networks with and without non-local blocks on CIFAR-10 and CIFAR-100, and offline on scanned digits.
+"""Residual networks with and without non-local blocks on CIFAR; scanned digits offline.
 
-    python -m experiments.cifar                                        # digits, offline, 1 minute on 2 CPU cores
-    python -m experiments.cifar --dataset cifar10                      # ResNet-20 with a block after res2_1
-    python -m experiments.cifar --dataset cifar10 --nonlocal-blocks    # without: the baseline
+    python -m experiments.cifar                                      # digits, offline, 1 minute
+    python -m experiments.cifar --dataset cifar10                    # ResNet-20, block after res2_1
+    python -m experiments.cifar --dataset cifar10 --nonlocal-blocks  # the baseline without blocks
     python -m experiments.cifar --dataset cifar100 --depth 56 --instantiation dot_product
 
-A run that was stopped goes on with the same command. `--dry-run` says what would be trained, and stops.
+A run that was stopped continues with the same command. `--dry-run` prints what would be trained.
 
-Recipe (He, Zhang, Ren, Sun, CVPR 2016, section 4.2): SGD, momentum 0.9 (here Nesterov's), weight decay 1e-4, batches of 128,
-64,000 steps, learning rate 0.1, a tenth of it from 32,000 and a hundredth from 48,000; 4 pixels of padding, random crop, flip.
+Recipe (He, Zhang, Ren, Sun, CVPR 2016, section 4.2): SGD with momentum 0.9 (here Nesterov's),
+weight decay 1e-4, batches of 128, 64,000 steps, learning rate 0.1, divided by 10 at 32,000 and at
+48,000 steps; 4 pixels of padding, random crops and flips.
 
-Expected on CIFAR-10 without blocks, by that paper: 91.25% with 20 layers, 92.49% with 32, 93.03% with 56. Not run here on
-CIFAR itself. On the digits, which are not CIFAR and much easier: about 99% of the 450 that are held out.
+Expected on CIFAR-10 without blocks, according to that paper: 91.25% with 20 layers, 92.49% with 32,
+93.03% with 56. Not run here on CIFAR itself. On the digits, which are much easier than CIFAR: about
+99% of the 450 held-out digits.
 
-Hardware and time: on 2 CPU cores a step of ResNet-20 on CIFAR's 32×32 images takes 0.4 s (benchmarks/README.md), 64,000 of them
-seven hours: CIFAR wants an accelerator.
+Hardware and time: on 2 CPU cores a step of ResNet-20 on CIFAR's 32×32 images takes 0.4 s
+(benchmarks/README.md) and 64,000 steps take seven hours: use an accelerator for CIFAR.
 """
 
 import dataclasses
 import functools
 import math
-import shlex
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +32,9 @@ import tyro
 from rich.console import Console
 
 import nonlocal_jax as nl
-from experiments import report
-from nonlocal_jax import training
+from experiments.shared import results
+from experiments.shared.command_line import TRAINING_ERRORS, command, exit_on, settings
+from nonlocal_jax import checks, training
 from nonlocal_jax.data import DataError, augment, cifar
 from nonlocal_jax.data.images import Images, load_digits
 from nonlocal_jax.data.pipeline import evaluation_batches, training_batches
@@ -45,126 +46,137 @@ Dataset = Literal["digits", "cifar10", "cifar100"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Input:
-    """How the images of one data set become what the network sees, and its recipe's own numbers."""
+class DatasetRecipe:
+    """How the images of a data set are prepared, and how long it is trained on.
 
-    mean: tuple[float, ...]  # of each channel, in the units of the files
+    Attributes:
+        mean: Mean of each channel, in the units of the files.
+        std: Standard deviation of each channel.
+        padding: Pixels added on each side before cropping.
+        flip: Whether images are flipped at random.
+        steps: Number of steps.
+        evaluate_every: Steps between evaluations.
+    """
+
+    mean: tuple[float, ...]
     std: tuple[float, ...]
-    padding: int  # pixels around an image before it is cropped
-    flip: bool
-    steps: int
-    evaluate_every: int
+    padding: int = 4
+    flip: bool = True
+    steps: int = 64_000
+    evaluate_every: int = 2000
 
 
-INPUTS: dict[Dataset, Input] = {
-    "digits": Input((4.9,), (6.0,), padding=1, flip=False, steps=400, evaluate_every=100),
-    "cifar10": Input(
-        (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), 4, True, steps=64_000, evaluate_every=2000
-    ),
-    "cifar100": Input(
-        (129.3, 124.1, 112.4), (68.2, 65.4, 70.4), 4, True, steps=64_000, evaluate_every=2000
-    ),
+RECIPES: dict[Dataset, DatasetRecipe] = {
+    "digits": DatasetRecipe((4.9,), (6.0,), padding=1, flip=False, steps=400, evaluate_every=100),
+    "cifar10": DatasetRecipe((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "cifar100": DatasetRecipe((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
 }
-MAY_DIFFER = (
-    "data_dir", "output", "workers", "profile", "save_every", "keep",
-    "distributed", "coordinator", "processes", "process_id", "timeout",
-)  # fmt: skip
+# Options that may change between two starts of a run.
+RESUMABLE_WITH = (
+    "data_dir",
+    "output",
+    "workers",
+    "profile",
+    "save_every",
+    "keep",
+    "distributed",
+    "coordinator",
+    "processes",
+    "process_id",
+    "timeout",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Residual networks with and without non-local blocks on CIFAR, or offline on scanned digits."""
+    """Trains ResNets with and without non-local blocks on CIFAR, or offline on scanned digits."""
 
-    dataset: Dataset = (
-        "digits"  # digits are scikit-learn's 1,797 scans of 8×8 pixels: not CIFAR, and much easier
-    )
-    data_dir: Path = Path(
-        "data"
-    )  # folder of the CIFAR archive; it is fetched where there is a network
-    archive_sha256: str | None = (
-        None  # of an archive of your own in the official format, in place of the official one
-    )
-    depth: int = 20  # layers, 6n + 2
-    nonlocal_blocks: tuple[str, ...] = (
-        "res2_1",
-    )  # the residual blocks after which a non-local one stands; none for none
-    instantiation: Instantiation = "embedded_gaussian"  # the pairwise function
-    preset: Preset = "paper"  # conventions of the non-local blocks
-    steps: int | None = None  # None is 64,000, and 400 for digits
-    batch_size: int = 128  # images, of all devices together
-    learning_rate: float = 0.1  # at its peak
-    schedule: Literal["step", "cosine"] = (
-        "step"  # a tenth at one half and at three quarters, or half a cosine
-    )
-    warmup: int = 0  # steps of linear warm-up
-    weight_decay: float = 1e-4  # not of norms
-    decay_biases: bool = True  # whether biases decay, those of norms apart
-    clip_norm: float | None = None  # the largest norm of the gradient
-    label_smoothing: float = 0.0  # share of each label that all classes get
-    mixup: float = 0.0  # α of the Beta distribution; 0 mixes nothing
-    average: float | None = (
-        None  # what an exponential moving average of the parameters keeps of itself each step
-    )
-    accumulate: int = 1  # parts of a batch whose gradients are averaged, to save memory
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the computation; parameters and optimiser are float32
-    )
-    remat: bool = False  # compute residual blocks again in the backward pass, to save memory
-    batch_norm: Literal["global", "device"] = (
-        "global"  # statistics over the whole batch, or on each device by itself
-    )
-    precise_bn: int = 0  # batches over which statistics are computed anew before each evaluation
-    placement: Literal["replicated", "sharded"] = (
-        "replicated"  # of parameters and optimiser on the devices
-    )
-    seed: int = 0  # of initial values, order and augmentation
-    evaluate_every: int | None = None  # steps; None is 2,000, and 100 for digits
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # of the latest checkpoints, beside the best
-    workers: int = 0  # processes that read data; 0 reads in threads
-    distributed: bool = False  # one of many processes; TPU pods, SLURM and Open MPI say which, elsewhere the next three do
-    coordinator: str | None = None  # host:port of process 0
-    processes: int | None = None  # how many
-    process_id: int | None = None  # which one this is, from 0
-    timeout: int = 120  # seconds to wait for the other processes, at the start and when one gives no sign of life
-    profile: int = 0  # steps to profile, into <output>/profile
-    dry_run: bool = (
-        False  # print model, blocks, parameters, multiply-adds, memory and sharding, and stop
-    )
-    output: Path = Path("runs/cifar")  # folder of the run
+    # Data set. "digits" are scikit-learn's 1,797 scans of 8×8 pixels, much easier than CIFAR.
+    dataset: Dataset = "digits"
+    data_dir: Path = Path("data")  # Folder of the CIFAR archive, which is downloaded if missing.
+    # SHA-256 of an archive of your own in the official format, to use instead of the official one.
+    archive_sha256: str | None = None
+    depth: int = 20  # Number of layers, 6n + 2.
+    # Residual blocks that a non-local block follows. Pass no value for the baseline.
+    nonlocal_blocks: tuple[str, ...] = ("res2_1",)
+    instantiation: Instantiation = "embedded_gaussian"  # Pairwise function.
+    preset: Preset = "paper"  # Source whose conventions the non-local blocks follow.
+    steps: int | None = None  # Number of steps. None is 64,000, or 400 for digits.
+    batch_size: int = 128  # Images per step, over all devices.
+    learning_rate: float = 0.1  # Peak learning rate.
+    # Schedule: "step" divides the learning rate by 10 after one half and three quarters of all
+    # steps, "cosine" decays it along half a cosine.
+    schedule: Literal["step", "cosine"] = "step"
+    warmup: int = 0  # Steps of linear warm-up.
+    weight_decay: float = 1e-4  # Weight decay. Norms are excluded.
+    decay_biases: bool = True  # Apply weight decay to biases, except those of norms.
+    clip_norm: float | None = None  # Largest global norm of the gradient. None does not clip.
+    label_smoothing: float = 0.0  # Share of each label that is spread over all classes.
+    mixup: float = 0.0  # Parameter α of mixup's Beta distribution. 0 disables mixup.
+    average: float | None = None  # Decay of an exponential moving average of the parameters.
+    accumulate: int = 1  # Parts into which a batch is split to save memory; gradients are averaged.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Precision of the computation.
+    remat: bool = False  # Recompute residual blocks in the backward pass to save memory.
+    # Whether BatchNorm computes statistics over the whole batch or on each device.
+    batch_norm: Literal["global", "device"] = "global"
+    precise_bn: int = 0  # Batches over which BatchNorm statistics are recomputed before evaluating.
+    # Whether each device holds all parameters and the whole optimiser state, or a shard of them.
+    placement: Literal["replicated", "sharded"] = "replicated"
+    seed: int = 0  # Seed of initial values, order and augmentation.
+    # Steps between evaluations. None is 2,000, or 100 for digits.
+    evaluate_every: int | None = None
+    save_every: int = 500  # Steps between checkpoints.
+    keep: int = 2  # Number of recent checkpoints to keep, in addition to the best one.
+    workers: int = 0  # Processes that read data. 0 reads in threads of the main process.
+    # Run as one of several processes. TPU pods, SLURM and Open MPI are detected; elsewhere, the
+    # three options after this one must be set.
+    distributed: bool = False
+    coordinator: str | None = None  # Address of process 0, as host:port.
+    processes: int | None = None  # Number of processes.
+    process_id: int | None = None  # Number of this process, from 0.
+    timeout: int = 120  # Seconds to wait for other processes, at the start and during the run.
+    profile: int = 0  # Number of steps to profile, into <output>/profile.
+    # Print the model, its blocks, parameters, multiply-adds, memory and sharding, then stop.
+    dry_run: bool = False
+    output: Path = Path("runs/cifar")  # Folder of the run.
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {self.batch_size}.")
+        checks.at_least("batch_size", self.batch_size, 1)
         if not 0 <= self.mixup < math.inf:
             raise ValueError(f"mixup must be at least 0 and finite; got {self.mixup}.")
         self.places()
 
     def places(self) -> dict[str, tuple[int, ...]]:
-        """After which residual blocks of which stage the non-local ones stand."""
-        found: dict[str, tuple[int, ...]] = {}
-        for place in self.nonlocal_blocks:
-            stage, _, i = place.partition("_")
-            if stage not in STAGES or not i.isdecimal():
+        """Returns the residual blocks that a non-local block follows, by stage."""
+        places: dict[str, tuple[int, ...]] = {}
+        for name in self.nonlocal_blocks:
+            stage, _, index = name.partition("_")
+            if stage not in STAGES or not index.isdecimal():
                 raise ValueError(
-                    f"nonlocal_blocks must be like res2_1, stages {', '.join(STAGES)}; got {place!r}."
+                    f"nonlocal_blocks must be like res2_1, with stages {', '.join(STAGES)}; "
+                    f"got {name!r}."
                 )
-            found[stage] = (*found.get(stage, ()), int(i))
-        return found
+            places[stage] = (*places.get(stage, ()), int(index))
+        return places
 
 
 def build(config: Config, num_classes: int) -> CifarResNet:
-    """The network."""
+    """Builds the network."""
     return nl.models.cifar_resnet(
-        config.depth, config.places(), num_classes, instantiation=config.instantiation, preset=config.preset,
-        remat=config.remat, dtype=jnp.dtype(config.dtype),
-    )  # fmt: skip
+        config.depth,
+        config.places(),
+        num_classes,
+        instantiation=config.instantiation,
+        preset=config.preset,
+        remat=config.remat,
+        dtype=jnp.dtype(config.dtype),
+    )
 
 
 def make_trainer(config: Config, num_classes: int) -> training.Trainer:
-    """Model, optimiser, loss and augmentation."""
-    of_input = INPUTS[config.dataset]
-    steps = config.steps or of_input.steps
+    """Builds the network with its optimiser, loss and input preparation."""
+    recipe = RECIPES[config.dataset]
+    steps = config.steps or recipe.steps
     if config.schedule == "cosine":
         schedule = training.cosine_schedule(config.learning_rate, steps, warmup=config.warmup)
     else:
@@ -177,14 +189,19 @@ def make_trainer(config: Config, num_classes: int) -> training.Trainer:
         decay_biases=config.decay_biases,
         clip_norm=config.clip_norm,
     )
+    cross_entropy = (
+        training.smoothed_cross_entropy(config.label_smoothing)
+        if config.label_smoothing
+        else training.cross_entropy
+    )
+    loss = training.classification(
+        build(config, num_classes), loss=cross_entropy, observe=nl.layers.residual_ratios
+    )
     return training.Trainer(
-        build(config, num_classes),
+        loss,
         optimiser,
         schedule,
-        loss=training.smoothed_cross_entropy(config.label_smoothing)
-        if config.label_smoothing
-        else training.cross_entropy,
-        prepare=functools.partial(prepare, of_input, config.mixup, num_classes),
+        prepare=functools.partial(prepare, recipe, config.mixup, num_classes),
         accumulate=config.accumulate,
         batch_norm=config.batch_norm,
         average=config.average,
@@ -192,42 +209,73 @@ def make_trainer(config: Config, num_classes: int) -> training.Trainer:
 
 
 def prepare(
-    of_input: Input, mixup: float, num_classes: int, batch: Mapping[str, Any], key: jax.Array | None
+    recipe: DatasetRecipe,
+    mixup: float,
+    num_classes: int,
+    batch: Mapping[str, Any],
+    key: jax.Array | None,
 ) -> Mapping[str, Any]:
-    """On the device: normalise; in training, crop, flip and mix first."""
-    mean, std = (jnp.array(numbers)[None, None, None] for numbers in (of_input.mean, of_input.std))
+    """Normalises images, and in training crops, flips and mixes them. Runs on the device.
+
+    Args:
+        recipe: Normalisation and augmentation of the data set.
+        mixup: Parameter α of mixup. 0 disables it.
+        num_classes: Number of classes.
+        batch: Images (B, H, W, C) as "inputs", their "labels", and their "position" in the order of
+            training, which selects their random numbers.
+        key: Random key of the step, or None in evaluation.
+
+    Returns:
+        The batch with prepared "inputs". Mixup turns "labels" into probabilities.
+    """
+    mean, std = (jnp.array(numbers)[None, None, None] for numbers in (recipe.mean, recipe.std))
     images = (batch["inputs"].astype(jnp.float32) - mean) / std
-    if key is not None:
-        keys = augment.example_keys(key, batch["position"])
-        images = augment.random_crop(images, keys, of_input.padding)
-        if of_input.flip:
-            images = augment.random_flip(images, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
+    if key is None:
+        return {**batch, "inputs": images}
+    keys = augment.example_keys(key, batch["position"])
+    images = augment.random_crop(images, keys, recipe.padding)
+    if recipe.flip:
+        images = augment.random_flip(images, jax.vmap(jax.random.fold_in, (0, None))(keys, 1))
     batch = {**batch, "inputs": images}
-    return training.mixup(batch, key, mixup, num_classes) if key is not None and mixup else batch
+    return training.mixup(batch, key, mixup, num_classes) if mixup else batch
 
 
 def load(config: Config) -> tuple[Images, Images]:
-    """Training and held-out images."""
+    """Loads the training images and the held-out images."""
     if config.dataset == "digits":
         return load_digits("train"), load_digits("test")
     archive = cifar.ARCHIVES[config.dataset]
     if config.archive_sha256 is not None:
         file = config.data_dir / archive.name
         if not file.exists():
-            raise DataError(f"--archive-sha256 is that of {file}, which is not there.")
+            raise DataError(f"--archive-sha256 must be that of {file}, which does not exist.")
         archive = dataclasses.replace(
             archive, sha256=config.archive_sha256, size=file.stat().st_size
         )
-    train, test = (
-        cifar.load(config.dataset, split, config.data_dir, archive) for split in ("train", "test")
-    )
+    train = cifar.load(config.dataset, "train", config.data_dir, archive)
+    test = cifar.load(config.dataset, "test", config.data_dir, archive)
     return train, test
 
 
+def loop_options(config: Config) -> training.Options:
+    """Returns the options of the training loop."""
+    recipe = RECIPES[config.dataset]
+    return training.Options(
+        steps=config.steps or recipe.steps,
+        evaluate_every=config.evaluate_every or recipe.evaluate_every,
+        save_every=config.save_every,
+        keep=config.keep,
+        precise_bn=config.precise_bn,
+        warn_if_zero="residual_ratio",
+        profile=config.profile,
+        placement=config.placement,
+    )
+
+
 def main(config: Config) -> training.Result | None:
-    """Train, or say what would be trained."""
-    console = Console()
-    try:
+    """Trains a network, or describes what would be trained."""
+    hint = " Or train on --dataset digits, which comes with scikit-learn."
+    with exit_on(ValueError), exit_on(DataError, hint=hint):
         if config.distributed:
             training.initialize(
                 config.coordinator, config.processes, config.process_id, timeout=config.timeout
@@ -236,23 +284,9 @@ def main(config: Config) -> training.Result | None:
         trainer = make_trainer(config, train.num_classes)
         mesh = training.make_mesh()
         rows = training.local_rows(config.batch_size, mesh)
-        options = training.Options(
-            steps=config.steps or INPUTS[config.dataset].steps,
-            evaluate_every=config.evaluate_every or INPUTS[config.dataset].evaluate_every,
-            save_every=config.save_every,
-            keep=config.keep,
-            precise_bn=config.precise_bn,
-            profile=config.profile,
-            placement=config.placement,
-        )
-    except DataError as error:
-        raise SystemExit(
-            f"error: {error} Or train on --dataset digits, which comes with scikit-learn."
-        ) from error
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+        options = loop_options(config)
 
-    def data(step: int) -> Any:
+    def data(step: int) -> Iterator[Mapping[str, Any]]:
         return training_batches(
             train,
             config.batch_size,
@@ -262,41 +296,35 @@ def main(config: Config) -> training.Result | None:
             workers=config.workers,
         )
 
-    key = jax.random.key(config.seed)
+    def evaluation() -> Iterator[Mapping[str, Any]]:
+        return evaluation_batches(test, config.batch_size, rows=rows)
+
     if config.dry_run:
+        model = build(config, train.num_classes)
         shape = (config.batch_size, *train.images.shape[1:])
-        print(nl.models.cost(trainer.model, shape), *nl.plan(shape, trainer.model), sep="\n")
+        print(nl.models.cost(model, shape), *nl.plan(shape, model), sep="\n")
         print(training.dry_run(trainer, options, mesh, next(data(0))))
         return None
-    settings = {
-        name: value for name, value in dataclasses.asdict(config).items() if name != "dry_run"
-    }
-    command = shlex.join(["python", "-m", "experiments.cifar", *sys.argv[1:]])
-    try:
-        with training.Run(config.output, settings, MAY_DIFFER) as run:
-            evaluation = functools.partial(evaluation_batches, test, config.batch_size, rows=rows)
-            result = training.fit(
-                trainer, options, run, mesh, data, evaluation, key=key, console=console
-            )
-            if run.writes:
-                name = (
-                    "scikit-learn's digits (not CIFAR)"
-                    if config.dataset == "digits"
-                    else config.dataset
-                )
-                report.record(run.folder, config.dataset, command, result)
-                report.draw_curves(
-                    [run.folder], run.folder / "curves.png", title=f"{name}: learning curves"
-                )
-                console.print(f"curves, log and checkpoints: {config.output}", highlight=False)
-    except (
-        training.RunError,
-        training.CheckpointError,
-        training.MismatchError,
-        training.NonFiniteError,
-    ) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_settings = settings(config, excluded=("dry_run",))
+    console, key = Console(), jax.random.key(config.seed)
+    with (
+        exit_on(*TRAINING_ERRORS),
+        training.Run(config.output, run_settings, RESUMABLE_WITH) as run,
+    ):
+        result = training.fit(
+            trainer, options, run, mesh, data, evaluation, key=key, console=console
+        )
+        if run.writes:
+            report(config, run.folder, result)
+            console.print(f"curves, log and checkpoints: {config.output}", highlight=False)
     return result
+
+
+def report(config: Config, folder: Path, result: training.Result) -> None:
+    """Writes the results and the learning curves of a finished run."""
+    name = "scikit-learn's digits (not CIFAR)" if config.dataset == "digits" else config.dataset
+    results.record(folder, config.dataset, command("cifar"), result)
+    results.draw_curves([folder], folder / "curves.png", title=f"{name}: learning curves")
 
 
 if __name__ == "__main__":

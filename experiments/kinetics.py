@@ -1,29 +1,37 @@
-"""Kinetics-400 by the paper's protocol, and offline on real H.264 files of moving digits.
+r"""Kinetics-400 by the paper's protocol; toy videos, which are real H.264 files, offline.
 
-    python -m experiments.kinetics                                   # toy_mp4: makes the files, trains, tests with 30 views
-    python -m experiments.kinetics --list-recipes                    # every row of the paper's tables, by name
-    python -m experiments.kinetics --recipe i3d_nl5_r50_32x2 --train-list TRAIN --val-list VAL --init R50_WEIGHTS
-    python -m experiments.kinetics --recipe i3d_nl5_r50_32x2 --val-list VAL --init WEIGHTS --preset caffe2 --test-only
+    python -m experiments.kinetics                   # toy_mp4: makes videos, trains, tests
+    python -m experiments.kinetics --list-recipes    # every row of the paper's tables, by name
+    python -m experiments.kinetics --recipe i3d_nl5_r50_32x2 --train-list TRAIN --val-list VAL \
+        --init R50_WEIGHTS
+    python -m experiments.kinetics --recipe i3d_nl5_r50_32x2 --val-list VAL --init WEIGHTS \
+        --preset caffe2 --test-only
 
-Lists are `path label` a line, the official CSV, or a folder of class-name folders. `python -m nonlocal_jax.data check LIST`
-looks through one, `... transcode LIST OUT` makes small copies that clips are quickly read from. A run that was stopped goes on
-with the same command, in the middle of an epoch or of the test, with the same result.
+A list has `path label` on each line, or is the official CSV file, or a folder with one subfolder
+per class. `python -m nonlocal_jax.data check LIST` checks a list, and `... transcode LIST OUT`
+makes small copies that can be read quickly. A run that was stopped continues with the same command,
+even in the middle of an epoch or of the test, and gives the same result.
 
-Recipes: 64 consecutive frames, every other one dropped (32×2); shorter side uniform in [256, 320]; random crops of 224, flip;
-SGD with Nesterov's momentum, weight decay 1e-4, 64 clips a step, learning rate 0.01, a tenth of it from 150,000 and a
-hundredth from 300,000 of 400,000 steps; dropout 0.5; BatchNorm trained. Two stages: ImageNet's ResNet (`--init` of torchvision
-or timm, inflated) to 32 frames; those weights to 128 frames (`*_128x1`), norms frozen, 16 clips a step, twice as many
-steps. With another --batch-size the learning rate grows and the number of steps shrinks in proportion.
+Recipes: 64 consecutive frames, of which every other one is dropped (32×2); shorter side uniform in
+[256, 320]; random crops of 224; random flips; SGD with Nesterov's momentum; weight decay 1e-4; 64
+clips per step; learning rate 0.01, divided by 10 at 150,000 and at 300,000 of 400,000 steps;
+dropout 0.5; BatchNorm is trained. There are two stages: from ImageNet's ResNet (`--init` with
+inflated weights of torchvision or timm) to 32 frames, and from those weights to 128 frames
+(`*_128x1`) with frozen norms, 16 clips per step and twice as many steps. --batch-size scales the
+learning rate up and the number of steps down.
 
-Test: the shorter side 256, 10 clips evenly in time, 3 crops of 256×256 of each, as the released code (`--crops full` is the
-paper's fully convolutional test), softmax averaged; and beside it the middle clip alone, with which it is often confused.
+Test: shorter side 256; 10 clips evenly spaced in time, 3 crops of 256×256 each, as in the released
+code (`--crops full` is the paper's fully convolutional test); softmax scores averaged. The middle
+clip alone is reported as well, because published numbers often mix up the two.
 
-Expected accuracy: what the paper measured, in `--list-recipes`. Not run here: Kinetics is not public as files.
+Expected: the paper's numbers are listed by --list-recipes. Not run here, because Kinetics is not
+available as files.
 
-Hardware and time: the paper's runs took 8 GPUs. On 2 CPU cores toy_mp4 takes 3 minutes and gets 60 of 60 held-out videos right.
-A training step of I3D R50 with 5 blocks on 2 clips of 8×224² takes 3.3 s there (benchmarks/README.md), 79 G multiply-adds
-forward. At that rate a clip of 32×2, 44 G, takes 1.8 s, and 400,000 steps of 64 of them a year and a half: take accelerators.
-`--dry-run` counts the operations of a step.
+Hardware and time: the paper used 8 GPUs. On 2 CPU cores toy_mp4 takes 3 minutes and classifies 60
+of 60 held-out videos correctly. A training step of I3D R50 with 5 blocks on 2 clips of 8×224² takes
+3.3 s there (benchmarks/README.md) for 79 G multiply-adds in the forward pass. At that rate a clip
+of 32×2, 44 G, takes 1.8 s, and 400,000 steps of 64 clips take a year and a half: use accelerators.
+--dry-run counts the operations of a step.
 """
 
 import dataclasses
@@ -33,85 +41,116 @@ from typing import Any
 
 import tyro
 
-from experiments import video
-from experiments.recipes import Config as Shared
-from experiments.recipes import Recipe
+from experiments.shared import video_experiment
+from experiments.shared.recipes import Config as VideoConfig
+from experiments.shared.recipes import Recipe
 
 IMAGENET = "ImageNet ResNet"
 TOY = Recipe(
-    "nothing", 0, frames=8, stride=2, batch_size=16, learning_rate=0.05, boundaries=(500, 650), steps=700,
-    size=32, shorter=(36, 44), test_size=36, num_classes=6,
-)  # fmt: skip
-ZOO = {"8x8": (8, 8), "32x4": (32, 4)}
+    "nothing",
+    depth=0,
+    frames=8,
+    stride=2,
+    batch_size=16,
+    learning_rate=0.05,
+    boundaries=(500, 650),
+    steps=700,
+    size=32,
+    shorter=(36, 44),
+    test_size=36,
+    num_classes=6,
+)
+
+
+def c2d(depth: int, published: tuple[float, ...], blocks: Any = 0, **options: Any) -> Recipe:
+    """Returns the recipe of a C2D network with the published top-1 (and top-5) accuracy."""
+    return Recipe(IMAGENET, depth, "c2d", blocks, published=published, **options)
+
+
+def i3d(depth: int, published: tuple[float, ...], blocks: Any = 0) -> Recipe:
+    """Returns the recipe of an I3D network with the published top-1 accuracy."""
+    return Recipe(IMAGENET, depth, "i3d_3x1x1", blocks, published=published)
+
+
+# Networks by name: <kind>[_nl<blocks>[_<variant>]]_r<depth>.
+NETWORKS = {
+    "c2d_r50": c2d(50, (71.8, 89.7)),
+    "c2d_r101": c2d(101, (73.1, 91.0)),
+    # Table 2a: pairwise functions.
+    "c2d_nl1_gaussian_r50": c2d(50, (72.5,), 1, instantiation="gaussian"),
+    "c2d_nl1_dot_product_r50": c2d(50, (72.9,), 1, instantiation="dot_product"),
+    "c2d_nl1_concatenation_r50": c2d(50, (72.8,), 1, instantiation="concatenation"),
+    "c2d_nl1_r50": c2d(50, (72.7,), 1),
+    "c2d_nl1_r101": c2d(101, (74.3,), 1),
+    # Table 2b: the stage of the block, which stands before the last residual block.
+    "c2d_nl1_res2_r50": c2d(50, (72.7,), {"res2": (1,)}),
+    "c2d_nl1_res3_r50": c2d(50, (72.9,), {"res3": (2,)}),
+    "c2d_nl1_res5_r50": c2d(50, (72.3,), {"res5": (1,)}),
+    # Table 2d: sums over space, over time, or over both.
+    "c2d_nl5_space_r50": c2d(50, (72.9,), 5, axes="space"),
+    "c2d_nl5_space_r101": c2d(101, (74.4,), 5, axes="space"),
+    "c2d_nl5_time_r50": c2d(50, (73.1,), 5, axes="time"),
+    "c2d_nl5_time_r101": c2d(101, (74.4,), 5, axes="time"),
+    "c2d_nl5_r50": c2d(50, (73.8,), 5),
+    "c2d_nl5_r101": c2d(101, (75.1,), 5),
+    # Table 2c: the number of blocks.
+    "c2d_nl10_r50": c2d(50, (74.3,), 10),
+    "c2d_nl10_r101": c2d(101, (75.1,), 10),
+    # Table 2f: I3D.
+    "i3d_r50": i3d(50, (73.3,)),
+    "i3d_nl5_r50": i3d(50, (74.9,), 5),
+    "i3d_r101": i3d(101, (74.4,)),
+    "i3d_nl5_r101": i3d(101, (76.0,), 5),
+}
+# Table 2g: top-1 accuracy with clips of 128 frames.
+PUBLISHED_128 = {
+    "c2d_r50": 73.8,
+    "i3d_r50": 74.9,
+    "i3d_nl5_r50": 76.5,
+    "c2d_r101": 75.3,
+    "i3d_r101": 76.4,
+    "i3d_nl5_r101": 77.7,
+}
+# PySlowFast's model zoo: networks, and (frames, stride) of its clips.
+ZOO_NETWORKS = ("c2d_r50", "c2d_nl5_r50", "i3d_r50", "i3d_nl5_r50")
+ZOO_CLIPS = {"8x8": (8, 8), "32x4": (32, 4)}
 
 
 def recipes() -> dict[str, Recipe]:
-    """By name: <kind>[_nl<blocks>[_<variant>]]_r<depth>_<frames>x<stride>."""
-    found = {"toy_mp4": TOY}
-
-    def add(
-        kind: str,
-        depth: int,
-        published: tuple[float, ...],
-        blocks: int = 0,
-        variant: str = "",
-        **options: Any,
-    ) -> None:
-        name = "_".join(
-            filter(None, (kind, f"nl{blocks}" if blocks else "", variant, f"r{depth}", "32x2"))
+    """Returns the recipes by name, <network>_<frames>x<stride>, `toy_mp4` first."""
+    named = {"toy_mp4": TOY}
+    named |= {f"{network}_32x2": recipe for network, recipe in NETWORKS.items()}
+    for network, top1 in PUBLISHED_128.items():
+        named[f"{network}_128x1"] = dataclasses.replace(
+            NETWORKS[network],
+            start=f"{network}_32x2",
+            frames=128,
+            stride=1,
+            batch_size=16,
+            learning_rate=0.0025,
+            boundaries=(300_000, 600_000),
+            steps=800_000,
+            frozen_bn=True,
+            published=(top1,),
         )
-        options = {"nonlocal_blocks": blocks, **options}
-        network: Any = {"kind": "c2d" if kind == "c2d" else "i3d_3x1x1", "depth": depth, **options}
-        found[name] = Recipe(IMAGENET, published=published, **network)
-
-    add("c2d", 50, (71.8, 89.7))
-    add("c2d", 101, (73.1, 91.0))
-    for instantiation, top1 in (("gaussian", 72.5), ("dot_product", 72.9), ("concatenation", 72.8)):
-        add("c2d", 50, (top1,), 1, instantiation, instantiation=instantiation)
-    add("c2d", 50, (72.7,), 1)
-    add("c2d", 101, (74.3,), 1)
-    for stage, last, top1 in (("res2", 1, 72.7), ("res3", 2, 72.9), ("res5", 1, 72.3)):
-        add("c2d", 50, (top1,), 1, stage, nonlocal_blocks={stage: (last,)})
-    for axes, of_r50, of_r101 in (
-        ("space", 72.9, 74.4),
-        ("time", 73.1, 74.4),
-        ("spacetime", 73.8, 75.1),
-    ):
-        for depth, top1 in ((50, of_r50), (101, of_r101)):
-            add("c2d", depth, (top1,), 5, "" if axes == "spacetime" else axes, axes=axes)
-    add("c2d", 50, (74.3,), 10)
-    add("c2d", 101, (75.1,), 10)
-    for depth, plain, with_blocks in ((50, 73.3, 74.9), (101, 74.4, 76.0)):
-        add("i3d", depth, (plain,))
-        add("i3d", depth, (with_blocks,), 5)
-    longer = {
-        "c2d_r50": 73.8, "i3d_r50": 74.9, "i3d_nl5_r50": 76.5, "c2d_r101": 75.3, "i3d_r101": 76.4, "i3d_nl5_r101": 77.7,
-    }  # fmt: skip
-    for name, top1 in longer.items():
-        found[f"{name}_128x1"] = dataclasses.replace(
-            found[f"{name}_32x2"], start=f"{name}_32x2", frames=128, stride=1, batch_size=16, learning_rate=0.0025,
-            boundaries=(300_000, 600_000), steps=800_000, frozen_bn=True, published=(top1,),
-        )  # fmt: skip
-    for name, (clip, (frames, stride)) in itertools.product(
-        ("c2d_r50", "c2d_nl5_r50", "i3d_r50", "i3d_nl5_r50"), ZOO.items()
-    ):
-        found[f"{name}_{clip}"] = dataclasses.replace(
-            found[f"{name}_32x2"], frames=frames, stride=stride, published=()
+    for network, (clip, (frames, stride)) in itertools.product(ZOO_NETWORKS, ZOO_CLIPS.items()):
+        recipe = NETWORKS[network]
+        named[f"{network}_{clip}"] = dataclasses.replace(
+            recipe, frames=frames, stride=stride, published=()
         )
-    return found
+    return named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Shared):
-    """Kinetics-400, or offline real files of moving digits."""
+class Config(VideoConfig):
+    """Trains and tests video networks on Kinetics-400, or on toy videos that it makes itself."""
 
-    recipe: str = "toy_mp4"  # --list-recipes names them
-    output: Path = Path("runs/kinetics")  # folder of the run
+    recipe: str = "toy_mp4"  # Name of the recipe. --list-recipes prints all.
+    output: Path = Path("runs/kinetics")  # Folder of the run.
 
 
 def main(config: Config) -> dict[str, Any] | None:
-    """Train and test; the reports of the test."""
-    return video.run(config, recipes(), config.recipe, "kinetics", config.output)
+    return video_experiment.run(config, recipes(), config.recipe, "kinetics", config.output)
 
 
 if __name__ == "__main__":

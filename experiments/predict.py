@@ -1,18 +1,21 @@
-"""What is in a video, and where the network looked.
+r"""Predicts the classes of a video, and shows where the network looked.
 
-    python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pkl --preset slowfast     # the file tells its network
+    python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pkl --preset slowfast
     python -m experiments.predict VIDEO --weights FILE --clip 32x4 --classes kinetics_400.txt
-    python -m experiments.predict VIDEO --weights runs/kinetics/weights.safetensors --recipe toy_mp4 --page looked.html
-    python -m experiments.predict VIDEO --weights runs/charades/weights.safetensors --recipe toy_mp4 --data charades
+    python -m experiments.predict VIDEO --weights runs/kinetics/weights.safetensors \
+        --recipe toy_mp4 --page looked.html
+    python -m experiments.predict VIDEO --weights runs/charades/weights.safetensors \
+        --recipe toy_mp4 --data charades
 
-Prints the classes with the highest scores, of 10 clips × 3 crops the mean, or the largest for Charades. Draws the middle clip:
-how much each position is looked at by all positions, in the last non-local block, and the 20 highest-weighted arrows of the one
-that is looked at most.
+The network is inferred from published weights; weights of this project need the recipe that they
+were trained with. Prints the classes with the highest scores, which are the mean over 10 clips × 3
+crops, or the maximum for Charades. Draws, on the middle clip, how much attention each position
+receives in the last non-local block, and the 20 largest weights of the position that receives most.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,171 +25,229 @@ from rich.console import Console
 from rich.table import Table
 
 import nonlocal_jax as nl
-from experiments import charades, kinetics, video
-from experiments.recipes import build, in_time
-from nonlocal_jax import evaluation
+from experiments import charades, kinetics
+from experiments.shared.building import build
+from experiments.shared.command_line import exit_on
+from experiments.shared.recipes import clip_sampling
+from experiments.shared.video_training import initial
+from nonlocal_jax import checks, evaluation
 from nonlocal_jax.data import DataError, annotations
 from nonlocal_jax.data.annotations import Annotations, Record
-from nonlocal_jax.data.clips import TestingClips, normalise
+from nonlocal_jax.data.clips import TestingClips, Views, normalise
 from nonlocal_jax.data.sampling import Crops, InTime
 from nonlocal_jax.layers.presets import Preset
-from nonlocal_jax.weights import files
+from nonlocal_jax.weights import read
 from nonlocal_jax.weights.build import Choices, call, options
-from nonlocal_jax.weights.build import build as build_as
+from nonlocal_jax.weights.build import build as build_architecture
 from nonlocal_jax.weights.infer import architecture
 from nonlocal_jax.weights.loading import load_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Choices):
-    """The classes of a video, and where the network looked."""
+    """Predicts the classes of a video, and shows where the network looked."""
 
-    file: Annotated[Path, tyro.conf.Positional]  # the video
-    weights: Path  # of the network, of any source that nonlocal_jax.weights reads
-    data: Literal["kinetics", "charades"] = "kinetics"  # one class a video, or any number
-    recipe: str | None = (
-        None  # of experiments.kinetics or .charades; None takes the network that the file tells
-    )
-    classes: Path | None = None  # names of the classes, one a line; else they are numbers
-    top: int = 5  # classes to print
-    clips: int = 10  # evenly in time
-    crops: Crops = "three"  # of each clip
-    size: int | None = None  # rows and columns of a crop; None is 256, or the recipe's
-    views_at_once: int = 3  # clips of a batch
-    picture: Path | None = (
-        None  # file of the picture; None is the video's name with .png, in this folder
-    )
-    page: Path | None = (
-        None  # file of a page, .html, in which one points at a position and sees where it looks; None is none
-    )
+    file: Annotated[Path, tyro.conf.Positional]  # The video.
+    weights: Path  # Weights of the network, in any format nonlocal_jax.weights reads.
+    data: Literal["kinetics", "charades"] = "kinetics"  # Single-label or multi-label classes.
+    # Recipe of experiments.kinetics or experiments.charades that the weights were trained with.
+    # None infers the network from the weights.
+    recipe: str | None = None
+    # File with the class names, one per line. None prints class numbers.
+    classes: Path | None = None
+    top: int = 5  # Number of classes to print.
+    clips: int = 10  # Number of clips, evenly spaced in time.
+    crops: Crops = "three"  # Crops per clip.
+    size: int | None = None  # Rows and columns of a crop. None is 256, or the recipe's.
+    views_at_once: int = 3  # Number of views per batch.
+    # File of the picture. None is the name of the video with .png, in the current folder.
+    picture: Path | None = None
+    # File of an .html page that shows where any position of your choice looks. None writes no page.
+    page: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("top", "clips", "views_at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+            checks.at_least(name, getattr(self, name), 1)
 
 
-def network(config: Config) -> tuple[Any, dict[str, Any], InTime, int, Preset]:
-    """The model, its variables, its clips, its crops, and whose colours it takes."""
-    if config.recipe is not None:
-        experiment: Any = {"kinetics": kinetics, "charades": charades}[config.data]
-        recipes = experiment.recipes()
-        if config.recipe not in recipes:
-            raise DataError(f"--recipe must be one of {', '.join(recipes)}; got {config.recipe!r}.")
-        recipe = recipes[config.recipe]
-        settings = experiment.Config(
-            preset=config.preset or "paper", init=config.weights, test_only=True
-        )
-        model = build(settings, recipe, recipe.num_classes)
-        variables = video.initial(settings, model, recipe)
-        assert variables is not None
-        return (
-            model,
-            dict(variables),
-            in_time(settings, recipe),
-            config.size or recipe.test_size,
-            "caffe2",
-        )
-    checkpoint = files.read(config.weights)
+class Network(NamedTuple):
+    """A network with the preparation of its inputs.
+
+    Attributes:
+        model: The module.
+        variables: Its weights.
+        sampling: The rule by which the frames of a clip are chosen.
+        size: Rows and columns of a crop.
+        colours: Source whose mean and standard deviation normalise the colours.
+    """
+
+    model: Any
+    variables: dict[str, Any]
+    sampling: InTime
+    size: int
+    colours: Preset
+
+
+def network(config: Config) -> Network:
+    """Builds the network and loads its weights."""
+    return (
+        inferred_network(config) if config.recipe is None else recipe_network(config, config.recipe)
+    )
+
+
+def recipe_network(config: Config, name: str) -> Network:
+    """Builds the network of a recipe of `experiments.kinetics` or `experiments.charades`."""
+    experiment: Any = {"kinetics": kinetics, "charades": charades}[config.data]
+    recipes = experiment.recipes()
+    if name not in recipes:
+        raise DataError(f"--recipe must be one of {', '.join(recipes)}; got {name!r}.")
+    recipe = recipes[name]
+    preset = config.preset or "paper"
+    experiment_config = experiment.Config(preset=preset, init=config.weights, test_only=True)
+    model = build(experiment_config, recipe, recipe.num_classes)
+    variables = initial(experiment_config, model, recipe)
+    assert variables is not None
+    sampling = clip_sampling(experiment_config, recipe)
+    size = config.size or recipe.test_size
+    return Network(model, dict(variables), sampling, size, experiment_config.normalisation)
+
+
+def inferred_network(config: Config) -> Network:
+    """Infers the network from the names and shapes of its weights."""
+    checkpoint = read(config.weights)
     found = architecture(checkpoint)
     chosen = options(found, config)
     if "clip" not in chosen or found.num_classes is None:
         raise DataError(
-            f"{config.weights} must be of a video network with a classifier; it is of {call(found, config)}."
+            f"{config.weights} must hold a video network with a classifier; "
+            f"got {call(found, config)}."
         )
-    model = build_as(found, config)
+    model = build_architecture(found, config)
     variables, _ = load_checkpoint(checkpoint, model, inflate_flat=config.kind is not None)
     frames, stride = map(int, chosen["clip"].split("x"))
-    return (
-        model,
-        variables,
-        InTime(frames, stride),
-        config.size or 256,
-        chosen["preset"],
+    return Network(model, variables, InTime(frames, stride), config.size or 256, chosen["preset"])
+
+
+def check_format(picture: Path) -> None:
+    """Checks that matplotlib can write a picture with this suffix."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = [f".{name}" for name in FigureCanvasBase.get_supported_filetypes()]
+    if picture.suffix not in formats:
+        raise DataError(f"--picture must end in one of {', '.join(formats)}; got {picture.name}.")
+
+
+def load(config: Config, picture: Path) -> tuple[Network, Views, tuple[str, ...]]:
+    """Loads the network, the views of the video and the class names, and checks all options.
+
+    Raises:
+        SystemExit: An option is wrong, or a file cannot be read.
+    """
+    try:
+        with exit_on(DataError, ValueError):
+            check_format(picture)
+            for flag, file in (("--picture", picture), ("--page", config.page)):
+                if file is not None and not file.parent.is_dir():
+                    raise DataError(
+                        f"{flag} must be in an existing folder; there is no {file.parent}."
+                    )
+            names = annotations.read_classes(config.classes) if config.classes else ()
+            loaded = network(config)
+            num_classes = loaded.model.num_classes
+            if names and len(names) != num_classes:
+                raise DataError(
+                    f"{config.classes} must name the {num_classes} classes of the network; "
+                    f"got {len(names)} names."
+                )
+            video = Annotations((Record(config.file, (0,)),), 1)
+            source = TestingClips(video, loaded.sampling, config.clips, config.crops, loaded.size)
+            return loaded, source.read(0), tuple(names)
+    except OSError as error:
+        raise SystemExit(f"error: {error.filename}: {error.strerror}.") from error
+
+
+def predict(config: Config, loaded: Network, views: Views) -> np.ndarray:
+    """Computes the score of each class, combined over the views."""
+    multi_label = config.data == "charades"
+    activation = jax.nn.sigmoid if multi_label else jax.nn.softmax
+
+    @jax.jit
+    def apply(variables: Any, clips: Any) -> Any:
+        inputs = normalise(clips, loaded.colours)
+        return activation(loaded.model.apply(variables, inputs, train=False))
+
+    scores = evaluation.score_views(
+        lambda clips: apply(loaded.variables, clips), views, config.views_at_once
     )
+    return evaluation.combine(scores[:-1], "max" if multi_label else "mean")
 
 
 def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: Path, title: str) -> None:
-    """Above, how much each position is looked at; below, where the one that is looked at most looks."""
+    """Draws how much attention each position receives, and where the most attended one looks."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    heat = nl.visualize.measures.received(block)[0]
-    most = nl.visualize.to_pixels(
-        block, np.unravel_index(heat.argmax(), heat.shape), of="keys"
-    ).centre
-    query = nl.visualize.from_pixels(block, most)
+    received = nl.visualize.measures.received(block)[0]
+    key = np.unravel_index(received.argmax(), received.shape)
+    centre = nl.visualize.to_pixels(block, key, of="keys").centre
+    query = nl.visualize.from_pixels(block, centre)
     frames = block.queries[0]
     figure = plt.figure(figsize=(1.9 * frames + 1, 5.2), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    nl.visualize.received(block, clip, axes=above.subplots(1, frames, squeeze=False)[0])
-    nl.visualize.arrows(block, clip, query, axes=below.subplots(1, frames, squeeze=False)[0])
+    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    nl.visualize.received(block, clip, axes=top.subplots(1, frames, squeeze=False)[0])
+    nl.visualize.arrows(block, clip, query, axes=bottom.subplots(1, frames, squeeze=False)[0])
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
+def show_attention(
+    config: Config,
+    loaded: Network,
+    clip: np.ndarray,
+    picture: Path,
+    best: tuple[str, float],
+    console: Console,
+) -> None:
+    """Writes the picture and the page, if the network has non-local blocks."""
+    inputs = normalise(jnp.asarray(clip)[None], loaded.colours)
+    name, score = best
+    file = picture
+    try:
+        maps = nl.visualize.affinities(loaded.model, loaded.variables, inputs, train=False)
+        draw(clip, list(maps.values())[-1], picture, f"{name}, {score:.2f}")
+        console.print(f"where the network looked: {picture}", highlight=False)
+        if config.page is not None:
+            file = config.page
+            nl.visualize.explore(maps, clip, file, title=f"{config.file.name}: {name}")
+            console.print(f"where each position looked: {file}", highlight=False)
+    except nl.visualize.NoBlocksError as error:
+        console.print(f"no picture: {error}", highlight=False)
+    except (OSError, ValueError) as error:
+        # The folder is read-only, the disk is full, or the maps have NaN.
+        raise SystemExit(f"error: cannot write {file}: {error}") from error
+
+
 def main(config: Config) -> list[tuple[str, float]]:
-    """Print the classes and draw the picture; the classes with their scores."""
+    """Predicts the classes of a video.
+
+    Returns:
+        The names of the best classes with their scores, best first.
+    """
     console = Console()
     picture = config.picture or Path(f"{config.file.stem}.png")
-    try:
-        for flag, written in (("--picture", picture), ("--page", config.page)):
-            if written is not None and not written.parent.is_dir():
-                raise DataError(
-                    f"{flag} must lie in a folder that is there; there is no {written.parent}."
-                )
-        names = annotations.read_classes(config.classes) if config.classes else ()
-        model, variables, clip, size, colours = network(config)
-        if names and len(names) != model.num_classes:
-            raise DataError(
-                f"{config.classes} must name the {model.num_classes} classes of the network; it names {len(names)}."
-            )
-        one = Annotations((Record(config.file, (0,)),), 1)
-        views = TestingClips(one, clip, config.clips, config.crops, size).read(0)
-    except OSError as error:
-        raise SystemExit(f"error: {error.filename}: {error.strerror}.") from error
-    except (DataError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    many = config.data == "charades"
-    activation = jax.nn.sigmoid if many else jax.nn.softmax
-    apply = jax.jit(
-        lambda v, clips: activation(model.apply(v, normalise(clips, colours), train=False))
-    )
-    each = evaluation.score_views(
-        lambda clips: apply(variables, clips), views, config.views_at_once
-    )
-    scores = evaluation.combine(each[:-1], "max" if many else "mean")
-    best = [
-        (names[i] if names else str(i), float(scores[i]))
-        for i in np.argsort(-scores)[: config.top].tolist()
-    ]
-    table = Table("class", "score", title=f"{config.file.name}: {len(each) - 1} views")
+    loaded, views, names = load(config, picture)
+    scores = predict(config, loaded, views)
+    order = np.argsort(-scores)[: config.top].tolist()
+    best = [(names[i] if names else str(i), float(scores[i])) for i in order]
+    table = Table("class", "score", title=f"{config.file.name}: {len(views) - 1} views")
     for name, score in best:
         table.add_row(name, f"{score:.3f}")
     console.print(table)
-    middle, written = list(views)[-1], picture
-    try:
-        maps = nl.visualize.affinities(
-            model, variables, normalise(jnp.asarray(middle)[None], colours), train=False
-        )
-        draw(middle, list(maps.values())[-1], picture, f"{best[0][0]}, {best[0][1]:.2f}")
-        console.print(f"where it looked: {picture}", highlight=False)
-        if config.page is not None:
-            written = config.page
-            nl.visualize.explore(
-                maps, middle, config.page, title=f"{config.file.name}: {best[0][0]}"
-            )
-            console.print(f"where each position looked: {config.page}", highlight=False)
-    except nl.visualize.NoBlocksError as error:
-        console.print(f"no picture: {error}", highlight=False)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a folder that may not be written to, a format that there is not, NaN
-        raise SystemExit(f"error: no picture of where it looked, {written}: {error}") from error
+    *_, middle = views
+    show_attention(config, loaded, middle, picture, best[0], console)
     return best
 
 

@@ -1,20 +1,23 @@
-"""Do two digits, far apart in space and time, belong together? With a non-local block a network can tell.
+"""Shows a task that a small network can solve with a non-local block and cannot solve without.
 
-    python -m experiments.toy_video                   # control and embedded Gaussian on `same_digit`, the demo
-    python -m experiments.toy_video --all --seeds 5   # every instantiation, and the table of the README
+    python -m experiments.toy_video                  # the demo: control, embedded Gaussian
+    python -m experiments.toy_video --all --seeds 5  # all networks, the table of the README
 
-Why the control cannot: averaged over all positions, features that each depend on one digit give the linear classifier
-a sum u(first) + u(second). Cross-entropy is convex in u and the classes are drawn alike, so the best u is the same for
-every class, and the answer is chance.
+The task `same_digit` asks whether two digits, far apart in space and time, are of one class. The
+control network cannot answer: averaged over all positions, features that each depend on one digit
+give the linear classifier a sum u(first) + u(second). Cross-entropy is convex in u and all classes
+are equally likely, so the best u is the same for every class, and the accuracy is at chance.
 
-A run that was stopped goes on with the same command, and what is finished is not trained again.
+A run that was stopped continues with the same command, and finished networks are not trained again.
 
-Recipe, the same for every network: the trunk learns single scanned digits (for `moving_pair` then single moving ones);
-a block is inserted, right before the last residual block, and is the identity; the stem is frozen and all the rest is
-trained on clips. Adam, warm-up and cosine decay.
+Recipe, the same for every network: the trunk learns single scanned digits (for `moving_pair` then
+single moving digits); a block, which is the identity at first, is inserted before the last residual
+block; the stem is frozen and everything else is trained on clips. Adam with warm-up and cosine
+decay.
 
-Hardware and time: 2 CPU cores, 3 minutes for the demo, about an hour for `--all --seeds 5`. Expected on `same_digit`,
-on scans held out from training: about 95% with the embedded Gaussian, 50% for the control.
+Hardware and time: 2 CPU cores, 3 minutes for the demo, about an hour for `--all --seeds 5`.
+Expected on `same_digit`, on scans held out from training: about 95% with the embedded Gaussian, 50%
+for the control.
 """
 
 import dataclasses
@@ -23,12 +26,9 @@ import itertools
 import json
 import math
 import os
-import shlex
-import statistics
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,10 @@ from rich.console import Console
 from rich.table import Table
 
 import nonlocal_jax as nl
-from experiments import report
-from experiments.report import hardware
-from nonlocal_jax import training
+from experiments.shared import results, toy_results
+from experiments.shared.command_line import TRAINING_ERRORS, command, exit_on, settings
+from experiments.shared.toy_results import Example, TrainedNetwork
+from nonlocal_jax import checks, files, training
 from nonlocal_jax.data.toy_video import (
     Clips,
     Scans,
@@ -51,139 +52,172 @@ from nonlocal_jax.data.toy_video import (
     make_clips,
     num_classes,
 )
-from nonlocal_jax.models.toy_video import Kind, LocalBlock, ToyVideoNet
+from nonlocal_jax.layers.presets import Preset
+from nonlocal_jax.models.toy_video import LocalBlock, ToyVideoNet, TrunkKind
 from nonlocal_jax.types import Instantiation
 
 Network = Literal["control"] | Instantiation
 INSTANTIATIONS: tuple[Instantiation, ...] = get_args(Instantiation)
 NETWORKS: tuple[Network, ...] = ("control", *INSTANTIATIONS)
-EVALUATION_BATCH = 256
-SAVE_EVERY = 400  # steps
-TEST_KEY = 2018  # seed of the test clips, the same for every network and seed
+EVALUATION_BATCH = 256  # Test clips per batch.
+CURVE_CLIPS = 1024  # Test clips per point of a learning curve, at most.
+SAVE_EVERY = 400  # Steps between checkpoints.
+TEST_SEED = 2018  # Seed of the test clips, the same for every network.
+EXAMPLES = 3  # Test clips in the picture.
 PRETRAINING: dict[Task, tuple[Task, ...]] = {
     "same_digit": ("single_digit",),
     "moving_pair": ("single_digit", "moving_digit"),
 }
-OF_ALL_RUNS = (
-    "networks",
-    "seeds",
-    "all",
-    "test_clips",
-    "output",
-    "readme",
-)  # what one run's own results do not depend on
-README_MARKS = ("<!-- toy_video: begin -->", "<!-- toy_video: end -->")
+# Options that do not change how a single network is trained.
+SHARED_OPTIONS = ("networks", "seeds", "all", "test_clips", "output", "readme")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Toy videos of scanned digits: networks with a non-local block against the same network without."""
+    """Trains small networks on toy videos of digits, with and without a non-local block."""
 
-    task: Literal["same_digit", "moving_pair"] = "same_digit"  # what is asked of a clip
-    networks: tuple[Network, ...] = (
-        "control",
-        "embedded_gaussian",
-    )  # the control has a residual block in place of a non-local one
-    kind: Kind | None = None  # c2d or i3d; None is c2d for same_digit, i3d for moving_pair
-    preset: Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"] = (
-        "paper"  # conventions of the non-local block
-    )
-    seeds: int = 1  # runs of each network, seeds 0, 1, ...
-    all: bool = False  # every instantiation on same_digit, and control and embedded Gaussian on moving_pair (3 seeds)
-    scene: Scene = dataclasses.field(
-        default_factory=Scene
-    )  # how clips look; moving_pair's own default is 20 pixels of size
-    pretrain_steps: int = 1500  # steps of the trunk on single digits
-    pretrain_batch_size: int = 128  # images
-    pretrain_learning_rate: float = 4e-3  # of Adam, at its peak
-    steps: int = 1200  # steps on clips
-    batch_size: int = 32  # clips
-    learning_rate: float = 2e-3  # of Adam, at its peak
-    warmup: int = 100  # steps of linear warm-up
-    evaluate_every: int = (
-        200  # steps between two points of the learning curve, each of 1,024 test clips at most
-    )
-    test_clips: int = 4096  # of the final accuracy
-    output: Path = Path(
-        "runs/toy_video"
-    )  # folder of results.json, results.md, toy_video.png, and of each run's own
-    readme: Path = Path(
-        "README.md"
-    )  # with --all: the file whose results table is written, where it has the marks for it
+    task: Literal["same_digit", "moving_pair"] = "same_digit"  # Question about each clip.
+    # Networks to train. "control" has a residual block in place of the non-local one.
+    networks: tuple[Network, ...] = ("control", "embedded_gaussian")
+    # Trunk of the network. None is c2d for same_digit and i3d for moving_pair.
+    kind: TrunkKind | None = None
+    preset: Preset = "paper"  # Source whose conventions the non-local block follows.
+    seeds: int = 1  # Runs of each network, with seeds 0, 1, ...
+    # Train every instantiation on same_digit, and the control and the embedded Gaussian on
+    # moving_pair with at most 3 seeds.
+    all: bool = False
+    # Appearance of the clips. moving_pair uses a size of 20 by default.
+    scene: Scene = dataclasses.field(default_factory=Scene)
+    pretrain_steps: int = 1500  # Steps of the trunk on single digits.
+    pretrain_batch_size: int = 128  # Images per step on single digits.
+    pretrain_learning_rate: float = 4e-3  # Peak learning rate on single digits.
+    steps: int = 1200  # Steps on clips.
+    batch_size: int = 32  # Clips per step.
+    learning_rate: float = 2e-3  # Peak learning rate on clips.
+    warmup: int = 100  # Steps of linear warm-up.
+    # Steps between points of the learning curve, which use up to 1,024 test clips.
+    evaluate_every: int = 200
+    test_clips: int = 4096  # Test clips for the final accuracy.
+    # Folder for results.json, results.md, toy_video.png, and a subfolder for each run.
+    output: Path = Path("runs/toy_video")
+    # With --all: file in which the results table is updated between its two marks.
+    readme: Path = Path("README.md")
 
     def __post_init__(self) -> None:
-        for name in (
-            "seeds", "pretrain_steps", "pretrain_batch_size", "steps", "batch_size", "evaluate_every", "test_clips",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0; got {self.warmup}.")
+        checks.at_least("seeds", self.seeds, 1)
+        checks.at_least("pretrain_steps", self.pretrain_steps, 1)
+        checks.at_least("pretrain_batch_size", self.pretrain_batch_size, 1)
+        checks.at_least("steps", self.steps, 1)
+        checks.at_least("batch_size", self.batch_size, 1)
+        checks.at_least("evaluate_every", self.evaluate_every, 1)
+        checks.at_least("test_clips", self.test_clips, 1)
+        checks.at_least("warmup", self.warmup, 0)
         for name in ("pretrain_learning_rate", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}.")
         if not self.networks:
             raise ValueError(f"networks must name at least one of {', '.join(NETWORKS)}; got none.")
 
-    def of_task(self, task: Literal["same_digit", "moving_pair"]) -> "Config":
-        """The same recipe for one task, its defaults filled in."""
+    def specialised(self, task: Literal["same_digit", "moving_pair"]) -> "Config":
+        """Returns the config for one task, with the task's own defaults filled in."""
         moving = task == "moving_pair"
         scene = Scene(size=20) if moving and self.scene == Scene() else self.scene
-        return dataclasses.replace(
-            self, task=task, kind=self.kind or ("i3d" if moving else "c2d"), scene=scene
-        )
-
-
-class Result(NamedTuple):
-    """One network, trained with one seed."""
-
-    accuracy: float
-    curve: list[tuple[int, float]]  # step, accuracy on test clips
-    seconds: float
-    variables: dict[str, Any]
+        kind = self.kind or ("i3d" if moving else "c2d")
+        return dataclasses.replace(self, task=task, kind=kind, scene=scene)
 
 
 def build(network: Network | None, config: Config, task: Task | None = None) -> ToyVideoNet:
-    """The network for a task, the config's own by default; None has no block, as in pre-training."""
+    """Builds a network.
+
+    Args:
+        network: The block to insert. None inserts no block, as in pre-training.
+        config: Kind of the trunk, and conventions of the block.
+        task: The task to classify. None is the task of `config`.
+    """
     task = task or config.task
     block: Any = None
     if network == "control":
-        block = LocalBlock(
-            28 if config.task == "moving_pair" else 24
-        )  # so that its `cost` is the largest
-    elif (
-        network is not None
-    ):  # on maps of 4×4 positions there is nothing to win by subsampling the keys
+        # Wide enough that the control has more parameters and FLOPs than the non-local networks.
+        block = LocalBlock(28 if config.task == "moving_pair" else 24)
+    elif network is not None:
+        # On maps of 4×4 positions there is nothing to gain from subsampling the keys.
         block = nl.layers.nonlocal_block(network, config.preset, subsample=False)
     image = task == "single_digit"
-    return ToyVideoNet(
-        num_classes(task), block, "c2d" if image else config.kind or "c2d", freeze_stem=not image
-    )
+    kind = "c2d" if image else config.kind or "c2d"
+    return ToyVideoNet(num_classes(task), block, kind, freeze_stem=not image)
 
 
 _make_clips = jax.jit(make_clips, static_argnums=(0, 3, 4))
 
 
 def held_out_clips(task: Task, number: int, scans: dict[str, Scans], scene: Scene) -> Clips:
-    """A batch of those that every network and seed is tested with."""
-    key = jax.random.fold_in(jax.random.key(TEST_KEY), number)
+    """Makes a batch of the test clips, which are the same for every network and seed."""
+    key = jax.random.fold_in(jax.random.key(TEST_SEED), number)
     return jax.device_get(_make_clips(task, key, scans["test"], EVALUATION_BATCH, scene))
+
+
+def training_batches(
+    task: Task, scans: Scans, batch_size: int, scene: Scene, key: jax.Array, step: int
+) -> Iterator[dict[str, Any]]:
+    """Makes the training batches from `step` on. A step's clips depend on the key and the step."""
+    for i in itertools.count(step):
+        step_key = jax.random.fold_in(jax.random.fold_in(key, 2), i)
+        clips = jax.device_get(_make_clips(task, step_key, scans, batch_size, scene))
+        yield {"inputs": clips.video, "labels": clips.labels}
+
+
+def test_batches(
+    task: Task, scans: dict[str, Scans], scene: Scene, clips: int
+) -> Iterator[dict[str, Any]]:
+    """Makes the first test clips, rounded up to whole batches."""
+    for i in range(math.ceil(clips / EVALUATION_BATCH)):
+        batch = held_out_clips(task, i, scans, scene)
+        mask = np.ones(EVALUATION_BATCH, bool)
+        yield {"inputs": batch.video, "labels": batch.labels, "mask": mask}
 
 
 def make_trainer(
     network: Network | None, config: Config, task: Task
 ) -> tuple[training.Trainer, int, int]:
-    """What a step does, how many there are, and of how many clips."""
+    """Returns the trainer of a network, its number of steps, and its batch size."""
     steps, batch_size, peak = config.steps, config.batch_size, config.learning_rate
     if task == "single_digit":
-        steps, batch_size, peak = (
-            config.pretrain_steps,
-            config.pretrain_batch_size,
-            config.pretrain_learning_rate,
-        )
+        steps = config.pretrain_steps
+        batch_size = config.pretrain_batch_size
+        peak = config.pretrain_learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(config.warmup, steps // 2), steps)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    return training.Trainer(build(network, config, task), optimiser, schedule), steps, batch_size
+    loss = training.classification(build(network, config, task), observe=nl.layers.residual_ratios)
+    return training.Trainer(loss, optimiser, schedule), steps, batch_size
+
+
+def initial_variables(model: ToyVideoNet, clips: np.ndarray, key: jax.Array, start: Any) -> Any:
+    """Initialises a network, and inserts the trained variables of `start` unless it is None.
+
+    Raises:
+        ValueError: The clips are not finite.
+    """
+    if not np.isfinite(clips).all():
+        raise ValueError(
+            "the clips must be finite; got NaN or infinity. Look at the scans and at --scene."
+        )
+    variables = jax.jit(model.init)(jax.random.fold_in(key, 1), clips[:1])
+    return variables if start is None else insert(start, variables)
+
+
+def insert(trained: Any, fresh: Any) -> Any:
+    """Replaces fresh variables by trained ones, except the head and new blocks.
+
+    Kernels of images are inflated where the fresh ones have taps in time.
+    """
+    if not isinstance(fresh, dict):
+        if trained.ndim == 5 and trained.shape != fresh.shape:
+            return nl.weights.inflate(trained[0], len(fresh))
+        return trained
+    return {
+        name: insert(trained[name], leaf) if name in trained and name != "head" else leaf
+        for name, leaf in fresh.items()
+    }
 
 
 def train(
@@ -195,53 +229,38 @@ def train(
     config: Config,
     scans: dict[str, Scans],
     console: Console,
-) -> Result:
-    """Train one network from `start`, where it has the leaves, else from the initial values."""
+) -> TrainedNetwork:
+    """Trains one network with one seed, or continues its run.
+
+    Args:
+        name: Name of the run's folder.
+        network: The block of the network, or None.
+        task: The task to train on.
+        seed: Seed of initial values and clips.
+        start: Trained variables to start from, or None.
+        config: Options of the experiment.
+        scans: Scanned digits for training and test.
+        console: Where progress is printed.
+    """
     trainer, steps, batch_size = make_trainer(network, config, task)
     mesh = training.make_mesh()
     key = jax.random.key(seed)
-
-    def data(step: int) -> Iterator[dict[str, Any]]:
-        for i in itertools.count(step):
-            of_step = jax.random.fold_in(jax.random.fold_in(key, 2), i)
-            clips = jax.device_get(
-                _make_clips(task, of_step, scans["train"], batch_size, config.scene)
-            )
-            yield {"inputs": clips.video, "labels": clips.labels}
-
-    def test(clips: int) -> Iterator[dict[str, Any]]:
-        """The first test clips, rounded up to whole batches."""
-        for i in range(-(-clips // EVALUATION_BATCH)):
-            found = held_out_clips(task, i, scans, config.scene)
-            yield {
-                "inputs": found.video,
-                "labels": found.labels,
-                "mask": np.ones(EVALUATION_BATCH, bool),
-            }
-
-    first = next(data(0))["inputs"]
-    if not np.isfinite(first).all():
-        raise ValueError(
-            "the clips must be finite; got NaN or infinity. Look at the scans and at --scene."
-        )
-    variables = jax.jit(trainer.model.init)(jax.random.fold_in(key, 1), first[:1])
-    if start is not None:
-        variables = insert(start, variables)
+    data = functools.partial(training_batches, task, scans["train"], batch_size, config.scene, key)
+    test = functools.partial(test_batches, task, scans, config.scene)
+    model = build(network, config, task)
+    variables = initial_variables(model, next(data(0))["inputs"], key, start)
     options = training.Options(
         steps,
         evaluate_every=min(config.evaluate_every, steps),
         save_every=SAVE_EVERY,
         keep=1,
         best=None,
+        warn_if_zero="residual_ratio",
     )
-    own = {
-        name: value for name, value in dataclasses.asdict(config).items() if name not in OF_ALL_RUNS
-    }
+    run_settings = {**settings(config, SHARED_OPTIONS), "network": name, "seed": seed}
     console.print(f"{name}, seed {seed}", highlight=False)
-    with training.Run(
-        config.output / config.task / f"{name}-{seed}", {**own, "network": name, "seed": seed}
-    ) as run:
-        evaluation = functools.partial(test, min(1024, config.test_clips))
+    with training.Run(config.output / config.task / f"{name}-{seed}", run_settings) as run:
+        evaluation = functools.partial(test, min(CURVE_CLIPS, config.test_clips))
         result = training.fit(
             trainer,
             options,
@@ -253,69 +272,56 @@ def train(
             variables=variables,
             console=console,
         )
-        report.record(run.folder, task, command(), result)
-        curve = [
-            (row["step"], row["accuracy"]) for row in report.read_log(run.folder, "evaluation")
-        ]
-    sums = training.sum_of_evaluations(trainer, mesh)(
-        result.state.variables, ((batch,) for batch in test(config.test_clips))
-    )
-    return Result(
-        float(sums["accuracy"] / sums["count"]), curve, result.seconds, result.state.variables
-    )
-
-
-def insert(trained: Any, fresh: Any) -> Any:
-    """The fresh variables with every trained leaf put in: image kernels inflated, the head and new blocks left as they are."""
-    if not isinstance(fresh, dict):
-        if trained.ndim == 5 and trained.shape != fresh.shape:
-            return nl.weights.inflate(trained[0], len(fresh))
-        return trained
-    return {
-        name: insert(trained[name], leaf) if name in trained and name != "head" else leaf
-        for name, leaf in fresh.items()
-    }
+        results.record(run.folder, task, command("toy_video"), result)
+        log = results.read_log(run.folder, "evaluation")
+    curve = [(row["step"], row["accuracy"]) for row in log]
+    batches = ((batch,) for batch in test(config.test_clips))
+    sums = training.sum_of_evaluations(trainer, mesh)(result.state.variables, batches)
+    accuracy = float(sums["accuracy"] / sums["count"])
+    return TrainedNetwork(accuracy, curve, result.seconds, result.state.variables)
 
 
 def train_all(
     config: Config, scans: dict[str, Scans], console: Console
-) -> dict[Network, list[Result]]:
-    """Every network of one task with every seed."""
+) -> dict[Network, list[TrainedNetwork]]:
+    """Trains every network of one task with every seed, each from the trunk of its seed."""
     trunks: list[Any] = [None] * config.seeds
     for task in PRETRAINING[config.task]:
-        name = f"trunk_{task}"
         trunks = [
-            train(name, None, task, i, trunk, config, scans, console).variables
-            for i, trunk in enumerate(trunks)
+            train(f"trunk_{task}", None, task, seed, trunk, config, scans, console).variables
+            for seed, trunk in enumerate(trunks)
         ]
     return {
         network: [
-            train(network, network, config.task, i, trunk, config, scans, console)
-            for i, trunk in enumerate(trunks)
+            train(network, network, config.task, seed, trunk, config, scans, console)
+            for seed, trunk in enumerate(trunks)
         ]
         for network in config.networks
     }
 
 
 def cost(network: Network, config: Config) -> tuple[int, int]:
-    """Parameters, and floating-point operations of one clip as XLA counts them for CPUs (it does not for every device)."""
+    """Counts the parameters of a network, and the FLOPs of one clip.
+
+    FLOPs are those that XLA counts for CPUs, because it does not count them on every device.
+    """
     model = build(network, config)
-    clip = jax.ShapeDtypeStruct(
-        (1, config.scene.frames, config.scene.size, config.scene.size, 1), jnp.float32
-    )
+    shape = (1, config.scene.frames, config.scene.size, config.scene.size, 1)
+    clip = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), clip)
     with jax.default_device(jax.devices("cpu")[0]):
-        counted: Any = jax.jit(model.apply).lower(variables, clip).cost_analysis()
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"])), int(counted["flops"])
+        analysis: Any = jax.jit(model.apply).lower(variables, clip).cost_analysis()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return parameters, int(analysis["flops"])
 
 
-def summarise(config: Config, results: dict[Network, list[Result]]) -> list[dict[str, Any]]:
-    """A row for each network: its size, its arithmetic and its accuracies."""
+def summarise(config: Config, trained: dict[Network, list[TrainedNetwork]]) -> list[dict[str, Any]]:
+    """Returns one row per network, with its size, its FLOPs and its accuracies."""
+    clip = jnp.zeros((1, config.scene.frames, config.scene.size, config.scene.size, 1))
     rows = []
-    for network, runs in results.items():
-        model, variables = build(network, config), runs[0].variables
-        clip = jnp.zeros((1, config.scene.frames, config.scene.size, config.scene.size, 1))
-        nl.describe(model, variables, clip, expected=0 if network == "control" else 1)
+    for network, runs in trained.items():
+        blocks = 0 if network == "control" else 1
+        nl.describe(build(network, config), runs[0].variables, clip, expected=blocks)
         parameters, flops = cost(network, config)
         rows.append(
             {
@@ -331,192 +337,110 @@ def summarise(config: Config, results: dict[Network, list[Result]]) -> list[dict
     return rows
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table, as text."""
-    mean = statistics.mean(row["accuracies"])
-    spread = (
-        f" ± {100 * statistics.stdev(row['accuracies']):.1f}" if len(row["accuracies"]) > 1 else ""
-    )
-    name = row["network"].replace("_", " ")
-    name = f"{row['kind'].upper()}, " + (
-        "residual block (control)" if name == "control" else f"non-local, {name}"
-    )
-    return [
-        row["task"],
-        name,
-        f"{row['parameters']:,}",
-        f"{row['flops'] / 1e6:.1f} M",
-        f"{100 * mean:.1f}{spread}",
-    ]
-
-
-HEADER = ("task", "network", "parameters", "FLOPs a clip", "test accuracy, %")
-
-
-def markdown(rows: list[dict[str, Any]], command: str) -> str:
-    """The results table of the README."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---|---|--:|--:|--:|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    seeds = ", ".join(
-        f"{task}: {n}" for task, n in {row["task"]: len(row["accuracies"]) for row in rows}.items()
-    )
-    lines += [
-        "",
-        f"Mean ± standard deviation over seeds ({seeds}); chance is 50. `{command}`, {hardware()}.",
-    ]
-    return "\n".join(lines)
-
-
-def draw(
-    config: Config, results: dict[Network, list[Result]], scans: dict[str, Scans], file: Path
-) -> None:
-    """Learning curves, and where a position on a digit looks in a few test clips."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    nonlocal_networks = [network for network in results if network != "control"]
-    shown = 3 if nonlocal_networks else 0
-    figure = plt.figure(figsize=(11, 3.5 + 2.1 * shown), layout="constrained")
-    top, *below = figure.subfigures(
-        1 + shown, 1, height_ratios=[3.5] + [2.1] * shown, squeeze=False
-    )[:, 0]
-    ax = top.subplots()
-    for network, runs in results.items():
-        steps = [step for step, _ in runs[0].curve]
-        accuracies = np.array([[accuracy for _, accuracy in run.curve] for run in runs])
-        style = {"color": "0.45", "linestyle": "--"} if network == "control" else {}
-        ax.plot(steps, accuracies.mean(0), marker="o", label=network.replace("_", " "), **style)
-    ax.axhline(0.5, color="0.7", linewidth=1, zorder=0)
-    ax.set(
-        xlabel="step",
-        ylabel="accuracy on test clips",
-        ylim=(0.4, 1.02),
-        title=f"{config.task}: learning curves",
-    )
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    if nonlocal_networks:
-        chosen = max(nonlocal_networks, key=lambda network: results[network][0].accuracy)
-        draw_arrows(below, config, chosen, results[chosen][0], scans)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
-def draw_arrows(
-    rows: list[Any], config: Config, network: Network, result: Result, scans: dict[str, Scans]
-) -> None:
-    """From a position on the first digit to its 20 highest-weighted ones, in the first test clips of each class in turn."""
+def examples(
+    config: Config, trained: dict[Network, list[TrainedNetwork]], scans: dict[str, Scans]
+) -> list[Example]:
+    """Returns the best non-local network's answers and weights on the first test clips."""
+    candidates = [network for network in trained if network != "control"]
+    if not candidates:
+        return []
+    best = max(candidates, key=lambda network: trained[network][0].accuracy)
+    variables = trained[best][0].variables
     clips = held_out_clips(config.task, 0, scans, config.scene)
-    of_class = [np.nonzero(clips.labels == label)[0] for label in (0, 1)]
-    chosen = np.array([of_class[i % 2][i // 2] for i in range(len(rows))])
+    class_indices = [np.nonzero(clips.labels == label)[0] for label in (0, 1)]
+    # The classes take turns.
+    chosen = np.array([class_indices[i % 2][i // 2] for i in range(EXAMPLES)])
     clips = jax.tree.map(lambda x: x[chosen], clips)
-    model = build(network, config)
-    answers = jax.jit(model.apply)(result.variables, clips.video).argmax(-1)
-    block = nl.visualize.affinities(model, result.variables, clips.video)["block"]
-    paper = 1 - clips.video.clip(0, 1)  # ink is black
-    words = ["different", "same"]
-    for i, (row, label, answer, places) in enumerate(
-        zip(rows, clips.labels, answers, clips.places, strict=True)
-    ):
-        row.suptitle(f"truth: {words[int(label)]}, answer: {words[int(answer)]}", fontsize=10)
-        query = nl.visualize.from_pixels(block, places[0])  # in the middle of the first digit
-        nl.visualize.arrows(
-            block, paper, query, sample=i, axes=list(row.subplots(1, block.queries[0]))
+    model = build(best, config)
+    predictions = jax.jit(model.apply)(variables, clips.video).argmax(-1)
+    block = nl.visualize.affinities(model, variables, clips.video)["block"]
+    return [
+        Example(
+            clips.video, block, i, int(clips.labels[i]), int(predictions[i]), clips.places[i, 0]
         )
+        for i in range(EXAMPLES)
+    ]
 
 
-def prepare(config: Config) -> None:
-    """All that can fail fails here, before any long work starts; then the output folder is there."""
-    import matplotlib  # noqa: F401
+def check(config: Config) -> None:
+    """Finds errors before any long work starts, then creates the output folder.
 
-    try:
+    Raises:
+        SystemExit: A network cannot be built, a batch cannot be split over the devices, or a file
+            cannot be written.
+    """
+    import matplotlib  # noqa: F401  # a missing package is an error that can be found now
+
+    scans = load_scans("test")
+    with exit_on(ValueError):
         for size in (config.pretrain_batch_size, config.batch_size, EVALUATION_BATCH):
             training.local_rows(size, training.make_mesh())
-        for one in tasks(config):
-            clips = jax.eval_shape(
-                lambda key, one=one: make_clips(one.task, key, load_scans("test"), 2, one.scene),
-                jax.random.key(0),
+        for task_config in task_configs(config):
+            make = functools.partial(
+                make_clips, task_config.task, scans=scans, batch_size=2, scene=task_config.scene
             )
-            for network in one.networks:
-                jax.eval_shape(build(network, one).init, jax.random.key(0), clips.video)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+            clips = jax.eval_shape(make, jax.random.key(0))
+            for network in task_config.networks:
+                model = build(network, task_config)
+                jax.eval_shape(model.init, jax.random.key(0), clips.video)
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(
-            f"error: --output must be a folder that can be written; {config.output}: {error.strerror}."
+            f"error: --output must be a writable folder; got {config.output}: {error.strerror}."
         ) from error
-    if (
-        config.all
-        and config.readme.exists()
-        and not (config.readme.is_file() and os.access(config.readme, os.R_OK | os.W_OK))
-    ):
-        raise SystemExit(
-            f"error: --readme must be a file that can be read and written; got {config.readme}."
-        )
+    readme = config.readme
+    writable = readme.is_file() and os.access(readme, os.R_OK | os.W_OK)
+    if config.all and readme.exists() and not writable:
+        raise SystemExit(f"error: --readme must be a readable and writable file; got {readme}.")
 
 
-def tasks(config: Config) -> Iterator[Config]:
-    """What is run: one task, or with --all both."""
+def task_configs(config: Config) -> Iterator[Config]:
+    """Yields the config of the task, or with --all those of both tasks."""
     if not config.all:
-        yield config.of_task(config.task)
+        yield config.specialised(config.task)
         return
-    yield dataclasses.replace(config.of_task("same_digit"), networks=NETWORKS)
-    moving = dataclasses.replace(
-        config.of_task("moving_pair"), networks=("control", "embedded_gaussian")
-    )
-    yield dataclasses.replace(moving, seeds=min(config.seeds, 3))
-
-
-def command() -> str:
-    """What was asked for."""
-    return shlex.join(["python", "-m", "experiments.toy_video", *sys.argv[1:]])
+    yield dataclasses.replace(config.specialised("same_digit"), networks=NETWORKS)
+    moving = config.specialised("moving_pair")
+    networks: tuple[Network, ...] = ("control", "embedded_gaussian")
+    yield dataclasses.replace(moving, networks=networks, seeds=min(config.seeds, 3))
 
 
 def main(config: Config) -> list[dict[str, Any]]:
-    """Run it; return the rows of the table."""
-    prepare(config)
+    """Trains all networks, and writes the table and the pictures.
+
+    Returns:
+        The rows of the table.
+    """
+    check(config)
     scans: dict[str, Scans] = {"train": load_scans("train"), "test": load_scans("test")}
     console = Console()
     rows: list[dict[str, Any]] = []
-    for one in tasks(config):
-        try:
-            results = train_all(one, scans, console)
-        except (
-            training.RunError,
-            training.CheckpointError,
-            training.MismatchError,
-            training.NonFiniteError,
-        ) as error:
-            raise SystemExit(f"error: {error}") from error
-        rows += summarise(one, results)
-        record = {"command": command(), "hardware": hardware(), "rows": rows}
-        training.write_whole(config.output / "results.json", json.dumps(record, indent=2) + "\n")
-        picture = config.output / (
-            "toy_video.png" if one.task == "same_digit" or not config.all else "moving_pair.png"
-        )
-        draw(one, results, scans, picture)
+    for task_config in task_configs(config):
+        with exit_on(*TRAINING_ERRORS):
+            trained = train_all(task_config, scans, console)
+        rows += summarise(task_config, trained)
+        record = {
+            "command": command("toy_video"),
+            "hardware": results.hardware(),
+            "rows": rows,
+        }
+        files.write_text(config.output / "results.json", json.dumps(record, indent=2) + "\n")
+        moving = config.all and task_config.task == "moving_pair"
+        picture = config.output / ("moving_pair.png" if moving else "toy_video.png")
+        curves = {network: [run.curve for run in runs] for network, runs in trained.items()}
+        toy_results.draw(task_config.task, curves, examples(task_config, trained, scans), picture)
 
-    table = Table(*HEADER, title="accuracy on clips of scans held out from training")
+    table = Table(*toy_results.HEADER, title="accuracy on clips of scans held out from training")
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*toy_results.cells(row))
     console.print(table)
-    (config.output / "results.md").write_text(markdown(rows, command()) + "\n")
+    markdown = toy_results.markdown(rows, command("toy_video"))
+    (config.output / "results.md").write_text(markdown + "\n")
     if config.all:
-        write_readme(config.readme, markdown(rows, command()))
+        toy_results.write_readme(config.readme, markdown)
     console.print(f"picture, table and logs: {config.output}")
     return rows
-
-
-def write_readme(readme: Path, table: str) -> None:
-    """Put the table between its marks, if the file has them."""
-    begin, end = README_MARKS
-    text = readme.read_text() if readme.is_file() else ""
-    if begin in text and end in text:
-        before, after = text.split(begin)[0], text.split(end)[1]
-        readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 if __name__ == "__main__":

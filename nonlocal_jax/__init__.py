@@ -1,18 +1,25 @@
-"""Non-local neural networks in JAX (Wang, Girshick, Gupta, He, CVPR 2018)."""
+"""Non-local neural networks in JAX (Wang, Girshick, Gupta, He, CVPR 2018).
 
-import importlib
-from typing import TYPE_CHECKING, Any
+`nl.data.video`, `nl.evaluation`, `nl.training` and the like are imported when they are first used,
+so `import nonlocal_jax` loads neither optax and orbax nor the libraries that read data.
+"""
+
+from typing import TYPE_CHECKING
 
 from nonlocal_jax import data, layers, models, ops, visualize, weights
 from nonlocal_jax.layers import describe, plan
+from nonlocal_jax.lazy import submodules
 
 if TYPE_CHECKING:
-    from nonlocal_jax import training
+    from nonlocal_jax import evaluation, training
+else:
+    __getattr__, __dir__ = submodules(__name__, "evaluation", "training")
 
 __version__ = "0.1.0"
 __all__ = [
     "data",
     "describe",
+    "evaluation",
     "layers",
     "models",
     "ops",
@@ -21,9 +28,3 @@ __all__ = [
     "visualize",
     "weights",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "training":  # brings optax and orbax, which who only wants a block need not load
-        return importlib.import_module("nonlocal_jax.training")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

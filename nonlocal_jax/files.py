@@ -1,4 +1,4 @@
-"""Atomic writes: a reader, or a process killed halfway, finds the old file or the new one, never a part."""
+"""Atomic writes: readers, and processes killed halfway, find the old file or the new one."""
 
 import contextlib
 import os
@@ -11,14 +11,15 @@ from pathlib import Path
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path in the same directory, which replaces `path` when the block succeeds.
 
-    The contents are flushed to disk before the rename. If the block raises, the temporary file is removed and `path`
-    keeps what it had.
+    The contents are flushed to disk before the rename. If the block raises, the temporary file is
+    removed and `path` keeps what it had.
 
     Args:
         path: File to create or replace. Its directory must exist.
 
     Yields:
-        The path to write to. Its name starts with a dot and ends in ".partial", so it matches no file type.
+        The path to write to. Its name starts with a dot and ends in ".partial", so it matches no
+        file type.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp(), "notes.txt")

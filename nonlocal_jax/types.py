@@ -1,8 +1,10 @@
-"""The tensor vocabulary: every kind of array is named here once.
+"""The tensor vocabulary: each kind of array is named here once.
 
-Axes: `b` batch, `t` frames, `h` and `w` rows and columns, `c` channels; `n` query positions, `m` key positions, `d` the
-width of θ and φ, `e` the width of g. `*b` is any number of leading axes; `*positions` is one, two or three of them:
-(N,), (H, W) or (T, H, W). The annotations are checked at run time under pytest only.
+Axes: `b` batch, `t` frames, `h` and `w` rows and columns, `c` channels; `n` query positions, `m`
+    key
+positions, `d` channels of θ and φ, `e` channels of g. `*b` stands for any number of leading axes.
+`*positions` stands for one, two or three axes: (N,), (H, W) or (T, H, W). The annotations are
+checked at run time under pytest only.
 """
 
 from typing import Literal
@@ -11,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
 Instantiation = Literal["gaussian", "embedded_gaussian", "dot_product", "concatenation"]
 
-# What a layer takes and gives.
+# Inputs and outputs of layers.
 Features = Float[Array, "b *positions c"]
 Embedded = Float[Array, "b *positions e"]  # the same positions, other channels
 Pooled = Float[Array, "b *pooled c"]  # the same channels, fewer positions
@@ -26,9 +28,9 @@ Keys = Float[Array, "*b m d"]  # φ(x_j)
 Values = Float[Array, "*b m e"]  # g(x_j)
 Responses = Float[Array, "*b n e"]  # y_i
 Affinity = Float[Array, "*b n m"]  # f(x_i, x_j) / C(x)
-AffinityToAll = Float[Array, "*b n all_m"]  # where keys are split over devices, to those of all
+AffinityToAll = Float[Array, "*b n all_m"]  # the same to the keys of all devices
 KeyMask = Bool[Array, "*b m"]
-ConcatenationWeights = Float[Array, " two_d"]  # w_f, first for θ, then for φ
+ConcatenationWeights = Float[Array, " two_d"]  # w_f: the weights of θ, then those of φ
 
 # Images, videos and their labels.
 Image = Float[Array, "b h w c"]

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # The operation: from Eq. 1 to the block
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/01_operation.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/01_operation.ipynb)
 #
 # The non-local operation computes the response at a position as a weighted sum over
 # all positions,

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Train a block, and look at what it attends to
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/02_train_and_look.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/02_train_and_look.ipynb)
 #
 # Two handwritten digits appear for two frames each, one after the other and far apart.
 # Do they have the same class? A network that processes each frame by itself and
@@ -100,8 +101,8 @@ model = Network(num_classes=2, block=block)
 # %% [markdown]
 # ## Training
 #
-# `training.Trainer` describes a training step for any model: loss, gradient, optimiser
-# and the statistics of BatchNorm. The convolutions are first trained on single digits.
+# `training.Trainer` describes a training step: the loss, the optimiser and how
+# BatchNorm takes its statistics. The convolutions are first trained on single digits.
 # Then the block is inserted, as the identity, and trained on clips together with the
 # layers after it. (In a clone of the repository, `python -m experiments.toy_video`
 # trains larger networks with all pairwise functions, logs and checkpoints.)
@@ -111,7 +112,7 @@ model = Network(num_classes=2, block=block)
 def train(model, task, steps, batch_size, learning_rate, start=None):
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 50, steps)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    trainer = training.Trainer(model, optimiser, schedule)
+    trainer = training.Trainer(training.classification(model), optimiser, schedule)
     step = jax.jit(functools.partial(training.train_step, trainer), donate_argnums=0)
     state = None
     for i in range(steps):

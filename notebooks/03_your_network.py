@@ -14,7 +14,8 @@
 # %% [markdown]
 # # A block in your own network: Linen, NNX, and a pretrained one
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/03_your_network.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/03_your_network.ipynb)
 #
 # The output of a non-local block has the shape of its input, so a block can be placed
 # between any two layers. It can be added before or after training, because a new block

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Published weights: load, verify, predict, visualize
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/04_published_weights.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/04_published_weights.ipynb)
 #
 # The library reads the weight files of video-nonlocal-net, PySlowFast, mmaction2,
 # pytorchvideo, Non-local_pytorch, torchvision and timm. Its reader does not execute

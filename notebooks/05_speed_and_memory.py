@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Speed and memory: what `auto` selects, and why
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/05_speed_and_memory.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/05_speed_and_memory.ipynb)
 #
 # Eq. 1 over N positions has N² pairs. For 4×56×56 positions their matrix takes 630 MB
 # in float32, for one clip and one block, and training stores it. The fast

@@ -14,7 +14,8 @@
 # %% [markdown]
 # # Many devices: meshes, and splitting positions
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/06_many_devices.ipynb)
+# [![Open in
+# Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/nonlocal-jax/nonlocal_jax/blob/main/notebooks/06_many_devices.ipynb)
 #
 # Training runs on any mesh of devices through `jax.jit`. A clip that does not fit on
 # one device can be split over several along its frames; each position still attends to
@@ -72,7 +73,7 @@ random = np.random.default_rng(0)
 inputs = random.normal(size=(8, 8, 16, 16, 1)).astype(np.float32)
 batch = {"inputs": inputs, "labels": random.integers(0, 2, 8)}
 model = Network()
-trainer = training.Trainer(model, optax.sgd(0.1))
+trainer = training.Trainer(training.classification(model), optax.sgd(0.1))
 # Copied to the host, because a step donates the memory of its state.
 variables = jax.device_get(jax.jit(model.init)(jax.random.key(1), batch["inputs"][:1]))
 

@@ -1,6 +1,7 @@
 """Strict settings for every test, and a compilation cache that is kept between runs.
 
-Rank promotion raises, annotations are checked, warnings are errors, and there are four simulated CPU devices.
+Rank promotion raises, annotations are checked, warnings are errors, and there are four simulated
+CPU devices.
 """
 
 import os
@@ -21,17 +22,17 @@ CACHE = {
 for option, default in CACHE.items():
     os.environ.setdefault(option.upper(), str(default))
 
-import jax
-import jaxtyping
-import pytest
+import jax  # noqa: E402 - reads the environment
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Products of float32 are exact to float32 on accelerators as well.
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# LLVM's optimizations take half of the compilation time. Those of XLA's own graph, which decide about
-# results and memory, stay on.
+# LLVM's optimizations take half of the compilation time. Those of XLA's own graph, which decide
+# about results and memory, stay on.
 jax.config.update("jax_disable_most_optimizations", True)
 
 
@@ -44,7 +45,9 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture
 def as_users_see_it():
-    """Turns off the annotation checker, which would refuse bad input before the library's errors can."""
+    """Turns off the annotation checker, which would refuse bad input before the library's errors
+    can.
+    """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,4 +1,4 @@
-"""Eq. 1 in NumPy, a double loop over positions straight from the paper; float64 throughout."""
+"""Eq. 1 in NumPy: a double loop over positions, straight from the paper, in float64 throughout."""
 
 import numpy as np
 
@@ -17,19 +17,19 @@ def f(instantiation, theta_i, phi_j, w_f=None, scale=1.0):
 
 
 def nonlocal_operation(instantiation, theta, phi, g, w_f=None, scale=1.0, key_mask=None):
-    """Responses (B, N, e) and the affinity f/C (B, N, M)."""
-    theta, phi, g = (np.asarray(a, np.float64) for a in (theta, phi, g))
+    """Returns the responses (B, N, e) and the affinity f/C (B, N, M)."""
+    theta, phi, g = (np.asarray(x, np.float64) for x in (theta, phi, g))
     w_f = None if w_f is None else np.asarray(w_f, np.float64)
     (batch, n, _), m = theta.shape, phi.shape[1]
     key_mask = np.ones((batch, m), bool) if key_mask is None else np.asarray(key_mask)
     y, affinity = np.zeros((batch, n, g.shape[-1])), np.zeros((batch, n, m))
     for b in range(batch):
-        real = np.flatnonzero(key_mask[b])
+        real_keys = np.flatnonzero(key_mask[b])
         for i in range(n):
-            for j in real:
+            for j in real_keys:
                 affinity[b, i, j] = f(instantiation, theta[b, i], phi[b, j], w_f, scale)
-            c = affinity[b, i].sum() if "gaussian" in instantiation else len(real)
-            affinity[b, i] = affinity[b, i] / c if len(real) else 0.0
-            for j in real:
+            c = affinity[b, i].sum() if "gaussian" in instantiation else len(real_keys)
+            affinity[b, i] = affinity[b, i] / c if len(real_keys) else 0.0
+            for j in real_keys:
                 y[b, i] += affinity[b, i, j] * g[b, j]
     return y, affinity

@@ -1,6 +1,8 @@
-"""The site is built without a warning; `make docs` runs the notebooks as well, which tests/test_notebooks.py does here."""
+"""The site builds without warnings, and what its pages name exists.
 
-import functools
+Notebooks are executed by tests/test_notebooks.py and `make docs`, not here.
+"""
+
 import importlib
 import inspect
 import re
@@ -24,36 +26,20 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "notebo
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site") / "html"
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-q",
-        "-W",
-        "--keep-going",
-        "-D",
-        "nb_execution_mode=off",
-        "docs",
-        str(folder),
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    flags = ["-q", "-W", "--keep-going", "-D", "nb_execution_mode=off"]
+    command = [sys.executable, "-m", "sphinx", *flags, "docs", str(folder)]
+    sphinx = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (sphinx.returncode, sphinx.stderr) == (0, "")
     return folder
 
 
-def test_every_public_name_is_in_it(site):
-    for part in (
-        "ops",
-        "layers",
-        "models",
-        "weights",
-        "visualize",
-        "training",
-        "data",
-        "evaluation",
-    ):
+PARTS = ("ops", "layers", "models", "weights", "visualize", "training", "data", "evaluation")
+
+
+def test_every_public_name_is_documented(site):
+    for part in PARTS:
         page = (site / "api" / f"{part}.html").read_text()
         named = set(re.findall(r'id="(nonlocal_jax\.[\w.]+)"', page))
         module = importlib.import_module(f"nonlocal_jax.{part}")
@@ -62,26 +48,26 @@ def test_every_public_name_is_in_it(site):
                 assert f"nonlocal_jax.{part}.{name}" in named, f"{part}.{name}"
 
 
-def test_every_module_of_data_is_in_it(site):
+def test_every_module_of_data_is_documented(site):
     page = (site / "api" / "data.html").read_text()
     for file in (ROOT / "nonlocal_jax" / "data").glob("[a-z]*.py"):
-        if file.stem != "convert":  # of `video`
-            assert f'id="module-nonlocal_jax.data.{file.stem}"' in page, file.stem
+        assert f'id="module-nonlocal_jax.data.{file.stem}"' in page, file.stem
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_functions_that_are_named_exist(page):
-    named = set(re.findall(r"\bnl\.([a-z_]+(?:\.[A-Za-z_]+)*)", page.read_text()))
-    assert [
-        name
-        for name in named
-        if functools.reduce(lambda at, part: getattr(at, part, None), name.split("."), nl) is None
-    ] == []
+def test_functions_named_in_the_pages_exist(page):
+    def exists(name):
+        target = nl
+        for part in name.split("."):
+            target = getattr(target, part, None)
+        return target is not None
+
+    names = set(re.findall(r"\bnl\.([a-z_]+(?:\.[A-Za-z_]+)*)", page.read_text()))
+    assert [name for name in names if not exists(name)] == []
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_flags_that_are_named_exist(monkeypatch, capsys):
-    """Of every command in the pages."""
+def test_flags_named_in_the_pages_exist(monkeypatch, capsys):
     commands = {
         (page.stem, command)
         for page in PAGES
@@ -94,11 +80,11 @@ def test_flags_that_are_named_exist(monkeypatch, capsys):
         module, *arguments = shlex.split(command)
         subcommand = arguments[:1] if module.startswith("nonlocal_jax") else []
         monkeypatch.setattr(sys, "argv", [module, *subcommand, "--help"])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
-        assert left.value.code == 0
-        has = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
-        assert {argument for argument in arguments if argument.startswith("--")} <= has, (
+        assert exit_info.value.code == 0
+        flags = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+        assert {argument for argument in arguments if argument.startswith("--")} <= flags, (
             page,
             command,
         )
@@ -114,19 +100,24 @@ def test_flags_that_are_named_exist(monkeypatch, capsys):
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_the_names_of_the_sources_are_those_of_their_weights(column, source, block):
-    """The page's table, against those by which weights are loaded."""
+def test_names_in_the_table_are_those_of_the_weights(column, source, block):
     rows = {
         line.split("|")[1].split()[0].strip(","): line
         for line in (DOCS / "conventions.md").read_text().splitlines()
         if "|" in line
     }
-    leaves = {"θ": "operation/theta/kernel", "φ": "operation/phi/kernel", "g": "operation/g/kernel", "w_f": "operation/w_f",
-              "W_z": "out/kernel", "the": "out_norm/scale"}  # fmt: skip
+    leaves = {
+        "θ": "operation/theta/kernel",
+        "φ": "operation/phi/kernel",
+        "g": "operation/g/kernel",
+        "w_f": "operation/w_f",
+        "W_z": "out/kernel",
+        "the": "out_norm/scale",
+    }
     for word, leaf in leaves.items():
         named, found = (
             rows[word].split("|")[column].strip(" `"),
-            source.to_theirs(f"{block}/{leaf}"),
+            source.source_name(f"{block}/{leaf}"),
         )
         assert bool(named) == bool(found), word
         if named.startswith("..."):
@@ -135,15 +126,14 @@ def test_the_names_of_the_sources_are_those_of_their_weights(column, source, blo
             assert f".{named}." in found[0]
 
 
-def test_recipes_that_are_named_exist():
+def test_recipes_named_in_the_pages_exist():
     text = (DOCS / "paper_to_code.md").read_text()
     named = re.findall(r"\b(?:c2d|i3d)\w*_r\d+_\w+", text)
     assert len(named) > 3
     assert set(named) <= set(kinetics.recipes())
 
 
-def test_what_the_pages_name_is_there(site):
-    """References in the pages have become links."""
+def test_references_in_the_pages_are_links(site):
     for page in ("paper_to_code", "conventions", "how_to"):
         text = (site / f"{page}.html").read_text()
         source = (DOCS / f"{page}.md").read_text()

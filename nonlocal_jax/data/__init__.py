@@ -1,12 +1,63 @@
-"""Data: what feeds the networks."""
+"""Data: what feeds the networks. Each submodule is imported when it is first used."""
+
+from typing import TYPE_CHECKING
+
+from nonlocal_jax.lazy import submodules
+
+if TYPE_CHECKING:
+    from nonlocal_jax.data import (
+        annotations,
+        augment,
+        cifar,
+        clips,
+        frames,
+        images,
+        pipeline,
+        sampling,
+        stand_in,
+        toy_video,
+        transcode,
+        video,
+    )
+else:
+    __getattr__, __dir__ = submodules(
+        __name__,
+        "annotations",
+        "augment",
+        "cifar",
+        "clips",
+        "frames",
+        "images",
+        "pipeline",
+        "sampling",
+        "stand_in",
+        "toy_video",
+        "transcode",
+        "video",
+    )
 
 
 class DataError(Exception):
-    """The data is not there, or not what it should be; says what to do."""
+    """Data is missing or is not what it should be. The message says what to do."""
 
 
 class VideoError(DataError):
-    """A file that cannot be decoded as a video: which, and why."""
+    """A file cannot be decoded as a video. The message names the file and the reason."""
 
 
-__all__ = ["DataError", "VideoError"]
+__all__ = [
+    "DataError",
+    "VideoError",
+    "annotations",
+    "augment",
+    "cifar",
+    "clips",
+    "frames",
+    "images",
+    "pipeline",
+    "sampling",
+    "stand_in",
+    "toy_video",
+    "transcode",
+    "video",
+]

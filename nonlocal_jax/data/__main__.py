@@ -1,12 +1,13 @@
-"""Look into lists of videos, write them, and make small copies of what is in them.
+"""Check lists of videos, write them, and make small copies of the videos.
 
-    python -m nonlocal_jax.data check LIST            # every line, and frames of every video; a summary
-    python -m nonlocal_jax.data index FOLDER          # a list of class-name folders
-    python -m nonlocal_jax.data transcode LIST OUT    # copies with a shorter side of 256; goes on where it was stopped
-    python -m nonlocal_jax.data stand-in FOLDER       # real H.264 files of moving digits, and their lists
+    python -m nonlocal_jax.data check LIST            # check every line, and frames of every video
+    python -m nonlocal_jax.data index FOLDER          # write a list of the videos in class folders
+    python -m nonlocal_jax.data transcode LIST OUT    # copy with a shorter side of 256; resumable
+    python -m nonlocal_jax.data stand-in FOLDER       # make H.264 files of moving digits, and lists
 
-LIST is a list of Kinetics (`path label`, or the official CSV), of Charades (the official CSV, or PySlowFast's frame list), or
-a folder of class-name folders. Exit code 0, 1 where a video cannot be read, 2 for a list or an option that cannot be used.
+LIST is a list of Kinetics (`path label`, or the official CSV) or of Charades (the official CSV, or
+PySlowFast's frame list), or a folder that has a folder of videos for each class. The exit code is 0
+for success, 1 if a video cannot be read, and 2 if a list or an option cannot be used.
 """
 
 import collections
@@ -28,34 +29,34 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nonlocal_jax import checks, files
 from nonlocal_jax.data import DataError, VideoError, annotations, stand_in
-from nonlocal_jax.data.annotations import Annotations, Record, plain_path
+from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import cores
 from nonlocal_jax.data.frames import open_frames
+from nonlocal_jax.data.lists.formats import plain_path
+from nonlocal_jax.data.toy_video import Split
 from nonlocal_jax.data.transcode import transcode_all
 
-SHOWN = 20  # videos that cannot be read
+MAX_PROBLEMS = 20  # unreadable videos to print
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OfList:
+class ListOptions:
     """How a list is read."""
 
     list: Annotated[Path, tyro.conf.Positional]  # the list, or the folder
-    root: Path | None = (
-        None  # folder that its paths are relative to, and must lie in; else they are relative to the list's
-    )
-    num_classes: int | None = (
-        None  # of the labels; else 157 for Charades, and what the list has for others
-    )
-    classes: Path | None = None  # file of the names of the classes, one a line
-    leave_out: bool = (
-        False  # leave out lines of files that are missing or named before, in place of stopping
-    )
-    threads: int = dataclasses.field(default_factory=cores)  # videos at a time
+    # folder that paths are relative to and must lie in; by default the folder of the list
+    root: Path | None = None
+    # number of classes; by default 157 for Charades, and what the list has otherwise
+    num_classes: int | None = None
+    classes: Path | None = None  # file with the names of the classes, one per line
+    # leave out lines whose file is missing or was named before, instead of stopping
+    leave_out: bool = False
+    threads: int = dataclasses.field(default_factory=cores)  # videos to read at a time
 
     def read(self) -> Annotations:
-        """The list."""
+        """Reads the list."""
         return annotations.read(
             self.list,
             num_classes=self.num_classes,
@@ -66,70 +67,72 @@ class OfList:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Check(OfList):
-    """Every line of a list, and the first, middle and last frame of every video."""
+class Check(ListOptions):
+    """Check every line of a list, and the first, middle and last frame of every video."""
 
-    sample: int | None = None  # so many videos, chosen at random; None is all
+    sample: int | None = None  # number of videos to decode, chosen at random; by default all
 
     def __post_init__(self) -> None:
-        if self.sample is not None and self.sample < 1:
-            raise ValueError(f"sample must be at least 1; got {self.sample}.")
+        if self.sample is not None:
+            checks.at_least("sample", self.sample, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Index:
-    """Write a list, `path label` a line, of a folder that has a folder of videos for each class."""
+    """Write a list, `path label` per line, of a folder that has a folder of videos for each class.
 
-    folder: Annotated[Path, tyro.conf.Positional]  # with the folders
-    out: Path | None = (
-        None  # the list; None is FOLDER/list.txt, and classes.txt beside it has the names
-    )
+    The names of the classes are written to classes.txt in the same folder.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]  # folder with the class folders
+    out: Path | None = None  # the list; by default FOLDER/list.txt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Transcode(OfList):
-    """Copies of the videos of a list as H.264, and the list of them."""
+class Transcode(ListOptions):
+    """Copy the videos of a list as H.264, and write the list of the copies."""
 
-    out: Annotated[Path, tyro.conf.Positional]  # folder of the copies, at the same relative paths
-    shorter: int = 256  # length of the shorter side, pixels
-    keyframes: int = (
-        32  # a frame in so many is a keyframe: fewer make clips quicker to read, and files larger
-    )
-    crf: int = 18  # x264's quality; less is better
+    # folder for the copies, which keep their relative paths
+    out: Annotated[Path, tyro.conf.Positional]
+    shorter: int = 256  # length of the shorter side in pixels
+    # largest distance of keyframes in frames; with fewer, clips read faster and files are larger
+    keyframes: int = 32
+    crf: int = 18  # quality of x264; less is better
 
     def __post_init__(self) -> None:
-        if self.shorter < 2 or self.keyframes < 1 or not 0 <= self.crf <= 51:
-            raise ValueError(
-                f"shorter must be at least 2, keyframes 1, crf from 0 to 51; got {self.shorter}, {self.keyframes}, {self.crf}."
-            )
+        checks.at_least("shorter", self.shorter, 2)
+        checks.at_least("keyframes", self.keyframes, 1)
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf must be from 0 to 51; got {self.crf}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StandIn:
-    """Write real H.264 files of moving digits, 6 classes, with a damaged one among them, and their lists."""
+    """Make H.264 files of moving digits in 6 classes, one of them damaged, and their lists."""
 
-    folder: Annotated[Path, tyro.conf.Positional]  # to write to
-    kind: stand_in.Kind = "kinetics"  # of the lists
+    folder: Annotated[Path, tyro.conf.Positional]  # folder to write to
+    kind: stand_in.DataSet = "kinetics"  # format of the lists
+    train: int = stand_in.NUMBERS["train"]  # number of videos for training
+    test: int = stand_in.NUMBERS["test"]  # number of videos for testing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Runs the command line.
 
     Args:
-        arguments: the words after the program's name; None is those of this process.
+        arguments: Words after the name of the program; None takes those of this process.
 
     Returns:
         The exit code.
     """
     commands: Any = Check | Index | Transcode | StandIn
-    config = (tyro.conf.FlagCreatePairsOff,)
     try:
         command = tyro.cli(
             commands,
             args=arguments,
             prog="python -m nonlocal_jax.data",
             description=__doc__,
-            config=config,
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
         match command:
             case Check():
@@ -139,22 +142,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case Transcode():
                 return _transcode(command)
             case _:
-                lists = stand_in.make(command.folder, command.kind, threads=cores())
-                print(*lists.values(), sep="\n")
-                return 0
+                return _make_stand_in(command)
     except OSError as error:
-        print(
-            f"error: {error.filename}: {error.strerror}" if error.strerror else f"error: {error}",
-            file=sys.stderr,
-        )
+        reason = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+        print(f"error: {reason}", file=sys.stderr)
     except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2
 
 
 @dataclasses.dataclass(frozen=True)
-class _Look:
-    """What was seen of one video."""
+class _VideoCheck:
+    """What decoding a few frames of a video showed.
+
+    Attributes:
+        frames: Number of frames.
+        rate: Frames a second.
+        size: (height, width).
+        failure: Why it cannot be read, or "".
+    """
 
     frames: int = 0
     rate: float = 0.0
@@ -162,90 +168,95 @@ class _Look:
     failure: str = ""
 
 
-def _look(record: Record) -> _Look:
+def _check_video(record: Record) -> _VideoCheck:
     try:
         with open_frames(record) as video:
             count = len(video)
             pixels = video.read(np.unique([0, count // 2, count - 1]))
-            return _Look(count, video.rate, pixels.shape[1:3])
+            return _VideoCheck(count, video.rate, pixels.shape[1:3])
     except VideoError as error:
-        return _Look(failure=str(error))
+        return _VideoCheck(failure=str(error))
 
 
 def _check(command: Check) -> int:
-    read = command.read()
-    records = list(read.records)
+    videos = command.read()
+    records = list(videos.records)
     if command.sample is not None:
         chosen = np.random.default_rng(0).permutation(len(records))[: command.sample]
         records = [records[i] for i in sorted(chosen.tolist())]
     with ThreadPoolExecutor(command.threads) as pool:
-        looks = list(_with_bar("decoding", pool.map(_look, records), len(records)))
-    good = [look for look in looks if not look.failure]
-    of_classes = collections.Counter(itertools.chain(*(record.labels for record in read.records)))
-    seconds = [look.frames / look.rate for look in good]
+        results = list(_show_progress("decoding", pool.map(_check_video, records), len(records)))
+    readable = [result for result in results if not result.failure]
+    failures = [result.failure for result in results if result.failure]
     table = Table(title=str(command.list))
-    table.add_column("what")
-    table.add_column("found")
-    rows: list[tuple[str, str]] = [
-        ("videos", f"{len(read):,}, {len(records):,} of them decoded"),
-        ("classes", f"{read.num_classes}, {len(of_classes)} of them with videos"),
-        ("videos of a class", _spread(of_classes.values(), "{:,.0f}")),
-        ("frames", _spread((look.frames for look in good), "{:,.0f}")),
-        ("frames a second", _spread((look.rate for look in good), "{:.4g}")),
-        ("seconds", _spread(seconds, "{:,.1f}")),
-        ("shorter side", _spread((min(look.size) for look in good), "{:,.0f}")),
-        ("left out", f"{len(read.left_out):,} lines"),
-        ("cannot be read", f"{len(looks) - len(good):,} videos"),
-    ]
-    if read.multi_label:
-        rows.insert(
-            3,
-            (
-                "classes of a video",
-                _spread((len(record.labels) for record in read.records), "{:,.0f}"),
-            ),
-        )
-    for row in rows:
+    table.add_column("quantity")
+    table.add_column("value")
+    for row in _summary(videos, len(records), readable, len(failures)):
         table.add_row(*row)
     Console().print(table)
-    problems = [*read.left_out, *(look.failure for look in looks if look.failure)]
-    _say_first(problems)
-    return 1 if len(good) < len(looks) else 0
+    _print_first([*videos.left_out, *failures])
+    return 1 if failures else 0
+
+
+def _summary(
+    videos: Annotations, decoded: int, readable: Sequence[_VideoCheck], unreadable: int
+) -> Iterable[tuple[str, str]]:
+    videos_of_class = collections.Counter(
+        itertools.chain.from_iterable(record.labels for record in videos.records)
+    )
+    yield "videos", f"{len(videos):,}, {decoded:,} of them decoded"
+    yield "classes", f"{videos.num_classes}, {len(videos_of_class)} of them with videos"
+    yield "videos per class", _spread(videos_of_class.values(), "{:,.0f}")
+    if videos.multi_label:
+        counts = [len(record.labels) for record in videos.records]
+        yield "classes per video", _spread(counts, "{:,.0f}")
+    yield "frames", _spread((video.frames for video in readable), "{:,.0f}")
+    yield "frames per second", _spread((video.rate for video in readable), "{:.4g}")
+    yield "seconds", _spread((video.frames / video.rate for video in readable), "{:,.1f}")
+    yield "shorter side", _spread((min(video.size) for video in readable), "{:,.0f}")
+    yield "left out", f"{len(videos.left_out):,} lines"
+    yield "unreadable", f"{unreadable:,} videos"
 
 
 def _index(command: Index) -> int:
-    read = annotations.index(command.folder)
-    out = command.out or command.folder / "list.txt"
-    if out.exists():
-        raise ValueError(f"{out} is there already; name another with --out.")
-    names = out.with_name("classes.txt")
+    videos = annotations.index(command.folder)
+    list_file = command.out or command.folder / "list.txt"
+    if list_file.exists():
+        raise ValueError(f"{list_file} exists already; choose another with --out.")
+    names_file = list_file.with_name("classes.txt")
     folder = command.folder.absolute()
-    out.write_text(
-        "".join(
-            f"{record.path.absolute().relative_to(folder)} {record.labels[0]}\n"
-            for record in read.records
-        )
-    )
-    names.write_text("".join(f"{name}\n" for name in read.names))
+    lines = [
+        f"{record.path.absolute().relative_to(folder)} {record.labels[0]}\n"
+        for record in videos.records
+    ]
+    files.write_text(list_file, "".join(lines))
+    files.write_text(names_file, "".join(f"{name}\n" for name in videos.names))
     print(
-        f"{len(read):,} videos of {read.num_classes} classes: {out}, {names}; paths are relative to {command.folder}"
+        f"{len(videos):,} videos of {videos.num_classes} classes: {list_file}, {names_file}; "
+        f"paths are relative to {command.folder}"
     )
     return 0
 
 
+def _make_stand_in(command: StandIn) -> int:
+    numbers: dict[Split, int] = {"train": command.train, "test": command.test}
+    lists = stand_in.make(command.folder, command.kind, numbers=numbers, threads=cores())
+    print(*lists.values(), sep="\n")
+    return 0
+
+
 def _transcode(command: Transcode) -> int:
-    read = command.read()
-    if any(record.frames for record in read.records):
+    videos = command.read()
+    if any(record.frames for record in videos.records):
         raise ValueError(f"{command.list} is a list of images; there is no video to copy.")
-    root = plain_path(
-        command.root or (command.list if command.list.is_dir() else command.list.parent)
-    )
+    list_folder = command.list if command.list.is_dir() else command.list.parent
+    root = plain_path(command.root or list_folder)
     targets = {
-        record.path: command.out / _relative(plain_path(record.path), root)
-        for record in read.records
+        record.path: command.out / _relative_target(plain_path(record.path), root)
+        for record in videos.records
     }
     _check_targets(command, targets)
-    work = transcode_all(
+    results = transcode_all(
         list(targets.items()),
         command.threads,
         shorter=command.shorter,
@@ -253,56 +264,60 @@ def _transcode(command: Transcode) -> int:
         crf=command.crf,
     )
     failed = {}
-    for source, error in _with_bar("copying", work, len(targets)):
+    for source, error in _show_progress("copying", results, len(targets)):
         if error is not None:
             failed[source] = str(error)
-    _write_list(command, read, targets, failed)
-    print(
-        f"{len(targets) - len(failed):,} videos in {command.out}, {len(failed):,} could not be copied"
-    )
-    _say_first(list(failed.values()))
+    _write_list(command, videos, targets, failed)
+    copied = len(targets) - len(failed)
+    print(f"{copied:,} videos in {command.out}, {len(failed):,} could not be copied")
+    _print_first(list(failed.values()))
     return 1 if failed else 0
 
 
 def _check_targets(command: Transcode, targets: dict[Path, Path]) -> None:
-    """Copies replace neither the list, nor a video, nor each other."""
+    """Raises an error if a copy would replace the list, an original, or another copy."""
     sources: dict[Path, Path] = {}
     for source, target in targets.items():
         if target in sources:
-            raise ValueError(f"{sources[target]} and {source} would have one copy, {target}.")
+            raise ValueError(f"{sources[target]} and {source} would have the same copy, {target}.")
         sources[target] = source
+    # The real paths, since a folder of copies may be a link to that of the originals.
     originals = {os.path.realpath(path) for path in (*targets, command.list)}
     for target in (*sources, command.out / command.list.name):
         if os.path.realpath(target) in originals:
             raise ValueError(
-                f"{target} would be replaced by a copy; name another folder than {command.out}."
+                f"{target} would be replaced by a copy; choose another folder than {command.out}."
             )
 
 
-def _relative(path: Path, root: Path) -> Path:
-    inside = path.relative_to(root) if path.is_relative_to(root) else path.relative_to(path.anchor)
-    return inside.with_suffix(".mp4")
+def _relative_target(path: Path, root: Path) -> Path:
+    base = root if path.is_relative_to(root) else Path(path.anchor)
+    return path.relative_to(base).with_suffix(".mp4")
 
 
 def _write_list(
-    command: Transcode, read: Annotations, targets: dict[Path, Path], failed: dict[Path, str]
+    command: Transcode, videos: Annotations, targets: dict[Path, Path], failed: dict[Path, str]
 ) -> None:
-    """A folder's copy is its own list, and a CSV names no files; the lines of another list are those that were copied."""
-    if read.kind == "folder":
+    """Writes the list of the copies.
+
+    A folder needs none, and a CSV has no file names, so it is copied. Any other list gets the lines
+    of the videos that were copied.
+    """
+    if videos.format == "folder":
         return
-    out = command.out / command.list.name
-    if read.kind in ("kinetics", "charades"):
-        shutil.copyfile(command.list, out)
+    target_list = command.out / command.list.name
+    if videos.format in ("kinetics", "charades"):
+        shutil.copyfile(command.list, target_list)
         return
     lines = [
         f"{targets[record.path].relative_to(command.out)} {record.labels[0]}\n"
-        for record in read.records
+        for record in videos.records
         if record.path not in failed
     ]
-    out.write_text("".join(lines))
+    target_list.write_text("".join(lines))
 
 
-def _with_bar(what: str, work: Iterable[Any], total: int) -> Iterable[Any]:
+def _show_progress(description: str, work: Iterable[Any], total: int) -> Iterable[Any]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -310,23 +325,24 @@ def _with_bar(what: str, work: Iterable[Any], total: int) -> Iterable[Any]:
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
+    # The estimate averages over 10 minutes, because videos differ much in length.
     with Progress(*columns, speed_estimate_period=600) as progress:
-        yield from progress.track(work, total, description=what)
+        yield from progress.track(work, total, description=description)
 
 
-def _say_first(problems: Sequence[str]) -> None:
-    for problem in problems[:SHOWN]:
+def _print_first(problems: Sequence[str]) -> None:
+    for problem in problems[:MAX_PROBLEMS]:
         print(f"  {problem}")
-    if len(problems) > SHOWN:
-        print(f"  and {len(problems) - SHOWN:,} more")
+    if len(problems) > MAX_PROBLEMS:
+        print(f"  and {len(problems) - MAX_PROBLEMS:,} more")
 
 
-def _spread(values: Iterable[float | int], form: str) -> str:
-    found = sorted(values)
-    if not found:
+def _spread(values: Iterable[float | int], template: str) -> str:
+    ordered = sorted(values)
+    if not ordered:
         return "none"
-    show: Callable[[float], str] = functools.partial(form.format)
-    return f"{show(found[0])} to {show(found[-1])}, median {show(statistics.median(found))}"
+    show: Callable[[float], str] = functools.partial(template.format)
+    return f"{show(ordered[0])} to {show(ordered[-1])}, median {show(statistics.median(ordered))}"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """CIFAR-10 and CIFAR-100 from their official archives, without TensorFlow.
 
-tensorflow-datasets would prepare them with TensorFlow (about 1.3 GB for the CPU build), which this file does not need: it
-takes from it what fetches the archive and knows its SHA-256, and reads the archive itself, once, into ArrayRecord files of the
-archive's own records: one byte a label, then 3 × 32 × 32 bytes of red, green and blue. Nothing in it is run or unpickled.
+tensorflow-datasets downloads the archive and checks its SHA-256, but would prepare it with
+TensorFlow (about 1.3 GB for the CPU build). So the archive is read here, once, into ArrayRecord
+files that hold its records as they are: one byte per label, then 3 × 32 × 32 bytes of red, green
+and blue. Nothing in it is run or unpickled.
 
-Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009); https://www.cs.toronto.edu/~kriz/cifar.html.
+Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009);
+https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 import dataclasses
 import hashlib
-import os
 import socket
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from nonlocal_jax import files
 from nonlocal_jax.data import DataError
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.toy_video import Split
@@ -27,8 +28,8 @@ from nonlocal_jax.data.toy_video import Split
 Name = Literal["cifar10", "cifar100"]
 SIDE, CHANNELS = 32, 3
 PIXELS = CHANNELS * SIDE * SIDE
-PATIENCE = 5.0  # seconds to reach the server
-CHUNK = 1 << 20
+CONNECTION_TIMEOUT = 5.0  # seconds
+CHUNK = 1 << 20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +37,12 @@ class Archive:
     """One official archive.
 
     Attributes:
-        url: where it is.
-        sha256, size: of the file, as tensorflow-datasets has them.
-        files: of each split, in order.
-        label_bytes: of a record; the last one is the label.
-        num_classes: of the labels.
+        url: Where it is published.
+        sha256: Checksum of the file, as tensorflow-datasets has it.
+        size: Bytes of the file, likewise.
+        files: Files of each split, in order.
+        label_bytes: Bytes of a record before the pixels. The last of them is the label.
+        num_classes: Number of classes.
     """
 
     url: str
@@ -52,8 +54,13 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """Name of the file."""
         return Path(urlsplit(self.url).path).name
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record."""
+        return self.label_bytes + PIXELS
 
 
 ARCHIVES: dict[Name, Archive] = {
@@ -80,33 +87,36 @@ ARCHIVES: dict[Name, Archive] = {
 
 
 def load(name: Name, split: Split, folder: Path, archive: Archive | None = None) -> Images:
-    """One split in memory: from the records in `folder`, else from the archive in it, else from the archive fetched into it.
+    """Loads one split into memory.
+
+    It is read from the record files in `folder`. If they are missing, they are made from the
+    archive in `folder`, and if that is missing too, it is downloaded first.
 
     Args:
         name: "cifar10" or "cifar100".
         split: "train" (50,000 images) or "test" (10,000).
-        folder: of the data; about 180 MB are written to it.
-        archive: another archive of the same format; None is the official one.
+        folder: Folder of the data. About 180 MB are written to it.
+        archive: Another archive of the same format; None is the official one.
 
     Raises:
-        DataError: there is nothing in the folder and the server cannot be reached; the archive is not the official one, or
-            is damaged.
-        ImportError: array_record (or, to fetch, tensorflow-datasets) is not installed.
+        DataError: The folder has no data and the server cannot be reached, or the archive is not
+            the official one or is damaged.
+        ImportError: array_record is not installed or, for the download, tensorflow-datasets.
     """
     archive = archive or ARCHIVES[name]
     records = folder / f"{name}-{split}.array_record"
     if not records.exists():
         if not (folder / archive.name).exists():
-            _fetch(name, archive, folder)
+            _download(name, archive, folder)
         prepare(name, folder, archive)
     return _read(records, archive)
 
 
 def prepare(name: Name, folder: Path, archive: Archive | None = None) -> None:
-    """Read the archive in `folder` into `<name>-<split>.array_record`, whole or not at all.
+    """Writes the archive in `folder` as `<name>-<split>.array_record`, atomically.
 
     Raises:
-        DataError: as `load`.
+        DataError: The archive is not the official one or is damaged.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -114,23 +124,20 @@ def prepare(name: Name, folder: Path, archive: Archive | None = None) -> None:
     file = folder / archive.name
     _check(file, archive)
     for split in archive.files:
-        handle, partial = tempfile.mkstemp(prefix=f".{name}-{split}-", dir=folder)
-        os.close(handle)
-        try:
-            writer = ArrayRecordWriter(partial, "group_size:1")
+        with files.atomic_write(folder / f"{name}-{split}.array_record") as partial:
+            # One record per group, so that a reader can fetch each alone.
+            writer = ArrayRecordWriter(str(partial), "group_size:1")
             for record in _records(file, archive, split):
                 writer.write(record)
             writer.close()
-            Path(partial).replace(folder / f"{name}-{split}.array_record")
-        finally:
-            Path(partial).unlink(missing_ok=True)
 
 
 def _check(file: Path, archive: Archive) -> None:
     size = file.stat().st_size
     if size != archive.size:
         raise DataError(
-            f"{file} must be the official archive, {archive.size:,} bytes; it has {size:,}. Fetch {archive.url} again."
+            f"{file} must be the official archive, {archive.size:,} bytes; it has {size:,}. "
+            f"Download {archive.url} again."
         )
     digest = hashlib.sha256()
     with file.open("rb") as opened:
@@ -138,12 +145,13 @@ def _check(file: Path, archive: Archive) -> None:
             digest.update(chunk)
     if digest.hexdigest() != archive.sha256:
         raise DataError(
-            f"{file} must have the SHA-256 {archive.sha256}; it has {digest.hexdigest()}. Fetch {archive.url} again."
+            f"{file} must have the SHA-256 {archive.sha256}; it has {digest.hexdigest()}. "
+            f"Download {archive.url} again."
         )
 
 
 def _records(file: Path, archive: Archive, split: Split) -> Iterator[bytes]:
-    size = archive.label_bytes + PIXELS
+    size = archive.record_bytes
     try:
         with tarfile.open(file, "r:gz") as tar:
             for name in archive.files[split]:
@@ -168,10 +176,11 @@ def _read(file: Path, archive: Archive) -> Images:
         records = reader.read_all()
     finally:
         reader.close()
-    size = archive.label_bytes + PIXELS
+    size = archive.record_bytes
     if wrong := [len(record) for record in records if len(record) != size]:
         raise DataError(
-            f"{file} must have records of {size} bytes; one has {wrong[0]}. Delete it, to make it anew."
+            f"{file} must have records of {size} bytes; one has {wrong[0]}. "
+            "Delete the file to have it made again."
         )
     table = np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
     planes = table[:, archive.label_bytes :].reshape(-1, CHANNELS, SIDE, SIDE)
@@ -179,15 +188,17 @@ def _read(file: Path, archive: Archive) -> Images:
     return Images(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels, archive.num_classes)
 
 
-def _fetch(name: Name, archive: Archive, folder: Path) -> None:
-    """By tensorflow-datasets, which retries for minutes without a network: so try to reach the server first."""
+def _download(name: Name, archive: Archive, folder: Path) -> None:
     server: Any = urlsplit(archive.url)
+    # Without a network tensorflow-datasets would retry for minutes, so the server is tried first.
     try:
-        socket.create_connection((server.hostname, server.port or 443), timeout=PATIENCE).close()
+        address = (server.hostname, server.port or 443)
+        socket.create_connection(address, timeout=CONNECTION_TIMEOUT).close()
     except OSError as error:
         raise DataError(
-            f"{name} is not in {folder}, and {server.hostname} cannot be reached ({error}). Either go online, and it is "
-            f"fetched; or put {archive.name}, from {archive.url}, into {folder}."
+            f"{name} is not in {folder}, and {server.hostname} cannot be reached ({error}). "
+            f"Either go online to have it downloaded, or put {archive.name}, from {archive.url}, "
+            f"into {folder}."
         ) from error
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.checksums import UrlInfo
@@ -202,6 +213,6 @@ def _fetch(name: Name, archive: Archive, folder: Path) -> None:
     )
     try:
         downloaded = manager.download(archive.url)
-    except Exception as error:  # of requests, of the checksum
-        raise DataError(f"{archive.url} could not be fetched: {error}") from error
+    except Exception as error:  # errors of requests, and of the checksum, share no other class
+        raise DataError(f"{archive.url} could not be downloaded: {error}") from error
     Path(downloaded).replace(folder / archive.name)

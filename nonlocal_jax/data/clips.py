@@ -1,7 +1,8 @@
-"""Clips of videos, for training, for a look at the accuracy meanwhile, and for testing with many views.
+"""Clips of videos for training, for quick evaluation, and for testing with many views.
 
-What is read depends on the list, the seed, the epoch and the number of the record alone, whatever reads it. Decoding takes a
-thread for each core, each with a decoder of one thread, which together get more done than one decoder with many.
+What is read depends only on the list, the seed, the epoch and the number of the record, whichever
+process reads it. Each core decodes with one thread: several decoders of one thread each finish
+sooner than one decoder with several threads.
 """
 
 import contextlib
@@ -21,24 +22,23 @@ import numpy as np
 from nonlocal_jax import checks
 from nonlocal_jax.data import DataError, VideoError
 from nonlocal_jax.data.annotations import Annotations, Record
-from nonlocal_jax.data.convert import Window
 from nonlocal_jax.data.frames import open_frames
-from nonlocal_jax.data.sampling import CROPS, Clips, Crops, InSpace, InTime, crops, whole
+from nonlocal_jax.data.sampling import CROPS, ClipIndices, Crops, InSpace, InTime, crops, whole
+from nonlocal_jax.data.video import Window
 from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.types import Array
 
-ATTEMPTS = 10  # records, one after the other, that may fail before an example is given up
-RECORD, FAILURE = (
-    "record",
-    "failure",
-)  # of a batch: which was asked for, and why it could not be read, or nothing
+ATTEMPTS = 10  # records to try for one example, one after the other, before giving up
+# Entries of a batch: the number of the requested record, and why it could not be read ("" if it
+# could).
+RECORD, FAILURE = "record", "failure"
 
 
 def normalise(clips: Any, preset: Preset = "caffe2") -> Array:
-    """(clips − mean) / standard deviation, on the device.
+    """Computes (clips - mean) / standard deviation of the colours, on the device.
 
     Args:
-        clips: (..., 3), uint8, red, green, blue.
+        clips: (..., 3), uint8, RGB.
         preset: The source whose mean and standard deviation are used.
 
     Returns:
@@ -57,16 +57,17 @@ def normalise(clips: Any, preset: Preset = "caffe2") -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingClips:
-    """A clip at a random time and place of each video: a `nonlocal_jax.data.pipeline.Source`.
+    """A clip of each video, at a random time and place.
 
-    A video that cannot be read gives its place in the batch to another, chosen from its own random numbers; `Watch` counts.
+    This is a `nonlocal_jax.data.pipeline.ExampleReader`. If a video cannot be read, another one
+    takes its place in the batch, chosen by random numbers of that example; `Watch` counts them.
 
     Attributes:
-        annotations: the videos.
-        in_time: which frames.
-        in_space: which part of them.
-        seed: of all that is random.
-        threads: that decode; None is one for each core.
+        annotations: The videos.
+        in_time: Chooses the frames.
+        in_space: Chooses the part of the frames.
+        seed: Seed of all random numbers.
+        threads: Threads that decode; None is one per core.
     """
 
     annotations: Annotations
@@ -79,59 +80,64 @@ class TrainingClips:
         return len(self.annotations)
 
     def read(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Clips (B, T, size, size, 3), uint8, their labels (B,) or (B, classes), and where records failed, why.
+        """Reads clips.
+
+        Args:
+            indices: (B,) numbers of the videos.
+            epochs: (B,) epochs, which the random numbers depend on; None is epoch 0.
+
+        Returns:
+            "inputs" (B, T, size, size, 3), uint8; "labels" (B,) or (B, classes); "record" (B,) and
+            "failure" (B,), why the requested video could not be read.
 
         Raises:
-            DataError: as many records as are tried for one example cannot be read.
+            DataError: None of the `ATTEMPTS` videos tried for one example could be read.
         """
         epochs = np.zeros(len(indices), int) if epochs is None else epochs
-        size = self.in_space.size
-        inputs = np.empty((len(indices), self.in_time.frames, size, size, 3), np.uint8)
-        each = functools.partial(self._one, inputs)
-        found = list(
-            _pool(self.threads).map(each, range(len(indices)), indices.tolist(), epochs.tolist())
+        inputs = _empty_clips(len(indices), self.in_time, self.in_space.size)
+        read_clip = functools.partial(self._read_clip, inputs)
+        results = _pool(self.threads).map(
+            read_clip, range(len(indices)), indices.tolist(), epochs.tolist()
         )
-        labels, failures = zip(*found, strict=True)
-        return {
-            "inputs": inputs,
-            "labels": np.stack(labels),
-            RECORD: indices,
-            FAILURE: np.array(failures, dtype=np.str_),
-        }
+        labels, failures = zip(*results, strict=True)
+        return _batch(inputs, np.stack(labels), indices, failures)
 
-    def _one(
+    def _read_clip(
         self, inputs: np.ndarray, place: int, index: int, epoch: int
     ) -> tuple[np.ndarray, str]:
+        """Writes a clip to `inputs[place]`; returns its labels and the reason if it is another."""
         rng = np.random.default_rng([self.seed, epoch, index])
         failures: list[str] = []
         for _ in range(ATTEMPTS):
             shares = rng.random(4)
             record = self.annotations.records[index]
+            crop = functools.partial(self.in_space.window, shares=shares[1:])
             try:
                 with open_frames(record) as video:
                     frames = self.in_time.clip(len(video), video.rate, shares[0])
-                    video.read(
-                        frames,
-                        functools.partial(self.in_space.window, shares=shares[1:]),
-                        inputs[place],
-                    )
-                    return _labels(self.annotations, record, video, frames), (failures or [""])[0]
+                    video.read(frames, crop, inputs[place])
+                    labels = _clip_labels(self.annotations, record, video, frames)
+                    return labels, failures[0] if failures else ""
             except VideoError as error:
                 failures.append(str(error))
+            # From the same generator, so that the replacement does not depend on the batch.
             index = int(rng.integers(len(self)))
-        raise DataError("too many videos cannot be read; in a row:\n  " + "\n  ".join(failures))
+        reasons = "\n  ".join(failures)
+        raise DataError(f"too many videos cannot be read; in a row:\n  {reasons}")
 
 
 @dataclasses.dataclass(frozen=True)
 class CentreClips:
-    """The middle clip of each video, and the middle of its frames: a `nonlocal_jax.data.pipeline.Source`.
+    """The middle clip of each video, cropped to the centre, for quick evaluation.
+
+    This is a `nonlocal_jax.data.pipeline.ExampleReader`.
 
     Attributes:
-        annotations: the videos.
-        in_time: which frames.
-        size: rows and columns of the part.
-        shorter: length that the shorter side is scaled to.
-        threads: that decode; None is one for each core.
+        annotations: The videos.
+        in_time: Chooses the frames.
+        size: Rows and columns of the crop.
+        shorter: Length that the shorter side of a frame is scaled to before cropping.
+        threads: Threads that decode; None is one per core.
     """
 
     annotations: Annotations
@@ -144,28 +150,32 @@ class CentreClips:
         return len(self.annotations)
 
     def read(self, indices: np.ndarray, epochs: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Clips (B, T, size, size, 3), uint8, the labels of their videos, and "mask", which of them could be read."""
-        inputs = np.empty((len(indices), self.in_time.frames, self.size, self.size, 3), np.uint8)
-        failures = list(
-            _pool(self.threads).map(
-                functools.partial(self._one, inputs), range(len(indices)), indices.tolist()
-            )
-        )
-        labels = np.stack(
-            [video_labels(self.annotations, self.annotations.records[index]) for index in indices]
-        )
-        mask = np.array([not failure for failure in failures])
-        failed = np.array(failures, dtype=np.str_)
-        return {"inputs": inputs, "labels": labels, RECORD: indices, FAILURE: failed, "mask": mask}
+        """Reads clips.
 
-    def _one(self, inputs: np.ndarray, place: int, index: int) -> str:
+        Args:
+            indices: (B,) numbers of the videos.
+            epochs: Not used.
+
+        Returns:
+            "inputs" (B, T, size, size, 3), uint8; "labels" (B,) or (B, classes) of whole videos;
+            "mask" (B,), which videos could be read; "record" and "failure" as in `TrainingClips`.
+        """
+        inputs = _empty_clips(len(indices), self.in_time, self.size)
+        read_clip = functools.partial(self._read_clip, inputs)
+        failures = list(_pool(self.threads).map(read_clip, range(len(indices)), indices.tolist()))
+        records = [self.annotations.records[index] for index in indices]
+        labels = np.stack([video_labels(self.annotations, record) for record in records])
+        mask = np.array([not failure for failure in failures])
+        return {**_batch(inputs, labels, indices, failures), "mask": mask}
+
+    def _read_clip(self, inputs: np.ndarray, place: int, index: int) -> str:
+        """Writes a clip to `inputs[place]`; returns why it cannot be read, or ""."""
         try:
             with open_frames(self.annotations.records[index]) as video:
-                video.read(
-                    self.in_time.clips(len(video), video.rate, 1)[0], self._window, inputs[place]
-                )
+                frames = self.in_time.clips(len(video), video.rate, 1)[0]
+                video.read(frames, self._window, inputs[place])
         except VideoError as error:
-            inputs[place] = 0
+            inputs[place] = 0  # the array is not initialised
             return str(error)
         return ""
 
@@ -176,17 +186,18 @@ class CentreClips:
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """What a video is tested with.
+    """The views of one video, for testing.
 
     Attributes:
-        frames: (n, H, W, 3), uint8: those of all clips, each once.
-        clips: (clips, T), places in `frames`; the last clip is the middle one, for the single view.
-        crops: of each clip; the single view is the centre, or the full frame.
-        size: rows and columns of a crop.
+        frames: (n, H, W, 3), uint8, the frames of all clips, each once.
+        clips: (clips, T), positions in `frames`. The last clip is the middle one, which gives the
+            single view.
+        crops: Crops of each clip. The single view is the centre or the full frame.
+        size: Rows and columns of a crop.
     """
 
     frames: np.ndarray
-    clips: Clips
+    clips: ClipIndices
     crops: Crops
     size: int
 
@@ -194,24 +205,26 @@ class Views:
         return (len(self.clips) - 1) * CROPS[self.crops] + 1
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Each (T, rows, columns, 3): clip by clip, and last the single view."""
+        """Yields views (T, rows, columns, 3), clip by clip, and finally the single view."""
         for clip in self.clips[:-1]:
             yield from crops(self.frames[clip], self.size, self.crops)
-        yield from crops(
-            self.frames[self.clips[-1]], self.size, "full" if self.crops == "full" else "centre"
-        )
+        single: Crops = "full" if self.crops == "full" else "centre"
+        yield from crops(self.frames[self.clips[-1]], self.size, single)
 
 
 @dataclasses.dataclass(frozen=True)
 class TestingClips:
-    """The views of each video: clips evenly spaced in time, crops along the longer side; and the single view.
+    """The views of each video: clips evenly spaced in time, crops along the longer side.
+
+    A single view of the middle clip is added to them.
 
     Attributes:
-        annotations: the videos.
-        in_time: which frames of a clip.
-        clips: of a video.
-        crops: of a clip: "three" as the released code, or "full" as the paper, whose networks are then convolutional.
-        size: rows and columns of a crop, and the length that the shorter side is scaled to.
+        annotations: The videos.
+        in_time: Chooses the frames of a clip.
+        clips: Clips of each video.
+        crops: Crops of each clip: "three" as in the released code, or "full" as in the paper, whose
+            networks are then fully convolutional.
+        size: Rows and columns of a crop, and length that the shorter side is scaled to.
     """
 
     annotations: Annotations
@@ -220,32 +233,34 @@ class TestingClips:
     crops: Crops = "three"
     size: int = 256
 
-    __test__ = False  # not a test of pytest's
+    __test__ = False  # pytest would collect the class, because of its name
 
     def read(self, index: int) -> Views:
-        """The views of one video, of which each frame is decoded once.
+        """Reads the views of one video. Each frame is decoded once.
 
         Raises:
-            VideoError: it cannot be read.
+            VideoError: The video cannot be read.
         """
         with open_frames(self.annotations.records[index]) as video:
             clips = [self.in_time.clips(len(video), video.rate, count) for count in (self.clips, 1)]
+            # Clips of short videos overlap; each frame is decoded once.
             frames, places = np.unique(np.concatenate(clips), return_inverse=True)
             pixels = video.read(frames, functools.partial(whole, shorter=self.size))
         return Views(pixels, places.reshape(-1, self.in_time.frames), self.crops, self.size)
 
 
 def video_labels(annotations: Annotations, record: Record) -> np.ndarray:
-    """Of the whole video: its class, or of several classes which it has, as zeros and ones."""
-    return _as_array(annotations, record.labels)
+    """Returns the class of a video, or zeros and ones (classes,) in a list with several classes."""
+    return _label_array(annotations, record.labels)
 
 
 class Watch:
-    """Counts the videos of a list that cannot be read, each once, and stops when they are too many.
+    """Counts the videos of a list that cannot be read, each once, and stops if there are too many.
 
     >>> watch = Watch(records=10, share=0.2, say=print)
-    >>> batch = {"record": np.array([3, 7]), "failure": np.array(["", "a.mp4: the file is empty."]), "inputs": np.zeros((2, 1))}
-    >>> [list(seen) for seen in watch([dict(batch), dict(batch)])]
+    >>> failures = np.array(["", "a.mp4: the file is empty."])
+    >>> batch = {"record": np.array([3, 7]), "failure": failures, "inputs": np.zeros((2, 1))}
+    >>> [list(checked) for checked in watch([dict(batch), dict(batch)])]
     1 of 10 videos cannot be read: a.mp4: the file is empty.
     [['inputs'], ['inputs']]
     """
@@ -253,38 +268,41 @@ class Watch:
     def __init__(
         self, records: int, share: float, say: Callable[[str], None], file: Path | None = None
     ) -> None:
-        """What is in the file was seen already.
+        """Reads the failures that an earlier start of the run recorded.
 
         Args:
-            records: in the list.
-            share: of them, how many may fail.
-            say: told of each video that fails, once.
-            file: keeps them, a JSON object a line, for when the run goes on; one for each process.
+            records: Number of videos in the list.
+            share: Share of them that may fail.
+            say: Called with a message when a video fails for the first time.
+            file: Records failures as one JSON object per line, for when the run is resumed. Each
+                process needs its own file.
         """
         self.records, self.share, self.say, self.file = records, share, say, file
         self.failed: dict[int, str] = {}
-        if file is not None and file.exists():
-            for line in file.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # the last line, where a kill came in between
-                    found = json.loads(line)
-                    self.failed[found[RECORD]] = found[FAILURE]
+        if file is None or not file.exists():
+            return
+        for line in file.read_text().splitlines():
+            # If the run was killed while it wrote, the last line is incomplete.
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                self.failed[row[RECORD]] = row[FAILURE]
 
     def __call__(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of `TrainingClips` or `CentreClips`, without "record" and "failure".
+        """Passes batches of `TrainingClips` or `CentreClips` on, without "record" and "failure".
 
         Raises:
-            DataError: more videos failed than may; it names all.
+            DataError: More videos failed than may. The message names all of them.
         """
         for batch in batches:
-            for record, failure in zip(
-                batch.pop(RECORD).tolist(), batch.pop(FAILURE).tolist(), strict=True
-            ):
+            records, failures = batch.pop(RECORD).tolist(), batch.pop(FAILURE).tolist()
+            for record, failure in zip(records, failures, strict=True):
                 if failure and record not in self.failed:
                     self._count(record, failure)
             if len(self.failed) > self.share * self.records:
-                shown = "\n  ".join(self.failed.values())
+                reasons = "\n  ".join(self.failed.values())
                 raise DataError(
-                    f"{len(self.failed):,} of {self.records:,} videos cannot be read, more than {self.share:.1%}:\n  {shown}"
+                    f"{len(self.failed):,} of {self.records:,} videos cannot be read, "
+                    f"more than {self.share:.1%}:\n  {reasons}"
                 )
             yield batch
 
@@ -292,24 +310,38 @@ class Watch:
         self.failed[record] = failure
         self.say(f"{len(self.failed):,} of {self.records:,} videos cannot be read: {failure}")
         if self.file is not None:
-            with self.file.open("a") as out:
-                out.write(json.dumps({RECORD: record, FAILURE: failure}) + "\n")
+            with self.file.open("a") as log:
+                log.write(json.dumps({RECORD: record, FAILURE: failure}) + "\n")
 
 
-def _labels(annotations: Annotations, record: Record, video: Any, frames: np.ndarray) -> np.ndarray:
-    """Of a clip: of several classes, those that are seen between its first and its last frame."""
+def _empty_clips(count: int, in_time: InTime, size: int) -> np.ndarray:
+    return np.empty((count, in_time.frames, size, size, 3), np.uint8)
+
+
+def _batch(
+    inputs: np.ndarray, labels: np.ndarray, indices: np.ndarray, failures: Iterable[str]
+) -> dict[str, np.ndarray]:
+    messages = np.array(list(failures), dtype=np.str_)
+    return {"inputs": inputs, "labels": labels, RECORD: indices, FAILURE: messages}
+
+
+def _clip_labels(
+    annotations: Annotations, record: Record, video: Any, frames: np.ndarray
+) -> np.ndarray:
+    """Returns the labels of a clip; of several classes, those between its first and last frame."""
     if not annotations.multi_label:
         return video_labels(annotations, record)
     first, last = int(frames.min()), int(frames.max())
     if record.frames:
-        return _as_array(annotations, set(itertools.chain(*record.frame_labels[first : last + 1])))
-    start, end = video.seconds(np.array([first, last]))
-    return _as_array(
-        annotations, {a.label for a in record.actions if a.start <= end and a.end >= start}
-    )
+        labels = set(itertools.chain(*record.frame_labels[first : last + 1]))
+    else:
+        start, end = video.seconds(np.array([first, last]))
+        actions = [action for action in record.actions if action.start <= end]
+        labels = {action.label for action in actions if action.end >= start}
+    return _label_array(annotations, labels)
 
 
-def _as_array(annotations: Annotations, labels: Iterable[int]) -> np.ndarray:
+def _label_array(annotations: Annotations, labels: Iterable[int]) -> np.ndarray:
     if not annotations.multi_label:
         (label,) = labels
         return np.asarray(label, np.int32)
@@ -324,5 +356,5 @@ def _pool(threads: int | None) -> ThreadPoolExecutor:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""A video as a folder of images, one a frame, as PySlowFast has Charades; and what opens either kind."""
+"""Videos stored as one image file per frame, as PySlowFast has Charades."""
 
 import contextlib
 from collections.abc import Sequence
@@ -9,19 +9,18 @@ import numpy as np
 
 from nonlocal_jax.data import VideoError
 from nonlocal_jax.data.annotations import Record
-from nonlocal_jax.data.convert import Crop
-from nonlocal_jax.data.video import Video
+from nonlocal_jax.data.video import Crop, Video
 
-RATE = 24.0  # frames a second of the frames that come with Charades
+RATE = 24.0  # frames a second of the images that are published with Charades
 
 
 class ImageFrames:
-    """Image files, one a frame, with the interface of `Video`."""
+    """Image files, one per frame, with the interface of `Video`."""
 
     rate = RATE
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Nothing is opened yet."""
+        """Stores the file names; files are opened when they are read."""
         self.files = files
 
     def __enter__(self) -> "ImageFrames":
@@ -39,7 +38,7 @@ class ImageFrames:
         return len(self.files)
 
     def seconds(self, indices: np.ndarray) -> np.ndarray:
-        """When frames are shown, from that of the first one on."""
+        """Returns when frames are shown, in seconds after the first frame."""
         return np.asarray(indices) / self.rate
 
     def read(
@@ -48,7 +47,7 @@ class ImageFrames:
         crop: Crop | None = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """As `Video.read`."""
+        """Reads frames by their number. Arguments and result are those of `Video.read`."""
         indices = np.asarray(indices)
         for index in np.unique(indices).tolist():
             with Video(self.files[index]) as image:
@@ -66,5 +65,5 @@ class ImageFrames:
 
 
 def open_frames(record: Record) -> contextlib.AbstractContextManager[Video | ImageFrames]:
-    """The frames of a record, from `with` on."""
+    """Returns a context manager for the frames of a record, whichever way they are stored."""
     return ImageFrames(record.frames) if record.frames else Video(record.path)

@@ -1,57 +1,56 @@
-"""Copies of videos with a shorter side of 256 pixels and many keyframes: small, and quick to read a clip from."""
+"""Copies of videos that are small and quick to read clips from.
+
+By default the shorter side of a copy is 256 pixels, and every 32nd frame is a keyframe.
+"""
 
 import functools
+import glob
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from nonlocal_jax import files
 from nonlocal_jax.data import VideoError
-from nonlocal_jax.data.convert import QUARTER
+from nonlocal_jax.data.decode.conversion import quarter_turns
 from nonlocal_jax.data.video import Video
-
-PARTIAL = ".partial"
 
 
 def transcode(
     source: Path, target: Path, *, shorter: int = 256, keyframes: int = 32, crf: int = 18
 ) -> None:
-    """One file as H.264 in MP4, without sound, turned as it is shown, every frame at its time; whole or not at all.
+    """Copies a video as H.264 in MP4, without sound.
+
+    Frames are rotated as they are shown and keep their times. The copy is written atomically, and
+    partial copies that killed processes left behind are removed.
 
     Args:
-        source: the file.
-        target: the copy, .mp4.
-        shorter: length of its shorter side, pixels; the longer one is rounded to an even number.
-        keyframes: a frame in so many is a keyframe.
-        crf: x264's quality; 18 is hardly told from the original.
+        source: The file.
+        target: The copy, .mp4.
+        shorter: Length of its shorter side in pixels. The longer side is rounded to an even number.
+        keyframes: Largest distance of keyframes, in frames.
+        crf: Quality of x264. Less is better, and 18 is hard to tell from the original.
 
     Raises:
-        VideoError: the file cannot be read to its end.
-        OSError: the copy cannot be written.
+        VideoError: The file cannot be read to its end.
+        OSError: The copy cannot be written.
     """
     import av
 
-    partial = target.with_name(target.name + PARTIAL)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # The name of a partial file is random, so the next write would not replace it.
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        stale.unlink(missing_ok=True)
+    options = {"crf": str(crf), "g": str(keyframes)}
     try:
-        with Video(source) as video:
-            video.surely(
-                functools.partial(
-                    _copy, video, partial, shorter, {"crf": str(crf), "g": str(keyframes)}
-                )
-            )
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())
-        partial.replace(target)
+        with Video(source) as video, files.atomic_write(target) as partial:
+            copy = functools.partial(_copy, video, partial, shorter, options)
+            video.retry_on_wrong_times(copy)
     except av.FFmpegError as error:
-        raise VideoError(
-            f"{source}: cannot be copied to {target} ({error.strerror or error})."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise VideoError(f"{source}: cannot be copied to {target} ({reason}).") from error
 
 
 def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> None:
@@ -59,26 +58,27 @@ def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> No
     from av.codec.context import Flags
 
     rate = Fraction(video.rate).limit_denominator(1001)
+    # Without times in the file, frames are spaced evenly.
+    has_times = video.timeline.times is not None
+    time_base = video.time_base if has_times else 1 / rate
     with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream: Any = container.add_stream("libx264", rate=rate, options=options)
-        stream.codec_context.thread_count = 1
+        stream.codec_context.thread_count = 1  # several videos are copied side by side
         stream.codec_context.color_range = av.video.reformatter.ColorRange.MPEG
-        timed = video.timeline.times is not None
-        base = video.time_base if timed else 1 / rate
-        first = 0
-        for number, frame in enumerate(_scaled(video, shorter)):
-            if not number:
-                stream.width, stream.height, stream.pix_fmt = (
-                    frame.width,
-                    frame.height,
-                    frame.format.name,
-                )
-                stream.codec_context.time_base = base
+        start = 0
+        for number, frame in enumerate(_scaled_frames(video, shorter)):
+            if number == 0:
+                stream.width, stream.height = frame.width, frame.height
+                stream.pix_fmt = frame.format.name
+                stream.codec_context.time_base = time_base
                 if frame.interlaced_frame:
                     stream.codec_context.flags |= int(Flags.interlaced_dct | Flags.interlaced_me)
-                first = frame.pts if timed else 0
-            frame.pts, frame.time_base = (frame.pts if timed else number) - first, base
-            frame.pict_type = 0  # whatever kind it was
+                start = frame.pts if has_times else 0
+            frame.pts = (frame.pts if has_times else number) - start
+            frame.time_base = time_base
+            # A frame keeps the type that it had in the source (I, P or B), and the encoder would
+            # follow it; 0 lets the encoder choose.
+            frame.pict_type = 0
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -86,14 +86,20 @@ def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> No
 def transcode_all(
     pairs: Sequence[tuple[Path, Path]], threads: int, **options: int
 ) -> Iterator[tuple[Path, VideoError | OSError | None]]:
-    """Copies of many, side by side; those that are there already are left as they are.
+    """Copies many videos in parallel. Copies that exist are kept.
+
+    Args:
+        pairs: Each file and its copy.
+        threads: Videos to copy at a time.
+        options: Passed to `transcode`.
 
     Yields:
-        Each source when it is done, and what went wrong with it, if anything.
+        Each file when it is done, and the error if it could not be copied.
     """
     with ThreadPoolExecutor(threads) as pool:
         jobs = {
-            pool.submit(_unless_there, source, target, options): source for source, target in pairs
+            pool.submit(_transcode_if_missing, source, target, options): source
+            for source, target in pairs
         }
         try:
             for job in as_completed(jobs):
@@ -105,38 +111,37 @@ def transcode_all(
             pool.shutdown(cancel_futures=True)
 
 
-def _unless_there(source: Path, target: Path, options: dict[str, int]) -> None:
+def _transcode_if_missing(source: Path, target: Path, options: dict[str, int]) -> None:
     if not target.exists():
         transcode(source, target, **options)
 
 
-def _scaled(video: Video, shorter: int) -> Iterator[Any]:
-    """All frames, as they are shown, scaled, as yuv420p."""
-    import av
-
+def _scaled_frames(video: Video, shorter: int) -> Iterator[Any]:
+    """Yields all frames as they are shown, scaled, in yuv420p."""
     graph = None
     for _, frame in video.decode(range(len(video))):
         if graph is None:
-            turns = round(frame.rotation / QUARTER) % 4
-            scale = shorter / min(frame.width, frame.height)
-            width, height = (
-                2 * max(math.floor(n * scale / 2), (shorter + 1) // 2)
-                for n in (frame.width, frame.height)
-            )
-            graph = av.filter.Graph()
-            filters = [
-                graph.add_buffer(
-                    width=frame.width,
-                    height=frame.height,
-                    format=frame.format,
-                    time_base=video.time_base,
-                )
-            ]
-            filters.append(
-                graph.add("scale", f"{width}:{height}:flags=bicubic:out_range=tv:interl=-1")
-            )
-            filters += [graph.add("transpose", "cclock") for _ in range(turns)]
-            filters += [graph.add("format", "yuv420p"), graph.add("buffersink")]
-            graph.link_nodes(*filters).configure()
+            graph = _scaling_graph(frame, shorter, video.time_base)
         graph.push(frame)
         yield graph.pull()
+
+
+def _scaling_graph(frame: Any, shorter: int, time_base: Fraction) -> Any:
+    import av
+
+    scale = shorter / min(frame.width, frame.height)
+    # yuv420p has half the resolution for colours, so both sides must be even.
+    width, height = (
+        2 * max(math.floor(length * scale / 2), (shorter + 1) // 2)
+        for length in (frame.width, frame.height)
+    )
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=time_base
+    )
+    # interl=-1 scales the two fields of an interlaced frame separately.
+    scaling = graph.add("scale", f"{width}:{height}:flags=bicubic:out_range=tv:interl=-1")
+    turns = [graph.add("transpose", "cclock") for _ in range(quarter_turns(frame))]
+    target = graph.add("format", "yuv420p"), graph.add("buffersink")
+    graph.link_nodes(source, scaling, *turns, *target).configure()
+    return graph

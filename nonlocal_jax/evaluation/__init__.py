@@ -1,5 +1,10 @@
-"""Testing: many views of a video into one answer, and how good the answers are."""
+"""Evaluation: combining many views of a video into one prediction, and measuring accuracy."""
 
+from nonlocal_jax.evaluation.accuracy_tables import (
+    multi_label_report,
+    single_label_report,
+    table,
+)
 from nonlocal_jax.evaluation.metrics import (
     accuracy_interval,
     average_precision,
@@ -8,7 +13,6 @@ from nonlocal_jax.evaluation.metrics import (
     mean_average_precision,
     top_k,
 )
-from nonlocal_jax.evaluation.report import multi_label_report, single_label_report, table
 from nonlocal_jax.evaluation.views import Combination, ScoreFolder, combine, score_views
 
 __all__ = [

@@ -1,8 +1,7 @@
-"""From the views of each video to one row of scores, kept on disk as they come."""
+"""From the views of each video to one row of scores, which is kept on disk."""
 
 import itertools
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterable
@@ -12,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from nonlocal_jax import checks, files
+
 Combination = Literal["mean", "max"]
 Apply = Callable[[np.ndarray], Any]  # (B, T, H, W, C) -> scores (B, classes)
 
@@ -19,38 +20,46 @@ Apply = Callable[[np.ndarray], Any]  # (B, T, H, W, C) -> scores (B, classes)
 def score_views(
     apply: Apply, views: Iterable[np.ndarray], batch_size: int
 ) -> Float[np.ndarray, "views classes"]:
-    """The scores of each view, a few views at a time; the last batch is filled up, so that all have one shape.
+    """Computes the scores of views in batches.
+
+    The last batch is padded with copies of its last view, so that all batches have one shape.
 
     Args:
-        apply: from a batch (batch_size, T, H, W, C) to scores (batch_size, classes).
-        views: each (T, H, W, C).
-        batch_size: views at a time.
+        apply: Computes scores (batch_size, classes) of a batch (batch_size, T, H, W, C).
+        views: Views (T, H, W, C), at least one.
+        batch_size: Number of views in a batch.
 
-    >>> score_views(lambda batch: batch.mean(axis=(2, 3, 4)), np.arange(3.0).reshape(3, 1, 1, 1, 1), 2)
+    >>> views = np.arange(3.0).reshape(3, 1, 1, 1, 1)
+    >>> score_views(lambda batch: batch.mean(axis=(2, 3, 4)), views, 2)
     array([[0.],
            [1.],
            [2.]])
     """
-    rows, views = [], iter(views)
-    while part := list(itertools.islice(views, batch_size)):
-        batch = np.stack(part + part[-1:] * (batch_size - len(part)))
-        rows.append(np.asarray(apply(batch))[: len(part)])
-    return np.concatenate(rows)
+    scores, iterator = [], iter(views)
+    while batch := list(itertools.islice(iterator, batch_size)):
+        padding = batch[-1:] * (batch_size - len(batch))
+        batch_scores = np.asarray(apply(np.stack(batch + padding)))
+        scores.append(batch_scores[: len(batch)])
+    return np.concatenate(scores)
 
 
 def combine(
     scores: Float[np.ndarray, "views classes"], how: Combination = "mean"
 ) -> Float[np.ndarray, " classes"]:
-    """One row for the video: the mean of its views, as for Kinetics, or of each class the largest, as for Charades."""
-    if how not in ("mean", "max"):
-        raise ValueError(f"how must be 'mean' or 'max'; got {how!r}.")
+    """Combines the scores of the views of one video.
+
+    Args:
+        scores: (views, classes).
+        how: "mean" over the views, as for Kinetics, or "max" for each class, as for Charades.
+    """
+    checks.one_of("how", how, ("mean", "max"))
     return scores.mean(axis=0) if how == "mean" else scores.max(axis=0)
 
 
 class ScoreFolder:
-    """Scores by video in a folder, for who is killed and comes again.
+    """Keeps the scores of videos in a folder, so that a killed run can be resumed.
 
-    They are written in parts, each whole or not at all, at most `every` seconds after they came.
+    Scores are written atomically to a new file at most every `every` seconds.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -58,85 +67,88 @@ class ScoreFolder:
     >>> scores.add(3, {"views": np.array([0.25, 0.75])})
     >>> scores.fail(5, "5.mp4: the file is empty.")
     >>> scores.write()
-    >>> again = ScoreFolder(folder)
-    >>> sorted(again.found), again.found[3]["views"], again.failures
+    >>> resumed = ScoreFolder(folder)
+    >>> sorted(resumed.found), resumed.found[3]["views"], resumed.failures
     ([3], array([0.25, 0.75]), {5: '5.mp4: the file is empty.'})
     """
 
     def __init__(self, folder: Path, writer: str = "0", every: float = 30.0) -> None:
-        """Read what is there.
+        """Reads the scores that are in the folder.
 
         Args:
-            folder: made where it is not there.
-            writer: a name for this process, where several write into the folder.
-            every: seconds.
+            folder: The folder. It is created if it does not exist.
+            writer: Name of this process, if several write to the folder.
+            every: Seconds between writes.
 
         Raises:
-            ValueError: a part that is not one of these.
+            ValueError: A file in the folder has no scores or is damaged.
         """
         self.folder, self.writer, self.every = folder, writer, every
         self.found: dict[int, dict[str, np.ndarray]] = {}
         self.failures: dict[int, str] = {}
-        self._new: list[int] = []
-        self._written = time.monotonic()
+        self._unwritten: list[int] = []
+        self._last_write = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         for part in sorted(folder.glob("*.npz")):
-            try:
-                with part.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                    names = [name for name in arrays.files if name not in ("videos", "failures")]
-                    table = {name: arrays[name] for name in names}
-                    videos, failures = (
-                        arrays["videos"].tolist(),
-                        json.loads(str(arrays["failures"])),
-                    )
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                raise ValueError(
-                    f"{part} must be scores that were written here: {error}. Delete it, to make it anew."
-                ) from error
-            self.found |= {
-                video: {name: table[name][i] for name in names} for i, video in enumerate(videos)
-            }
-            self.failures |= {int(video): reason for video, reason in failures.items()}
+            self._read_part(part)
+
+    def _read_part(self, part: Path) -> None:
+        try:
+            with part.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+            videos = arrays.pop("videos").tolist()
+            failures = json.loads(str(arrays.pop("failures")))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{part} must be a file of scores: {error}. "
+                "Delete it to have its videos tested again."
+            ) from error
+        for row, video in enumerate(videos):
+            self.found[video] = {name: table[row] for name, table in arrays.items()}
+        self.failures |= {int(video): reason for video, reason in failures.items()}
 
     def __contains__(self, video: int) -> bool:
         return video in self.found or video in self.failures
 
     def add(self, video: int, scores: dict[str, np.ndarray]) -> None:
-        """The scores of a video, by name, each (classes,); all videos have the same names."""
+        """Adds the scores of a video.
+
+        Args:
+            video: Number of the video.
+            scores: Arrays (classes,) by name. All videos have the same names.
+        """
         self.found[video] = scores
-        self._come(video)
+        self._register(video)
 
     def fail(self, video: int, reason: str) -> None:
-        """A video that cannot be read."""
+        """Records that a video cannot be read, and why."""
         self.failures[video] = reason
-        self._come(video)
+        self._register(video)
 
-    def _come(self, video: int) -> None:
-        self._new.append(video)
-        if time.monotonic() - self._written >= self.every:
+    def _register(self, video: int) -> None:
+        self._unwritten.append(video)
+        if time.monotonic() - self._last_write >= self.every:
             self.write()
 
     def write(self) -> None:
-        """Write what is new."""
-        self._written = time.monotonic()
-        if not self._new:
+        """Writes what was added since the last write."""
+        self._last_write = time.monotonic()
+        if not self._unwritten:
             return
-        videos = [video for video in self._new if video in self.found]
+        videos = [video for video in self._unwritten if video in self.found]
         names = self.found[videos[0]] if videos else {}
-        table: dict[str, Any] = {
+        tables: dict[str, Any] = {
             name: np.stack([self.found[video][name] for video in videos]) for name in names
         }
-        failures = {video: self.failures[video] for video in self._new if video in self.failures}
-        part = self.folder / f"{min(self._new):08d}-{max(self._new):08d}-by-{self.writer}.npz"
-        partial = part.with_suffix(".partial")
-        with partial.open("wb") as out:
+        failed = [video for video in self._unwritten if video in self.failures]
+        failures = json.dumps({video: self.failures[video] for video in failed})
+        first, last = min(self._unwritten), max(self._unwritten)
+        part = self.folder / f"{first:08d}-{last:08d}-by-{self.writer}.npz"
+        with files.atomic_write(part) as partial, partial.open("wb") as stream:
             np.savez(
-                out,
+                stream,
                 videos=np.array(videos, np.int64),
-                failures=np.array(json.dumps(failures)),
-                **table,
+                failures=np.array(failures),
+                **tables,
             )
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(part)
-        self._new = []
+        self._unwritten = []

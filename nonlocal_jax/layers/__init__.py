@@ -1,7 +1,7 @@
 """Linen modules: they own parameters and call `nonlocal_jax.ops`."""
 
-from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
-from nonlocal_jax.layers.conv import VideoConv, video_conv
+from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block, sow_residual_ratio
+from nonlocal_jax.layers.convolution import VideoConv, video_conv
 from nonlocal_jax.layers.description import BlockDescription, describe
 from nonlocal_jax.layers.instantiations import (
     Concatenation,
@@ -10,10 +10,17 @@ from nonlocal_jax.layers.instantiations import (
     Gaussian,
     NonLocalOperation,
 )
-from nonlocal_jax.layers.norm import Affine, BatchNorm, freeze_batch_norm
+from nonlocal_jax.layers.norm import Affine, BatchNorm, fold_batch_norm, freeze_batch_norm
 from nonlocal_jax.layers.planning import BlockPlan, plan
 from nonlocal_jax.layers.pooling import max_pool, pool_mask, strided_max_pool
-from nonlocal_jax.layers.tap import PairwiseCall, SumLayout, enclosing_block, nonlocal_response, tap
+from nonlocal_jax.layers.residual_ratio import residual_ratios
+from nonlocal_jax.layers.taps import (
+    PairwiseCall,
+    SumLayout,
+    enclosing_block,
+    nonlocal_response,
+    tap,
+)
 
 __all__ = [
     "Affine",
@@ -31,12 +38,15 @@ __all__ = [
     "VideoConv",
     "describe",
     "enclosing_block",
+    "fold_batch_norm",
     "freeze_batch_norm",
     "max_pool",
     "nonlocal_block",
     "nonlocal_response",
     "plan",
     "pool_mask",
+    "residual_ratios",
+    "sow_residual_ratio",
     "strided_max_pool",
     "tap",
     "video_conv",

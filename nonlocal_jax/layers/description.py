@@ -1,4 +1,7 @@
-"""Whether a network has the non-local blocks that it should: a new block is the identity, which hides a missing one."""
+"""Whether a network has the non-local blocks that it should.
+
+A new block is the identity, so a network that lacks one gives the same answers.
+"""
 
 import dataclasses
 from typing import Any
@@ -7,48 +10,58 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.tap import PairwiseCall, tap
+from nonlocal_jax.layers.taps import PairwiseCall, tap
 from nonlocal_jax.types import Array
+
+Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockDescription:
-    """One non-local block of a network.
+    """One non-local block of a network, or one operation that is in no block.
 
     Attributes:
-        place: the path of the module, as in `params`.
-        operation: the class of the operation.
-        parameters: how many numbers are trained in it.
-        ratio: ‖W_z y‖ / ‖x‖ on the input given; 0 as long as the block is the identity.
+        place: Path of the module, as in `params`.
+        operation: Class of the module that evaluates Eq. 1.
+        parameters: Number of trained parameters.
+        ratio: ‖W_z y‖ / ‖x‖ on the given input, 0 while the block is the identity. None where the
+            module does not offer it (`sow_residual_ratio`), such as an operation without a block.
     """
 
     place: str
     operation: str
     parameters: int
-    ratio: float
+    ratio: float | None
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.operation}, {self.parameters:,} parameters, ‖block output‖/‖input‖ {self.ratio:.3g}"
+        ratio = "None" if self.ratio is None else f"{self.ratio:.3g}"
+        return (
+            f"{self.place}: {self.operation}, {self.parameters:,} parameters, "
+            f"‖block output‖/‖input‖ {ratio}"
+        )
 
 
 def describe(
     model: nn.Module, variables: Any, x: Array, *, expected: int | None = None, **kwargs: Any
 ) -> tuple[BlockDescription, ...]:
-    """Every non-local block of a network, in the order in which they run.
+    """Describes every non-local block of a network, in the order in which they run.
+
+    Operations without a block around them are listed and counted as well, and so are blocks of
+    other libraries that call `nonlocal_response` inside `enclosing_block`.
 
     Args:
-        model: any Linen module.
-        variables: its variables.
-        x: an input; the ratios are of this input.
-        expected: how many blocks there must be; None does not check.
-        **kwargs: more arguments of `model.apply`.
+        model: Any Linen module.
+        variables: Its variables.
+        x: Input on which the ratios are measured.
+        expected: Number of blocks that there must be. None does not check.
+        **kwargs: More arguments of `model.apply`.
 
     Returns:
-        One `BlockDescription` a block; empty when the network has none.
+        One `BlockDescription` for each block; empty when the network has none.
 
     Raises:
-        ValueError: the network has another number of blocks than `expected`, or one inside `nn.scan`, where the blocks
-            have no places of their own; describe the scanned module by itself.
+        ValueError: If the number of blocks is not `expected`, or a block is inside `nn.scan`, where
+            blocks have no places of their own. Describe the scanned module instead.
 
     >>> import jax, jax.numpy as jnp
     >>> from nonlocal_jax.layers import nonlocal_block
@@ -58,46 +71,62 @@ def describe(
     ...     print(block)
     layers_1: DotProduct, 144 parameters, ‖block output‖/‖input‖ 0
     """
-    operations: dict[tuple[str, ...], str] = {}
+    operations: dict[Path, str] = {}
+    scanned: set[Path] = set()
 
     def record(call: PairwiseCall) -> None:
-        if call.block is not None:
-            operations.setdefault(call.block.path, type(call.module).__name__)
+        module = call.module if call.block is None else call.block
+        operations.setdefault(module.path, type(call.module).__name__)
+        stored = _lookup(variables.get("params", {}), module.path)
+        # Inside nn.scan a module sees one layer of the stacked parameters.
+        if _shapes(module.variables.get("params", {})) != _shapes(stored):
+            scanned.add(module.path)
 
-    def ratios(variables: Any, x: Array) -> dict[tuple[str, ...], Array]:
+    def ratios(variables: Any, x: Array) -> dict[Path, Array | None]:
         with tap(record):
-            sown = model.apply(variables, x, mutable=["intermediates"], **kwargs)[1].get(
-                "intermediates", {}
-            )
-        try:
-            return {path: _at(sown, path)["residual_ratio"][-1].reshape(()) for path in operations}
-        except (KeyError, TypeError) as error:
+            _, state = model.apply(variables, x, mutable=["intermediates"], **kwargs)
+        if scanned:
             places = ", ".join(map("/".join, operations))
             raise ValueError(
-                f"the blocks must not be inside nn.scan; got {places}. Describe the scanned module."
-            ) from error
+                f"The blocks must not be inside nn.scan; got {places}. Describe the scanned module."
+            )
+        sown = state.get("intermediates", {})
+        return {path: _sown_ratio(sown, path) for path in operations}
 
-    # Under jit, what is sown beside the ratios (the affinity maps) is never computed.
+    # Under jit, the other intermediates (the affinity maps) are never computed.
     values = jax.jit(ratios)(variables, x)
     if expected is not None and len(operations) != expected:
-        places = ", ".join("/".join(path) for path in operations) or "none"
+        places = ", ".join(map("/".join, operations)) or "none"
         raise ValueError(
-            f"expected {expected} non-local blocks; {type(model).__name__} has {len(operations)}: {places}."
+            f"expected must be the number of non-local blocks of {type(model).__name__}; "
+            f"got {expected}, but it has {len(operations)}: {places}."
         )
     return tuple(
         BlockDescription(
             place="/".join(path),
             operation=operation,
-            parameters=sum(
-                jnp.size(leaf) for leaf in jax.tree.leaves(_at(variables["params"], path))
-            ),
-            ratio=float(values[path]),
+            parameters=_size(_lookup(variables.get("params", {}), path)),
+            ratio=None if values[path] is None else float(values[path]),
         )
         for path, operation in operations.items()
     )
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
+def _sown_ratio(intermediates: Any, path: Path) -> Array | None:
+    sown = _lookup(intermediates, path).get("residual_ratio")
+    return None if sown is None else sown[-1]
+
+
+def _lookup(tree: Any, path: Path) -> Any:
+    """The part of a tree of nested dicts at `path`; empty where there is none."""
     for name in path:
-        tree = tree[name]
+        tree = tree.get(name, {})
     return tree
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+    return [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _size(tree: Any) -> int:
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))

@@ -1,56 +1,65 @@
-"""The non-local operation as a layer, one module for each pairwise function: y_i = 1/C(x) Σ_j f(x_i, x_j) g(x_j).
+"""The non-local operation as a layer, one module for each pairwise function.
 
-The modules own W_g, W_θ, W_φ and w_f and choose which positions are summed; `nonlocal_jax.ops` does the sum. θ, φ and g
-are 1×1×1 convolutions, which over channels-last arrays are `nn.Dense`.
+y_i = 1/C(x) Σ_j f(x_i, x_j) g(x_j)                                                        (Eq. 1)
+
+The modules own W_g, W_θ, W_φ and w_f and choose which positions are summed; `nonlocal_jax.ops`
+computes the sum. θ, φ and g are 1×1×1 convolutions, which are `nn.Dense` on channels-last arrays.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from nonlocal_jax import ops
-from nonlocal_jax.layers.conv import dot_over_positions
+from nonlocal_jax import checks, ops
+from nonlocal_jax.layers.convolution import dot_over_positions
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
-from nonlocal_jax.layers.tap import Axes, SumLayout, nonlocal_response
+from nonlocal_jax.layers.taps import Axes, SumLayout, nonlocal_response
 from nonlocal_jax.types import Affinity, Array, Embedded, Features, PositionMask, PRNGKeyArray
 
+PoolOrder = Literal["after", "before"]
 Initializer = Callable[..., Array]
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def zero_bias(fan_in: int) -> Initializer:
-    """The usual bias initialiser, whatever the fan-in."""
+    """The usual initializer of a bias, zeros for every fan-in."""
     return nn.initializers.zeros
 
 
 class NonLocalOperation(nn.Module):
-    """What the four instantiations share: the embeddings, the subsampling, the positions that are summed.
+    """What the four instantiations share: embeddings, subsampling, and which positions are summed.
 
     Attributes:
-        inner_features: channels of θ, φ and g; None is half of the input's, at least 1.
-        subsample: max pooling of the keys and values, never of the queries. True is the paper's: 2 along every spatial
-            axis (1×2×2 in video) over which the sum runs; a tuple gives the window along each position axis; False is none.
-        pool_order: "after" pools φ(x) and g(x), as the paper; "before" pools x once for both, as video-nonlocal-net and
-            PySlowFast. The two differ numerically. The Gaussian's keys are the pooled x in both.
-        axes: "spacetime" sums over all positions; "space" over those of the same frame, "time" over those of the same
-            pixel; both of these want (T, H, W) positions.
-        group_size: the frames of one temporal group; a position sees those of its own group alone. None is all frames.
-        use_bias: whether θ, φ and g have a bias.
-        kernel_init: initialiser of W_θ, W_φ and W_g, and of w_f where it has no other.
-        bias_init: from the fan-in to the initialiser of the biases, because PyTorch's default depends on it.
-        dtype: of the computation; None is that of the input and parameters. Logits and sums stay float32.
-        param_dtype: of the parameters.
-        implementation: passed to `nonlocal_jax.ops`.
-        axis_name: under `jax.shard_map` or `jax.pmap`, the mapped axis over whose devices the first position axis is split
-            (the frames of a video); keys of all devices are summed, and each holds the response of its own positions.
+        inner_features: Channels of θ, φ and g. None is half of the input's, at least 1.
+        subsample: Max pooling of the keys and values, never of the queries. True is the paper's: 2
+            along every spatial axis (1×2×2 in video) over which the sum runs. A tuple gives the
+            window along each position axis. False does not pool.
+        pool_order: "after" pools φ(x) and g(x), as in the paper. "before" pools x once for both, as
+            in video-nonlocal-net and PySlowFast. The two differ numerically. The Gaussian's keys
+            are the pooled x in both.
+        axes: "spacetime" sums over all positions, "space" over those of the same frame, "time" over
+            those of the same pixel. The last two require (T, H, W) positions.
+        group_size: Number of frames of a temporal group; a position sees its own group only. None
+            makes all frames one group.
+        use_bias: Whether θ, φ and g have a bias.
+        kernel_init: Initializer of W_θ, W_φ and W_g, and of w_f unless that has its own.
+        bias_init: From the fan-in to the initializer of the biases, because PyTorch's default
+            depends on it.
+        dtype: Dtype of the computation. None is that of the input and parameters. Logits and sums
+            stay float32.
+        param_dtype: Dtype of the parameters.
+        implementation: Passed to `nonlocal_jax.ops`.
+        axis_name: Under `jax.shard_map` or `jax.pmap`, the mapped axis over whose devices the first
+            position axis (the frames of a video) is split. Keys of all devices are summed, and each
+            device holds the responses of its own positions.
     """
 
     inner_features: int | None = None
     subsample: bool | tuple[int, ...] = True
-    pool_order: Literal["after", "before"] = "after"
+    pool_order: PoolOrder = "after"
     axes: Axes = "spacetime"
     group_size: int | None = None
     use_bias: bool = False
@@ -65,42 +74,41 @@ class NonLocalOperation(nn.Module):
     def __call__(
         self, x: Features, *, mask: PositionMask | None = None, return_map: bool = False
     ) -> Embedded | tuple[Embedded, Affinity]:
-        """The response y of every position.
+        """Computes the response y of every position.
 
         Args:
             x: (B, *positions, C), with one, two or three position axes: (N,), (H, W) or (T, H, W).
-            mask: (B, *positions) of bool, False where x is padding. Padding is neither summed nor counted, and what it
-                holds has no influence. Where keys are pooled, a window is real if any of its positions is.
-            return_map: whether the affinity f / C is returned as well.
+            mask: (B, *positions) of bool, False where x is padding. Padding is neither summed nor
+                counted, and its values have no influence. Where keys are pooled, a window is real
+                if any of its positions is.
+            return_map: Whether to return the affinity f / C as well.
 
         Returns:
             (B, *positions, inner_features); with `return_map` also (B, ..., N, M).
 
         Raises:
-            ValueError: an option or a shape that does not fit; the message names what was expected.
-            TypeError: x that is not floating point, or a mask that is not bool.
+            ValueError: If an option or a shape does not fit; the message says what was expected.
+            TypeError: If x is not floating point or the mask is not bool.
         """
-        window = self._check(x, mask)
+        self._check_input(x, mask)
         positions = x.shape[1:-1]
+        window = self.subsampling(positions)
         if self.dtype is not None:
             x = x.astype(self.dtype)
         if mask is not None:
             x = jnp.where(mask[..., None], x, 0)
+        theta = self._theta(x)
         if self.pool_order == "before":
             pooled = max_pool(x, window, mask)
-            theta, phi, g = self._theta(x), self._phi(pooled), self._dense("g", pooled)
+            phi, g = self._phi(pooled), self._dense("g", pooled)
         else:
-            theta, phi, g = (
-                self._theta(x),
-                max_pool(self._phi(x), window, mask),
-                max_pool(self._dense("g", x), window, mask),
-            )
+            phi = max_pool(self._phi(x), window, mask)
+            g = max_pool(self._dense("g", x), window, mask)
         groups = None if self.group_size is None else positions[0] // self.group_size
-        key_mask = (
-            None
-            if mask is None
-            else to_rows(pool_mask(mask, window)[..., None], self.axes, groups)[..., 0]
-        )
+        key_mask = None
+        if mask is not None:
+            pooled_mask = pool_mask(mask, window)[..., None]
+            key_mask = to_rows(pooled_mask, self.axes, groups)[..., 0]
         theta, phi, g = (to_rows(a, self.axes, groups) for a in (theta, phi, g))
         layout = SumLayout(positions, window, self.axes, groups)
         y, affinity = self._respond(theta, phi, g, key_mask, layout, return_map)
@@ -114,8 +122,9 @@ class NonLocalOperation(nn.Module):
         return self._dense("phi", x)
 
     def _dense(self, name: str, x: Array) -> Array:
+        half = max(x.shape[-1] // 2, 1)
         return nn.Dense(
-            max(x.shape[-1] // 2, 1) if self.inner_features is None else self.inner_features,
+            half if self.inner_features is None else self.inner_features,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init(x.shape[-1]),
@@ -126,7 +135,7 @@ class NonLocalOperation(nn.Module):
         )(x)
 
     def pairwise(self, theta: Array) -> dict[str, Any]:
-        """The name of f as "instantiation", and its parameters and options, as `nonlocal_response` takes them."""
+        """Returns f by name, its parameters and its options, as `nonlocal_response` takes them."""
         raise NotImplementedError
 
     def _respond(
@@ -138,11 +147,12 @@ class NonLocalOperation(nn.Module):
         layout: SumLayout,
         return_map: bool,
     ) -> tuple[Array, Array | None]:
-        """Returns y and, if it is requested, the affinity (B, ..., N, M)."""
-        # Parameters are made outside the map; and over space, or within groups, all keys of a query are on its device.
-        splits = not self.is_initializing() and self.axes != "space" and self.group_size is None
+        """Returns y and, if it is requested or sown, the affinity (B, ..., N, M)."""
+        # Over space and within groups, all keys of a query are on its own device. Parameters are
+        # initialised outside the map, where the axis does not exist.
+        is_split = not self.is_initializing() and self.axes != "space" and self.group_size is None
         options: dict[str, Any] = self.pairwise(theta)
-        options |= {"key_mask": key_mask, "axis_name": self.axis_name if splits else None}
+        options |= {"key_mask": key_mask, "axis_name": self.axis_name if is_split else None}
         y = nonlocal_response(
             self,
             theta=theta,
@@ -152,58 +162,52 @@ class NonLocalOperation(nn.Module):
             layout=layout,
             **options,
         )
-        sown = self.is_mutable_collection("intermediates") and not self.is_initializing()
-        if not (sown or return_map):
+        is_sown = self.is_mutable_collection("intermediates") and not self.is_initializing()
+        if not (is_sown or return_map):
             return y, None
         affinity = ops.affinity(theta=theta, phi=phi, **options)
-        if sown:
+        if is_sown:
             self.sow("intermediates", "affinity", affinity)
         return y, affinity
 
-    def _check(self, x: Array, mask: Array | None) -> tuple[int, ...]:
-        """Raise what `__call__` says it raises; return the pooling window."""
+    def _check_input(self, x: Array, mask: Array | None) -> None:
         positions = x.shape[1:-1]
         if len(positions) not in (1, 2, 3):
             raise ValueError(
-                f"x must have shape (B, *positions, C) with one, two or three position axes; got shape {x.shape}."
+                "x must have shape (B, *positions, C) with one, two or three position axes; "
+                f"got shape {x.shape}."
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"x must be floating point; got {x.dtype}.")
-        if self.inner_features is not None and self.inner_features < 1:
-            raise ValueError(
-                f"inner_features must be at least 1, or None for half the channels; got {self.inner_features}."
-            )
-        for name, value, options in (
-            ("axes", self.axes, ("spacetime", "space", "time")),
-            ("pool_order", self.pool_order, ("after", "before")),
-        ):
-            if value not in options:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}."
-                )
+        if self.inner_features is not None:
+            checks.at_least("inner_features", self.inner_features, 1)
+        checks.one_of("axes", self.axes, get_args(Axes))
+        checks.one_of("pool_order", self.pool_order, get_args(PoolOrder))
         if self.axes != "spacetime" and len(positions) != 3:
             raise ValueError(
-                f"axes={self.axes!r} wants (T, H, W) positions, x of rank 5; got shape {x.shape}."
+                f"x must have (T, H, W) positions, rank 5, for axes={self.axes!r}; "
+                f"got shape {x.shape}."
             )
         self._check_groups(positions)
-        if mask is not None:
-            if getattr(mask, "dtype", None) != jnp.bool_:
-                raise TypeError(
-                    f"mask must be an array of bool, True where x is real; got {getattr(mask, 'dtype', type(mask))}."
-                )
-            if mask.shape != x.shape[:-1]:
-                raise ValueError(
-                    f"mask must have shape {x.shape[:-1]}, one entry per position; got {mask.shape}."
-                )
-        return self.subsampling(positions)
+        if mask is None:
+            return
+        if getattr(mask, "dtype", None) != jnp.bool_:
+            raise TypeError(
+                "mask must be an array of bool, True where x is real; "
+                f"got {getattr(mask, 'dtype', type(mask))}."
+            )
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"mask must have shape {x.shape[:-1]}, one entry per position; got {mask.shape}."
+            )
 
     def _check_groups(self, positions: tuple[int, ...]) -> None:
         if self.group_size is None:
             return
         if self.axes == "space" or len(positions) != 3:
             raise ValueError(
-                f"group_size wants (T, H, W) positions and a sum over time; got {len(positions)} position axes "
-                f"and axes={self.axes!r}."
+                "group_size must be None unless x has (T, H, W) positions and sums run over time; "
+                f"got {len(positions)} position axes and axes={self.axes!r}."
             )
         if self.group_size < 1 or positions[0] % self.group_size:
             raise ValueError(
@@ -211,43 +215,53 @@ class NonLocalOperation(nn.Module):
             )
 
     def subsampling(self, positions: tuple[int, ...]) -> tuple[int, ...]:
-        """The window of the keys' max pooling on a map of these sizes. Raises ValueError where it does not fit."""
-        time_axes = 1 if len(positions) == 3 else 0
-        if isinstance(self.subsample, bool):
-            spatial = 2 if self.subsample and self.axes != "time" else 1
-            window: tuple[int, ...] = (1,) * time_axes + (spatial,) * (len(positions) - time_axes)
-        elif isinstance(self.subsample, Sequence):
-            window = tuple(self.subsample)
-        else:
-            raise ValueError(
-                f"subsample must be True, False or a size for each position axis; got {self.subsample!r}."
-            )
+        """Returns the window of the keys' max pooling on a map of these sizes.
+
+        Raises:
+            ValueError: If the window does not fit the map, the axes or the groups.
+        """
+        window = self._window(positions)
         if len(window) != len(positions) or min(window) < 1:
             raise ValueError(
                 f"subsample must have {len(positions)} sizes of at least 1; got {window}."
             )
         if any(size > length for size, length in zip(window, positions, strict=True)):
             raise ValueError(
-                f"the subsampling window {window} must not be larger than the map {positions}; use a smaller one."
+                f"the subsampling window {window} must not be larger than the map {positions}; "
+                "use a smaller one."
             )
-        if self.axis_name is not None and not self.is_initializing() and positions[0] % window[0]:
+        is_split = self.axis_name is not None and not self.is_initializing()
+        if is_split and positions[0] % window[0]:
             raise ValueError(
-                f"the subsampling window {window} must divide the part of the first position axis that each device of "
-                f"{self.axis_name!r} holds; got {positions[0]}."
+                f"the subsampling window {window} must divide the part of the first position axis "
+                f"that each device of {self.axis_name!r} holds; got {positions[0]}."
             )
         if self.axes == "space" and window[0] > 1:
             raise ValueError(
-                f"axes='space' sums over one frame, so its window must be 1 in time; got {window}."
+                f"the subsampling window must be 1 in time for axes='space'; got {window}."
             )
         if self.axes == "time" and max(window[1:]) > 1:
             raise ValueError(
-                f"axes='time' sums over one pixel, so its window must be 1 in space; got {window}."
+                f"the subsampling window must be 1 in space for axes='time'; got {window}."
             )
         if self.group_size is not None and self.group_size % window[0]:
             raise ValueError(
-                f"a window of {window[0]} frames must divide group_size {self.group_size}."
+                f"a subsampling window of {window[0]} frames must divide group_size; "
+                f"got {self.group_size}."
             )
         return window
+
+    def _window(self, positions: tuple[int, ...]) -> tuple[int, ...]:
+        if isinstance(self.subsample, bool):
+            is_video = len(positions) == 3
+            spatial = 2 if self.subsample and self.axes != "time" else 1
+            return (1, spatial, spatial) if is_video else (spatial,) * len(positions)
+        if isinstance(self.subsample, Sequence):
+            return tuple(self.subsample)
+        raise ValueError(
+            "subsample must be True, False or a size for each position axis; "
+            f"got {self.subsample!r}."
+        )
 
 
 class Gaussian(NonLocalOperation):
@@ -276,14 +290,14 @@ class EmbeddedGaussian(NonLocalOperation):
     """f(x_i, x_j) = exp(θ(x_i) · φ(x_j)), C(x) = Σ_j f; parameters W_θ, W_φ, W_g.         (Eq. 3)
 
     Attributes:
-        use_scale: whether the logits are multiplied by inner_features^-0.5, as in video-nonlocal-net, PySlowFast and mmcv;
-            the paper does not.
+        use_scale: Whether the logits are multiplied by inner_features^-0.5, as in
+            video-nonlocal-net, PySlowFast and mmcv. The paper does not scale them.
 
     Source: section 3.2.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.ones((2, 7, 5, 10))
-    >>> y, state = EmbeddedGaussian().init_with_output(jax.random.key(0), x, mutable=["params", "intermediates"])
+    >>> y, variables = EmbeddedGaussian().init_with_output(jax.random.key(0), x)
     >>> y.shape
     (2, 7, 5, 5)
     """
@@ -312,10 +326,10 @@ class DotProduct(NonLocalOperation):
 
 
 class Concatenation(NonLocalOperation):
-    """f(x_i, x_j) = ReLU(w_f · [θ(x_i), φ(x_j)]), C(x) = N; parameters W_θ, W_φ, W_g, w_f.   (Eq. 5)
+    """f(x_i, x_j) = ReLU(w_f · [θ(x_i), φ(x_j)]), C(x) = N; parameters W_θ, W_φ, W_g, w_f. (Eq. 5)
 
     Attributes:
-        w_f_init: initialiser of w_f, called with the shape (2d, 1); None is `kernel_init`.
+        w_f_init: Initializer of w_f, called with the shape (2d, 1). None is `kernel_init`.
 
     Source: section 3.2. w_f has no bias, as in every published implementation.
 
@@ -333,26 +347,26 @@ class Concatenation(NonLocalOperation):
         return {"instantiation": "concatenation", "w_f": w_f.astype(theta.dtype)}
 
     def _init_w_f(self, key: PRNGKeyArray, size: int) -> Array:
-        return (self.w_f_init or self.kernel_init)(key, (size, 1), self.param_dtype)[
-            :, 0
-        ]  # fan-in 2d, one output
+        # Initializers read the fan-in from a kernel's shape: w_f has a fan-in of 2d and one output.
+        init = self.w_f_init or self.kernel_init
+        return init(key, (size, 1), self.param_dtype)[:, 0]
 
 
 def to_rows(x: Array, axes: Axes, groups: int | None) -> Array:
-    """(B, *positions, c) -> (B, *outer, N, c): the positions that meet in one sum become one axis."""
+    """Joins the positions of one sum into one axis: (B, *positions, c) -> (B, *sums, N, c)."""
+    groups_axis = () if groups is None else (groups,)
+    if axes == "spacetime":
+        return x.reshape(x.shape[0], *groups_axis, -1, x.shape[-1])
+    frames = x.reshape(*x.shape[:2], -1, x.shape[-1])  # (B, T, H·W, c)
     if axes == "space":
-        return x.reshape(*x.shape[:2], -1, x.shape[-1])  # (B, T, H·W, c)
-    outer = () if groups is None else (groups,)
-    if axes == "time":
-        x = jnp.moveaxis(x.reshape(*x.shape[:2], -1, x.shape[-1]), 1, 2)  # (B, H·W, T, c)
-        outer = (x.shape[1], *outer)
-    return x.reshape(x.shape[0], *outer, -1, x.shape[-1])
+        return frames
+    pixels = jnp.moveaxis(frames, 1, 2)  # (B, H·W, T, c)
+    return pixels.reshape(*pixels.shape[:2], *groups_axis, -1, x.shape[-1])
 
 
 def _from_rows(y: Array, axes: Axes, positions: tuple[int, ...]) -> Array:
     """The inverse of `to_rows`."""
     if axes == "time":
-        y = jnp.moveaxis(
-            y.reshape(y.shape[0], math.prod(positions[1:]), positions[0], y.shape[-1]), 2, 1
-        )
+        pixels = y.reshape(y.shape[0], math.prod(positions[1:]), positions[0], y.shape[-1])
+        y = jnp.moveaxis(pixels, 2, 1)
     return y.reshape(y.shape[0], *positions, y.shape[-1])

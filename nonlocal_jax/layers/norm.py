@@ -1,4 +1,4 @@
-"""Batch normalisation as the references have it, and the affine map that it becomes when it is frozen."""
+"""Batch normalisation as the references have it, and the affine map that a frozen one is."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -7,23 +7,26 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.types import Array, Features
 
 
 class BatchNorm(nn.BatchNorm):
-    """Flax's, with the references' constants, written so that its gradient keeps one array.
+    """Flax's BatchNorm with the references' constants, whose gradient keeps one array only.
 
-    y = x · s + (β − mean · s) with s = γ / √(var + ε), where Flax has (x − mean) · s + β: of the two only the second keeps
-    x − mean beside x for the gradient. A training step of I3D R50 with five blocks, 2 clips of 8×224×224, needed 1.24 GB of
-    temporaries this way, with Flax's 1.75 GB, both with direct convolutions.
+    y = x · s + (β − mean · s) with s = γ / √(var + ε). Flax computes (x − mean) · s + β, which
+    keeps x − mean as well as x for the gradient. A training step of I3D R50 with five blocks, on 2
+    clips of 8×224×224 and with direct convolutions, needed 1.24 GB of temporaries this way and 1.75
+    GB with Flax's.
 
     Attributes:
-        momentum: what running statistics keep of themselves at each step; PyTorch writes the same 0.9 as 0.1.
+        momentum: Share of the running statistics that each step keeps. PyTorch writes 0.9 as 0.1.
         epsilon: ε.
-        use_fast_variance: whether the variance is E[x²] − mean², which is quick and loses as many digits as mean² has more
-            than the variance; otherwise it is E[(x − mean)²], as in PyTorch. What comes out of a softmax over many
-            positions varies little around its mean.
+        use_fast_variance: Whether the variance is computed as E[x²] − mean², which is faster but
+            loses as many digits as mean² has more than the variance. The default is E[(x − mean)²],
+            as in PyTorch: responses of a softmax over many positions vary little around their mean.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[1.0], [3.0]])
@@ -41,79 +44,77 @@ class BatchNorm(nn.BatchNorm):
     def __call__(
         self, x: Features, use_running_average: bool | None = None, *, mask: Any = None
     ) -> Features:
-        """Normalise each channel.
+        """Normalises each channel.
 
         Args:
             x: (..., C).
-            use_running_average: whether the running statistics are used, not those of this batch.
-            mask: of bool, the shape of x or broadcast to it: False does not count.
+            use_running_average: Whether to use the running statistics instead of the batch's.
+            mask: Boolean, of the shape of x or broadcastable to it. False entries do not count.
 
         Raises:
-            ValueError: an axis other than the last.
+            ValueError: If `axis` is not the last.
         """
         if self.axis != -1:
             raise ValueError(f"axis must be -1, channels last; got {self.axis}.")
-        running = nn.merge_param(
+        use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
         channels = (x.shape[-1],)
-        mean = self.variable("batch_stats", "mean", lambda: jnp.zeros(channels, jnp.float32))
-        var = self.variable("batch_stats", "var", lambda: jnp.ones(channels, jnp.float32))
-        if running:
-            m, v = mean.value, var.value
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        if use_running_average:
+            mean, var = running_mean.value, running_var.value
         else:
-            m, v = self._statistics(x, mask)
+            mean, var = self._batch_statistics(x, mask)
             if not self.is_initializing():
-                mean.value = self.momentum * mean.value + (1 - self.momentum) * m
-                var.value = self.momentum * var.value + (1 - self.momentum) * v
-        scale = jax.lax.rsqrt(v + self.epsilon)
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * var
+        scale = jax.lax.rsqrt(var + self.epsilon)
         if self.use_scale:
-            scale = scale * self.param("scale", self.scale_init, channels, self.param_dtype).astype(
-                jnp.float32
-            )
-        shift = -m * scale
+            gamma = self.param("scale", self.scale_init, channels, self.param_dtype)
+            scale = scale * gamma.astype(jnp.float32)
+        shift = -mean * scale
         if self.use_bias:
-            shift = shift + self.param("bias", self.bias_init, channels, self.param_dtype).astype(
-                jnp.float32
-            )
-        outer = range(x.ndim - 1)
-        y = _at_least_float32(x) * jnp.expand_dims(scale, outer) + jnp.expand_dims(shift, outer)
+            beta = self.param("bias", self.bias_init, channels, self.param_dtype)
+            shift = shift + beta.astype(jnp.float32)
+        leading_axes = range(x.ndim - 1)
+        scale, shift = (jnp.expand_dims(a, leading_axes) for a in (scale, shift))
+        y = widen(x) * scale + shift
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
 
-    def _statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
+    def _batch_statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
         """Mean and biased variance of each channel, over all devices of `axis_name`."""
-        x = _at_least_float32(x)
-        over = tuple(range(x.ndim - 1))
-
-        def mean(a: Array) -> Array:
-            if self.axis_name is None or self.is_initializing():
-                return jnp.mean(a, over, where=mask)
-            across = {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
-            if mask is None:
-                return jax.lax.pmean(jnp.mean(a, over), **across)
-            real = jnp.broadcast_to(mask, a.shape)  # more of it on some devices than on others
-            return jax.lax.psum(jnp.sum(a, over, where=real), **across) / jax.lax.psum(
-                jnp.sum(real, over), **across
-            )
-
-        m = mean(x)
+        x = widen(x)
+        axes = tuple(range(x.ndim - 1))
+        mean = self._mean(x, mask)
         if self.use_fast_variance:
-            return m, jnp.maximum(mean(jax.lax.square(x)) - jax.lax.square(m), 0)
-        return m, mean(jax.lax.square(x - jnp.expand_dims(m, over)))
+            var = self._mean(jax.lax.square(x), mask) - jax.lax.square(mean)
+            return mean, jnp.maximum(var, 0)
+        centred = x - jnp.expand_dims(mean, axes)
+        return mean, self._mean(jax.lax.square(centred), mask)
 
-
-def _at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    def _mean(self, x: Array, mask: Array | None) -> Array:
+        axes = tuple(range(x.ndim - 1))
+        if self.axis_name is None or self.is_initializing():
+            return jnp.mean(x, axes, where=mask)
+        devices = {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
+        if mask is None:
+            return jax.lax.pmean(jnp.mean(x, axes), **devices)
+        # Devices may hold different numbers of real positions, so the mean of their means is wrong.
+        real = jnp.broadcast_to(mask, x.shape)
+        total = jax.lax.psum(jnp.sum(x, axes, where=real), **devices)
+        return total / jax.lax.psum(jnp.sum(real, axes), **devices)
 
 
 class Affine(nn.Module):
-    """x · scale + bias, by channel: batch normalisation whose statistics no longer change (`freeze_batch_norm`).
+    """x · scale + bias for each channel: a BatchNorm with fixed statistics (`freeze_batch_norm`).
 
     Attributes:
-        scale_init: initialiser of `scale`.
-        bias_init: initialiser of `bias`.
-        dtype: of the computation; None is that of the input and parameters.
-        param_dtype: of the parameters.
+        scale_init: Initializer of `scale`.
+        bias_init: Initializer of `bias`.
+        dtype: Dtype of the computation. None is that of the input and parameters.
+        param_dtype: Dtype of the parameters.
 
     >>> import jax, jax.numpy as jnp
     >>> Affine().init_with_output(jax.random.key(0), jnp.ones((1, 2)))[0]
@@ -127,67 +128,146 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
-        """Scale and shift each channel of x (B, *positions, C)."""
+        """Scales and shifts each channel of x (B, *positions, C)."""
         scale = self.param("scale", self.scale_init, (x.shape[-1],), self.param_dtype)
         bias = self.param("bias", self.bias_init, (x.shape[-1],), self.param_dtype)
         x, scale, bias = nn.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
-        outer = range(x.ndim - 1)
-        return x * jnp.expand_dims(scale, outer) + jnp.expand_dims(bias, outer)
+        leading_axes = range(x.ndim - 1)
+        return x * jnp.expand_dims(scale, leading_axes) + jnp.expand_dims(bias, leading_axes)
 
 
-def across_devices(norm: Callable[..., nn.Module], axis_name: str | None) -> dict[str, Any]:
-    """Options for a norm whose positions are split over the devices of a mapped axis, so that its statistics are of all.
+def apply_norm(
+    make_norm: Callable[..., nn.Module],
+    x: Array,
+    *,
+    train: bool,
+    axis_name: str | None = None,
+    mask: Array | None = None,
+    **options: Any,
+) -> Array:
+    """Makes a norm inside a module's compact method and applies it.
 
-    A norm that names axes of its own (`functools.partial(BatchNorm, axis_name=...)`) keeps them.
+    Args:
+        make_norm: A norm's class, or a `functools.partial` of one.
+        x: (B, *positions, C).
+        train: Whether BatchNorm uses, and updates, the statistics of this batch.
+        axis_name: Mapped axis over whose devices positions are split; statistics are taken over all
+            of them. A `functools.partial` that names an axis itself keeps it.
+        mask: (B, *positions) of bool, False for padding, which does not count.
+        **options: More attributes of the norm, such as its name.
+
+    Returns:
+        (B, *positions, C).
+
+    Raises:
+        ValueError: If a GroupNorm or InstanceNorm has a mask while positions are split over
+            devices.
     """
-    kind = norm.func if isinstance(norm, functools.partial) else norm
-    if axis_name is None or not (
-        isinstance(kind, type) and issubclass(kind, nn.BatchNorm | nn.GroupNorm)
-    ):
+    module = make_norm(**_device_options(make_norm, axis_name), **options)
+    if isinstance(module, nn.BatchNorm):
+        return module(x, use_running_average=not train, mask=_norm_mask(mask, x, 0, axis_name))
+    if isinstance(module, nn.GroupNorm | nn.InstanceNorm):
+        if mask is not None and axis_name is not None:
+            raise ValueError(
+                "GroupNorm must have no mask where positions are split over devices; got a mask "
+                f"and axis_name={axis_name!r}. Flax averages the devices' means without weighting "
+                "them by their counts of real positions. Use BatchNorm or LayerNorm."
+            )
+        return module(x, mask=_norm_mask(mask, x, 1))
+    return module(x)  # normalises each position alone, so padding cannot reach the real ones
+
+
+def _device_options(make_norm: Callable[..., nn.Module], axis_name: str | None) -> dict[str, Any]:
+    cls = make_norm.func if isinstance(make_norm, functools.partial) else make_norm
+    has_statistics = isinstance(cls, type) and issubclass(cls, nn.BatchNorm | nn.GroupNorm)
+    if axis_name is None or not has_statistics:
         return {}
-    return {"axis_name": getattr(norm, "keywords", {}).get("axis_name", axis_name)}
+    keywords = getattr(make_norm, "keywords", {})
+    return {"axis_name": keywords.get("axis_name", axis_name)}
+
+
+def _norm_mask(
+    mask: Array | None, x: Array, first_axis: int, axis_name: str | None = None
+) -> Array | None:
+    """The mask, broadcast to x, for a norm over the axes from `first_axis` on.
+
+    Where there is no real position at all, every position counts: statistics of nothing are NaN,
+    and so are gradients. The block still adds 0 to such inputs.
+    """
+    if mask is None:
+        return None
+    has_real = mask.any(axis=tuple(range(first_axis, mask.ndim)), keepdims=True)
+    if axis_name is not None:
+        has_real = jax.lax.pmax(has_real.astype(jnp.int32), axis_name) > 0
+    return jnp.broadcast_to((mask | ~has_real)[..., None], x.shape)
+
+
+def fold_batch_norm(scale: Any, bias: Any, mean: Any, var: Any, epsilon: float) -> tuple[Any, Any]:
+    """Folds a BatchNorm with fixed statistics into one affine map.
+
+    scale' = γ / √(var + ε), bias' = β − mean · scale'.
+
+    Args:
+        scale: γ (C,), or 1.0 for a norm without one.
+        bias: β (C,), or 0.0 for a norm without one.
+        mean: Running mean (C,).
+        var: Running variance (C,).
+        epsilon: ε of the BatchNorm.
+
+    Returns:
+        Scale and bias (C,), NumPy arrays if `var` is one, otherwise JAX arrays.
+
+    >>> scale, bias = fold_batch_norm(6.0, 1.0, np.array([1.0]), np.array([4.0]), 0.0)
+    >>> scale.tolist(), bias.tolist()
+    ([3.0], [-2.0])
+    """
+    if isinstance(var, np.ndarray):
+        folded = scale / np.sqrt(var + epsilon)
+    else:
+        folded = jax.lax.rsqrt(var + epsilon) * scale  # as in `BatchNorm`, to the last bit
+    return folded, bias - mean * folded
 
 
 def freeze_batch_norm(variables: Mapping[str, Any], epsilon: float = 1e-5) -> dict[str, Any]:
-    """Variables of the same network with `Affine` in place of every trained BatchNorm: the same answers at test time.
-
-    scale = γ / √(var + ε), bias = β − mean · scale.
+    """Replaces every trained BatchNorm by an `Affine` that gives the same answers at test time.
 
     Args:
-        variables: with "params" and "batch_stats".
+        variables: Variables of a network, with "params" and "batch_stats".
         epsilon: ε of the BatchNorms.
 
     Returns:
-        variables without "batch_stats". The input is not changed.
+        Variables of the same network with `Affine` norms, without "batch_stats". The input is not
+        changed.
 
     Raises:
-        ValueError: there are no batch statistics to fold.
+        ValueError: If there are no batch statistics to fold.
 
     Source: section 4.1 of the paper, which trains 128-frame networks with BN frozen.
 
     >>> import jax.numpy as jnp
     >>> one = jnp.ones(1)
-    >>> norm = {"params": {"n": {"scale": 6 * one, "bias": one}}, "batch_stats": {"n": {"mean": one, "var": 4 * one}}}
-    >>> freeze_batch_norm(norm, epsilon=0.0)
-    {'params': {'n': {'bias': Array([-2.], dtype=float32), 'scale': Array([3.], dtype=float32)}}}
+    >>> params = {"norm": {"scale": 6 * one, "bias": one}}
+    >>> statistics = {"norm": {"mean": one, "var": 4 * one}}
+    >>> variables = {"params": params, "batch_stats": statistics}
+    >>> freeze_batch_norm(variables, epsilon=0.0)["params"]["norm"]
+    {'bias': Array([-2.], dtype=float32), 'scale': Array([3.], dtype=float32)}
     """
     if not variables.get("batch_stats"):
         raise ValueError(
             f"variables must hold batch_stats to fold; got the collections {sorted(variables)}."
         )
+    folded = {name: tree for name, tree in variables.items() if name != "batch_stats"}
+    folded["params"] = _fold_tree(variables["params"], variables["batch_stats"], epsilon)
+    return folded
 
-    def fold(params: Any, statistics: Any) -> Any:
-        if "mean" in statistics and not isinstance(statistics["mean"], Mapping):
-            scale: Array = jax.lax.rsqrt(statistics["var"] + epsilon) * params.get("scale", 1.0)
-            return {"bias": params.get("bias", 0.0) - statistics["mean"] * scale, "scale": scale}
-        return {
-            **params,
-            **{name: fold(params.get(name, {}), inner) for name, inner in statistics.items()},
-        }
 
-    rest = {
-        name: collection
-        for name, collection in variables.items()
-        if name not in ("params", "batch_stats")
+def _fold_tree(params: Any, statistics: Any, epsilon: float) -> Any:
+    if "mean" in statistics and not isinstance(statistics["mean"], Mapping):
+        gamma, beta = params.get("scale", 1.0), params.get("bias", 0.0)
+        mean, var = statistics["mean"], statistics["var"]
+        scale, bias = fold_batch_norm(gamma, beta, mean, var, epsilon)
+        return {"bias": bias, "scale": scale}
+    folded = {
+        name: _fold_tree(params.get(name, {}), inner, epsilon) for name, inner in statistics.items()
     }
-    return {"params": fold(variables["params"], variables["batch_stats"]), **rest}
+    return {**params, **folded}

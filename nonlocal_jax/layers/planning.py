@@ -1,240 +1,329 @@
-"""What the non-local blocks of a network will need in memory, before anything is compiled."""
+"""The memory of a network's non-local blocks, by implementation, as the compiler reports it."""
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nonlocal_jax import ops
-from nonlocal_jax.layers.block import OPERATIONS, NonLocalBlock
+from nonlocal_jax.layers.block import NonLocalBlock
 from nonlocal_jax.layers.instantiations import NonLocalOperation
-from nonlocal_jax.ops import cost, softmax
-from nonlocal_jax.ops.machine import backend
+from nonlocal_jax.layers.taps import PairwiseCall, tap
 from nonlocal_jax.types import Array, Instantiation
+
+Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """One block's activations, in bytes at the peak, besides its input, its output, its parameters and their gradients.
+    """Temporary memory of one block: bytes besides its arguments and its results.
 
     Attributes:
-        place: the path of the block in the network; "" where the block itself is planned.
-        instantiation: which pairwise function.
-        queries: how many positions get a response, N, and of how many samples or groups.
-        keys: how many positions are summed, M.
-        chosen: the implementation that its operation will run.
-        forward: of the answer in evaluation, by implementation.
-        backward: of a training step, answer and gradients, by implementation.
+        place: Path of the block in the network, or of an operation that is in no block; "" for the
+            planned module itself.
+        instantiation: The pairwise function.
+        queries: Number of positions of one sum that get a response, N.
+        keys: Number of positions that are summed, M.
+        chosen: The implementation that its operation runs.
+        forward: Bytes in evaluation, by implementation.
+        backward: Bytes in a training step (output and gradients), by implementation.
+        seconds: Seconds that its compilations took; 0 where an equal block was compiled before.
     """
 
     place: str
     instantiation: Instantiation
     queries: int
     keys: int
-    chosen: cost.Implementation
-    forward: dict[cost.Implementation, int]
-    backward: dict[cost.Implementation, int]
+    chosen: ops.Implementation
+    forward: Mapping[ops.Implementation, int]
+    backward: Mapping[ops.Implementation, int]
+    seconds: float = 0.0
 
     def __str__(self) -> str:
-        title = f"{self.place or 'block'}: {self.instantiation}, {self.queries:,} queries × {self.keys:,} keys"
-        rows = (
-            f"  {name:12s} {self.forward[name] / 1e6:10.1f} MB forward {self.backward[name] / 1e6:10.1f} MB with gradients"
-            + (" <- runs" if name == self.chosen else "")
-            for name in self.forward
-        )
-        return "\n".join((title, *rows))
+        note = f"compiled in {self.seconds:.1f} s" if self.seconds else "equal to a block above"
+        lines = [
+            f"{self.place or 'block'}: {self.instantiation}, "
+            f"{self.queries:,} queries × {self.keys:,} keys ({note})"
+        ]
+        for name in self.forward:
+            forward, backward = self.forward[name] / 1e6, self.backward[name] / 1e6
+            mark = " <- runs" if name == self.chosen else ""
+            lines.append(
+                f"  {name:12s} {forward:10.1f} MB forward {backward:10.1f} MB with gradients{mark}"
+            )
+        return "\n".join(lines)
 
 
 def plan(
-    input_shape: tuple[int, ...], blocks: nn.Module, *, dtype: Any = jnp.float32, **kwargs: Any
+    input_shape: tuple[int, ...], model: nn.Module, *, dtype: Any = jnp.float32, **kwargs: Any
 ) -> tuple[BlockPlan, ...]:
-    """Predict the activation bytes of every non-local block, for each implementation; nothing is computed or compiled.
+    """Reports the memory of every non-local block of a network, for each implementation.
 
-    The prediction counts the arrays that XLA keeps at the peak of a block by itself, as a rule within 20% of what
-    `compiled.memory_analysis().temp_size_in_bytes` then says on CPU. Inside a network the blocks' peaks do not add up, but
-    what they keep for their gradients does.
+    Each block is compiled alone, in evaluation and in a training step, with every implementation
+    that is available for it on this machine; the bytes are those of
+    `compiled.memory_analysis().temp_size_in_bytes`. Nothing is computed. Blocks with equal
+    attributes and inputs are compiled once, so a network with five blocks needs seconds. Inside a
+    network the blocks' peaks do not add up, but what they keep for their gradients does.
 
     Args:
-        input_shape: of the input of `blocks`, batch first, channels last.
-        blocks: a `NonLocalBlock`, or a network that has some.
-        dtype: of the input.
-        **kwargs: more arguments of the network's `__call__`.
+        input_shape: Shape of the input of `model`, batch first, channels last.
+        model: A network with non-local operations, a `NonLocalBlock`, or an operation.
+        dtype: Dtype of the input.
+        **kwargs: More arguments of the network's `__call__`.
 
     Returns:
-        One `BlockPlan` a block, in the order in which they run; empty where there is none.
+        One `BlockPlan` for each operation, in the order in which they run; empty where there is
+        none.
 
     Raises:
-        ValueError, TypeError: as the network does for an input of this shape.
+        ValueError, TypeError: As the network does for an input of this shape.
 
     >>> from nonlocal_jax.layers import nonlocal_block
-    >>> print(plan((1, 16, 28, 28, 512), nonlocal_block("dot_product"))[0])
-    block: dot_product, 12,544 queries × 3,136 keys
-      dense             163.8 MB forward      220.3 MB with gradients
-      reassociated       38.5 MB forward       89.9 MB with gradients <- runs
+    >>> print(plan((1, 4, 14, 14, 32), nonlocal_block("dot_product"))[0])  # doctest: +ELLIPSIS
+    block: dot_product, 784 queries × 196 keys (compiled in ... s)
+      dense         ... MB forward ... MB with gradients
+      reassociated  ... MB forward ... MB with gradients <- runs
     """
-    found: dict[tuple[str, ...], BlockPlan] = {}
-
-    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        if isinstance(module, NonLocalOperation) and context.method_name == "_respond":
-            place = module.path[:-1] if isinstance(module.parent, NonLocalBlock) else module.path
-            found.setdefault(place, _plan_operation("/".join(place), module, *args[:4]))
-        return call(*args, **kwargs)
-
-    def run(x: Any) -> Any:
-        with nn.intercept_methods(record):
-            return blocks.init_with_output(jax.random.key(0), x, **kwargs)
-
-    jax.eval_shape(run, jax.ShapeDtypeStruct(input_shape, dtype))
-    return tuple(found.values())
-
-
-class _Peak(NamedTuple):
-    """Arrays alive at once, in sizes of the affinity, of y, of pooled g and of a tile of "streaming"."""
-
-    pairs: float
-    queries: float
-    keys: float
-    tiles: float = 0
-
-
-class _Setting(NamedTuple):
-    """What of a block, besides the sizes, changes its peaks."""
-
-    batch: int
-    pooled: bool
-    before: (
-        bool  # x is pooled before it is embedded, so that φ and g of all positions are never made
-    )
-    many_keys: bool
-    one_tile: bool  # a tile of "streaming" is the whole affinity of a sample
-    kept: bool  # "streaming" keeps the affinity for the gradient
-    scaled: bool
-    biased: bool
-
-
-# Read off XLA's buffers of JAX 0.10 and 0.12, which agree; tests/layers/test_plan.py holds them to it. "streaming" and
-# "sorted" go through several samples in a loop, which gathers answers and cuts its own copies of each sample's rows.
-def _forward(
-    instantiation: Instantiation, implementation: cost.Implementation, of: _Setting
-) -> tuple[_Peak, ...]:
-    """The largest peaks of an evaluation: at the embeddings, at the sum, at W_z and the norm."""
-    alone, gaussian = of.batch == 1, instantiation == "gaussian"
-    if implementation == "sorted":
-        return (
-            (_Peak(0, 2, 1 if of.biased else 0),)
-            if of.before
-            else (_Peak(0, 2, 1), _Peak(0, 2 if alone else 3, 0))
-        )
-    if implementation == "reassociated":
-        return (_Peak(0, 2 if of.before and of.biased else 3, 0),)
-    if implementation == "dense" or (of.one_tile and alone):
-        if of.scaled:  # the logits twice
-            sums = _Peak(2, 0, 1)
-        elif instantiation == "dot_product" and of.before and of.biased:
-            sums = _Peak(1, 1, 1)
-        else:
-            sums = _Peak(
-                1, 0 if alone or of.many_keys else 1, 1 if instantiation == "concatenation" else 2
-            )
-        return sums, _Peak(0, 2, 0)
-    if of.one_tile:
-        return _Peak(0, 3, 0), _Peak(0, 1.2, 0.5, 1.05) if gaussian else _Peak(0, 2, 1, 1)
-    if gaussian:
-        return _Peak(0, 2.05, 0), _Peak(0, 1.1, 0.8, 1.2) if alone else _Peak(
-            0, 1.3 + 1.2 / of.batch, 6 / of.batch, 1
-        )
-    if of.before:
-        return (_Peak(0, 2.05, 1, 0.4) if alone else _Peak(0, 1.9, 0.5 + 3 / of.batch, 1),)
-    return _Peak(0, 3, 1), _Peak(0, 2, 1.5, 1.15) if alone else _Peak(
-        0, 2.2, 1 + 4 / of.batch, 1.15
-    )
-
-
-def _backward(
-    instantiation: Instantiation, implementation: cost.Implementation, of: _Setting
-) -> tuple[_Peak, ...]:
-    """The same of a training step."""
-    gaussian = instantiation == "gaussian"
-    if implementation == "reassociated":
-        return (_Peak(0, 5 if of.before else 7, 0),)
-    if implementation == "sorted":
-        return (_Peak(0, 5.5 if of.before else 7.2, 0),)
-    if implementation == "dense":
-        if gaussian:
-            return (
-                (_Peak(2, 4, 0), _Peak(0, 5, 0))
-                if of.before
-                else (_Peak(2, 4.5, 0), _Peak(0, 5.8, 0))
-            )
-        affinities = 2 if instantiation == "embedded_gaussian" else 1
-        if of.before:
-            return (_Peak(affinities, 5, 0),)
-        return _Peak(affinities, 4.9 if of.pooled else 6.1, 0), _Peak(0, 7, 0)
-    less = 1.2 if of.before else 0.8 if of.pooled else 0
-    if of.kept:
-        return _Peak(0, 7 - less, 0), _Peak(2, 3.5 - less, 0) if of.batch == 1 else _Peak(
-            1 + 2 / of.batch, 6.4 - less, 0
-        )
-    if of.batch == 1:
-        return _Peak(0, 8 - less, 0), _Peak(0, 6.8 - less, 1, 2)
-    return (_Peak(0, 7 - less, (12 if gaussian else 7) / of.batch, 2),)
-
-
-def _plan_operation(
-    place: str,
-    operation: NonLocalOperation,
-    theta: Array,
-    phi: Array,
-    g: Array,
-    key_mask: Array | None,
-) -> BlockPlan:
-    (instantiation,) = (name for name, kind in OPERATIONS.items() if isinstance(operation, kind))
-    choice = ops.explain(
-        instantiation,
-        theta,
-        phi,
-        g,
-        masked=key_mask is not None,
-        implementation=operation.implementation,
-    )
-    possible = [cost.implementation for cost in choice.costs if cost.refusal is None]
-    batch, n, m, e = math.prod(theta.shape[:-2]), theta.shape[-2], phi.shape[-2], g.shape[-1]
-    tiles = softmax.tiling(batch, n, m, backend())
-    numbers = (batch * n * m, batch * n * e, batch * m * e, math.prod(tiles))
-    items = (4, g.dtype.itemsize, g.dtype.itemsize, 4)
-    setting = _Setting(
-        batch,
-        pooled=m < n,
-        before=m < n and operation.pool_order == "before",
-        many_keys=m > 2 * e,
-        one_tile=tiles[1:] == (n, m),
-        kept=softmax.keeps(batch * n * m * 4, backend()),
-        scaled=getattr(operation, "use_scale", False),
-        biased=operation.use_bias,
-    )
-
-    def bytes_of(name: cost.Implementation) -> tuple[int, ...]:
-        return tuple(
-            round(
-                max(sum(map(math.prod, zip(peak, numbers, items, strict=True))) for peak in peaks)
-            )
-            for peaks in (
-                _forward(instantiation, name, setting),
-                _backward(instantiation, name, setting),
+    measured: dict[Any, _Memory] = {}
+    plans = []
+    for operation in _find_operations(model, jax.ShapeDtypeStruct(input_shape, dtype), kwargs):
+        start = time.perf_counter()
+        key = operation.key()
+        is_new = key not in measured
+        if is_new:
+            measured[key] = _measure(operation)
+        memory = measured[key]
+        plans.append(
+            BlockPlan(
+                place="/".join(operation.place),
+                instantiation=operation.instantiation,
+                queries=operation.queries,
+                keys=operation.keys,
+                chosen=operation.chosen,
+                forward=memory.forward,
+                backward=memory.backward,
+                seconds=time.perf_counter() - start if is_new else 0.0,
             )
         )
+    return tuple(plans)
 
-    predicted = {name: bytes_of(name) for name in possible}
-    return BlockPlan(
-        place,
-        instantiation,
-        queries=n,
-        keys=m,
-        chosen=choice.implementation,
-        forward={name: forward for name, (forward, _) in predicted.items()},
-        backward={name: backward for name, (_, backward) in predicted.items()},
+
+def temporary_bytes(function: Callable[..., Any], *arguments: Any) -> int:
+    """Compiles a function and returns the bytes that it needs besides its arguments and results.
+
+    Args:
+        function: A function of arrays.
+        *arguments: Its arguments, or `jax.ShapeDtypeStruct`s of them.
+
+    Raises:
+        NotImplementedError: If the platform's compiler does not report memory.
+
+    >>> temporary_bytes(lambda x: x + 1, jax.ShapeDtypeStruct((1000,), jnp.float32))
+    0
+    """
+    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    if analysis is None:
+        raise NotImplementedError(
+            f"The compiler for {jax.default_backend()!r} must report its memory; it does not."
+        )
+    return int(analysis.temp_size_in_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Memory:
+    forward: Mapping[ops.Implementation, int]
+    backward: Mapping[ops.Implementation, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Operation:
+    """One operation of a network, with an unbound copy of the block around it.
+
+    Attributes:
+        place: Path of the block in the network.
+        module: The copy of the block, or of the operation where there is no block.
+        path: Path of the operation in `module`.
+        args: Positional arguments that the block was called with; arrays are ShapeDtypeStructs.
+        kwargs: Keyword arguments, likewise.
+        instantiation: The pairwise function.
+        queries: N.
+        keys: M.
+        chosen: The implementation that the operation runs.
+        implementations: The implementations that are available for it.
+    """
+
+    place: Path
+    module: nn.Module
+    path: Path
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    instantiation: Instantiation
+    queries: int
+    keys: int
+    chosen: ops.Implementation
+    implementations: tuple[ops.Implementation, ...]
+
+    def key(self) -> Any:
+        """Equal for blocks that compile to the same program."""
+        leaves, structure = jax.tree.flatten((self.args, dict(self.kwargs)))
+        key = (self.module, self.path, self.implementations, structure, tuple(leaves))
+        try:
+            hash(key)
+        except TypeError:
+            return object()  # attributes that cannot be compared: equal to no other block
+        return key
+
+
+def _find_operations(
+    model: nn.Module, x: jax.ShapeDtypeStruct, kwargs: Mapping[str, Any]
+) -> list[_Operation]:
+    inputs: dict[Path, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    operations: dict[Path, _Operation] = {}
+
+    def record_inputs(
+        method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        if context.method_name == "__call__":
+            inputs[context.module.path] = args, kwargs
+        return method(*args, **kwargs)
+
+    def record_operation(call: PairwiseCall) -> None:
+        if call.module.path in operations:
+            return
+        block = call.module if call.block is None else call.block
+        args, kwargs = jax.tree.map(_shape, inputs[block.path])
+        explanation = ops.explain(
+            call.instantiation,
+            call.theta,
+            call.phi,
+            call.g,
+            masked=call.key_mask is not None,
+            implementation=call.implementation,
+        )
+        available = (cost for cost in explanation.costs if cost.refusal is None)
+        operations[call.module.path] = _Operation(
+            place=block.path,
+            module=_drop_axis_name(block.unbind()[0]),
+            path=call.module.path[len(block.path) :],
+            args=args,
+            kwargs=kwargs,
+            instantiation=call.instantiation,
+            queries=call.theta.shape[-2],
+            keys=call.phi.shape[-2],
+            chosen=explanation.implementation,
+            implementations=tuple(cost.implementation for cost in available),
+        )
+
+    def trace(x: Array) -> Any:
+        with tap(record_operation), nn.intercept_methods(record_inputs):
+            return model.init_with_output(jax.random.key(0), x, **kwargs)
+
+    jax.eval_shape(trace, x)
+    return list(operations.values())
+
+
+def _shape(leaf: Any) -> Any:
+    """An array's ShapeDtypeStruct; any other argument as it is."""
+    if isinstance(leaf, jax.Array | np.ndarray):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return leaf
+
+
+def _drop_axis_name(module: nn.Module) -> nn.Module:
+    """The module on one device: a block is planned outside the map that names the axis."""
+    if isinstance(module, NonLocalBlock):
+        return module.clone(operation=module.operation.clone(axis_name=None))
+    return module.clone(axis_name=None) if isinstance(module, NonLocalOperation) else module
+
+
+def _measure(operation: _Operation) -> _Memory:
+    names = operation.implementations
+    return _Memory(
+        forward={name: _forward_bytes(operation, name) for name in names},
+        backward={name: _backward_bytes(operation, name) for name in names},
     )
+
+
+def _forward_bytes(operation: _Operation, implementation: ops.Implementation) -> int:
+    apply, arrays = _make_apply(operation, implementation, train=False)
+    variables = _variables(operation)
+    return temporary_bytes(lambda variables, arrays: apply(variables, arrays)[0], variables, arrays)
+
+
+def _backward_bytes(operation: _Operation, implementation: ops.Implementation) -> int:
+    """Bytes of the output, the updated statistics, and the gradients of parameters and inputs."""
+    apply, arrays = _make_apply(operation, implementation, train=True)
+    variables = _variables(operation)
+    inputs = {i: a for i, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.inexact)}
+    masks = {i: a for i, a in arrays.items() if i not in inputs}
+
+    def step(variables: Any, inputs: Any, masks: Any, cotangent: Any) -> Any:
+        def loss(params: Any, inputs: Any) -> Any:
+            return apply({**variables, "params": params}, inputs | masks)
+
+        params = variables.get("params", {})
+        z, pullback, state = jax.vjp(loss, params, inputs, has_aux=True)
+        return z, pullback(cotangent), state
+
+    z, _ = jax.eval_shape(apply, variables, arrays)
+    return temporary_bytes(step, variables, inputs, masks, z)
+
+
+def _make_apply(
+    operation: _Operation, implementation: ops.Implementation, train: bool
+) -> tuple[Callable[[Any, Any], tuple[Any, Any]], dict[int, jax.ShapeDtypeStruct]]:
+    """A function of the block's variables and arrays, and the shapes of the arrays.
+
+    The function returns the block's output and those of its variables that it updated.
+    """
+    module = operation.module
+    signature = inspect.signature(type(module).__call__)
+    call = signature.bind(module, *operation.args, **operation.kwargs)
+    if "train" in signature.parameters:
+        call.arguments["train"] = train
+    arrays, fill = _split_arrays(call.args[1:], call.kwargs)
+
+    def use_implementation(call: PairwiseCall) -> Array | None:
+        return call.respond(implementation) if call.module.path == operation.path else None
+
+    def apply(variables: Any, arrays: Mapping[int, Array]) -> tuple[Any, Any]:
+        args, kwargs = fill(arrays)
+        mutable = [name for name in variables if name != "params"] if train else []
+        rngs = {"dropout": jax.random.key(0)}
+        with tap(use_implementation):
+            return module.apply(variables, *args, **kwargs, mutable=mutable, rngs=rngs)
+
+    return apply, arrays
+
+
+def _variables(operation: _Operation) -> Any:
+    """The shapes of the block's variables."""
+    arrays, fill = _split_arrays(operation.args, operation.kwargs)
+
+    def init(arrays: Mapping[int, Array]) -> Any:
+        args, kwargs = fill(arrays)
+        return operation.module.init(jax.random.key(0), *args, **kwargs)
+
+    return jax.eval_shape(init, arrays)
+
+
+def _split_arrays(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[int, jax.ShapeDtypeStruct], Callable[[Mapping[int, Any]], Any]]:
+    """The arrays of a call, numbered, and a function that puts arrays in their places.
+
+    What is no array (a flag, a name) is a constant of the compiled program.
+    """
+    leaves, structure = jax.tree.flatten((args, dict(kwargs)))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+
+    def fill(arrays: Mapping[int, Any]) -> Any:
+        return jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return arrays, fill

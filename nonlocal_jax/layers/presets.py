@@ -1,152 +1,32 @@
 """What each published source does differently, as one table of data: `PRESETS`.
 
-A preset has the conventions of one source for the non-local block, for the video ResNet around it, for the colours and
-frames of its input, and for its files of weights. A new source is one entry here. Everything that depends on a source
-reads it from this table, and `presets_table` prints it for the documentation.
+A preset has the conventions of one source for the non-local block, for the video ResNet around it,
+for the colours and frames of its input, and for its files of weights. A new source is one entry
+here. Everything that depends on a source reads it from this table, and `presets_table` prints it
+for the documentation. `nonlocal_jax.layers.conventions` explains the fields.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.instantiations import Initializer, he_normal, zero_bias
-from nonlocal_jax.layers.norm import BatchNorm
-from nonlocal_jax.types import Instantiation
-
-Preset = Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"]
-Triple = tuple[int, int, int]
-RGB = tuple[float, float, float]
-
-ALL_INSTANTIATIONS: tuple[Instantiation, ...] = (
-    "gaussian",
-    "embedded_gaussian",
-    "dot_product",
-    "concatenation",
+from nonlocal_jax import checks
+from nonlocal_jax.layers.conventions import (
+    BackboneConventions,
+    BlockConventions,
+    Conventions,
+    InputConventions,
+    Layout,
+    Pool,
 )
+from nonlocal_jax.layers.instantiations import Initializer
 
-
-@dataclasses.dataclass(frozen=True)
-class BlockConventions:
-    """How a source builds its non-local block. The defaults are the paper's.
-
-    Attributes:
-        instantiations: The pairwise functions that the source has.
-        use_scale: Whether the logits of the embedded Gaussian are multiplied by inner_features^-0.5.
-        subsample: Whether keys and values are max pooled.
-        pool_order: Whether pooling comes "after" φ and g, or once "before" both.
-        use_bias: Whether θ, φ and g have a bias.
-        out_bias: Whether W_z has a bias. None means exactly when no norm follows it.
-        kernel_init: Initializer of W_θ, W_φ and W_g.
-        bias_init: From the fan-in to the initializer of the biases.
-        norm: Makes the norm after W_z.
-        out_kernel_init: Initializer of W_z. None is `kernel_init`.
-        w_f_init: Initializer of w_f. None is `kernel_init`.
-        initialization: The initialization in words, for the table.
-    """
-
-    instantiations: tuple[Instantiation, ...] = ALL_INSTANTIATIONS
-    use_scale: bool = False
-    subsample: bool = True
-    pool_order: Literal["after", "before"] = "after"
-    use_bias: bool = False
-    out_bias: bool | None = False
-    kernel_init: Initializer = he_normal
-    bias_init: Callable[[int], Initializer] = zero_bias
-    norm: Callable[..., nn.Module] = BatchNorm
-    out_kernel_init: Initializer | None = None
-    w_f_init: Initializer | None = None
-    initialization: str = "He"
-
-
-class Pool(NamedTuple):
-    """A max pooling: its window, strides and padding along (T, H, W)."""
-
-    window: Triple
-    strides: Triple
-    padding: Triple = (0, 0, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Strides and poolings between the stages of a video ResNet.
-
-    Attributes:
-        conv1_stride: Stride of conv1 in time. It is 2 in space.
-        pool1: The pooling after conv1.
-        pool2: The pooling after res2.
-    """
-
-    conv1_stride: int
-    pool1: Pool
-    pool2: Pool
-
-
-@dataclasses.dataclass(frozen=True)
-class BackboneConventions:
-    """How a source builds the ResNet around its blocks.
-
-    Attributes:
-        short_clips: Layout for clips of 8×8 and 32×4 (frames × stride).
-        long_clips: Layout for clips of 32×2 and 128×1.
-        zero_init_residual: Whether each residual branch starts at 0, by the scale of its last norm.
-        head_window: (H, W) of the windows that the head averages over at test time; None averages over the whole map.
-        five_blocks_spread: Whether 5 blocks in a ResNet-101 are spread over res4 (6, 13, 20) as video-nonlocal-net has
-            them, or stand where those of a ResNet-50 do (1, 3, 5), as in PySlowFast.
-        subsample: Whether blocks inside the network pool their keys, where that differs from the block alone.
-        use_scale: Whether blocks inside the network scale their logits, likewise.
-    """
-
-    short_clips: Layout
-    long_clips: Layout
-    zero_init_residual: bool = False
-    head_window: tuple[int, int] | None = (7, 7)
-    five_blocks_spread: bool = True
-    subsample: bool | None = None
-    use_scale: bool | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class InputConventions:
-    """What a source feeds its video networks.
-
-    Attributes:
-        mean: Mean of red, green and blue, of values from 0 to 255.
-        std: Standard deviation, likewise.
-        sampling: "consecutive" takes frames a fixed stride apart; "slowfast" spreads them over the clip, first and last
-            included, as PySlowFast's decoder does.
-        short_video: For a video shorter than a clip, "loop" starts again and "hold" repeats its last frame.
-    """
-
-    mean: RGB
-    std: RGB
-    sampling: Literal["consecutive", "slowfast"] = "consecutive"
-    short_video: Literal["loop", "hold"] = "loop"
-
-
-@dataclasses.dataclass(frozen=True)
-class Conventions:
-    """Everything that one source does in its own way.
-
-    Attributes:
-        title: What the source is called.
-        block: Of its non-local block.
-        backbone: Of its video ResNet.
-        input: Of its clips.
-        names: The naming tables (`weights/sources.py`) whose files are of this source's networks.
-        clip: Frames × stride of its published weights, where a file does not tell.
-    """
-
-    title: str
-    block: BlockConventions
-    backbone: BackboneConventions
-    input: InputConventions
-    names: tuple[str, ...] = ()
-    clip: Literal["8x8", "32x4", "32x2", "128x1"] = "8x8"
+# For type checkers only: at run time the keys of `PRESETS` are what is allowed.
+Preset = Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"]
 
 
 def _uniform_bias(fan_in: int) -> Initializer:
@@ -176,7 +56,7 @@ _IMAGENET = InputConventions(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12,
 PRESETS: dict[Preset, Conventions] = {
     "paper": Conventions(
         title="the paper",
-        block=BlockConventions(),
+        block=BlockConventions(epsilon=1e-5),
         backbone=BackboneConventions(
             short_clips=Layout(1, _POOL1_SHORT, _POOL2_TABLE_1),
             long_clips=Layout(2, Pool((3, 3, 3), (2, 2, 2), (1, 1, 1)), _POOL2_TABLE_1),
@@ -186,14 +66,14 @@ PRESETS: dict[Preset, Conventions] = {
     "caffe2": Conventions(
         title="video-nonlocal-net",
         block=BlockConventions(
+            # As in its configuration; in float32, 1e-5 and one unit in the last place.
+            epsilon=1.0000001e-5,
             instantiations=("embedded_gaussian", "dot_product"),
             use_scale=True,
             pool_order="before",
             use_bias=True,
             out_bias=True,
             kernel_init=_normal_001,
-            # As in its configuration. In float32 this differs from 1e-5 by one unit in the last place.
-            norm=functools.partial(BatchNorm, epsilon=1.0000001e-5),
             initialization="N(0, 0.01)",
         ),
         backbone=BackboneConventions(
@@ -207,6 +87,7 @@ PRESETS: dict[Preset, Conventions] = {
     "slowfast": Conventions(
         title="PySlowFast",
         block=BlockConventions(
+            epsilon=1e-5,
             instantiations=("embedded_gaussian", "dot_product"),
             use_scale=True,
             pool_order="before",
@@ -227,6 +108,7 @@ PRESETS: dict[Preset, Conventions] = {
     "non_local_pytorch": Conventions(
         title="Non-local_pytorch",
         block=BlockConventions(
+            epsilon=1e-5,
             use_bias=True,
             out_bias=True,
             kernel_init=_pytorch_default,
@@ -239,6 +121,7 @@ PRESETS: dict[Preset, Conventions] = {
     "mmcv": Conventions(
         title="mmcv",
         block=BlockConventions(
+            epsilon=1e-5,
             use_scale=True,
             subsample=False,
             use_bias=True,
@@ -260,4 +143,86 @@ PRESETS: dict[Preset, Conventions] = {
         names=("mmaction2",),
         clip="32x2",
     ),
+}
+
+
+def presets_table(part: Literal["block", "backbone", "input"] = "block") -> str:
+    """Returns the presets as a table in Markdown, one row for each source.
+
+    Args:
+        part: "block" lists the conventions of the non-local block, "backbone" those of the video
+            ResNet, "input" those of its clips.
+
+    Raises:
+        ValueError: If `part` is unknown.
+
+    >>> print(presets_table("input").splitlines()[2])
+    | `paper` | the paper | 114.75, 114.75, 114.75 | 57.375, 57.375, 57.375 | consecutive | loop |
+    """
+    checks.one_of("part", part, _CELLS)
+    cells = _CELLS[part]
+    rows = [
+        {"preset": f"`{name}`", "source": conventions.title} | cells(conventions)
+        for name, conventions in PRESETS.items()
+    ]
+    header = tuple(rows[0])
+    lines = [header, ("---",) * len(header), *(tuple(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _block_cells(conventions: Conventions) -> dict[str, str]:
+    block = conventions.block
+    pooling = {"after": "after φ and g", "before": "before φ and g"}[block.pool_order]
+    return {
+        "softmax scale": "d^-0.5" if block.use_scale else "1",
+        "pooling": pooling if block.subsample else "none",
+        "biases": _biases(block),
+        "initialisation": block.initialization,
+        "ε of BatchNorm": f"{block.epsilon:.8g}".replace("e-0", "e-"),
+    }
+
+
+def _biases(block: BlockConventions) -> str:
+    if block.use_bias and block.out_bias:
+        return "all"
+    embeddings = ["θ, φ, g"] if block.use_bias else []
+    projection = {True: ["W_z"], None: ["W_z without norm"], False: []}[block.out_bias]
+    return "; ".join(embeddings + projection) or "none"
+
+
+def _backbone_cells(conventions: Conventions) -> dict[str, str]:
+    backbone = conventions.backbone
+    short, long, window = backbone.short_clips, backbone.long_clips, backbone.head_window
+    return {
+        "pool1, short clips": _pool(short.pool1),
+        "pool1, long clips": _pool(long.pool1),
+        "pool2": _pool(short.pool2),
+        "residual branches start at 0": "yes" if backbone.zero_init_residual else "no",
+        "head averages": "the map" if window is None else f"windows of {_product(window)}",
+    }
+
+
+def _pool(pool: Pool) -> str:
+    padding = f", padding {_product(pool.padding)}" if any(pool.padding) else ""
+    return f"{_product(pool.window)} / {_product(pool.strides)}{padding}"
+
+
+def _product(sizes: tuple[int, ...]) -> str:
+    return "×".join(map(str, sizes))
+
+
+def _input_cells(conventions: Conventions) -> dict[str, str]:
+    clips = conventions.input
+    return {
+        "mean": ", ".join(map(str, clips.mean)),
+        "standard deviation": ", ".join(map(str, clips.std)),
+        "frames": clips.sampling,
+        "short videos": clips.short_video,
+    }
+
+
+_CELLS: dict[str, Callable[[Conventions], dict[str, str]]] = {
+    "block": _block_cells,
+    "backbone": _backbone_cells,
+    "input": _input_cells,
 }

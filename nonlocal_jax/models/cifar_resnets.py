@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nonlocal_jax import checks
 from nonlocal_jax.layers.block import nonlocal_block
-from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers.convolution import VideoConv
 from nonlocal_jax.layers.norm import BatchNorm
 from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.layers.residual import relu_of_sum
@@ -19,12 +20,15 @@ STAGES = ("res1", "res2", "res3")
 
 
 class BasicBlock(nn.Module):
-    """ReLU(x + 3×3 ∘ 3×3); where the shape changes, x is every other pixel with zeros for the new channels.
+    """A residual block of two 3×3 convolutions, with the parameter-free shortcut of option A.
+
+    Where the shape changes, the shortcut takes every other pixel and adds channels of zeros.
 
     Attributes:
-        features: channels of the result.
-        stride: of the first convolution.
-        dtype, param_dtype: of the convolutions and norms.
+        features: Number of output channels.
+        stride: Stride of the first convolution.
+        dtype: Dtype of the computation. None infers it from the input and the parameters.
+        param_dtype: Dtype of the parameters.
     """
 
     features: int
@@ -34,31 +38,36 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features, train: bool = False) -> Array:
-        """X (B, 1, H, W, C) -> (B, 1, H / stride, W / stride, features)."""
-        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = functools.partial(BatchNorm, use_running_average=not train, **options)
-        y = VideoConv(
-            self.features, (1, 3, 3), (1, self.stride, self.stride), name="conv_a", **options
-        )(x)
-        y = VideoConv(self.features, (1, 3, 3), name="conv_b", **options)(
-            nn.relu(norm(name="norm_a")(y))
-        )
-        x = x[:, :, :: self.stride, :: self.stride]
-        x = jnp.pad(x, (*[(0, 0)] * 4, (0, self.features - x.shape[-1])))
-        return relu_of_sum(x, norm(name="norm_b")(y))
+        """Maps x (B, 1, H, W, C) to (B, 1, H / stride, W / stride, features)."""
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = functools.partial(BatchNorm, use_running_average=not train, **dtypes)
+        strides = (1, self.stride, self.stride)
+        y = VideoConv(self.features, (1, 3, 3), strides, name="conv_a", **dtypes)(x)
+        y = nn.relu(norm(name="norm_a")(y))
+        y = VideoConv(self.features, (1, 3, 3), name="conv_b", **dtypes)(y)
+        y = norm(name="norm_b")(y)
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        new_channels = self.features - x.shape[-1]
+        shortcut = jnp.pad(shortcut, (*[(0, 0)] * 4, (0, new_channels)))
+        return relu_of_sum(shortcut, y)
 
 
 class CifarResNet(nn.Module):
-    """conv1 3×3, 16; three stages of 16, 32 and 64 channels at 32×32, 16×16 and 8×8; average; fc.
+    """A 3×3 convolution, three stages of basic blocks, global average pooling and a classifier.
+
+    The stages have 16, 32 and 64 channels, at 32×32, 16×16 and 8×8.
 
     Attributes:
-        blocks: residual blocks of each stage.
-        num_classes: of the logits.
-        nonlocal_blocks: after which residual blocks of which stage ("res1", "res2", "res3"), counted from 0.
-        instantiation, preset, block_options: of the non-local blocks.
-        remat: whether residual blocks are computed again in the backward pass instead of kept.
-        dtype: of the computation; None is that of the input and parameters.
-        param_dtype: of the parameters.
+        blocks: Number of residual blocks in each stage.
+        num_classes: Number of classes.
+        nonlocal_blocks: For each stage ("res1", "res2", "res3"), the indices of the residual
+            blocks that a non-local block follows, counted from 0.
+        instantiation: The pairwise function of the non-local blocks.
+        preset: The source whose conventions the non-local blocks follow.
+        block_options: Overrides for `nonlocal_block`.
+        remat: Whether residual blocks are recomputed in the backward pass instead of kept.
+        dtype: Dtype of the computation. None infers it from the input and the parameters.
+        param_dtype: Dtype of the parameters.
     """
 
     blocks: int
@@ -73,36 +82,40 @@ class CifarResNet(nn.Module):
 
     @property
     def example(self) -> jax.ShapeDtypeStruct:
-        """An input, for who wants the shapes of the variables."""
+        """Example input for shape inference."""
         return jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
     @nn.compact
     def __call__(self, image: Image, *, train: bool = False) -> Logits:
-        """Image (B, H, W, channels) -> logits (B, num_classes)."""
-        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        of_block = {
+        """Computes the logits (B, num_classes) of image (B, H, W, channels)."""
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        block_options = {
             "norm": PRESETS[self.preset].block.norm,
-            **options,
+            **dtypes,
             **(self.block_options or {}),
         }
-        x: Any = VideoConv(16, (1, 3, 3), name="conv1", **options)(image[:, None])
-        x = nn.relu(BatchNorm(use_running_average=not train, name="conv1_norm", **options)(x))
-        residual_block: Any = (
-            nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
-        )
+        nonlocal_blocks = self.nonlocal_blocks or {}
+        x: Any = VideoConv(16, (1, 3, 3), name="conv1", **dtypes)(image[:, None])
+        x = nn.relu(BatchNorm(use_running_average=not train, name="conv1_norm", **dtypes)(x))
+        residual_block: Any = BasicBlock
+        if self.remat:
+            residual_block = nn.remat(BasicBlock, static_argnums=(2,))
         for stage, name in enumerate(STAGES):
             for i in range(self.blocks):
                 stride = 2 if stage and i == 0 else 1
-                x = residual_block(16 * 2**stage, stride, name=f"{name}_{i}", **options)(x, train)
-                if i in (self.nonlocal_blocks or {}).get(name, ()):
+                x = residual_block(16 * 2**stage, stride, name=f"{name}_{i}", **dtypes)(x, train)
+                if i in nonlocal_blocks.get(name, ()):
+                    place = f"nonlocal_{name}_{i}"
                     block = nonlocal_block(
-                        self.instantiation, self.preset, name=f"nonlocal_{name}_{i}", **of_block
+                        self.instantiation, self.preset, name=place, **block_options
                     )
                     x = block(x, train=train)
+        # Means and logits in float32, because half precision loses digits in sums of many terms.
         x = x.astype(jnp.float32).mean(axis=(1, 2, 3))
-        return nn.Dense(
+        head = nn.Dense(
             self.num_classes, name="head", dtype=jnp.float32, param_dtype=self.param_dtype
-        )(x)
+        )
+        return head(x)
 
 
 def cifar_resnet(
@@ -117,26 +130,29 @@ def cifar_resnet(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> CifarResNet:
-    """The residual networks for CIFAR, with non-local blocks at chosen places.
+    """Builds a residual network for CIFAR, with non-local blocks at chosen places.
 
     Args:
-        depth: layers, 6n + 2: 20, 32, 44, 56, 110.
-        nonlocal_blocks: after which residual blocks of which stage, counted from 0: {"res2": (1,)}.
-        num_classes: of the logits.
-        instantiation: the pairwise function.
-        preset: whose conventions the blocks follow.
-        block_options: overrides of `nonlocal_block`.
-        remat: whether residual blocks are computed again in the backward pass instead of kept.
-        dtype: of the computation; None is that of the input and parameters.
-        param_dtype: of the parameters.
+        depth: Number of layers, 6n + 2: 20, 32, 44, 56 or 110.
+        nonlocal_blocks: For each stage ("res1", "res2", "res3"), the indices of the residual
+            blocks that a non-local block follows, counted from 0, such as {"res2": (1,)}.
+        num_classes: Number of classes.
+        instantiation: The pairwise function of the non-local blocks.
+        preset: The source whose conventions the non-local blocks follow.
+        block_options: Overrides for `nonlocal_block`.
+        remat: Whether residual blocks are recomputed in the backward pass instead of kept.
+        dtype: Dtype of the computation. None infers it from the input and the parameters.
+        param_dtype: Dtype of the parameters.
 
     Returns:
-        The network. `model.apply(variables, image (B, 32, 32, 3), train=False)` gives logits (B, num_classes).
+        The network. `model.apply(variables, image, train=False)` maps image (B, 32, 32, 3) to
+        logits (B, num_classes).
 
     Raises:
-        ValueError: a depth that is not 6n + 2, or a stage or residual block that there is not.
+        ValueError: If the depth is not 6n + 2, or a stage or residual block does not exist.
 
-    Source: He, Zhang, Ren, Sun, Deep Residual Learning (CVPR 2016), section 4.2, shortcuts of option A.
+    Source: He, Zhang, Ren, Sun, Deep Residual Learning (CVPR 2016), section 4.2, with shortcuts of
+    option A.
 
     >>> import jax, jax.numpy as jnp
     >>> model = cifar_resnet(20, {"res2": (1,)}, num_classes=100)
@@ -146,16 +162,15 @@ def cifar_resnet(
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth must be 6n + 2, such as 20, 32 or 56; got {depth}.")
     blocks = (depth - 2) // 6
-    for name, at in (nonlocal_blocks or {}).items():
-        if name not in STAGES:
+    for stage, indices in (nonlocal_blocks or {}).items():
+        checks.one_of("a stage of nonlocal_blocks", stage, STAGES)
+        if missing := [i for i in indices if not 0 <= i < blocks]:
             raise ValueError(
-                f"a stage of nonlocal_blocks must be one of {', '.join(map(repr, STAGES))}; got {name!r}."
+                f"{stage} has residual blocks 0 to {blocks - 1}; "
+                f"got {missing[0]} in nonlocal_blocks."
             )
-        if wrong := [i for i in at if not 0 <= i < blocks]:
-            raise ValueError(
-                f"{name} has residual blocks 0 to {blocks - 1}; got {wrong[0]} in nonlocal_blocks."
-            )
-    nonlocal_block(instantiation, preset, **(block_options or {}))  # raises what is wrong with them
+    # Raises an error for bad options now, rather than when the network is first called.
+    nonlocal_block(instantiation, preset, **(block_options or {}))
     return CifarResNet(
         blocks,
         num_classes,

@@ -1,4 +1,4 @@
-"""What a network costs: its parameters and the multiply-adds of one forward pass, layer by layer."""
+"""The cost of a network: parameters and multiply-adds of one forward pass, layer by layer."""
 
 import dataclasses
 import math
@@ -8,23 +8,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers.convolution import VideoConv
 from nonlocal_jax.layers.norm import Affine
-from nonlocal_jax.layers.tap import PairwiseCall, tap
+from nonlocal_jax.layers.taps import PairwiseCall, tap
 from nonlocal_jax.types import Array
+
+Norm = nn.BatchNorm | nn.LayerNorm | nn.GroupNorm | Affine
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCost:
-    """One layer.
+    """The cost of one layer.
 
     Attributes:
-        place: the path of the module, as in `params`; a non-local operation's own row has the sums over pairs alone, its
-            embeddings have theirs.
-        kind: the class of the module.
-        output: shape of the output.
-        parameters: how many numbers are trained in it.
-        multiply_adds: of the matrix products and convolutions.
+        place: Path of the module, as in `params`. The row of a non-local operation has the sums
+            over pairs only; its embeddings have their own rows.
+        kind: Name of the module's class.
+        output: Shape of the output.
+        parameters: Number of trained parameters that the layer owns.
+        multiply_adds: Multiply-adds of the matrix products and convolutions.
     """
 
     place: str
@@ -33,16 +35,23 @@ class LayerCost:
     parameters: int
     multiply_adds: int
 
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self.output))
+        millions = self.multiply_adds / 1e6
+        numbers = f"{self.parameters:>12,} {millions:>12,.1f} M"
+        return f"{self.place:<42} {self.kind:<18} {shape:<22} {numbers}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The cost of one forward pass.
+    """The cost of one forward pass. `print` shows it as a table.
 
     Attributes:
-        parameters: how many numbers are trained.
-        norm_parameters: those of them that belong to norms, which the paper's counts leave out.
-        multiply_adds: of the matrix products and convolutions; the papers of this field call this FLOPs.
-        layers: what has parameters or multiplies, in the order in which it runs.
+        parameters: Number of trained parameters.
+        norm_parameters: Those that belong to norms, which the counts of the paper leave out.
+        multiply_adds: Multiply-adds of the matrix products and convolutions, which the papers of
+            this field call FLOPs.
+        layers: The layers that have parameters or multiply, in the order in which they run.
     """
 
     parameters: int
@@ -51,89 +60,106 @@ class Cost:
     layers: tuple[LayerCost, ...]
 
     def __str__(self) -> str:
-        rows = [
-            f"{layer.place:<42} {layer.kind:<18} {'×'.join(map(str, layer.output)):<22} {layer.parameters:>12,} "
-            f"{layer.multiply_adds / 1e6:>12,.1f} M"
-            for layer in self.layers
-        ]
-        total = f"{self.parameters:,} parameters, {self.multiply_adds / 1e9:.2f} G multiply-adds"
-        return "\n".join([*rows, total])
+        billions = self.multiply_adds / 1e9
+        total = f"{self.parameters:,} parameters, {billions:.2f} G multiply-adds"
+        return "\n".join([*map(str, self.layers), total])
 
 
 def cost(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> Cost:
-    """Parameters and multiply-adds of one forward pass; nothing is computed.
+    """Counts the parameters and multiply-adds of one forward pass without computing it.
 
-    Counted are the products of convolutions, dense layers and non-local operations, the last as their definition has
-    them: N·M·(d + e) for the pairs and their sum (for the concatenation, (N + M)·d + N·M·e). Norms, activations and
-    poolings are not, as in the paper. Zeros at borders count like any other input.
+    The count has the products of convolutions, dense layers and non-local operations. Those of the
+    last are counted by their definition: N·M·(d + e) for the pairs and their sum, and for the
+    concatenation (N + M)·d + N·M·e. As in the paper, norms, activations and poolings do not count,
+    and zeros at the borders count like any other input.
 
     Args:
-        model: any Linen module of one array.
-        shape: of the input, such as (1, 32, 224, 224, 3).
-        **kwargs: more arguments of `model.apply`.
+        model: Any Linen module with one array as its input.
+        shape: Shape of the input, such as (1, 32, 224, 224, 3).
+        **kwargs: Further arguments of `model.apply`.
 
     Returns:
-        The totals, and a row for each layer; `print` shows the table.
+        The totals, and a row for each layer.
 
     >>> import nonlocal_jax as nl
-    >>> model = nl.models.video_resnet(101, "c2d", 0, clip="32x2", preset="caffe2", stride_at="conv_a")
+    >>> options = {"clip": "32x2", "preset": "caffe2", "stride_at": "conv_a"}
+    >>> model = nl.models.video_resnet(101, "c2d", 0, **options)
     >>> total = cost(model, (1, 32, 224, 224, 3))
-    >>> f"{(total.parameters - total.norm_parameters) / 1e6:.1f} M, {total.multiply_adds / 1e9:.1f} B"  # Table 2e
+    >>> parameters = total.parameters - total.norm_parameters
+    >>> f"{parameters / 1e6:.1f} M, {total.multiply_adds / 1e9:.1f} B"  # Table 2e
     '43.2 M, 34.2 B'
     """
-    rows: list[LayerCost] = []
-    pairs: dict[tuple[str, ...], int] = {}
-
-    def record(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        out = call(*args, **kwargs)
-        module, method = context.module, context.method_name
-        if method != "__call__":
-            return out
-        shape = tuple(jax.tree.leaves(out)[0].shape)
-        multiplies = (
-            pairs[module.path] if module.path in pairs else _of_layer(module, args[0], shape)
-        )
-        own = sum(
-            math.prod(leaf.shape)
-            for leaf in module.variables.get("params", {}).values()
-            if hasattr(leaf, "shape")
-        )
-        if multiplies or own:
-            place = "/".join(module.path) or type(module).__name__
-            rows.append(LayerCost(place, type(module).__name__, shape, own, multiplies))
-        return out
-
-    def record_pairs(call: PairwiseCall) -> None:
-        pairs[call.module.path] = _of_pairs(call)
+    counter = _Counter()
 
     def run(x: Array) -> Any:
-        with tap(record_pairs), nn.intercept_methods(record):
-            return model.init_with_output(
-                {"params": jax.random.key(0), "dropout": jax.random.key(0)}, x, **kwargs
-            )[0]
+        rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+        with tap(counter.count_pairs), nn.intercept_methods(counter.count_layer):
+            return model.init_with_output(rngs, x, **kwargs)[0]
 
     jax.eval_shape(run, jax.ShapeDtypeStruct(shape, jnp.float32))
-    norms = (nn.BatchNorm.__name__, nn.LayerNorm.__name__, nn.GroupNorm.__name__, Affine.__name__)
     return Cost(
-        parameters=sum(row.parameters for row in rows),
-        norm_parameters=sum(row.parameters for row in rows if row.kind in norms),
-        multiply_adds=sum(row.multiply_adds for row in rows),
-        layers=tuple(rows),
+        parameters=sum(layer.parameters for layer in counter.layers),
+        norm_parameters=counter.norm_parameters,
+        multiply_adds=sum(layer.multiply_adds for layer in counter.layers),
+        layers=tuple(counter.layers),
     )
 
 
-def _of_pairs(call: PairwiseCall) -> int:
-    """Multiply-adds of f over all pairs and of the sum of g."""
+class _Counter:
+    """Adds a row for each layer that runs."""
+
+    def __init__(self) -> None:
+        self.layers: list[LayerCost] = []
+        self.norm_parameters = 0
+        self._pairwise: dict[tuple[str, ...], int] = {}  # multiply-adds by path of the operation
+
+    def count_pairs(self, call: PairwiseCall) -> None:
+        """Listener of `tap`. It runs before the operation returns to `count_layer`."""
+        self._pairwise[call.module.path] = _pairwise_multiply_adds(call)
+
+    def count_layer(
+        self, call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        """Interceptor of `nn.intercept_methods`."""
+        result = call(*args, **kwargs)
+        if context.method_name != "__call__":
+            return result
+        module = context.module
+        output = tuple(jax.tree.leaves(result)[0].shape)
+        if module.path in self._pairwise:
+            multiply_adds = self._pairwise[module.path]
+        else:
+            multiply_adds = _layer_multiply_adds(module, args[0], output)
+        parameters = _parameter_count(module)
+        if isinstance(module, Norm):
+            self.norm_parameters += parameters
+        if multiply_adds or parameters:
+            kind = type(module).__name__
+            place = "/".join(module.path) or kind
+            self.layers.append(LayerCost(place, kind, output, parameters, multiply_adds))
+        return result
+
+
+def _parameter_count(module: nn.Module) -> int:
+    """Counts the parameters of a module without those of its submodules."""
+    params = module.variables.get("params", {}).values()
+    return sum(math.prod(leaf.shape) for leaf in params if hasattr(leaf, "shape"))
+
+
+def _pairwise_multiply_adds(call: PairwiseCall) -> int:
+    """Counts f over all pairs, and the sum of g."""
     theta, phi, g = call.theta, call.phi, call.g
     pairs = math.prod(theta.shape[:-1]) * phi.shape[-2]
     if call.instantiation == "concatenation":
+        # w_f · [θ_i, φ_j] is a sum of one number for each query and one for each key.
         return math.prod(theta.shape) + math.prod(phi.shape) + pairs * g.shape[-1]
     return pairs * (theta.shape[-1] + g.shape[-1])
 
 
-def _of_layer(module: nn.Module, x: Array, out: tuple[int, ...]) -> int:
+def _layer_multiply_adds(module: nn.Module, x: Array, output: tuple[int, ...]) -> int:
     if isinstance(module, nn.Dense):
-        return math.prod(out) * x.shape[-1]
+        return math.prod(output) * x.shape[-1]
     if isinstance(module, VideoConv | nn.Conv):
-        return math.prod(out) * math.prod(module.variables["params"]["kernel"].shape[:-1])
+        kernel_shape = module.variables["params"]["kernel"].shape
+        return math.prod(output) * math.prod(kernel_shape[:-1])
     return 0

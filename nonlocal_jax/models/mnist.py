@@ -1,4 +1,4 @@
-"""The network for 28×28 digits of Non-local_pytorch, which many learned the block from."""
+"""The MNIST network of Non-local_pytorch, a widely used introduction to the block."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from nonlocal_jax.types import Affinity, Image, Instantiation, Logits
 
 
 class NonLocalMnist(nn.Module):
-    """Three convolutions, a non-local block after the first two, two dense layers.
+    """Three convolutions with a non-local block after each of the first two, and two dense layers.
 
     | layer | output |
     |---|---|
@@ -26,32 +26,33 @@ class NonLocalMnist(nn.Module):
     | fc2 | 10 |
 
     Attributes:
-        instantiation: the pairwise function of both blocks.
+        instantiation: The pairwise function of both blocks.
     """
 
     instantiation: Instantiation = "embedded_gaussian"
 
     @property
     def example(self) -> jax.ShapeDtypeStruct:
-        """An input, for who wants the shapes of the variables."""
+        """Example input for shape inference."""
         return jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
 
     @nn.compact
     def __call__(
         self, image: Image, *, train: bool = False, return_maps: bool = False
     ) -> Logits | tuple[Logits, list[Affinity]]:
-        """Logits of digits.
+        """Computes the logits of the ten digits.
 
         Args:
-            image: (B, 28, 28, 1), from 0 to 1.
-            train: whether BatchNorm uses the statistics of this batch and features are dropped.
-            return_maps: whether the affinities of both blocks are returned as well.
+            image: (B, 28, 28, 1), with values from 0 to 1.
+            train: Whether BatchNorm uses the statistics of this batch and dropout is active.
+            return_maps: Whether the affinities of both blocks are returned as well.
 
         Returns:
-            (B, 10); with `return_maps` also [(B, 196, 49), (B, 49, 9)], f / C of each query (row) and pooled key.
+            The logits (B, 10). With `return_maps` also the affinities f / C of each query (row) to
+            each pooled key, [(B, 196, 49), (B, 49, 9)].
 
         Raises:
-            ValueError: images of another shape.
+            ValueError: If `image` has another shape.
         """
         if image.ndim != 4 or image.shape[1:] != (28, 28, 1):
             raise ValueError(f"image must have shape (B, 28, 28, 1); got {image.shape}.")
@@ -72,21 +73,25 @@ class NonLocalMnist(nn.Module):
 
 
 def non_local_pytorch_mnist(instantiation: Instantiation = "embedded_gaussian") -> NonLocalMnist:
-    """The MNIST network of Non-local_pytorch.
+    """Builds the MNIST network of Non-local_pytorch.
 
     Args:
         instantiation: "gaussian", "embedded_gaussian", "dot_product" or "concatenation".
 
     Returns:
-        The network; `model.apply(variables, images, return_maps=True)` gives logits and the two affinity maps.
+        The network. `model.apply(variables, images, return_maps=True)` returns the logits and the
+        two affinity maps.
 
     Source: `lib/network.py` of AlexHex7/Non-local_pytorch.
 
     >>> import jax, jax.numpy as jnp
     >>> model = non_local_pytorch_mnist("dot_product")
     >>> images = jnp.ones((2, 28, 28, 1))
-    >>> logits, maps = model.apply(model.init(jax.random.key(0), images), images, return_maps=True)
-    >>> logits.shape, [m.shape for m in maps]
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    >>> logits, maps = jax.eval_shape(
+    ...     lambda variables: model.apply(variables, images, return_maps=True), variables
+    ... )
+    >>> logits.shape, [affinity.shape for affinity in maps]
     ((2, 10), [(2, 196, 49), (2, 49, 9)])
     """
     return NonLocalMnist(instantiation)

@@ -1,22 +1,26 @@
-"""Eq. 1 with positions split over devices: each holds some queries, and as many of the keys and values.
+"""Eq. 1 with positions split over devices, each of which has some queries, keys and values.
 
-To be called under `jax.shard_map` (with `check_vma=False`: loops begin with constants) or `jax.pmap`, with the name of the
-mapped axis. What crosses between devices:
+The functions run under `jax.shard_map` (with `check_vma=False`, because loops start from constants)
+or `jax.pmap`, and take the name of the mapped axis. The communication between devices:
 
-| operation | what crosses | memory of each device |
+| operation | what is communicated | memory of each device |
 |---|---|---|
 | the two Gaussians | keys and values, once | M·(d + e) |
-| where that would be large: a ring | keys and values, part by part; then their gradients too | 2 M/P·(d + e) |
+| the same in a ring | keys, values and their gradients, part by part | 2 M/P·(d + e) |
 | the dot product | Σ_j φ_j g_jᵀ, one sum of d×e | d·e |
 | the concatenation | b_j = w_φ·φ_j and values, once | M·(1 + e) |
 
-The ring (Liu, Zaharia, Abbeel, 2023) combines the responses y_p and log-sum-exps λ_p of the P parts,
+The two Gaussians take the ring where the keys and values of all devices would be large. It (Liu,
+Zaharia, Abbeel, 2023) combines the responses y_p and log-sum-exps λ_p of the P
+parts:
 
     λ = log Σ_p exp(λ_p)        y = Σ_p exp(λ_p − λ) y_p
 
-and its gradient sends each part of the keys around again, with what it has gathered of φ̄ and ḡ.
+Its gradient sends each part of the keys around the ring again, together with the sums of φ̄ and ḡ
+so far.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,28 +28,31 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nonlocal_jax.ops import softmax
 from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.types import Array, KeyMask, Keys, Queries, Responses, Values
 
-GATHERED_BYTES = (
-    1 << 28
-)  # of the keys and values of all devices, beyond which they go around instead
+# Above this size of the keys and values of all devices, they go around a ring instead of being
+# gathered.
+GATHERED_BYTES = 1 << 28
+
+# (theta, phi, g, scale, mask) -> the responses to one part of the keys and their log-sum-exps.
+RespondToPart = Callable[..., tuple[Array, Array]]
+# (theta, phi, g, scale, mask, dy, mean, lse) -> the gradients θ̄ / scale, φ̄ / scale and ḡ of that
+# part.
+DifferentiatePart = Callable[..., tuple[Array, Array, Array]]
 
 
 def gather(axis_name: str, key_mask: Array | None, *rows: Array) -> tuple[Any, ...]:
-    """The mask (..., M) and the rows (..., M, c) of all devices, in their order."""
-    mask = (
-        None
-        if key_mask is None
-        else lax.all_gather(key_mask, axis_name, axis=key_mask.ndim - 1, tiled=True)
-    )
+    """Returns the mask (..., M) and the rows (..., M, c) of all devices, in the devices' order."""
+    mask = None
+    if key_mask is not None:
+        mask = lax.all_gather(key_mask, axis_name, axis=key_mask.ndim - 1, tiled=True)
     return mask, *(lax.all_gather(x, axis_name, axis=x.ndim - 2, tiled=True) for x in rows)
 
 
-def takes_ring(phi: Keys, g: Values, axis_name: str) -> bool:
-    """Whether keys and values go around instead of being gathered."""
-    return bool(lax.axis_size(axis_name) * (phi.nbytes + g.nbytes) > GATHERED_BYTES)
+def takes_ring(phi: Keys, g: Values, axis_name: str, gathered_bytes: int = GATHERED_BYTES) -> bool:
+    """Whether the keys and values of all devices are too large to be gathered on each."""
+    return bool(lax.axis_size(axis_name) * (phi.nbytes + g.nbytes) > gathered_bytes)
 
 
 def ring(
@@ -55,88 +62,115 @@ def ring(
     scale: float | Array,
     key_mask: KeyMask | None,
     axis_name: str,
+    respond_to_part: RespondToPart,
+    differentiate_part: DifferentiatePart,
 ) -> Responses:
-    """Softmax over the keys of all devices, of which each holds one part at a time.
+    """Computes a softmax over the keys of all devices, each device holding one part at a time.
 
     Args:
-        theta: (..., N, d), this device's.
-        phi: (..., M, d), this device's.
-        g: (..., M, e), this device's, 0 where a key is masked.
-        scale: multiplies the logits.
-        key_mask: (..., M) of bool, this device's.
-        axis_name: of the mapped axis.
+        theta: This device's queries (..., N, d).
+        phi: This device's keys (..., M, d).
+        g: This device's values (..., M, e), 0 where a key is masked.
+        scale: Factor of the logits.
+        key_mask: This device's mask (..., M) of bool, or None.
+        axis_name: Name of the mapped axis.
+        respond_to_part: Computes the responses (B, N, e) to one part of the keys, and the
+            log-sum-exps (B, N) of their logits.
+        differentiate_part: Computes the gradients of one part of the keys.
 
     Returns:
         (..., N, e), float32 or wider.
     """
     batch = theta.shape[:-2]
     theta, phi, g = (widen(x).reshape(-1, *x.shape[-2:]) for x in (theta, phi, g))
-    mask = (
-        jnp.ones(phi.shape[:-1], bool)
-        if key_mask is None
-        else key_mask.reshape(-1, key_mask.shape[-1])
-    )
-    y = _ring(axis_name, theta, phi, g, jnp.asarray(scale, theta.dtype), mask)
+    if key_mask is None:
+        mask = jnp.ones(phi.shape[:-1], bool)
+    else:
+        mask = key_mask.reshape(-1, key_mask.shape[-1])
+    scale = jnp.asarray(scale, theta.dtype)
+    y = _ring(axis_name, respond_to_part, differentiate_part, theta, phi, g, scale, mask)
     return y.reshape(*batch, *y.shape[1:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(axis_name: str, theta: Array, phi: Array, g: Array, scale: Array, mask: Array) -> Array:
-    return _forward(axis_name, theta, phi, g, scale, mask)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ring(
+    axis_name: str,
+    respond_to_part: RespondToPart,
+    differentiate_part: DifferentiatePart,
+    theta: Array,
+    phi: Array,
+    g: Array,
+    scale: Array,
+    mask: Array,
+) -> Array:
+    y, _ = _forward(axis_name, respond_to_part, differentiate_part, theta, phi, g, scale, mask)
+    return y
 
 
 def _forward(
-    axis_name: str, theta: Array, phi: Array, g: Array, scale: Array, mask: Array
+    axis_name: str,
+    respond_to_part: RespondToPart,
+    differentiate_part: DifferentiatePart,
+    theta: Array,
+    phi: Array,
+    g: Array,
+    scale: Array,
+    mask: Array,
 ) -> tuple[Array, tuple[Array, ...]]:
-    def of_part(part: Any) -> tuple[Array, Array]:
+    def respond(part: Any) -> tuple[Array, Array]:
         phi, g, mask = part
-        y, lse = softmax.in_tiles(theta, phi, g, scale, mask)
+        y, lse = respond_to_part(theta, phi, g, scale, mask)
+        # A part without keys has weight exp(−∞) = 0.
         return y, jnp.where(mask.any(axis=-1, keepdims=True), lse, -jnp.inf)
 
-    def add(_: Any, state: Any) -> Any:
+    def add_part(_: Any, state: Any) -> Any:
         part, y, lse = state
-        part = _pass_on(part, axis_name)
-        more, lse_of_part = of_part(part)
-        total = jnp.logaddexp(lse, lse_of_part)
-        weights = (
-            jnp.exp(x - jnp.where(jnp.isneginf(total), 0, total))[..., None]
-            for x in (lse, lse_of_part)
-        )
-        y = sum(weight * x for weight, x in zip(weights, (y, more), strict=True))
-        return part, y, total
+        part = _send_to_next(part, axis_name)
+        part_y, part_lse = respond(part)
+        total = jnp.logaddexp(lse, part_lse)
+        # Without any key so far, the difference would be −∞ − (−∞), which is NaN.
+        finite_total = jnp.where(jnp.isneginf(total), 0, total)
+        weight = jnp.exp(lse - finite_total)[..., None]
+        part_weight = jnp.exp(part_lse - finite_total)[..., None]
+        return part, weight * y + part_weight * part_y, total
 
     part = (phi, g, mask)
-    _, y, lse = lax.fori_loop(1, lax.axis_size(axis_name), add, (part, *of_part(part)))
+    state = (part, *respond(part))
+    _, y, lse = lax.fori_loop(1, lax.axis_size(axis_name), add_part, state)
     return y, (theta, phi, g, scale, mask, y, jnp.where(jnp.isneginf(lse), 0, lse))
 
 
-def _backward(axis_name: str, residuals: tuple[Array, ...], dy: Array) -> tuple[Array | None, ...]:
+def _backward(
+    axis_name: str,
+    respond_to_part: RespondToPart,
+    differentiate_part: DifferentiatePart,
+    residuals: tuple[Array, ...],
+    dy: Array,
+) -> tuple[Array | None, ...]:
     theta, phi, g, scale, mask, y, lse = residuals
     mean = jnp.sum(dy * y, axis=-1)
 
-    def add(_: Any, state: Any) -> Any:
+    def add_part(_: Any, state: Any) -> Any:
         (phi, g, mask, dphi, dg), dtheta = state
-        of_part = softmax.differentiate(theta, phi, g, scale, mask, dy, mean, lse)
-        dtheta, dphi, dg = (
-            total + more for total, more in zip((dtheta, dphi, dg), of_part, strict=True)
-        )
-        return _pass_on(
-            (phi, g, mask, dphi, dg), axis_name
-        ), dtheta  # after the last part, all are home again
+        gradients = differentiate_part(theta, phi, g, scale, mask, dy, mean, lse)
+        part_dtheta, part_dphi, part_dg = gradients
+        part = (phi, g, mask, dphi + part_dphi, dg + part_dg)
+        # The part is also sent on after the last step, which returns it to the device it belongs
+        # to.
+        return _send_to_next(part, axis_name), dtheta + part_dtheta
 
     part = (phi, g, mask, jnp.zeros_like(phi), jnp.zeros_like(g))
-    (_, _, _, dphi, dg), dtheta = lax.fori_loop(
-        0, lax.axis_size(axis_name), add, (part, jnp.zeros_like(theta))
-    )
+    state = (part, jnp.zeros_like(theta))
+    part, dtheta = lax.fori_loop(0, lax.axis_size(axis_name), add_part, state)
+    _, _, _, dphi, dg = part
     return scale * dtheta, scale * dphi, dg, jnp.sum(dtheta * theta), None
 
 
 _ring.defvjp(_forward, _backward)
 
 
-def _pass_on(part: Any, axis_name: str) -> Any:
-    """Each device's part to the next one."""
-    size = lax.axis_size(axis_name)
-    return jax.tree.map(
-        lambda x: lax.ppermute(x, axis_name, [(i, (i + 1) % size) for i in range(size)]), part
-    )
+def _send_to_next(part: Any, axis_name: str) -> Any:
+    """Sends each device's part to the next device of the ring."""
+    devices = lax.axis_size(axis_name)
+    steps = [(device, (device + 1) % devices) for device in range(devices)]
+    return jax.tree.map(lambda x: lax.ppermute(x, axis_name, steps), part)

@@ -1,10 +1,10 @@
-"""Many hosts: one process on each, all running the same program."""
+"""Training on several hosts: one process on each, all running the same program."""
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-MESSAGE = 1024  # bytes of a message that one process sends to all
+MESSAGE_BYTES = 1024  # a broadcast array needs one size on all processes
 
 
 def initialize(
@@ -14,26 +14,28 @@ def initialize(
     *,
     timeout: int = 120,
 ) -> None:
-    """Join the other processes, before anything else is done with JAX.
+    """Connects this process to the others. It must be called before any other use of JAX.
 
-    On TPU pods, under SLURM and under Open MPI's mpirun nothing need be said; elsewhere all three arguments.
+    On TPU pods, under SLURM and under Open MPI's mpirun no arguments are needed; elsewhere the
+    first three are.
 
     Args:
-        coordinator: host:port of process 0, which every process can reach.
-        processes: how many there are.
-        process_id: which one this is, from 0.
-        timeout: seconds to wait for the others, now, and later before one that gives no sign of life counts as dead, and
-            the rest ends.
+        coordinator: Address host:port of process 0, which every process can reach.
+        processes: Number of processes.
+        process_id: Index of this process, from 0.
+        timeout: Seconds to wait for the others to connect. It is also the number of seconds without
+            a heartbeat after which a process counts as dead and the others exit.
 
     Raises:
-        ValueError: some of the three arguments, but not all.
-        RuntimeError: the others did not come in time. JAX may instead end the process, with the same reason in its log.
+        ValueError: If only some of the three arguments are passed.
+        RuntimeError: If the others do not connect in time. JAX may instead end the process and log
+            the same reason.
     """
-    given = [argument is not None for argument in (coordinator, processes, process_id)]
-    if any(given) and not all(given):
+    passed = [argument is not None for argument in (coordinator, processes, process_id)]
+    if any(passed) and not all(passed):
         raise ValueError(
-            "coordinator, processes and process_id must be given together, or none of them where the cluster tells; got "
-            f"{coordinator!r}, {processes}, {process_id}."
+            "coordinator, processes and process_id must be passed together, or not at all if the "
+            f"cluster provides them; got {coordinator!r}, {processes}, {process_id}."
         )
     jax.distributed.initialize(
         coordinator,
@@ -44,16 +46,12 @@ def initialize(
     )
 
 
-def tell_all(message: str | None) -> str | None:
-    """What process 0 says, on every process."""
+def broadcast_message(message: str | None) -> str | None:
+    """Returns the message of process 0 on every process; None stays None."""
     if jax.process_count() == 1:
         return message
-    sent = np.zeros(MESSAGE, np.uint8)
-    encoded = (message or "").encode()[:MESSAGE]
-    sent[: len(encoded)] = list(encoded)
-    received = (
-        bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent)))
-        .rstrip(b"\0")
-        .decode(errors="ignore")
-    )
-    return received or None
+    buffer = np.zeros(MESSAGE_BYTES, np.uint8)
+    encoded = (message or "").encode()[:MESSAGE_BYTES]
+    buffer[: len(encoded)] = list(encoded)
+    received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer)))
+    return received.rstrip(b"\0").decode(errors="ignore") or None

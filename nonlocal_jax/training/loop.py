@@ -1,9 +1,7 @@
-"""The loop: it steps, evaluates, logs and saves, and knows neither model nor data set."""
+"""The training loop: it steps, evaluates, logs and saves, and knows neither model nor data set."""
 
 import contextlib
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -12,43 +10,39 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from nonlocal_jax.training import precise_bn
+from nonlocal_jax import checks
 from nonlocal_jax.training.checkpoints import Checkpoints
-from nonlocal_jax.training.mesh import (
-    Placement,
-    put,
-    sharded_step,
-    state_sharding,
-    sum_of_evaluations,
-    sum_of_moments,
-)
+from nonlocal_jax.training.compilation import compiled, sharded_step
+from nonlocal_jax.training.evaluator import Evaluator
+from nonlocal_jax.training.losses import Batch
+from nonlocal_jax.training.mesh import Placement, put, state_sharding
+from nonlocal_jax.training.monitor import Monitor
 from nonlocal_jax.training.progress import Bar, Clock, Profiler
 from nonlocal_jax.training.run import Run
-from nonlocal_jax.training.step import RATIO, Batch, Trainer, TrainState
+from nonlocal_jax.training.step import Trainer, TrainState, batch_size
 from nonlocal_jax.training.stop import Stopped, StopSignals
 
 Tree = Any
 
 
-class NonFiniteError(FloatingPointError):
-    """The loss or the gradient stopped being finite; the checkpoints are from before."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How long, and what happens how often.
+    """Length of a run, and how often it evaluates, saves and reports.
 
     Attributes:
-        steps: updates in all.
-        evaluate_every: steps between evaluations; the last step is always evaluated.
-        save_every: steps between checkpoints; the last step is always saved.
-        keep: how many of the latest checkpoints are kept.
-        best: the metric of the evaluation whose best checkpoint is kept too; None keeps none.
-        best_mode: "max" or "min".
-        precise_bn: batches over which BatchNorm's statistics are computed anew before an evaluation; 0 is none.
-        warn_zero_after: steps after which a non-local block that still adds exactly nothing is warned about.
-        profile: steps that are profiled, after the first ten of this start.
-        placement: of the state on the devices, "replicated" or "sharded".
+        steps: Number of updates in all.
+        evaluate_every: Steps between evaluations. The last step is always evaluated.
+        save_every: Steps between checkpoints. The last step is always saved.
+        keep: Number of latest checkpoints that are kept.
+        best: Metric of the evaluation whose best checkpoint is kept as well; None keeps none.
+        best_mode: Whether the "max" or the "min" of that metric is best.
+        precise_bn: Number of batches over which BatchNorm's statistics are computed before each
+            evaluation; 0 evaluates with the running statistics.
+        warn_if_zero: Prefix of training metrics that should not stay 0, such as "residual_ratio" of
+            non-local blocks; None warns of none.
+        warn_zero_after: Number of steps after which a metric that is exactly 0 is warned about.
+        profile: Number of steps that are profiled, after the first ten of this start.
+        placement: Placement of the state on the devices, "replicated" or "sharded".
     """
 
     steps: int
@@ -58,26 +52,33 @@ class Options:
     best: str | None = "accuracy"
     best_mode: str = "max"
     precise_bn: int = 0
+    warn_if_zero: str | None = None
     warn_zero_after: int = 100
     profile: int = 0
     placement: Placement = "replicated"
 
     def __post_init__(self) -> None:
         for name in ("steps", "evaluate_every", "save_every", "keep", "warn_zero_after"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+            checks.at_least(name, getattr(self, name), 1)
         for name in ("precise_bn", "profile"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}.")
+            checks.at_least(name, getattr(self, name), 0)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the state after `step` updates is evaluated."""
+        return step == self.steps or step % self.evaluate_every == 0
+
+    def saves(self, step: int) -> bool:
+        """Whether the state after `step` updates is saved."""
+        return step == self.steps or step % self.save_every == 0
 
 
 class Result(NamedTuple):
-    """What training ends with.
+    """The result of training.
 
     Attributes:
-        state: after the last step.
-        metrics: of the last evaluation; empty without one.
-        seconds: of training, over all starts, without compilation and evaluation.
+        state: State after the last step.
+        metrics: Metrics of the last evaluation; empty without one.
+        seconds: Time spent in training, over all starts, without compilation and evaluation.
     """
 
     state: TrainState
@@ -97,217 +98,170 @@ def fit(
     variables: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Result:
-    """Train, from the run's latest checkpoint where it has one.
+    """Trains, from the run's latest checkpoint if it has one.
 
-    The same seed and data give the same result bit for bit on the same devices, whether the run was interrupted or not.
+    The same seed and data give the same result bit for bit on the same devices, whether the run was
+    interrupted or not.
 
     Args:
-        trainer: what a step does.
-        options: how long, and what happens how often.
-        run: its folder, entered already.
-        mesh: the devices.
-        data: from a step to this process's rows of the batches from that step on, as NumPy arrays.
-        evaluation: gives this process's rows of the batches of one evaluation, of equal size; "mask" says which are real.
-        key: of the initial values and of all random numbers.
-        variables: initial values to take instead.
-        console: None is standard output.
+        trainer: What a step does.
+        options: Length of the run, and how often it evaluates, saves and reports.
+        run: The run's directory, already entered.
+        mesh: Devices.
+        data: Function of a step that returns this process's rows of the batches from that step on,
+            trees of NumPy arrays.
+        evaluation: Function that returns this process's rows of the batches of one evaluation. All
+            have the same size; "mask" (B,) says which examples are real.
+        key: Key of the initial values and of all random numbers.
+        variables: Initial variables to use instead.
+        console: Where progress is printed; None prints to standard output.
 
     Returns:
         The last state and its evaluation.
 
     Raises:
-        Stopped: SIGTERM or SIGINT came; all is saved, and the process exits with 75 unless this is caught.
-        NonFiniteError: the loss or the gradient is not finite; the batch is in the run's folder, and the checkpoints are older.
-        CheckpointError, MismatchError: as `Checkpoints` raises them.
+        Stopped: If SIGTERM or SIGINT arrived. The state is saved, and the process exits with 75
+            unless this is caught.
+        NonFiniteError: If the loss or the gradient is not finite. The batch is saved in the run's
+            directory, and every checkpoint is from an earlier step.
+        CheckpointError, MismatchError: As `Checkpoints` raises them.
     """
-    loop = _Loop(trainer, options, run, mesh, data, evaluation)
-    example = {name: np.zeros((1, *x.shape[1:]), x.dtype) for name, x in next(data(0)).items()}
-    numbers = np.asarray(
-        jax.random.key_data(key)
-    )  # NumPy's arrays are the same on every process, JAX's are of one
-
-    def init(numbers: Any, example: Batch) -> TrainState:
-        return trainer.init(jax.random.wrap_key_data(numbers), example, variables)
-
-    shapes = jax.eval_shape(init, numbers, example)
+    example = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), next(data(0)))
+    # NumPy arrays are the same on every process; a JAX array belongs to the process that made it.
+    arguments = jax.device_get((jax.random.key_data(key), example, variables))
+    shapes = jax.jit(_init, static_argnums=0).eval_shape(trainer, *arguments)
     shardings = state_sharding(mesh, shapes, options.placement)
+    evaluator = Evaluator(trainer, mesh, data, evaluation, options.precise_bn)
     best = options.best if evaluation else None
     checkpoints = Checkpoints(run.folder / "checkpoints", options.keep, best, options.best_mode)
     with contextlib.closing(checkpoints), StopSignals() as stop:
-        restored = checkpoints.restore(shapes, shardings)
+        clock, restored = Clock(), checkpoints.restore(shapes, shardings)
         if restored is None:
-            state, step = jax.jit(init, out_shardings=shardings)(numbers, example), 0
+            init = jax.jit(_init, static_argnums=0, out_shardings=shardings)
+            state, step = init(trainer, *arguments), 0
         else:
             state, step = restored.state, restored.step
-            loop.clock.seconds = restored.record["seconds"]
-            loop.evaluated, loop.metrics = restored.record["evaluated"], restored.record["metrics"]
+            clock.seconds = restored.record["seconds"]
+            evaluator.restore(restored.record)
         run.open_log(step)
-        with Bar(console or Console(), options.steps, step) as loop.bar:
+        with Bar(console or Console(), options.steps, step) as bar:
             if restored is not None:
-                loop.bar.say(f"resumed at step {step}: {run.folder}")
-            state = loop.run_from(state, step, shardings, checkpoints, stop)
-    return Result(state, loop.metrics, loop.clock.seconds)
+                bar.say(f"resumed at step {step}: {run.folder}")
+            loop = _Loop(trainer, options, run, mesh, evaluator, checkpoints, bar, clock, stop)
+            state = loop.train(state, step, shardings, data)
+    return Result(state, evaluator.metrics, clock.seconds)
 
 
-class _Pending(NamedTuple):
-    """A step that the devices may still be computing."""
-
-    step: int  # after it
-    batch: Batch
-    metrics: dict[str, jax.Array]
+def _init(
+    trainer: Trainer, key_data: Any, example: Batch, variables: Mapping[str, Any] | None
+) -> TrainState:
+    return trainer.init(jax.random.wrap_key_data(key_data), example, variables)
 
 
+@dataclasses.dataclass
 class _Loop:
-    """One call of `fit`."""
+    """One call of `fit`, and the parts that it is made of."""
 
+    trainer: Trainer
+    options: Options
+    run: Run
+    mesh: Mesh
+    evaluator: Evaluator
+    checkpoints: Checkpoints
     bar: Bar
+    clock: Clock
+    stop: StopSignals
+    saved_step: int = -1
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        options: Options,
-        run: Run,
-        mesh: Mesh,
-        data: Callable[[int], Iterator[Batch]],
-        evaluation: Callable[[], Iterable[Batch]] | None,
-    ) -> None:
-        self.trainer, self.options, self.run, self.mesh = trainer, options, run, mesh
-        self.data, self.evaluation = data, evaluation
-        self.clock = Clock()
-        self.evaluated = 0  # the step of the last evaluation
-        self.metrics: dict[str, float] = {}
-        self._sum_of_evaluations = sum_of_evaluations(trainer, mesh)
-        self._sum_of_moments = sum_of_moments(trainer, mesh)
-
-    def run_from(
+    def train(
         self,
         state: TrainState,
         step: int,
         shardings: Tree,
-        checkpoints: Checkpoints,
-        stop: StopSignals,
+        data: Callable[[int], Iterator[Batch]],
     ) -> TrainState:
-        options = self.options
-        saved = step if checkpoints.steps else -1
-        state = self._evaluation_if_due(state, step, stop)  # if it was interrupted
-        if step == options.steps:
-            if stop.requested:
-                self._say_stopped(step)
+        """Trains from `step` to the last step, and returns the last state."""
+        if self.checkpoints.steps:
+            self.saved_step = step
+        state = self._evaluate(state, step)  # in case a signal interrupted it at the last start
+        if step == self.options.steps:
+            if self.stop.requested:
+                self._stop(step)
             return state
-        profiler = Profiler(self.run.folder / "profile", step, options.profile)
-        batches = self.data(step)
+        batches = data(step)
         batch = next(batches)
-        take_step = self._compile(state, batch, shardings)
-        pending: _Pending | None = None
-        with contextlib.ExitStack() as at_end:
-            at_end.callback(profiler.stop)
-            self.clock.go()
-            while True:
-                profiler.before(step)
-                state, metrics = take_step(state, put(batch, self.mesh))
-                step += 1
-                this = _Pending(step, batch, metrics)
-                if step < options.steps:
-                    batch = next(batches)  # while the devices compute
-                if pending:
-                    self._look(pending)
-                pending = this
-                finished = step == options.steps
-                saves = finished or step % options.save_every == 0
-                if not (stop.after(step) or saves or step % options.evaluate_every == 0):
-                    continue
-                self._look(pending)  # what is not finite is not saved
-                pending = None
-                self.clock.pause()
-                state = self._evaluation_if_due(state, step, stop)
-                asked = stop.requested
-                if (saves or asked) and saved < step:
-                    self.bar.doing("saving")
-                    self._save(checkpoints, step, state)
-                    saved = step
-                if finished or asked:
-                    checkpoints.wait()
-                if asked:
-                    self._say_stopped(step)
-                if finished:
-                    return state
-                self.clock.go()
-
-    def _say_stopped(self, step: int) -> NoReturn:
-        self.bar.say(
-            f"stopped by a signal; step {step} is saved, and the same command goes on from there"
-        )
-        raise Stopped(step)
-
-    def _compile(self, state: TrainState, batch: Batch, shardings: Tree) -> Any:
+        device_batch = self._put(batch)
         self.bar.doing("compiling")
-        on_devices = put(batch, self.mesh)
-        self.batch_size = on_devices["inputs"].shape[0]
-        return sharded_step(self.trainer, self.mesh, shardings).lower(state, on_devices).compile()
+        take_step = compiled(sharded_step(self.trainer, self.mesh, shardings), state, device_batch)
+        monitor = Monitor(
+            self.run,
+            self.bar,
+            self.clock,
+            batch_size(device_batch),
+            self.options.warn_if_zero,
+            self.options.warn_zero_after,
+        )
+        profiler = Profiler(self.run.folder / "profile", step, self.options.profile)
+        with contextlib.closing(profiler):
+            self.clock.start()
+            while step < self.options.steps:
+                profiler.on_step(step)
+                state, metrics = take_step(state, self._put(batch))
+                step += 1
+                trained_batch = batch
+                if step < self.options.steps:
+                    batch = next(batches)  # the host reads data while the devices compute
+                monitor.watch(step, trained_batch, metrics)
+                if self._pauses(step):
+                    monitor.flush()  # before saving: a state that is not finite must not be saved
+                    self.clock.pause()
+                    state = self._pause(state, step)
+                    if step < self.options.steps:
+                        self.clock.start()
+        return state
 
-    def _look(self, done: _Pending) -> None:
-        """Wait for a step; log it, or stop if it is not finite."""
-        before = self.clock.seconds
-        values = {name: float(value) for name, value in jax.device_get(done.metrics).items()}
-        seconds = self.clock.read()
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            file = self.run.keep_batch(done.step, done.batch, values)
-            raise NonFiniteError(
-                f"loss {values['loss']}, norm of the gradient {values['gradient_norm']} at step {done.step}. The batch is in "
-                f"{file}; the last checkpoint is from before. Look at the batch, or take a smaller learning rate."
-            )
-        self.run.log(done.step, "train", {**values, "seconds": round(seconds, 4)})
-        self.bar.step(done.step, values, self.batch_size / max(seconds - before, 1e-9))
-        if done.step == self.options.warn_zero_after:
-            for name, value in values.items():
-                if name.startswith(RATIO) and value == 0:
-                    self.bar.say(
-                        f"warning: after {done.step} steps the non-local block {name.removeprefix(RATIO + '/')} still adds "
-                        "exactly nothing. Is it frozen, or without weight in the optimiser?"
-                    )
+    def _put(self, batch: Batch) -> Tree:
+        return put(batch, self.mesh, self.trainer.split_over_positions(batch))
 
-    def _evaluation_if_due(self, state: TrainState, step: int, stop: StopSignals) -> TrainState:
-        """Evaluate, unless that was done or a signal comes meanwhile; then the next start does it."""
-        due = step == self.options.steps or step % self.options.evaluate_every == 0
-        if not due or self.evaluation is None or self.evaluated >= step:
+    def _pauses(self, step: int) -> bool:
+        # `stop.check` must be asked after every step: processes agree there on when to stop.
+        stops = self.stop.check(step)
+        return stops or self.options.saves(step) or self.options.evaluates(step)
+
+    def _pause(self, state: TrainState, step: int) -> TrainState:
+        """Evaluates, saves and stops, as far as each is due after `step`."""
+        state = self._evaluate(state, step)
+        stops = self.stop.requested
+        if (stops or self.options.saves(step)) and self.saved_step < step:
+            self._save(state, step)
+        if stops or step == self.options.steps:
+            self.checkpoints.wait()
+        if stops:
+            self._stop(step)
+        return state
+
+    def _evaluate(self, state: TrainState, step: int) -> TrainState:
+        """Evaluates if it is due; if a signal arrives meanwhile, the next start does it."""
+        if not self.options.evaluates(step) or not self.evaluator.is_due(step):
             return state
         self.bar.doing("evaluating")
-        precise = state
-        if self.options.precise_bn and state.batch_stats:
-            batches = itertools.islice(
-                zip(self.data(step), itertools.count(step), strict=False), self.options.precise_bn
-            )
-            total = self._sum_of_moments(
-                state, itertools.takewhile(lambda _: not stop.requested, batches)
-            )
-            if stop.requested:
-                return state
-            precise = dataclasses.replace(
-                state, batch_stats=precise_bn.statistics(total, self.options.precise_bn)
-            )
-        unless_stopped = itertools.takewhile(lambda _: not stop.requested, self.evaluation())
-        sums = self._sum_of_evaluations(precise.variables, ((batch,) for batch in unless_stopped))
-        if stop.requested:
+        evaluated = self.evaluator.evaluate(state, step, self.stop)
+        if evaluated is None:
             return state
-        values = {
-            name: float(value) for name, value in jax.device_get(sums or {"count": 0}).items()
-        }
-        count = values.pop("count")
-        if not count:
-            raise ValueError("the evaluation must have at least one example; got none.")
-        self.metrics = {**{name: value / count for name, value in values.items()}, "count": count}
-        self.evaluated = step
-        self.run.log(step, "evaluation", self.metrics)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
-        self.bar.say(f"step {step:,}: {shown} examples, {self.clock.seconds:,.1f} s of training")
-        return precise
+        metrics = self.evaluator.metrics
+        self.run.log(step, "evaluation", metrics)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        seconds = f"{self.clock.seconds:,.1f} s of training"
+        self.bar.say(f"step {step:,}: {shown} examples, {seconds}")
+        return evaluated
 
-    def _save(self, checkpoints: Checkpoints, step: int, state: TrainState) -> None:
-        record = {
-            "seconds": self.clock.seconds,
-            "evaluated": self.evaluated,
-            "metrics": self.metrics,
-        }
-        checkpoints.save(
-            step, state, record, self.metrics if self.evaluated == step and self.metrics else None
-        )
+    def _save(self, state: TrainState, step: int) -> None:
+        self.bar.doing("saving")
+        record = {"seconds": self.clock.seconds, **self.evaluator.record}
+        metrics = self.evaluator.metrics if self.evaluator.step == step else {}
+        self.checkpoints.save(step, state, record, metrics or None)
+        self.saved_step = step
+
+    def _stop(self, step: int) -> NoReturn:
+        self.bar.say(f"stopped by a signal; step {step} is saved; run the same command to resume")
+        raise Stopped(step)

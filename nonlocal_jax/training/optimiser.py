@@ -1,10 +1,11 @@
-"""The paper's optimiser: stochastic gradient descent with Nesterov's momentum, and its schedules."""
+"""The paper's optimiser, stochastic gradient descent with Nesterov momentum, and its schedules."""
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import optax
 
 
@@ -18,45 +19,48 @@ def sgd(
     decay_biases: bool = True,
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """SGD as the paper trains with.
+    """Returns SGD as the paper trains with.
 
-    With the gradient d and the decay λ, d ← d + λ w, v ← μ v + d, and w ← w − η (d + μ v), or w ← w − η v without Nesterov.
-    The decay is part of the gradient, as in Caffe2 and PyTorch.
+    With the gradient d and the decay λ, d ← d + λ w, v ← μ v + d, and w ← w − η (d + μ v), or
+    w ← w − η v without Nesterov. The decay is part of the gradient, as in Caffe2 and PyTorch.
 
     Args:
-        schedule: η, or from the step to η.
+        schedule: η, or a function from the step to η.
         momentum: μ.
-        nesterov: whether the momentum is Nesterov's.
+        nesterov: Whether the momentum is Nesterov's.
         weight_decay: λ.
-        decay_norms: whether scale and bias of norms decay; the paper's do not.
-        decay_biases: whether the other biases decay.
-        clip_norm: the largest norm of the gradient, before the decay is added; None is any.
+        decay_norms: Whether scale and bias of norms decay. The paper's do not.
+        decay_biases: Whether the other biases decay.
+        clip_norm: Largest norm of the gradient, before the decay is added; None does not clip.
 
     Returns:
         An optax optimiser.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: If a number is out of range.
 
-    Source: section 4.1; video-nonlocal-net has λ = 0 for norms alone.
+    Source: section 4.1; video-nonlocal-net sets λ = 0 for norms only.
 
     >>> import jax.numpy as jnp
-    >>> params = {"conv": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}, "norm": {"scale": jnp.ones(1), "bias": jnp.ones(1)}}
-    >>> decays(params, norms=False, biases=True)
-    {'conv': {'kernel': True, 'bias': True}, 'norm': {'scale': False, 'bias': False}}
+    >>> one = jnp.ones(1)
+    >>> params = {"conv": {"kernel": one, "bias": one}, "norm": {"scale": one, "bias": one}}
     >>> optimiser = sgd(0.1, momentum=0.0, nesterov=False, weight_decay=0.5)
     >>> updates, _ = optimiser.update(params, optimiser.init(params), params)
-    >>> float(updates["conv"]["kernel"][0]), float(updates["norm"]["scale"][0])  # 0.1 · (1 + 0.5), 0.1 · 1
-    (-0.15000000596046448, -0.10000000149011612)
+    >>> float(updates["conv"]["kernel"][0])  # 0.1 · (1 + 0.5)
+    -0.15000000596046448
+    >>> float(updates["norm"]["scale"][0])  # 0.1 · 1
+    -0.10000000149011612
     """
-    _in_range("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
-    _in_range("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0 and finite")
+    _check_range("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1")
+    _check_range(
+        "weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0 and finite"
+    )
     if clip_norm is not None:
-        _in_range("clip_norm", clip_norm, 0 < clip_norm < math.inf, "positive and finite, or None")
+        is_valid = 0 < clip_norm < math.inf
+        _check_range("clip_norm", clip_norm, is_valid, "positive and finite, or None")
     if not callable(schedule):
-        _in_range(
-            "the learning rate", float(schedule), 0 <= schedule < math.inf, "at least 0 and finite"
-        )
+        is_valid = 0 <= schedule < math.inf
+        _check_range("the learning rate", float(schedule), is_valid, "at least 0 and finite")
 
     def mask(params: Any) -> Any:
         return decays(params, norms=decay_norms, biases=decay_biases)
@@ -68,15 +72,45 @@ def sgd(
     )
 
 
+def is_norm_parameter(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Marks the parameters of norms: the scale and bias of each module that has a scale.
+
+    Args:
+        params: Nested parameters, by name.
+
+    Returns:
+        A tree of bool like `params`, which `optax.masked` accepts.
+
+    >>> params = {"conv": {"kernel": 1.0, "bias": 1.0}, "norm": {"scale": 1.0, "bias": 1.0}}
+    >>> is_norm_parameter(params)
+    {'conv': {'kernel': False, 'bias': False}, 'norm': {'scale': True, 'bias': True}}
+    """
+    marks: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            marks[name] = is_norm_parameter(value)
+        else:
+            marks[name] = "scale" in params and name in ("scale", "bias")
+    return marks
+
+
 def decays(params: Mapping[str, Any], *, norms: bool, biases: bool) -> dict[str, Any]:
-    """Which leaves decay: True or False for each. A norm is what has a `scale`."""
-    is_norm = "scale" in params
-    return {
-        name: decays(leaf, norms=norms, biases=biases)
-        if isinstance(leaf, Mapping)
-        else (norms if is_norm else biases or name != "bias")
-        for name, leaf in params.items()
-    }
+    """Marks the parameters that decay.
+
+    Args:
+        params: Nested parameters, by name.
+        norms: Whether those of norms decay.
+        biases: Whether the other biases decay.
+
+    >>> params = {"conv": {"kernel": 1.0, "bias": 1.0}, "norm": {"scale": 1.0, "bias": 1.0}}
+    >>> decays(params, norms=False, biases=True)
+    {'conv': {'bias': True, 'kernel': True}, 'norm': {'bias': False, 'scale': False}}
+    """
+
+    def decay(path: tuple[Any, ...], is_norm: bool) -> bool:
+        return norms if is_norm else biases or path[-1].key != "bias"
+
+    return jax.tree_util.tree_map_with_path(decay, is_norm_parameter(params))
 
 
 def step_schedule(
@@ -87,20 +121,20 @@ def step_schedule(
     warmup: int = 0,
     warmup_from: float = 0.0,
 ) -> optax.Schedule:
-    """The peak, times `factor` from each boundary on; a linear warm-up before.
+    """Returns a schedule that multiplies the peak by `factor` at each boundary.
 
     Args:
-        peak: the learning rate after the warm-up.
-        boundaries: ascending steps.
-        factor: what each boundary multiplies with.
-        warmup: steps of the warm-up.
-        warmup_from: the learning rate of the first step, as a share of the peak.
+        peak: Learning rate after the warm-up.
+        boundaries: Ascending steps.
+        factor: Factor of each boundary.
+        warmup: Steps of the linear warm-up.
+        warmup_from: Learning rate of the first step, as a share of the peak.
 
     Returns:
-        From the step to the learning rate.
+        A function from the step to the learning rate.
 
     Raises:
-        ValueError: boundaries that do not ascend or lie in the warm-up, or a number out of its range.
+        ValueError: If boundaries do not ascend or lie in the warm-up, or a number is out of range.
 
     Source: section 4.1, where 0.01 is divided by 10 at 150,000 and 300,000 of 400,000 steps.
 
@@ -112,42 +146,52 @@ def step_schedule(
     ascending = [warmup, *boundaries]
     if any(later <= earlier for earlier, later in itertools.pairwise(ascending)):
         raise ValueError(
-            f"boundaries must ascend and lie after the {warmup} steps of warm-up; got {tuple(boundaries)}."
+            f"boundaries must ascend and lie after the {warmup} steps of warm-up; got "
+            f"{tuple(boundaries)}."
         )
     pieces = [optax.constant_schedule(peak * factor**i) for i in range(len(boundaries) + 1)]
     if not warmup:
         return optax.join_schedules(pieces, list(boundaries))
-    return optax.join_schedules(
-        [optax.linear_schedule(warmup_from * peak, peak, warmup), *pieces], ascending
-    )
+    rise = optax.linear_schedule(warmup_from * peak, peak, warmup)
+    return optax.join_schedules([rise, *pieces], ascending)
 
 
 def cosine_schedule(
     peak: float, steps: int, *, warmup: int = 0, warmup_from: float = 0.0, end: float = 0.0
 ) -> optax.Schedule:
-    """Half a period of a cosine from the peak to `end`, a share of the peak, at step `steps`; a linear warm-up before.
+    """Returns a schedule that falls along half a period of a cosine.
+
+    Args:
+        peak: Learning rate after the warm-up.
+        steps: Step at which `end` is reached.
+        warmup: Steps of the linear warm-up.
+        warmup_from: Learning rate of the first step, as a share of the peak.
+        end: Learning rate of the last step, as a share of the peak.
+
+    Returns:
+        A function from the step to the learning rate.
 
     Raises:
-        ValueError: a warm-up as long as the whole, or a number out of its range.
+        ValueError: If the warm-up is as long as the whole, or a number is out of range.
 
     >>> schedule = cosine_schedule(0.1, 30, warmup=10)
     >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 20, 30)]
     [0.0, 0.05, 0.1, 0.05, 0.0]
     """
     _check_peak(peak, warmup, warmup_from)
-    _in_range("warmup", warmup, warmup < steps, f"below steps, {steps}")
-    _in_range("end", end, 0 <= end <= 1, "a share from 0 to 1")
+    _check_range("warmup", warmup, warmup < steps, f"below steps, {steps}")
+    _check_range("end", end, 0 <= end <= 1, "a share from 0 to 1")
     return optax.warmup_cosine_decay_schedule(
         warmup_from * peak if warmup else peak, peak, warmup, steps, end * peak
     )
 
 
 def _check_peak(peak: float, warmup: int, warmup_from: float) -> None:
-    _in_range("peak", peak, 0 < peak < math.inf, "positive and finite")
-    _in_range("warmup", warmup, warmup >= 0, "at least 0")
-    _in_range("warmup_from", warmup_from, 0 <= warmup_from <= 1, "a share from 0 to 1")
+    _check_range("peak", peak, 0 < peak < math.inf, "positive and finite")
+    _check_range("warmup", warmup, warmup >= 0, "at least 0")
+    _check_range("warmup_from", warmup_from, 0 <= warmup_from <= 1, "a share from 0 to 1")
 
 
-def _in_range(name: str, value: float | int, holds: bool, range_: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {range_}; got {value}.")
+def _check_range(name: str, value: float | int, is_valid: bool, expected: str) -> None:
+    if not is_valid:
+        raise ValueError(f"{name} must be {expected}; got {value}.")

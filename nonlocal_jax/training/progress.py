@@ -1,4 +1,4 @@
-"""What is seen while a run goes on: a bar, a clock, a profile."""
+"""Feedback during a run: a progress bar, a clock and a profile."""
 
 import time
 from pathlib import Path
@@ -15,17 +15,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SHOWN = ("loss", "accuracy", "learning_rate")
+SHOWN_METRICS = ("loss", "accuracy", "learning_rate")
 
 
 class Bar:
-    """Steps done, rate, metrics and the time left; on process 0 alone."""
+    """Progress bar with the step, the rate, metrics and the time left; shown on process 0 only."""
 
     def __init__(self, console: Console, steps: int, step: int) -> None:
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
-            TextColumn("left:"), TimeRemainingColumn(elapsed_when_finished=True),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TextColumn("left:"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
         self.console = console
         self._progress = Progress(
             *columns, console=console, disable=jax.process_index() != 0, speed_estimate_period=60
@@ -47,32 +51,34 @@ class Bar:
         self._progress.stop()
 
     def step(self, step: int, metrics: dict[str, float], rate: float) -> None:
-        """After a step: `rate` in examples a second."""
+        """Shows that a step is done; `rate` is in examples per second."""
         shown = ", ".join(
-            f"{name.replace('_', ' ')} {metrics[name]:.3g}" for name in SHOWN if name in metrics
+            f"{name.replace('_', ' ')} {metrics[name]:.3g}"
+            for name in SHOWN_METRICS
+            if name in metrics
         )
         text = f"{shown}, {rate:,.0f} examples/s"
         self._progress.update(self._task, completed=step, description="training", metrics=text)
 
-    def doing(self, what: str) -> None:
-        """Something else than a step goes on."""
-        self._progress.update(self._task, description=what)
+    def doing(self, activity: str) -> None:
+        """Shows that something other than a step is going on."""
+        self._progress.update(self._task, description=activity)
         self._progress.refresh()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a line above the bar."""
         if jax.process_index() == 0:
             self.console.print(line, highlight=False)
 
 
 class Clock:
-    """Seconds of training, over all starts of a run: what is between `go` and `pause`."""
+    """Measures the seconds between `start` and `pause`, summed over all starts of a run."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._since: float | None = None
 
-    def go(self) -> None:
+    def start(self) -> None:
         self._since = time.perf_counter()
 
     def pause(self) -> None:
@@ -80,7 +86,7 @@ class Clock:
         self._since = None
 
     def read(self) -> float:
-        """Seconds so far."""
+        """Returns the seconds so far."""
         now = time.perf_counter()
         if self._since is not None:
             self.seconds += now - self._since
@@ -89,24 +95,26 @@ class Clock:
 
 
 class Profiler:
-    """Records some steps of this start, after the first ten."""
+    """Profiles some steps of this start. The first ten are skipped, while caches fill."""
 
-    AFTER = 10
+    SKIPPED = 10
 
     def __init__(self, folder: Path, start: int, steps: int) -> None:
         self.folder = folder
-        self._first, self._last = start + self.AFTER, start + self.AFTER + steps
+        self._first = start + self.SKIPPED
+        self._end = self._first + steps
         self._running = False
 
-    def before(self, step: int) -> None:
-        """Before the update from `step`."""
-        if step == self._first < self._last:
+    def on_step(self, step: int) -> None:
+        """Starts or ends the profile, as is due before the update from `step`."""
+        if step == self._first < self._end:
             jax.profiler.start_trace(str(self.folder))
             self._running = True
-        elif step == self._last:
-            self.stop()
+        elif step == self._end:
+            self.close()
 
-    def stop(self) -> None:
+    def close(self) -> None:
+        """Ends the profile if one is being recorded."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

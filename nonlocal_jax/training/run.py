@@ -1,7 +1,7 @@
-"""The folder of one run: nobody else's, of one configuration, with a log that programs and TensorBoard read.
+"""The directory of one run, which one process at a time owns and one configuration describes.
 
-config.json      what was asked for; a run is resumed only with the same
-metrics.jsonl    one row a step, one an evaluation, each step once however often the run was killed
+config.json      what was asked for; a run resumes only with the same
+metrics.jsonl    one row a step, one an evaluation; each step once, however often the run was killed
 events.out.*     the same for TensorBoard
 checkpoints/     see `nonlocal_jax.training.checkpoints`
 nonfinite/       the batch at which the loss or the gradient stopped being finite
@@ -9,7 +9,6 @@ profile/         for TensorBoard's profiler, or https://ui.perfetto.dev
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +19,21 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
-from nonlocal_jax.training.distributed import tell_all
+from nonlocal_jax import files
+from nonlocal_jax.training.distributed import broadcast_message
 
 
 class RunError(Exception):
-    """A folder cannot be used for this run; says why."""
+    """A directory cannot be used for this run; the message says why."""
 
 
 class Run:
-    """One run in its folder, from `with` to the end of it.
+    """Context manager that owns a run's directory.
+
+    Attributes:
+        folder: Absolute path of the directory.
+        config: Configuration, as JSON holds it.
+        writes: Whether this process writes the log: process 0 does.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -41,42 +46,48 @@ class Run:
     def __init__(
         self, folder: Path, config: Mapping[str, Any], may_differ: tuple[str, ...] = ()
     ) -> None:
-        """Nothing is touched yet.
+        """Touches nothing yet.
 
         Args:
-            folder: of the run; it is made if it is not there.
-            config: what JSON can hold, nested by name.
-            may_differ: names that may change from one start to the next.
+            folder: Directory of the run, which is created if it does not exist.
+            config: Configuration. What JSON cannot hold is stored as a string.
+            may_differ: Names of the configuration that may change from one start to the next.
         """
         self.folder = folder.absolute()
         self.config = json.loads(json.dumps(config, default=str))
         self.may_differ = may_differ
         self.writes = jax.process_index() == 0
         self._lock = FileLock(self.folder / ".lock", timeout=0)
-        self._rows: Any = None
+        self._log_file: Any = None
         self._events: Any = None
 
     def __enter__(self) -> "Run":
-        """Take the folder.
+        """Locks the directory.
 
         Raises:
-            RunError: another process has it, it is of another configuration, or it cannot be written.
+            RunError: If another process uses it, it belongs to another configuration, or it cannot
+                be written.
         """
-        problem = tell_all(self._take() if self.writes else None)
+        # Every process must raise if process 0 does, or the others would wait for it forever.
+        problem = broadcast_message(self._acquire() if self.writes else None)
         if problem:
             raise RunError(problem)
         return self
 
-    def _take(self) -> str | None:
-        """Lock and check the folder; gives what is wrong."""
+    def _acquire(self) -> str | None:
+        """Locks and checks the directory; returns what is wrong, if anything."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             self._check_config()
         except Timeout:
-            return f"another process is training in {self.folder}; wait for it, or take another folder."
+            return (
+                f"another process is training in {self.folder}; wait for it, or use another "
+                "directory."
+            )
         except OSError as error:
-            return f"{self.folder} must be a folder that can be written: {error.strerror or error}."
+            reason = error.strerror or error
+            return f"{self.folder} must be a directory that can be written: {reason}."
         except RunError as error:
             self._lock.release()
             return str(error)
@@ -88,7 +99,7 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in (self._rows, self._events):
+        for file in (self._log_file, self._events):
             if file is not None:
                 file.close()
         if self.writes:
@@ -98,55 +109,57 @@ class Run:
         file = self.folder / "config.json"
         if file.exists():
             try:
-                before = json.loads(file.read_text())
+                stored = json.loads(file.read_text())
             except ValueError as error:
                 raise RunError(
-                    f"{file} is not JSON ({error}); mend it, or take another folder."
+                    f"{file} must be JSON; got {error}. Repair it, or use another directory."
                 ) from error
-            for name in _differences(before, self.config):
+            for name in _differences(stored, self.config):
                 if name.split(".")[0] not in self.may_differ:
-                    was, now = (_at(tree, name) for tree in (before, self.config))
                     raise RunError(
-                        f"{name} is {now} now, and was {was} when the run in {self.folder} started. Start with the same, or "
-                        "take another folder."
+                        f"{name} must be {_value(stored, name)}, as when the run in {self.folder} "
+                        f"started; got {_value(self.config, name)}. Change it back, or use another "
+                        "directory."
                     )
-        write_whole(file, json.dumps(self.config, indent=2) + "\n")
+        files.write_text(file, json.dumps(self.config, indent=2) + "\n")
 
     def open_log(self, step: int) -> None:
-        """Go on with the log after `step`: what is of later steps, or half written, is dropped."""
+        """Continues the log after `step`; rows of later steps and half-written rows are dropped."""
         if not self.writes:
             return
+        # TensorBoard takes a second to import, and only process 0 needs it.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         file = self.folder / "metrics.jsonl"
         if file.exists():
-            kept = [
-                line
-                for line in file.read_text(errors="replace").splitlines()
-                if _step_of(line) <= step
-            ]
-            write_whole(file, "".join(line + "\n" for line in kept))
-        self._rows = file.open("a")
+            lines = file.read_text(errors="replace").splitlines()
+            kept = [line + "\n" for line in lines if _step_of_row(line) <= step]
+            files.write_text(file, "".join(kept))
+        self._log_file = file.open("a")
         self._events = EventFileWriter(str(self.folder))
-        restart = Event(
-            wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)
-        )
-        self._events.add_event(restart)  # TensorBoard drops what it has of later steps
+        # This event makes TensorBoard drop the points that it has of later steps.
+        restart = SessionLog(status=SessionLog.START)
+        self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=restart))
 
     def log(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """One row; `kind` is "train" or "evaluation".
+        """Appends a row to the log.
+
+        Args:
+            step: Number of updates made.
+            kind: "train" or "evaluation".
+            values: Metrics.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: If the log cannot be written.
         """
         if not self.writes:
             return
-        if self._rows is None:
+        if self._log_file is None:
             self.open_log(step - 1)
         try:
-            self._rows.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-            self._rows.flush()
+            self._log_file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._log_file.flush()
         except OSError as error:
             raise RunError(
                 f"the log in {self.folder} cannot be written: {error.strerror}."
@@ -158,52 +171,52 @@ class Run:
             Summary.Value(tag=f"{kind}/{name}", simple_value=value)
             for name, value in values.items()
         ]
-        self._events.add_event(
-            Event(wall_time=time.time(), step=step, summary=Summary(value=points))
-        )
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=points))
+        self._events.add_event(event)
 
-    def keep_batch(self, step: int, batch: Mapping[str, Any], values: Mapping[str, float]) -> Path:
-        """Write the batch, or this process's share of it, that a step could not bear; return the file."""
+    def keep_batch(self, step: int, batch: Any, values: Mapping[str, float]) -> Path:
+        """Saves the batch, or this process's rows of it, whose step was not finite.
+
+        Args:
+            step: Number of updates made, this one included.
+            batch: Tree of arrays; nested names are joined by "/".
+            values: Metrics of the step, which are saved as JSON.
+
+        Returns:
+            The file.
+        """
         file = self.folder / "nonfinite" / f"step-{step}-process-{jax.process_index()}.npz"
         file.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in batch.items()}
+        arrays: dict[str, Any] = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+        }
         np.savez(file, **arrays)
-        file.with_suffix(".json").write_text(
-            json.dumps({"step": step, **{k: str(v) for k, v in values.items()}}) + "\n"
-        )
+        row = {"step": step, **{name: str(value) for name, value in values.items()}}
+        file.with_suffix(".json").write_text(json.dumps(row) + "\n")
         return file
 
 
-def write_whole(file: Path, text: str) -> None:
-    """So that a reader, or a kill, finds the old text or the new, never a part."""
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
-
-
-def _step_of(line: str) -> float:
+def _step_of_row(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # a row that a kill cut off
         return float("inf")
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """The names of what differs, with dots for what is nested."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [*before, *(new for new in now if new not in before)]
-        return [
-            d
-            for one in names
-            for d in _differences(before.get(one), now.get(one), f"{name}.{one}" if name else one)
-        ]
-    return [] if before == now else [name]
+def _differences(stored: Any, current: Any, prefix: str = "") -> list[str]:
+    """Lists the names of values that differ; nested names are joined by dots."""
+    if not isinstance(stored, dict) or not isinstance(current, dict):
+        return [] if stored == current else [prefix]
+    names = [*stored, *(name for name in current if name not in stored)]
+    found: list[str] = []
+    for name in names:
+        path = f"{prefix}.{name}" if prefix else name
+        found += _differences(stored.get(name), current.get(name), path)
+    return found
 
 
-def _at(tree: Any, name: str) -> Any:
+def _value(config: Any, name: str) -> Any:
     for part in name.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+        config = config.get(part) if isinstance(config, dict) else None
+    return config

@@ -1,4 +1,4 @@
-"""One step of training, a pure function of the state and a batch, and the ways to run it on many devices."""
+"""One training step: a pure function of the state and a batch, for one device or many."""
 
 import dataclasses
 import functools
@@ -6,36 +6,32 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from nonlocal_jax.ops.machine import backend
+from nonlocal_jax import checks
+from nonlocal_jax.ops.platforms import host_platform
+from nonlocal_jax.training.losses import Batch, Loss, Metrics
 from nonlocal_jax.types import Array, PRNGKeyArray
 
 Tree = Any
-Batch = Mapping[
-    str, Any
-]  # "inputs" and "labels", what else `prepare` reads, and in evaluation "mask"
-Metrics = dict[str, Array]
-RATIO = "residual_ratio"
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes, and so all that a checkpoint holds.
+    """Everything that training changes, and therefore everything that a checkpoint holds.
 
     Attributes:
-        step: updates made so far.
-        params: of the model.
-        batch_stats: running statistics of its norms; empty where it has none.
-        opt_state: of the optimiser.
-        key_data: the numbers of the random key; those of a step come from `state.key_at(step)`.
-        average: exponential moving average of the parameters, or None.
+        step: Number of updates made so far.
+        params: Parameters of the model.
+        batch_stats: Running statistics of its norms; empty if it has none.
+        opt_state: State of the optimiser.
+        key_data: Raw data of the random key; `state.key_at(step)` derives the key of a step.
+        average: Exponential moving average of the parameters, or None.
     """
 
-    step: Tree  # of arrays, or of their shapes
+    step: Tree  # the fields are trees of arrays, or of their shapes
     params: Tree
     batch_stats: Tree
     opt_state: Tree
@@ -43,139 +39,88 @@ class TrainState:
     average: Tree
 
     def key_at(self, step: Array | int) -> PRNGKeyArray:
-        """Of the random numbers of one step."""
+        """Returns the key of the random numbers of one step."""
         return jax.random.fold_in(jax.random.wrap_key_data(self.key_data), step)
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model is evaluated with: the averaged parameters, where there are such."""
+        """The variables for evaluation: the averaged parameters if there are any."""
         params = self.params if self.average is None else self.average
-        return (
-            {"params": params, "batch_stats": self.batch_stats}
-            if self.batch_stats
-            else {"params": params}
-        )
+        variables = {"params": params}
+        return {**variables, "batch_stats": self.batch_stats} if self.batch_stats else variables
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Of each example: -log softmax(logits) at the label; labels (B,) are classes, (B, classes) are probabilities."""
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return optax.softmax_cross_entropy(logits, labels)
-
-
-def smoothed_cross_entropy(smoothing: float) -> Callable[[Array, Array], Array]:
-    """The cross-entropy with labels of which each class has a share of `smoothing`.
-
-    Source: Szegedy et al., Rethinking the Inception Architecture (CVPR 2016), section 7.
-
-    >>> float(smoothed_cross_entropy(0.5)(jnp.array([[0.0, 0.0]]), jnp.array([1]))[0])
-    0.6931471824645996
-    """
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must be at least 0 and below 1; got {smoothing}.")
-
-    def loss(logits: Array, labels: Array) -> Array:
-        return cross_entropy(
-            logits, optax.smooth_labels(one_hot(labels, logits.shape[-1]), smoothing)
-        )
-
-    return loss
-
-
-def accuracy(logits: Array, labels: Array) -> Metrics:
-    """Of each example, whether the largest logit is that of the (most probable) label."""
-    target = labels if labels.ndim == 1 else labels.argmax(-1)
-    return {"accuracy": (logits.argmax(-1) == target).astype(jnp.float32)}
-
-
-def mixup(batch: Batch, key: PRNGKeyArray, alpha: float, num_classes: int) -> Batch:
-    """Each example mixed with another, λ x + (1 − λ) x', and so their labels; λ ~ Beta(α, α), one for the batch.
-
-    Source: Zhang et al., mixup (ICLR 2018), with the partner taken from the reversed batch.
-
-    >>> batch = {"inputs": jnp.array([[0.0], [1.0]]), "labels": jnp.array([0, 1])}
-    >>> mixed = mixup(batch, jax.random.key(0), 1.0, 2)
-    >>> bool((mixed["inputs"][:, 0] == mixed["labels"][:, 1]).all())
-    True
-    """
-    share = jax.random.beta(key, alpha, alpha)
-
-    def mix(x: Array) -> Array:
-        return share * x + (1 - share) * jnp.flip(x, 0)
-
-    return {
-        **batch,
-        "inputs": mix(batch["inputs"]),
-        "labels": mix(one_hot(batch["labels"], num_classes)),
-    }
-
-
-def one_hot(labels: Array, num_classes: int) -> Array:
-    """Probabilities (B, classes), which labels may already be."""
-    return jax.nn.one_hot(labels, num_classes) if labels.ndim == 1 else labels
-
-
-def _unprepared(batch: Batch, key: PRNGKeyArray | None) -> Batch:
+def _identity(batch: Batch, key: PRNGKeyArray | None) -> Batch:
     return batch
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity: compiled steps are cached by trainer, and a model need not be hashable.
+@dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
-    """What a step needs to know; nothing of it is changed by training.
+    """What a training step does. Training changes nothing of it.
 
     Attributes:
-        model: `model.apply(variables, inputs, train=...)` gives logits. One that can split the positions of each example over
-            devices has an attribute `axis_name`, which is "positions" if it shall, as `video_resnet(axis_name="positions")`.
-        optimiser: of optax.
-        schedule: the optimiser's learning rate by step, for the log alone; None does not log it.
-        loss: of each example, from logits and labels.
-        metrics: more numbers of each example, by name.
-        prepare: what is done to a batch on the device before the model sees it: normalisation, and in training, where the
-            key is not None, augmentation.
-        accumulate: parts into which each batch is split; their gradients are averaged, their memory is that of one. BatchNorm
-            sees one part at a time, as on so many devices with statistics of their own.
-        batch_norm: of a step on many devices: "global" takes statistics over the whole batch, "device" on each device, as the
-            paper's do; the running ones are the mean over devices and parts.
-        average: what the exponential moving average of the parameters keeps of itself at each step; None has none.
+        loss: Function that is minimised, such as `classification(model)`; see `Loss`.
+        optimiser: An optax optimiser.
+        schedule: Learning rate as a function of the step, which is only logged; None logs none.
+        prepare: Function of a batch and a key that runs on the device before the loss:
+            normalisation and, in training, augmentation. In evaluation the key is None.
+        accumulate: Number of parts into which each batch is split. Their gradients are averaged,
+            and memory is needed for one part at a time. BatchNorm sees one part at a time, as it
+            does on that many devices with separate statistics.
+        batch_norm: Statistics of BatchNorm on several devices: "global" computes them over the
+            whole batch; "device" computes them on each device, as the papers do. The running
+            statistics are then the mean over devices and parts.
+        average: Decay of the exponential moving average of the parameters; None keeps no average.
     """
 
-    model: nn.Module
+    loss: Loss
     optimiser: optax.GradientTransformation
     schedule: optax.Schedule | None = None
-    loss: Callable[[Array, Array], Array] = cross_entropy
-    metrics: Callable[[Array, Array], Metrics] = accuracy
-    prepare: Callable[[Batch, PRNGKeyArray | None], Batch] = _unprepared
+    prepare: Callable[[Batch, PRNGKeyArray | None], Batch] = _identity
     accumulate: int = 1
     batch_norm: Literal["global", "device"] = "global"
     average: float | None = None
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1; got {self.accumulate}.")
-        if self.batch_norm not in ("global", "device"):
-            raise ValueError(f"batch_norm must be 'global' or 'device'; got {self.batch_norm!r}.")
+        checks.at_least("accumulate", self.accumulate, 1)
+        checks.one_of("batch_norm", self.batch_norm, ("global", "device"))
         if self.average is not None and not 0 < self.average < 1:
             raise ValueError(f"average must be between 0 and 1, or None; got {self.average}.")
 
     @property
-    def positions(self) -> str | None:
-        """The mapped axis over which the model splits the positions of each example."""
-        return getattr(self.model, "axis_name", None)
+    def axis_name(self) -> str | None:
+        """The mapped axis over which the loss splits the positions of each example, or None."""
+        return getattr(self.loss, "axis_name", None)
+
+    def split_over_positions(self, batch: Batch) -> Tree:
+        """Marks the leaves of a batch whose second axis is split over the mesh axis "positions"."""
+        if self.axis_name is None:
+            return jax.tree.map(lambda _: False, batch)
+        loss: Any = self.loss
+        return loss.split_over_positions(batch)
 
     def init(
         self, key: PRNGKeyArray, batch: Batch, variables: Mapping[str, Any] | None = None
     ) -> TrainState:
-        """The state before the first step.
+        """Returns the state before the first step.
 
         Args:
-            key: of the initial values, and of all random numbers of training.
-            batch: an example of what `prepare` takes.
-            variables: initial values to take instead, such as those of `nonlocal_jax.weights.load`.
+            key: Key of the initial values and of all random numbers of training.
+            batch: Example of the batches that `prepare` takes.
+            variables: Initial variables to use instead, such as those that
+                `nonlocal_jax.weights.load` returns.
+
+        Raises:
+            ValueError: If the loss cannot make variables and none are passed.
         """
         if variables is None:
-            inputs = self.prepare(batch, None)["inputs"]
-            variables = self.model.init({"params": key, "dropout": key}, inputs)
+            initialise = getattr(self.loss, "init", None)
+            if initialise is None:
+                raise ValueError(
+                    f"variables must be passed if the loss has no `init`; got {self.loss!r}."
+                )
+            variables = initialise(key, self.prepare(batch, None))
         params = variables["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -195,61 +140,29 @@ def train_step(
     axis_name: str | None = None,
     shards: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update.
+    """Makes one update.
 
     Args:
-        trainer: what to do.
-        state: before.
-        batch: of this device where `axis_name` is given, else of all.
-        axis_name: the mapped axis over which gradients, statistics and metrics are averaged (`jax.pmap`, `jax.shard_map`);
-            where the model splits positions, they are averaged over that axis too, since each device's gradient is of
-            its own positions, times the devices.
-        shards: into how many parts the batch is split over devices, which the parts of `accumulate` then respect.
+        trainer: What to do.
+        state: State before the update.
+        batch: Batch of this device if `axis_name` is given, otherwise of all devices.
+        axis_name: Mapped axis (`jax.pmap`, `jax.shard_map`) over which gradients, statistics and
+            metrics are averaged. If the loss splits positions, they are averaged over its axis as
+            well, because each device's gradient is that of its own positions, times the number of
+            devices.
+        shards: Number of parts into which the batch is split over devices; the parts of
+            `accumulate` then stay within them.
 
     Returns:
-        The state after, and the metrics of the batch: means over it of the loss and of `trainer.metrics`, the norm of the
-        gradient, the learning rate, and of each non-local block ‖W_z y‖ / ‖x‖ as "residual_ratio/<place>".
+        The state after the update, and scalar metrics: the loss, the metrics of `trainer.loss`, the
+        norm of the gradient and, with a schedule, the learning rate.
     """
     key = state.key_at(state.step)
     batch = trainer.prepare(batch, key)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-
-    def loss_of(
-        params: Tree, part: tuple[Array, Array], dropout: PRNGKeyArray
-    ) -> tuple[Array, tuple[Tree, Metrics]]:
-        inputs, labels = part
-        logits: Any
-        logits, changed = trainer.model.apply(
-            {"params": params, "batch_stats": state.batch_stats}, inputs, train=True,
-            mutable=["batch_stats", "intermediates"], rngs={"dropout": dropout},
-        )  # fmt: skip
-        loss = trainer.loss(logits, labels).mean()
-        metrics = {name: value.mean() for name, value in trainer.metrics(logits, labels).items()}
-        ratios = residual_ratios(changed.get("intermediates", {}))
-        return loss, (changed.get("batch_stats", {}), {"loss": loss, **metrics, **ratios})
-
-    differentiate = jax.value_and_grad(loss_of, has_aux=True)
-    examples = (batch["inputs"], batch["labels"])
-    if trainer.accumulate == 1:
-        (_, (batch_stats, metrics)), gradient = differentiate(state.params, examples, key)
-    else:
-        k = trainer.accumulate
-        parts = jax.tree.map(functools.partial(_split, parts=k, shards=shards), examples)
-        keys = jax.random.split(key, k)
-
-        def add(total: Tree, part: Tree) -> tuple[Tree, None]:
-            return jax.tree.map(jnp.add, total, differentiate(state.params, *part)), None
-
-        first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (parts, keys))
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(differentiate, state.params, *first),
-        )
-        # XLA on CPU runs a loop's body on one core.
-        total, _ = jax.lax.scan(add, zeros, (parts, keys), unroll=k if backend() == "cpu" else 1)
-        (_, (batch_stats, metrics)), gradient = jax.tree.map(lambda x: x / k, total)
-    if axes := [name for name in (axis_name, trainer.positions) if name]:
+    gradient, batch_stats, metrics = _gradient(trainer, state, batch, key, shards)
+    if axes := [name for name in (axis_name, trainer.axis_name) if name]:
         gradient, batch_stats, metrics = jax.lax.pmean((gradient, batch_stats, metrics), axes)
     metrics["gradient_norm"] = optax.tree.norm(gradient)
     if trainer.schedule is not None:
@@ -259,66 +172,116 @@ def train_step(
     average = state.average
     if trainer.average is not None:
         average = optax.incremental_update(params, average, 1 - trainer.average)
-    return TrainState(
-        state.step + 1, params, batch_stats, opt_state, state.key_data, average
-    ), metrics
+    new_state = TrainState(state.step + 1, params, batch_stats, opt_state, state.key_data, average)
+    return new_state, metrics
+
+
+def _gradient(
+    trainer: Trainer, state: TrainState, batch: Batch, key: PRNGKeyArray, shards: int
+) -> tuple[Tree, Tree, Metrics]:
+    """Computes the gradient, the new running statistics and the metrics of a prepared batch."""
+
+    def loss(params: Tree, part: Batch, rng: PRNGKeyArray) -> tuple[Array, tuple[Tree, Metrics]]:
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        scalar, metrics, updates = trainer.loss(variables, part, rng, True)
+        if unknown := updates.keys() - {"batch_stats"}:
+            raise ValueError(
+                f"updates of a loss must be of 'batch_stats'; got {', '.join(sorted(unknown))}."
+            )
+        batch_stats = updates.get("batch_stats", state.batch_stats)
+        return scalar, (batch_stats, {"loss": scalar, **metrics})
+
+    differentiate = jax.value_and_grad(loss, has_aux=True)
+    if trainer.accumulate == 1:
+        (_, (batch_stats, metrics)), gradient = differentiate(state.params, batch, key)
+        return gradient, batch_stats, metrics
+
+    count = trainer.accumulate
+    parts = jax.tree.map(functools.partial(_split, parts=count, shards=shards), batch)
+    keys = jax.random.split(key, count)
+
+    def add(total: Tree, part: Tree) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, differentiate(state.params, *part)), None
+
+    first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (parts, keys))
+    shapes = jax.eval_shape(differentiate, state.params, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    # XLA on CPU runs the body of a loop on one core (jaxlib 0.10), so there the loop is unrolled.
+    unroll = count if host_platform() == "cpu" else 1
+    total, _ = jax.lax.scan(add, zeros, (parts, keys), unroll=unroll)
+    (_, (batch_stats, metrics)), gradient = jax.tree.map(lambda x: x / count, total)
+    return gradient, batch_stats, metrics
 
 
 def _split(x: Array, parts: int, shards: int) -> Array:
-    """(B, ...) -> (parts, B / parts, ...), each part with as much of each shard, so that nothing moves between devices."""
+    """Reshapes (B, ...) to (parts, B / parts, ...) so that no data moves between devices.
+
+    Each part takes an equal share of every shard.
+    """
     if x.shape[0] % (parts * shards):
         raise ValueError(
-            f"the batch must split into {parts} parts on {shards} devices; got {x.shape[0]} examples."
+            f"the batch must split into {parts} parts on {shards} devices; got {x.shape[0]} "
+            "examples."
         )
     x = x.reshape(shards, parts, -1, *x.shape[1:])
     return jnp.moveaxis(x, 1, 0).reshape(parts, -1, *x.shape[3:])
 
 
-def residual_ratios(intermediates: Mapping[str, Any], place: tuple[str, ...] = ()) -> Metrics:
-    """What the non-local blocks have sown: {"residual_ratio/<place>": ‖W_z y‖ / ‖x‖}."""
-    ratios = {}
-    for name, value in intermediates.items():
-        if name == RATIO:
-            ratios["/".join((RATIO, *place))] = jnp.mean(
-                jnp.stack([jnp.mean(one) for one in value])
-            )
-        elif isinstance(value, Mapping):
-            ratios |= residual_ratios(value, (*place, name))
-    return ratios
+def batch_size(batch: Batch) -> int:
+    """Returns the number of examples of a batch: the leading axis of its first leaf."""
+    return int(jax.tree.leaves(batch)[0].shape[0])
 
 
 def evaluation_step(trainer: Trainer, variables: Mapping[str, Any], batch: Batch) -> Metrics:
-    """Sums over the examples of a batch which its "mask" (B,) says are real: "count", "loss" and `trainer.metrics`."""
-    mask = batch["mask"]
+    """Sums the loss and the metrics over the real examples of a batch.
+
+    Returns:
+        "count", the number of examples that "mask" (B,) marks as real (all without a mask); "loss"
+        and the metrics of `trainer.loss`, each times the count.
+    """
+    mask = batch.get("mask") if isinstance(batch, Mapping) else None
     batch = trainer.prepare(batch, None)
-    logits: Any = trainer.model.apply(variables, batch["inputs"], train=False)
-    values = {
-        "loss": trainer.loss(logits, batch["labels"]),
-        **trainer.metrics(logits, batch["labels"]),
-    }
-    sums = {name: jnp.sum(jnp.where(mask, value, 0)) for name, value in values.items()}
-    return {"count": jnp.sum(mask), **sums}
+    if mask is None:
+        count = jnp.asarray(batch_size(batch), jnp.int32)
+    else:
+        batch, count = {**batch, "mask": mask}, jnp.sum(mask)
+    loss, metrics, _ = trainer.loss(variables, batch, None, False)
+    means = {"loss": loss, **metrics}
+    # A batch without a real example has no mean: 0 · NaN would spoil the sum.
+    sums = {name: jnp.where(count > 0, mean * count, 0) for name, mean in means.items()}
+    return {"count": count, **sums}
 
 
 def pmap_step(
     trainer: Trainer, axis_name: str = "data"
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step under `jax.pmap`, for who uses it: equal to that of a mesh with `batch_norm="device"`.
+    """Returns the training step under `jax.pmap`.
+
+    It equals the step on a mesh with `batch_norm="device"`.
 
     Args:
-        trainer: what to do; its `batch_norm` is "device" whatever it says, unless the model's norms average over `axis_name`.
-        axis_name: of the mapped axis.
+        trainer: What to do. Its `batch_norm` counts as "device" unless the model's norms average
+            over `axis_name` themselves.
+        axis_name: Name of the mapped axis.
 
     Returns:
-        A function of a state replicated by `flax.jax_utils.replicate`, which it consumes, and of a batch whose arrays are
-        (devices, B / devices, ...); it gives the state and the metrics, one of each for every device.
+        A function of a state replicated by `flax.jax_utils.replicate`, which is donated, and of a
+        batch of arrays (devices, B / devices, ...). It returns the state and the metrics of every
+        device.
 
+    >>> import flax.linen as nn
     >>> from flax.jax_utils import replicate
-    >>> from nonlocal_jax.models import cifar_resnet
-    >>> trainer = Trainer(cifar_resnet(8), optax.sgd(0.1))
-    >>> batch = {"inputs": jnp.ones((2, 8, 8, 3)), "labels": jnp.array([0, 1])}
-    >>> state, devices = trainer.init(jax.random.key(0), batch), jax.local_device_count()
-    >>> state, metrics = pmap_step(trainer)(replicate(state), jax.tree.map(lambda x: jnp.stack(devices * [x]), batch))
+    >>> from nonlocal_jax.training import classification
+    >>> class Linear(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x, *, train=False):
+    ...         return nn.Dense(3)(x)
+    >>> trainer = Trainer(classification(Linear()), optax.sgd(0.1))
+    >>> batch = {"inputs": jnp.ones((2, 5)), "labels": jnp.array([0, 1])}
+    >>> devices = jax.local_device_count()
+    >>> batches = jax.tree.map(lambda x: jnp.stack(devices * [x]), batch)
+    >>> state = replicate(trainer.init(jax.random.key(0), batch))
+    >>> state, metrics = pmap_step(trainer)(state, batches)
     >>> metrics["loss"].shape == (devices,)
     True
     """

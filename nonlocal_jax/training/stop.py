@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves first."""
+"""Signals that ask a run to stop, which it does after saving."""
 
 import signal
 from types import FrameType, TracebackType
@@ -7,18 +7,20 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-SAVED = 75  # EX_TEMPFAIL of sysexits.h: run it again
+EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h: the command may be run again
 
 
 class Stopped(SystemExit):
-    """A run was asked to stop, and has saved; the process exits with 75, which says that it may be started again.
+    """Raised when a run was asked to stop and has saved.
+
+    If it is not caught the process exits with 75, which means that it may be started again.
 
     Attributes:
-        step: that was saved.
+        step: Step that was saved.
     """
 
     def __init__(self, step: int) -> None:
-        super().__init__(SAVED)
+        super().__init__(EXIT_CODE)
         self.step = step
 
     def __str__(self) -> str:
@@ -26,25 +28,30 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """Within `with`, SIGTERM and SIGINT only set `requested`; of many processes all stop after the same step.
+    """Context manager in which SIGTERM and SIGINT only set `requested`.
 
-    Another SIGTERM changes nothing: schedulers and launchers often send two, and the save is on its way. Another SIGINT, from
-    someone who presses Ctrl-C again, raises KeyboardInterrupt at once; the save that it interrupts leaves the checkpoints
-    before it whole.
+    A second SIGTERM changes nothing: schedulers and launchers often send two while a run is saving.
+    A second SIGINT, from pressing Ctrl-C again, raises KeyboardInterrupt at once; the checkpoints
+    before the save that it interrupts stay intact.
 
-    Of many processes any one's SIGTERM stops all: JAX's preemption service takes the signal, and agrees on a step. SIGINT is
-    then left alone.
+    With several processes a SIGTERM to any one stops all after the same step: JAX's preemption
+    service receives the signal and agrees on the step. SIGINT keeps its default behaviour then.
+
+    Attributes:
+        requested: Whether the run was asked to stop.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
+        if jax.process_count() > 1:
+            return self
+        for number in (signal.SIGTERM, signal.SIGINT):
             try:
-                self._before[number] = signal.signal(number, self._handle)
-            except ValueError:  # not in the main thread, where no signal arrives
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # outside of the main thread, where no signal arrives
                 break
         return self
 
@@ -54,11 +61,11 @@ class StopSignals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def after(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked after each, once."""
+    def check(self, step: int) -> bool:
+        """Whether to stop after this step. Call it exactly once after each step."""
         if jax.process_count() > 1:
             self.requested = self.requested or multihost_utils.reached_preemption_sync_point(step)
         return self.requested

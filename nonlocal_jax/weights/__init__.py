@@ -1,11 +1,10 @@
-"""Parameters of trained networks: reading, inflating, checking, writing."""
+"""Weights of trained networks: reading, loading, inflating, verifying and writing them."""
 
-from nonlocal_jax.weights.files import Checkpoint, read
+from nonlocal_jax.weights.account import LoadedWeight, LoadReport
 from nonlocal_jax.weights.inflation import inflate
 from nonlocal_jax.weights.loading import load, load_report
-from nonlocal_jax.weights.report import LoadedWeight, LoadReport
+from nonlocal_jax.weights.readers import Checkpoint, FileFormatError, UnsafeFileError, read
 from nonlocal_jax.weights.saving import export, save
-from nonlocal_jax.weights.unpickle import FileFormatError, UnsafeFileError
 from nonlocal_jax.weights.verification import Verification, verify
 
 __all__ = [

@@ -1,11 +1,13 @@
-"""Look into files of trained weights, convert and verify them.
+"""Inspects, converts and verifies files of trained weights.
 
-    python -m nonlocal_jax.weights inspect FILE          # what it holds, whose names it has, which network it is of
-    python -m nonlocal_jax.weights convert FILE OUT      # to a .safetensors file, by the names of this library or another
-    python -m nonlocal_jax.weights verify FILE           # the weights against the file, the network against its definitions
+    python -m nonlocal_jax.weights inspect FILE       # entries, their native names, the network
+    python -m nonlocal_jax.weights convert FILE OUT   # to .safetensors, with any source's names
+    python -m nonlocal_jax.weights verify FILE        # weights against the file, layers by
+    definition
 
-FILE is a pickle of Caffe2, a file of torch.save, a .safetensors file or a folder of Orbax; nothing in it is run, and torch
-is not wanted. Exit code 0, 1 where `verify` finds something wrong, 2 for a file or an option that cannot be used.
+FILE is a pickle of Caffe2, a file of torch.save, a .safetensors file or a folder of Orbax. Nothing
+in it is executed, and torch is not needed. The exit code is 0 on success, 1 if `verify` finds a
+problem, and 2 if a file or an option is unusable.
 """
 
 import dataclasses
@@ -15,16 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import flax.linen as nn
 import tyro
 
-from nonlocal_jax.weights import files
+from nonlocal_jax.weights.account import dims, table
 from nonlocal_jax.weights.build import Choices, build, call, open_questions
-from nonlocal_jax.weights.entries import name_of, read_names
+from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.infer import Architecture, architecture
-from nonlocal_jax.weights.loading import Part, load_checkpoint
+from nonlocal_jax.weights.loading import load_checkpoint
+from nonlocal_jax.weights.matching import Part
 from nonlocal_jax.weights.names import flatten, unflatten
-from nonlocal_jax.weights.report import dims, table
+from nonlocal_jax.weights.readers import Checkpoint, checkpoint_files
 from nonlocal_jax.weights.saving import save
 from nonlocal_jax.weights.verification import TOLERANCE, verify
 
@@ -38,57 +40,56 @@ Names = Literal[
     "non_local_pytorch",
     "non_local_pytorch (first version)",
 ]
+InputFile = Annotated[Path, tyro.conf.arg(metavar="FILE")]
+OutputFile = Annotated[Path, tyro.conf.arg(metavar="OUT")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect(Choices):
-    """What a file holds: whose names it has, the call that makes its network, every entry and what it is called here."""
+    """Show the entries of a file, their native names, and the call that builds the network."""
 
-    file: Annotated[Path, tyro.conf.arg(metavar="FILE")]  # the file, or the folder of Orbax
+    file: InputFile  # the file, or the folder of Orbax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert(Choices):
-    """Write the weights of a file as .safetensors, whole or not at all; what the file does not have is not made up."""
+    """Write the weights of a file as .safetensors. What the file lacks is left out."""
 
-    file: Annotated[Path, tyro.conf.arg(metavar="FILE")]  # the file, or the folder of Orbax
-    out: Annotated[Path, tyro.conf.arg(metavar="OUT")]  # the .safetensors file to write
-    names: Names = "nonlocal_jax"  # whose names, and shapes, the weights get
-    overwrite: bool = False  # replace OUT where it is there already
+    file: InputFile  # the file, or the folder of Orbax
+    out: OutputFile  # the .safetensors file to write
+    names: Names = "nonlocal_jax"  # the source whose names and shapes the weights get
+    overwrite: bool = False  # replace OUT if it exists
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verify(Choices):
-    """Load a file; compare the weights with the file's, and each layer, each stage and the logits with their definitions."""
+    """Compare loaded weights with the file, and the network with its layers' definitions."""
 
-    file: Annotated[Path, tyro.conf.arg(metavar="FILE")]  # the file, or the folder of Orbax
-    tolerance: float = (
-        TOLERANCE  # the largest difference that is accepted, relative to the largest value
-    )
-    seed: int = 0  # of the random clip
+    file: InputFile  # the file, or the folder of Orbax
+    tolerance: float = TOLERANCE  # largest accepted difference, relative to the largest value
+    seed: int = 0  # seed of the random clip
 
 
 class VerificationError(ValueError):
-    """A weight without a place, or a place without a weight."""
+    """The weights of the file and the leaves of the network do not match."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Runs the command line.
 
     Args:
-        arguments: the words after the program's name; None is those of this process.
+        arguments: The words after the program's name; None takes those of this process.
 
     Returns:
         The exit code.
     """
-    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
     commands: Any = Inspect | Convert | Verify
     command = tyro.cli(
         commands,
         args=arguments,
         prog="python -m nonlocal_jax.weights",
         description=__doc__,
-        config=config,
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
     )
     try:
         match command:
@@ -99,82 +100,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return _verify(command)
     except OSError as error:
-        print(
-            f"error: {error.filename}: {error.strerror}" if error.strerror else f"error: {error}",
-            file=sys.stderr,
-        )
+        message = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+        print(f"error: {message}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, VerificationError) else 2
-    return 2
 
 
 def _inspect(command: Inspect) -> int:
-    checkpoint = files.read(command.file)
+    checkpoint = checkpoint_files.read(command.file)
     numbers = sum(math.prod(array.shape) for array in checkpoint.arrays.values())
-    print(
-        f"{command.file}: {checkpoint.format}, {len(checkpoint.arrays)} arrays, {numbers:,} numbers"
-    )
+    count = len(checkpoint.arrays)
+    print(f"{command.file}: {checkpoint.format}, {count} arrays, {numbers:,} numbers")
     targets: dict[str, str] = {}
-    wrong = None
+    problem = None
     try:
-        source, entries, _ = read_names(checkpoint)
+        naming_table, entries, _ = read_names(checkpoint)
         targets = {entry.key: entry.target or "unknown" for entry in entries}
-        print(f"names: {name_of(source)}")
+        print(f"names: {table_name(naming_table)}")
         found = architecture(checkpoint)
         print(f"network: {call(found, command)}")
         for question in open_questions(found, command):
-            print(f"  the file does not tell the {question}")
-    except ValueError as error:  # the entries are shown all the same
-        wrong = error
+            print(f"  the file does not show the {question}")
+    except ValueError as error:  # raised again below, after the entries are shown
+        problem = error
+    _print_entries(checkpoint, targets)
+    if problem is not None:
+        raise problem
+    return 0
+
+
+def _print_entries(checkpoint: Checkpoint, targets: dict[str, str]) -> None:
+    fallback = "not a weight" if targets else "unknown"
     rows = [
-        (
-            key,
-            dims(array.shape),
-            array.dtype.name,
-            targets.get(key, "not a weight" if targets else "unknown"),
-        )
+        (key, dims(array.shape), array.dtype.name, targets.get(key, fallback))
         for key, array in checkpoint.arrays.items()
     ]
-    print(table("Entries", ("name", "shape", "dtype", "here"), rows))
+    print(table("Entries", ("name", "shape", "dtype", "native name"), rows))
     if checkpoint.ignored:
         print(table("Ignored", ("name", "reason"), list(checkpoint.ignored.items())))
-    if wrong is not None:
-        raise wrong
-    return 0
 
 
 def _convert(command: Convert) -> int:
     if command.out.exists() and not (command.overwrite and command.out.is_file()):
-        raise FileExistsError(f"{command.out} is there already; --overwrite replaces a file.")
-    if not command.out.parent.is_dir():
+        raise FileExistsError(f"{command.out} exists already; --overwrite replaces a file.")
+    folder = command.out.parent
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"{command.out.parent} is no folder; {command.out.name} cannot be written there."
+            f"{folder} is not a folder; {command.out.name} cannot be written there."
         )
-    checkpoint = files.read(command.file)
+    checkpoint = checkpoint_files.read(command.file)
     found = architecture(checkpoint)
-    variables, report = load_checkpoint(
-        checkpoint, build(found, command), **_load_options(found, command)
-    )
-    from_file = {weight.target for weight in report.weights if weight.source and weight.target}
-    leaves = {target: leaf for target, leaf in flatten(variables).items() if target in from_file}
+    model, load_options = build(found, command), _load_options(found, command)
+    variables, report = load_checkpoint(checkpoint, model, **load_options)
+    loaded = {weight.target for weight in report.weights if weight.source and weight.target}
+    leaves = {path: leaf for path, leaf in flatten(variables).items() if path in loaded}
     save(command.out, unflatten(leaves), command.names)
     print(f"network: {call(found, command)}")
-    print(
-        f"{report.summary.partition(';')[0]}; written to {command.out} by the names of {command.names}"
-    )
+    summary = report.summary.partition(";")[0]
+    print(f"{summary}; written to {command.out} by the names of {command.names}")
     return 0
 
 
 def _verify(command: Verify) -> int:
-    checkpoint = files.read(command.file)
+    checkpoint = checkpoint_files.read(command.file)
     found = architecture(checkpoint)
-    model: nn.Module = build(found, command)
+    model, load_options = build(found, command), _load_options(found, command)
     print(f"network: {call(found, command)}")
     try:
-        options = _load_options(found, command)
         verification = verify(
-            checkpoint, model, seed=command.seed, tolerance=command.tolerance, **options
+            checkpoint, model, seed=command.seed, tolerance=command.tolerance, **load_options
         )
     except ValueError as error:
         raise VerificationError(str(error)) from error
@@ -183,7 +179,7 @@ def _verify(command: Verify) -> int:
 
 
 def _load_options(found: Architecture, choices: Choices) -> dict[str, Any]:
-    """Only what the file cannot have stays as it is initialised; another kind that is asked for is an inflation."""
+    """Lets a classifier that the file lacks keep its initial value, and a chosen kind inflate."""
     parts: tuple[Part, ...] = () if found.num_classes is not None else ("classifier",)
     return {"initialise": parts, "inflate_flat": choices.kind is not None}
 

@@ -1,4 +1,4 @@
-"""The network that a file of weights is of, as the call that makes it."""
+"""Building the network to which a file of weights belongs, or the call that builds it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,179 +8,199 @@ import flax.linen as nn
 
 from nonlocal_jax import models
 from nonlocal_jax.layers.presets import PRESETS, Preset
-from nonlocal_jax.models.video_resnets import Clip, Kind
+from nonlocal_jax.models.video_tables import ClipFormat as Clip
+from nonlocal_jax.models.video_tables import Inflation as Kind
 from nonlocal_jax.types import Instantiation
-from nonlocal_jax.weights.entries import NATIVE
+from nonlocal_jax.weights.entries import NATIVE, naming_tables
 from nonlocal_jax.weights.infer import MNIST, Architecture
 
-# By the names in a file, whose networks those are.
+# From the name of a naming table to the preset of the networks whose files have these names.
 PRESET_OF_NAMES: dict[str, Preset] = {
     names: preset for preset, conventions in PRESETS.items() for names in conventions.names
 }
+# Files with native names tell a preset only by the biases of their blocks, which several presets
+# share. These come first. They are followed by the other presets in the order of the table.
+PREFERRED_PRESETS: tuple[Preset, ...] = ("paper", "slowfast", "mmcv")
+# The numbers of blocks for which `video_resnet` knows the places.
+BLOCK_COUNTS = (0, 1, 5, 10)
+LONG_MAPS = ("32x4", "128x1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What a file does not tell, or what is wanted instead. None is what the file says or, failing that, the default."""
+    """Choices where a file leaves several networks possible.
 
-    clip: Clip | None = None  # frames x stride, for the layout; by default 8x8, for mmaction2 32x2
-    kind: Kind | None = (
-        None  # inflates the kernels of an image network or a C2D; by default an image network becomes a C2D
-    )
-    instantiation: Instantiation | None = (
-        None  # by default embedded_gaussian, where the file leaves it and dot_product open
-    )
-    preset: Preset | None = (
-        None  # whose conventions; by default those of the source whose names the file has
-    )
+    None takes what the file shows or, failing that, the default.
+    """
+
+    clip: Clip | None = None  # frames x stride, for the layout; the default is that of the preset
+    kind: Kind | None = None  # inflate an image network or a C2D to this; an image becomes a C2D
+    instantiation: Instantiation | None = None  # the pairwise function; default embedded_gaussian
+    preset: Preset | None = None  # the conventions; default those of the source of the file
     fold: bool = False  # fold running statistics of BatchNorm into affine maps
 
 
 def options(found: Architecture, choices: Choices = Choices()) -> dict[str, Any]:
-    """The arguments of the function of `nonlocal_jax.models` that makes the network.
+    """Returns the arguments of the function of `nonlocal_jax.models` that builds the network.
 
     Args:
-        found: of a file.
-        choices: what the file does not tell.
+        found: The architecture that a file shows.
+        choices: Choices where the file leaves several networks possible.
 
     Returns:
-        By the name of the argument.
+        Arguments by name.
 
     Raises:
-        ValueError: choices that the network of digits does not have.
+        ValueError: A choice does not exist for the network of digits.
     """
-    instantiation = choices.instantiation or found.instantiation or "embedded_gaussian"
     if found.network == MNIST:
-        if wrong := [name for name in ("clip", "kind", "preset", "fold") if getattr(choices, name)]:
-            raise ValueError(
-                f"{MNIST} has no {wrong[0]} to choose; got {getattr(choices, wrong[0])!r}."
-            )
-        return {"instantiation": instantiation}
-    preset = choices.preset or PRESET_OF_NAMES.get(found.source) or _preset(found, instantiation)
-    kind = choices.kind or ("c2d" if found.kind == "image" else found.kind)
+        return _digit_options(found, choices)
+    preset = choices.preset or PRESET_OF_NAMES.get(found.source) or _native_preset(found, choices)
+    clip = choices.clip or PRESETS[PRESET_OF_NAMES.get(found.source, "paper")].clip
     arguments: dict[str, Any] = {
         "depth": found.depth,
-        "kind": kind,
-        "nonlocal_blocks": dict(found.nonlocal_blocks),
-    }
-    for count in (0, 1, 5, 10):
-        if (
-            not found.nonlocal_blocks
-            or _positions(found.blocks, count, preset) == found.nonlocal_blocks
-        ):
-            arguments["nonlocal_blocks"] = count
-            break
-    arguments |= {
-        "clip": choices.clip or PRESETS[PRESET_OF_NAMES.get(found.source, "paper")].clip,
+        "kind": choices.kind or ("c2d" if found.kind == "image" else found.kind),
+        "nonlocal_blocks": _block_count(found, preset),
+        "clip": clip,
         "preset": preset,
     }
     if found.num_classes is not None:
         arguments["num_classes"] = found.num_classes
     if found.nonlocal_blocks:
-        arguments["instantiation"] = instantiation
-        if block := _block_options(found, preset):
-            arguments["block_options"] = block
-        # video-nonlocal-net sums over groups of frames where it has frozen norms and long maps.
-        frozen_net = found.source == "caffe2" and found.frozen_bn and not found.nonlocal_norm
-        if (
-            frozen_net
-            and arguments["clip"] in ("32x4", "128x1")
-            and "res3" in found.nonlocal_blocks
-        ):
-            arguments["group_size"] = {"res3": 4}
+        arguments |= _block_arguments(found, choices, preset, clip)
     if found.frozen_bn or choices.fold:
         arguments["frozen_bn"] = True
     if (found.groups, found.width_per_group) != (1, 64):
         arguments |= {"groups": found.groups, "width_per_group": found.width_per_group}
-    if found.source == "pytorchvideo":
-        arguments["window_average"] = "logits"
-    return arguments
+    table = naming_tables().get(found.source)
+    return arguments | dict(table.network_options if table else {})
 
 
 def build(found: Architecture, choices: Choices = Choices()) -> nn.Module:
-    """The network of a file, without its weights.
+    """Builds the network of a file, without its weights.
 
     Args:
-        found: of the file.
-        choices: what the file does not tell.
+        found: The architecture that the file shows.
+        choices: Choices where the file leaves several networks possible.
 
     Returns:
-        The module that `load` fills.
+        The module, for `load`.
 
     Raises:
-        ValueError: choices that do not fit.
+        ValueError: The choices do not fit the network.
     """
     return getattr(models, found.network)(**options(found, choices))
 
 
 def call(found: Architecture, choices: Choices = Choices()) -> str:
-    """What `build` does, to be written down: "nl.models.video_resnet(50, 'c2d', ...)"."""
+    """Returns the call that `build` makes, as code: "nl.models.video_resnet(50, 'c2d', ...)"."""
     arguments = options(found, choices)
-    first = [repr(arguments.pop(name)) for name in ("depth", "kind") if name in arguments]
-    if found.network == MNIST:
-        first = [repr(arguments.pop("instantiation"))]
-    return f"nl.models.{found.network}({', '.join([*first, *(f'{name}={value!r}' for name, value in arguments.items())])})"
+    positional = ("instantiation",) if found.network == MNIST else ("depth", "kind")
+    parts = [repr(arguments.pop(name)) for name in positional if name in arguments]
+    parts += [f"{name}={value!r}" for name, value in arguments.items()]
+    return f"nl.models.{found.network}({', '.join(parts)})"
 
 
 def open_questions(found: Architecture, choices: Choices = Choices()) -> list[str]:
-    """What the file does not tell and was not chosen, a sentence each."""
-    out, has_blocks = [], found.network == MNIST or found.nonlocal_blocks
+    """Lists what the file does not show and was not chosen, with the default that is used."""
+    questions = []
+    is_mnist = found.network == MNIST
+    has_blocks = is_mnist or found.nonlocal_blocks
     if has_blocks and found.instantiation is None and choices.instantiation is None:
-        out.append(
-            "pairwise function: embedded_gaussian and dot_product have the same weights; embedded_gaussian is taken"
+        questions.append(
+            "pairwise function: embedded_gaussian and dot_product have the same weights; "
+            "embedded_gaussian is assumed"
         )
-    if found.network == MNIST:
-        return out
+    if is_mnist:
+        return questions
     if choices.clip is None:
-        out.append(
-            f"clip: layouts have the same weights; {options(found, choices)['clip']} is taken"
-        )
+        clip = options(found, choices)["clip"]
+        questions.append(f"clip: all layouts have the same weights; {clip} is assumed")
     if found.source in (NATIVE, "torchvision") and choices.preset is None:
-        out.append(f"preset: {options(found, choices)['preset']} is taken")
+        questions.append(f"preset: {options(found, choices)['preset']} is assumed")
     if found.kind == "image" and choices.kind is None:
-        out.append(
-            "kind: an image network; it becomes a c2d, or is inflated if another kind is asked for"
+        questions.append(
+            "kind: the weights are those of an image network; it becomes a c2d unless another kind "
+            "is chosen, for which it is inflated"
         )
     if found.num_classes is None:
-        out.append("no classifier: any num_classes fits, with initialise=('classifier',)")
+        questions.append(
+            "number of classes: there is no classifier; any num_classes fits, with "
+            "initialise=('classifier',)"
+        )
     if found.frozen_bn:
-        out.append("no running statistics: norms are taken to be frozen")
-    return out
+        questions.append("norms: there are no running statistics; frozen norms are assumed")
+    return questions
 
 
-def _positions(
-    blocks: tuple[int, ...], count: int, preset: Preset
+def _digit_options(found: Architecture, choices: Choices) -> dict[str, Any]:
+    for name in ("clip", "kind", "preset", "fold"):
+        if value := getattr(choices, name):
+            raise ValueError(f"{MNIST} has no {name} to choose; got {value!r}.")
+    return {"instantiation": _instantiation(found, choices)}
+
+
+def _instantiation(found: Architecture, choices: Choices) -> Instantiation:
+    return choices.instantiation or found.instantiation or "embedded_gaussian"
+
+
+def _block_count(found: Architecture, preset: Preset) -> int | dict[str, tuple[int, ...]]:
+    """Returns the number of non-local blocks if they are in the usual places, else the places."""
+    for count in BLOCK_COUNTS:
+        if not found.nonlocal_blocks or _places(found, count, preset) == found.nonlocal_blocks:
+            return count
+    return dict(found.nonlocal_blocks)
+
+
+def _places(
+    found: Architecture, count: int, preset: Preset
 ) -> Mapping[str, tuple[int, ...]] | None:
-    """Where so many blocks would be; None where they have no place."""
+    """Returns the usual places of `count` blocks; None if there are none at this depth."""
     try:
-        return models.video_resnet(blocks, "c2d", count, preset=preset).nonlocal_blocks  # type: ignore[arg-type]
+        blocks: Any = found.blocks
+        model = models.video_resnet(blocks, "c2d", count, preset=preset)
     except ValueError:
         return None
+    return model.nonlocal_blocks
+
+
+def _block_arguments(
+    found: Architecture, choices: Choices, preset: Preset, clip: Clip
+) -> dict[str, Any]:
+    """Returns the arguments that the non-local blocks need."""
+    arguments: dict[str, Any] = {"instantiation": _instantiation(found, choices)}
+    if block_options := _block_options(found, preset):
+        arguments["block_options"] = block_options
+    table = naming_tables().get(found.source)
+    group_size = dict(table.frozen_group_size) if table else {}
+    is_frozen = found.frozen_bn and not found.nonlocal_norm
+    has_groups = (
+        is_frozen and clip in LONG_MAPS and group_size.keys() & found.nonlocal_blocks.keys()
+    )
+    return arguments | ({"group_size": group_size} if has_groups else {})
 
 
 def _block_options(found: Architecture, preset: Preset) -> dict[str, Any]:
-    """Where the blocks are not as the preset has them."""
-    convention = PRESETS[preset].block
+    """Returns the options in which the blocks differ from the preset."""
+    conventions = PRESETS[preset].block
     block: dict[str, Any] = {} if found.nonlocal_norm else {"norm": None}
-    if found.embedding_bias != convention.use_bias:
+    if found.embedding_bias != conventions.use_bias:
         block["use_bias"] = found.embedding_bias
-    usual = not found.nonlocal_norm if convention.out_bias is None else convention.out_bias
-    if found.out_bias != usual:
+    is_default = conventions.out_bias is None
+    if found.out_bias != (not found.nonlocal_norm if is_default else conventions.out_bias):
         block["out_bias"] = found.out_bias
     if found.subsample is False:
         block["subsample"] = False
     return block
 
 
-def _preset(found: Architecture, instantiation: Instantiation) -> Preset:
-    """For our own names: the first with the file's biases."""
-    order: tuple[Preset, ...] = ("paper", "slowfast", "mmcv", "non_local_pytorch")
+def _native_preset(found: Architecture, choices: Choices) -> Preset:
+    """Returns the first preset that has the pairwise function and the biases of the file."""
     if not found.nonlocal_blocks:
         return "paper"
-    fits = (
-        p
-        for p in order
-        if instantiation in PRESETS[p].block.instantiations
-        and not _block_options(found, p).keys() - {"norm"}
-    )
-    return next(fits, "paper")
+    instantiation = _instantiation(found, choices)
+    for preset in dict.fromkeys((*PREFERRED_PRESETS, *PRESETS)):
+        has_biases = not _block_options(found, preset).keys() - {"norm"}
+        if has_biases and instantiation in PRESETS[preset].block.instantiations:
+            return preset
+    return "paper"

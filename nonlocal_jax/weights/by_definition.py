@@ -1,4 +1,9 @@
-"""A network computed by the definitions of its layers, beside the network as it runs."""
+"""Comparing a network with the definitions of its layers.
+
+The network runs twice: as it is, and with every convolution, dense layer, BatchNorm and non-local
+    operation replaced by
+its definition.
+"""
 
 import functools
 import math
@@ -10,61 +15,60 @@ import jax.numpy as jnp
 from jax import lax
 
 from nonlocal_jax import ops
-from nonlocal_jax.layers.conv import VideoConv
-from nonlocal_jax.layers.tap import PairwiseCall, tap
+from nonlocal_jax.layers import VideoConv
+from nonlocal_jax.layers.taps import PairwiseCall, tap
 from nonlocal_jax.types import Array
 
 
-def against_definition(
+def definition_differences(
     model: nn.Module, variables: Any, clip: Array
 ) -> tuple[dict[str, float | None], dict[str, float]]:
-    """How far a network is from its definitions: every convolution, dense layer, BatchNorm and non-local operation.
+    """Computes how far a network is from the definitions of its layers.
 
     Args:
-        model: the network.
-        variables: its variables.
-        clip: an input.
+        model: The network.
+        variables: Its variables.
+        clip: An input.
 
     Returns:
-        The layers in the order in which they run, each with the difference on the same input, None where there is nothing
-        to compare; and the stages of the whole, which is run twice. A difference is the largest, over the largest value.
+        The difference of each layer on the same input, in the order in which they run, None where a
+        layer has no definition to compare with; and the difference of each stage between the two
+        runs of the whole network. A difference is the largest absolute one, relative to the largest
+        absolute value.
     """
     order: list[str] = []
+    stages: list[str] = []
 
-    def run(variables: Any, clip: Array) -> tuple[dict[str, Array], list[Array]]:
+    def compare(variables: Any, clip: Array) -> tuple[dict[str, Array], list[Array]]:
         layers: dict[str, Array] = {}
-        as_it_runs = _stages(model, variables, clip)
-        operations = functools.partial(_nonlocal_by_definition, layers)
-        with (
-            tap(operations),
-            nn.intercept_methods(functools.partial(_by_definition, order, layers)),
-        ):
+        expected = _stages(model, variables, clip)
+        operations = functools.partial(_compare_operation, layers)
+        modules = functools.partial(_compare_module, order, layers)
+        with tap(operations), nn.intercept_methods(modules):
             defined = _stages(model, variables, clip)
         stages.extend(defined)
-        return layers, [_relative_to(as_it_runs[name], y) for name, y in defined.items()]
+        return layers, [_difference(expected[name], y) for name, y in defined.items()]
 
-    stages: list[str] = []
     with jax.default_matmul_precision("highest"):
-        of_layers, of_stages = jax.jit(run)(variables, clip)
-    differences = {
-        name: or_infinite(of_layers[name]) if name in of_layers else None
+        by_layer, by_stage = jax.jit(compare)(variables, clip)
+    layers = {
+        name: finite_or_infinity(by_layer[name]) if name in by_layer else None
         for name in dict.fromkeys(order)
     }
-    return differences, {
-        name: or_infinite(difference) for name, difference in zip(stages, of_stages, strict=True)
-    }
+    values = map(finite_or_infinity, by_stage)
+    return layers, dict(zip(stages, values, strict=True))
 
 
-def _by_definition(
+def _compare_module(
     order: list[str], layers: dict[str, Array], call: Any, args: Any, kwargs: Any, context: Any
 ) -> Any:
-    """Runs a layer as it is, notes how far that is from its definition, and goes on with the definition's answer."""
-    module, method = context.module, context.method_name
-    place = "/".join(module.path)
-    order.append(place)
-    answer = call(*args, **kwargs)
-    if method != "__call__":
-        return answer
+    """Records a layer's difference from its definition, and returns the definition's output."""
+    module = context.module
+    name = "/".join(module.path)
+    order.append(name)
+    output = call(*args, **kwargs)
+    if context.method_name != "__call__":
+        return output
     if isinstance(module, VideoConv):
         defined = _conv(module, *args)
     elif isinstance(module, nn.Dense):
@@ -72,29 +76,29 @@ def _by_definition(
     elif isinstance(module, nn.BatchNorm):
         defined = _batch_norm(module, *args[:1])
     else:
-        return answer
-    layers[place] = _relative_to(answer, defined)
+        return output
+    layers[name] = _difference(output, defined)
     return defined
 
 
-def _nonlocal_by_definition(layers: dict[str, Array], call: PairwiseCall) -> Array:
-    """The dense definition, compared with what every other implementation makes of the same input.
+def _compare_operation(layers: dict[str, Array], call: PairwiseCall) -> Array:
+    """Compares all available implementations with the dense definition, and returns the latter.
 
-    "auto" alone would not do: on a clip as small as this it takes the dense one itself.
+    All implementations are compared because "auto" itself chooses the dense one for an input as
+    small as this.
     """
     defined = call.respond("dense")
-    masked = call.key_mask is not None
-    costs = ops.explain(call.instantiation, call.theta, call.phi, call.g, masked=masked).costs
+    has_mask = call.key_mask is not None
+    costs = ops.explain(call.instantiation, call.theta, call.phi, call.g, masked=has_mask).costs
     available = [cost.implementation for cost in costs if not cost.refusal]
-    answers = [call.respond(), *(call.respond(name) for name in available)]
-    layers["/".join(call.module.path)] = jnp.stack(
-        [_relative_to(y, defined) for y in answers]
-    ).max()
+    responses = [call.respond(), *map(call.respond, available)]
+    differences = jnp.stack([_difference(response, defined) for response in responses])
+    layers["/".join(call.module.path)] = differences.max()
     return defined
 
 
 def _stages(model: nn.Module, variables: Any, clip: Array) -> dict[str, Array]:
-    """What the stages of a network put out, and its logits."""
+    """Returns the outputs of the stages that a network sows, and its logits."""
     logits, state = model.apply(variables, clip, mutable=["intermediates"])
     sown = {
         name: value[-1]
@@ -105,50 +109,46 @@ def _stages(model: nn.Module, variables: Any, clip: Array) -> dict[str, Array]:
 
 
 def _conv(module: VideoConv, x: Array) -> Array:
-    """y[p] = Σ_tap x[strides · p + tap] W[tap], by XLA's convolution of three axes."""
-    x, kernel = nn.dtypes.promote_dtype(
-        x, module.get_variable("params", "kernel"), dtype=module.dtype
-    )
-    padding = [(size // 2, size // 2) for size in module.kernel_size]
-    numbers = ("NDHWC", "DHWIO", "NDHWC")
+    """Computes y[p] = Σ_tap x[strides · p + tap] W[tap], by XLA's convolution over three axes."""
+    kernel: Array = module.get_variable("params", "kernel")
+    x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=module.dtype)
     return lax.conv_general_dilated(
         x,
         kernel,
         module.strides,
-        padding,
-        dimension_numbers=numbers,
+        padding=[(size // 2, size // 2) for size in module.kernel_size],
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         feature_group_count=module.groups,
     )
 
 
 def _dense(module: nn.Dense, x: Array) -> Array:
+    """Computes y = x W + b."""
     params = module.variables["params"]
-    x, kernel, bias = nn.dtypes.promote_dtype(
-        x, params["kernel"], params.get("bias"), dtype=module.dtype
-    )
+    kernel, bias = params["kernel"], params.get("bias")
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=module.dtype)
     y = jnp.einsum("...c,cf->...f", x, kernel)
     return y if bias is None else y + jnp.expand_dims(bias, range(y.ndim - 1))
 
 
 def _batch_norm(module: nn.BatchNorm, x: Array) -> Array:
-    """(x − mean) / √(var + ε) · γ + β, of the running statistics."""
+    """Computes y = (x − mean) / √(var + ε) · γ + β, with the running statistics."""
     leaves = {**module.variables["params"], **module.variables["batch_stats"]}
     mean, var, scale, bias = (
         jnp.expand_dims(leaves[name], range(x.ndim - 1))
         for name in ("mean", "var", "scale", "bias")
     )
     dtype = module.dtype or jnp.result_type(x.dtype, module.param_dtype)
-    return ((x.astype(jnp.float32) - mean) / jnp.sqrt(var + module.epsilon) * scale + bias).astype(
-        dtype
-    )
+    normalised = (x.astype(jnp.float32) - mean) / jnp.sqrt(var + module.epsilon)
+    return (normalised * scale + bias).astype(dtype)
 
 
-def _relative_to(y: Array, defined: Array) -> Array:
+def _difference(y: Array, defined: Array) -> Array:
     y, defined = y.astype(jnp.float32), defined.astype(jnp.float32)
-    size = jnp.abs(defined).max()
-    return jnp.abs(y - defined).max() / jnp.where(size == 0, 1, size)
+    largest = jnp.abs(defined).max()
+    return jnp.abs(y - defined).max() / jnp.where(largest == 0, 1, largest)
 
 
-def or_infinite(difference: Any) -> float:
-    """A number, ∞ where it is none."""
+def finite_or_infinity(difference: Any) -> float:
+    """Returns a difference as a number, ∞ for NaN."""
     return float(difference) if math.isfinite(difference) else math.inf

@@ -1,13 +1,13 @@
-"""The arrays of a file under our names: whose names it has, and what each entry is here."""
+"""The entries of a file under native names, found by the naming table of their source."""
 
 import dataclasses
 
-from nonlocal_jax.weights.files import Checkpoint
-from nonlocal_jax.weights.names import Source, Weights, variable_path
-from nonlocal_jax.weights.report import LoadedWeight
-from nonlocal_jax.weights.sources import SOURCES
+from nonlocal_jax.weights import sources
+from nonlocal_jax.weights.account import LoadedWeight
+from nonlocal_jax.weights.names import NamingTable, Weights, variable_path
+from nonlocal_jax.weights.readers import Checkpoint
 
-NATIVE = "nonlocal_jax"
+NATIVE = "nonlocal_jax"  # the names of this library, which need no table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,12 +15,12 @@ class Entry:
     """One array of a file.
 
     Attributes:
-        key: the name that the file has for it.
-        target: the leaf of `variables` that it becomes; "" where there is none.
-        array: as it would be there, its axes as ours.
-        flat: whether it is a kernel of an image network, of two position axes.
-        source_shape: its shape in the file.
-        transform: what was done to it, or why it has no target.
+        key: Its name in the file.
+        target: The leaf of the variables that it becomes; "" if there is none.
+        array: The array in its native layout.
+        flat: Whether it is a kernel of an image network, with two position axes.
+        source_shape: Its shape in the file.
+        transform: What was done to the array, or why there is no target.
     """
 
     key: str
@@ -31,70 +31,82 @@ class Entry:
     transform: str
 
 
-def read_names(checkpoint: Checkpoint) -> tuple[Source | None, list[Entry], list[LoadedWeight]]:
-    """Every array under our name.
+def read_names(
+    checkpoint: Checkpoint,
+) -> tuple[NamingTable | None, list[Entry], list[LoadedWeight]]:
+    """Translates the name of every array to the native name.
 
     Args:
-        checkpoint: a file that was read.
+        checkpoint: The contents of a file.
 
     Returns:
-        The source, None for our own names; the entries in the order of the file, those of unknown names without a target;
-        and what is known to be no weight, as the report has it.
+        The naming table, None for native names; the entries in the order of the file, without a
+        target where the name is unknown; and the entries that are known to be no weights, as rows
+        of the load report.
 
     Raises:
-        ValueError: nobody's names.
+        ValueError: The names are of no known source.
     """
-    source = detect(checkpoint)
-    others = [LoadedWeight(key, "", (), (), reason) for key, reason in checkpoint.ignored.items()]
+    table = detect(checkpoint)
     entries = []
+    non_weights = [
+        LoadedWeight(key, "", (), (), reason) for key, reason in checkpoint.ignored.items()
+    ]
     for key, array in checkpoint.arrays.items():
         name = strip_prefix(key)
-        if source is None:
-            entries.append(Entry(key, name, array, False, array.shape, "as it is"))
-        elif found := source.to_ours(name):
-            ours, row = found
-            ours_array, flat = row.transform.to_ours(array), array.ndim == 4
-            entries.append(
-                Entry(key, variable_path(ours), ours_array, flat, array.shape, row.transform.shapes)
-            )
-        elif source.holds_no_weights(name):
-            others.append(LoadedWeight(key, "", array.shape, (), "not a weight"))
+        if table is None:
+            entries.append(Entry(key, name, array, False, array.shape, "unchanged"))
+        elif found := table.native_name(name):
+            native_name, row = found
+            native_array = row.transform.import_array(array)
+            target, is_flat = variable_path(native_name), array.ndim == 4
+            entry = Entry(key, target, native_array, is_flat, array.shape, row.transform.shapes)
+            entries.append(entry)
+        elif table.holds_no_weights(name):
+            non_weights.append(LoadedWeight(key, "", array.shape, (), "not a weight"))
         else:
             entries.append(Entry(key, "", array, False, array.shape, "unknown"))
-    return source, entries, others
+    return table, entries, non_weights
 
 
-def detect(checkpoint: Checkpoint) -> Source | None:
-    """Whose names the arrays have: the source that knows the most of them, at least half; None for our own.
+def detect(checkpoint: Checkpoint) -> NamingTable | None:
+    """Finds the naming table that knows the most names of a file, at least half of them.
+
+    Returns:
+        The table; None if all names are native.
 
     Raises:
-        ValueError: nobody's.
+        ValueError: No table knows half of the names.
     """
-    keys = [strip_prefix(key) for key in checkpoint.arrays]
-    if keys and all(key.startswith(("params/", "batch_stats/")) for key in keys):
+    names = [strip_prefix(key) for key in checkpoint.arrays]
+    if names and all(name.startswith(("params/", "batch_stats/")) for name in names):
         return None
     known = {
-        source.name: sum(source.to_ours(key) is not None for key in keys) for source in SOURCES
+        table.name: sum(table.native_name(name) is not None for name in names)
+        for table in sources.NAMING_TABLES
     }
-    best = max(SOURCES, key=lambda source: known[source.name])
-    if (
-        2 * known[best.name] < sum(not best.holds_no_weights(key) for key in keys)
-        or not known[best.name]
-    ):
-        some = ", ".join(keys[:4])
+    best = max(sources.NAMING_TABLES, key=lambda table: known[table.name])
+    candidates = sum(not best.holds_no_weights(name) for name in names)
+    if not known[best.name] or 2 * known[best.name] < candidates:
         raise ValueError(
-            f"{checkpoint.path} has the names of none of {', '.join(known)}, nor of this library; its first are {some}."
+            f"{checkpoint.path} must have the names of {', '.join(known)} or of this library; "
+            f"its first names are {', '.join(names[:4])}."
         )
     return best
 
 
 def strip_prefix(key: str) -> str:
-    """Without what wrappers such as DataParallel put before every name."""
+    """Removes the prefix that wrappers such as DataParallel put before every name."""
     while key.startswith("module."):
         key = key.removeprefix("module.")
     return key
 
 
-def name_of(source: Source | None) -> str:
-    """What a source is called; our own names have none."""
-    return NATIVE if source is None else source.name
+def table_name(table: NamingTable | None) -> str:
+    """Returns the name of a table; native names have none."""
+    return NATIVE if table is None else table.name
+
+
+def naming_tables() -> dict[str, NamingTable]:
+    """Returns the tables by name."""
+    return {table.name: table for table in sources.NAMING_TABLES}

@@ -1,22 +1,25 @@
-"""From the kernels of an image network to those of a video network."""
+"""Inflation of the 2-D kernels of image networks to the 3-D kernels of video networks."""
 
 import jax.numpy as jnp
 
+from nonlocal_jax import checks
 from nonlocal_jax.types import Array
 
 
 def inflate(kernel_2d: Array, frames: int) -> Array:
-    """Each of the t planes is the 2-D kernel over t, so that a clip of equal frames gets the image's answer.
+    """Repeats a 2-D kernel over t frames and divides it by t.
+
+    On a clip of t equal frames, the result responds as the 2-D kernel does to the image.
 
     Args:
         kernel_2d: (H, W, C, features).
-        frames: t, the taps in time, at least 1.
+        frames: t, the size of the kernel in time, at least 1.
 
     Returns:
         (t, H, W, C, features).
 
     Raises:
-        ValueError: a kernel of another rank, or fewer than 1 frame.
+        ValueError: `kernel_2d` has another rank, or `frames` is less than 1.
 
     Source: section 4.1 of the paper, after Carreira and Zisserman's I3D.
 
@@ -26,6 +29,5 @@ def inflate(kernel_2d: Array, frames: int) -> Array:
     """
     if kernel_2d.ndim != 4:
         raise ValueError(f"kernel_2d must have shape (H, W, C, features); got {kernel_2d.shape}.")
-    if frames < 1:
-        raise ValueError(f"frames must be at least 1; got {frames}.")
+    checks.at_least("frames", frames, 1)
     return jnp.repeat(kernel_2d[None] / frames, frames, axis=0)

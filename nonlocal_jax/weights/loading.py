@@ -1,31 +1,22 @@
-"""From a file of trained weights to the variables of a network here, every weight accounted for."""
+"""Loading a file of trained weights into a network, with an account of every weight."""
 
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nonlocal_jax import checks
 from nonlocal_jax.types import PRNGKeyArray
-from nonlocal_jax.weights import files
-from nonlocal_jax.weights.entries import Entry, name_of, read_names
-from nonlocal_jax.weights.inflation import inflate
-from nonlocal_jax.weights.names import Weights, flatten, unflatten
-from nonlocal_jax.weights.report import LoadedWeight, LoadReport, dims
-
-Part = Literal["classifier", "nonlocal", "statistics"]
-PARTS: dict[Part, str] = {
-    "classifier": "the last layer",
-    "nonlocal": "the non-local blocks",
-    "statistics": "the running statistics of BatchNorm",
-}
-CLASSIFIERS = ("params/head/", "params/fc2/")
-FROZEN_EPSILON = 1e-5
-FOLDED = "folded into"
+from nonlocal_jax.weights.account import LoadedWeight, LoadReport
+from nonlocal_jax.weights.entries import read_names, table_name
+from nonlocal_jax.weights.folding import fold_entries
+from nonlocal_jax.weights.matching import PARTS, Part, match_entry, missing_leaves
+from nonlocal_jax.weights.names import NamingTable, Weights, flatten, unflatten
+from nonlocal_jax.weights.readers import Checkpoint, checkpoint_files
 
 
 def load(
@@ -37,64 +28,71 @@ def load(
     example: jax.ShapeDtypeStruct | None = None,
     rng: PRNGKeyArray | None = None,
 ) -> dict[str, Any]:
-    """The variables of a network, from a file of trained weights.
+    """Loads a file of trained weights into the variables of a network.
 
-    Read are pickles of Caffe2 (video-nonlocal-net, PySlowFast's model zoo), files of `torch.save` (PySlowFast, mmaction2,
-    pytorchvideo, torchvision, Non-local_pytorch; torch is not wanted), `.safetensors` (the same names, timm's, or those of
-    `save`) and folders of Orbax. What a file is, and whose names it has, shows in its content. 2-D kernels are inflated.
-    Where the network is built with `frozen_bn=True` and the file has running statistics, they are folded.
+    Supported are pickles of Caffe2 (video-nonlocal-net, PySlowFast's model zoo), files of
+    `torch.save` (PySlowFast, mmaction2, pytorchvideo, torchvision, Non-local_pytorch),
+    `.safetensors` files (with the same names, timm's, or those of `save`) and folders of Orbax.
+    Neither torch nor Caffe2 is needed. Format and source are recognised by the content. 2-D kernels
+    are inflated. If the network is built with `frozen_bn=True` and the file has running statistics,
+    these are folded.
 
     Args:
-        path: the file or folder.
-        model: the network; its depth, kind and places of blocks must be those of the file.
-        initialise: which parts stay as they are initialised where the file has none that fit: "classifier" (for another
-            number of classes), "nonlocal" (from a network without blocks), "statistics" (from files without running
-            statistics).
-        inflate_flat: whether 3-D kernels of one frame are inflated too, as a C2D network's into an I3D.
-        example: shape and dtype of an input of the model, where the model has no `example` itself.
-        rng: for what is initialised; None is `jax.random.key(0)`.
+        path: The file or folder.
+        model: The network. Its depth, kind and places of blocks must be those of the file.
+        initialise: The parts that keep their initial values where the file has none that fit:
+            "classifier" (for another number of classes), "nonlocal" (for files of a network without
+            blocks), "statistics" (for files without running statistics).
+        inflate_flat: Whether 3-D kernels of one frame are inflated too, such as those of a C2D
+            network for an I3D.
+        example: Shape and dtype of an input, if the model has no attribute `example`.
+        rng: Key for the initial values; None is `jax.random.key(0)`.
 
     Returns:
-        {"params": ..., "batch_stats": ...}, as `model.init` makes them.
+        {"params": ..., "batch_stats": ...}, in the structure of `model.init`.
 
     Raises:
-        FileNotFoundError: there is no such path.
-        UnsafeFileError: the file tries to run something, or is far larger than it looks.
-        FileFormatError: the file is damaged or of a kind that is not read.
-        ValueError: names that are of no source known; leaves that the file lacks or has in another shape, entries that
-            the network has no place for: the first of them are named, with both shapes.
+        FileNotFoundError: The path does not exist.
+        UnsafeFileError: The file tries to execute something, or needs far more memory than its size
+            explains.
+        FileFormatError: The file is damaged, or its format is not supported.
+        ValueError: The names are of no known source; or entries and leaves do not match, in which
+            case the message lists the first of them with their shapes.
 
     >>> import tempfile, pathlib, jax, jax.numpy as jnp, nonlocal_jax as nl
     >>> model = nl.models.non_local_pytorch_mnist()
-    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), model.example)
+    >>> variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), variables)
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "digits.safetensors"
     >>> nl.weights.save(path, variables)
     >>> loaded = nl.weights.load(path, model)
     >>> bool((loaded["params"]["fc2"]["kernel"] == variables["params"]["fc2"]["kernel"]).all())
     True
     """
-    options = {
-        "initialise": initialise,
-        "inflate_flat": inflate_flat,
-        "example": example,
-        "rng": rng,
-    }
-    return load_with_report(path, model, **options)[0]  # type: ignore[arg-type]
+    variables, _ = load_with_report(
+        path,
+        model,
+        initialise=initialise,
+        inflate_flat=inflate_flat,
+        example=example,
+        rng=rng,
+    )
+    return variables
 
 
 def load_report(path: str | os.PathLike[str], model: nn.Module, **options: Any) -> LoadReport:
-    """What `load` does with every entry of a file and every leaf of a network: source key, target, shapes, transform.
+    """Reports what `load` does with every entry of a file and every leaf of a network.
 
     Args:
-        path: the file or folder.
-        model: the network.
-        **options: as of `load`.
+        path: The file or folder.
+        model: The network.
+        **options: Options of `load`.
 
     Returns:
-        The report; `print` shows the table.
+        The report with names, shapes and transforms. `print` shows it as a table.
 
     Raises:
-        ValueError, FileNotFoundError: as `load`.
+        ValueError, FileNotFoundError: As `load`.
     """
     return load_with_report(path, model, **options)[1]
 
@@ -102,12 +100,12 @@ def load_report(path: str | os.PathLike[str], model: nn.Module, **options: Any) 
 def load_with_report(
     path: str | os.PathLike[str], model: nn.Module, **options: Any
 ) -> tuple[dict[str, Any], LoadReport]:
-    """Both `load` and `load_report`, from one reading of the file."""
-    return load_checkpoint(files.read(path), model, **options)
+    """Returns the results of `load` and of `load_report`, reading the file once."""
+    return load_checkpoint(checkpoint_files.read(path), model, **options)
 
 
 def load_checkpoint(
-    checkpoint: files.Checkpoint,
+    checkpoint: Checkpoint,
     model: nn.Module,
     *,
     initialise: Sequence[Part] = (),
@@ -115,191 +113,79 @@ def load_checkpoint(
     example: jax.ShapeDtypeStruct | None = None,
     rng: PRNGKeyArray | None = None,
 ) -> tuple[dict[str, Any], LoadReport]:
-    """Both `load` and `load_report`, of a file that was read already."""
+    """Returns the results of `load` and of `load_report` for a file that was read before."""
     for part in initialise:
-        if part not in PARTS:
-            raise ValueError(f"initialise must be of {', '.join(map(repr, PARTS))}; got {part!r}.")
+        checks.one_of("initialise", part, PARTS)
     example = example or getattr(model, "example", None)
     if example is None:
         raise TypeError(
-            f"{type(model).__name__} has no example input; pass example=jax.ShapeDtypeStruct(shape, dtype)."
+            f"{type(model).__name__} has no example input; "
+            "pass example=jax.ShapeDtypeStruct(shape, dtype)."
         )
-    expected = flatten(jax.eval_shape(model.init, jax.random.key(0), example))
-    source, entries, report = read_names(checkpoint)
-    entries = _fold(entries, expected)
-    found: dict[str, Weights] = {}
-    odd_entries: list[str] = []
+    leaves = flatten(jax.eval_shape(model.init, jax.random.key(0), example))
+    table, entries, rows = read_names(checkpoint)
+    entries = fold_entries(entries, leaves, NamingTable.epsilon if table is None else table.epsilon)
+
+    loaded: dict[str, Weights] = {}
+    entry_problems = []
     for entry in entries:
-        row, problem = _place(entry, expected, found, initialise, inflate_flat)
-        report.append(row)
+        row, problem = match_entry(entry, leaves, loaded, initialise, inflate_flat)
+        rows.append(row)
         if problem:
-            odd_entries.append(problem)
-    missing = sorted(
-        (leaf for leaf in expected if leaf not in found),
-        key=lambda leaf: leaf.startswith("batch_stats"),
-    )
-    named = {entry.target for entry in entries}
-    odd_leaves = _missing(
-        [leaf for leaf in missing if leaf not in named], expected, found, initialise
-    )
-    if odd_entries or odd_leaves:
-        who = f"{checkpoint.path}, {len(checkpoint.arrays)} arrays named as in {name_of(source)}"
-        raise ValueError(_misfit(who, type(model).__name__, odd_entries, odd_leaves))
-    left = _initialised(model, example, rng, missing)
-    report += [
-        LoadedWeight("", leaf, (), left[leaf].shape, "left at its initialisation")
+            entry_problems.append(problem)
+    # Parameters first: a missing norm is better reported by its scale than by its statistics.
+    missing = [leaf for leaf in leaves if leaf not in loaded]
+    missing.sort(key=lambda leaf: leaf.startswith("batch_stats"))
+    targets = {entry.target for entry in entries}
+    unnamed = [leaf for leaf in missing if leaf not in targets]
+    leaf_problems = missing_leaves(unnamed, leaves, loaded, initialise)
+    if entry_problems or leaf_problems:
+        raise ValueError(_misfit(checkpoint, table, model, entry_problems, leaf_problems))
+
+    initial = _initial_values(model, example, rng, missing)
+    rows += [
+        LoadedWeight("", leaf, (), initial[leaf].shape, "keeps its initial value")
         for leaf in missing
     ]
-    leaves = {
-        leaf: jnp.asarray((found if leaf in found else left)[leaf], expected[leaf].dtype)
-        for leaf in expected
-    }
-    return unflatten(leaves), LoadReport(name_of(source), tuple(report))
+    arrays = loaded | initial
+    values = {path: jnp.asarray(arrays[path], leaf.dtype) for path, leaf in leaves.items()}
+    return unflatten(values), LoadReport(table_name(table), tuple(rows))
 
 
-def _misfit(who: str, model: str, odd_entries: list[str], odd_leaves: list[str]) -> str:
-    """The first of both kinds of what does not fit."""
-    shown = odd_entries[:4] + odd_leaves[:4]
-    more = len(odd_entries) + len(odd_leaves) - len(shown)
+def _misfit(
+    checkpoint: Checkpoint,
+    table: NamingTable | None,
+    model: nn.Module,
+    entry_problems: list[str],
+    leaf_problems: list[str],
+) -> str:
+    """Lists the first problems of both kinds."""
+    shown = entry_problems[:4] + leaf_problems[:4]
+    more = len(entry_problems) + len(leaf_problems) - len(shown)
     lines = "\n  ".join([*shown, f"and {more} more"] if more else shown)
+    count, names = len(checkpoint.arrays), table_name(table)
     return (
-        f"{who}, does not fit this {model}:\n  {lines}\nBuild the model with the depth, kind, places of blocks and number of "
-        "classes of the file (`python -m nonlocal_jax.weights inspect` tells them), or pass `initialise`."
+        f"{checkpoint.path}, {count} arrays named as in {names}, does not fit this "
+        f"{type(model).__name__}:\n  {lines}\nBuild the model with the depth, kind, places of "
+        "blocks and number of classes of the file (`python -m nonlocal_jax.weights inspect` shows "
+        "them), or pass `initialise`."
     )
 
 
-def _fold(entries: list[Entry], expected: Mapping[str, Any]) -> list[Entry]:
-    """Running statistics that the network has no place for become part of its affine maps."""
-    by_target = {entry.target: entry.array for entry in entries}
-    folded = []
-    for entry in entries:
-        collection, _, name = entry.target.partition("/")
-        norm, _, leaf = name.rpartition("/")
-        frozen = f"params/{norm}/scale" in expected and f"batch_stats/{norm}/var" not in expected
-        parts = [
-            by_target.get(path)
-            for path in (
-                f"params/{norm}/scale",
-                f"batch_stats/{norm}/mean",
-                f"batch_stats/{norm}/var",
-            )
-        ]
-        gamma, mean, var = (np.asarray(part, np.float64) for part in parts)
-        whole = (
-            not any(part is None for part in parts)
-            and gamma.shape == mean.shape == var.shape == entry.array.shape
-        )
-        if not frozen or not whole or leaf not in ("scale", "bias", "mean", "var"):
-            folded.append(entry)
-        elif collection == "batch_stats":
-            folded.append(
-                dataclasses.replace(entry, target="", transform=f"{FOLDED} params/{norm}")
-            )
-        else:
-            scale = gamma / np.sqrt(var + FROZEN_EPSILON)
-            array = scale if leaf == "scale" else np.asarray(entry.array, np.float64) - mean * scale
-            transform = "γ / √(var + ε)" if leaf == "scale" else "β − mean · γ / √(var + ε)"
-            folded.append(
-                dataclasses.replace(entry, array=array.astype(np.float32), transform=transform)
-            )
-    return folded
-
-
-def _place(
-    entry: Entry,
-    expected: Mapping[str, Any],
-    found: dict[str, Weights],
-    initialise: Sequence[Part],
-    inflate_flat: bool,
-) -> tuple[LoadedWeight, str | None]:
-    """Put an entry where it belongs; the row of the report, and what is wrong."""
-    target, array, transform = entry.target, entry.array, entry.transform
-    if not target and transform.startswith(FOLDED):
-        return LoadedWeight(entry.key, "", entry.source_shape, (), transform), None
-    nowhere = LoadedWeight(entry.key, "", entry.source_shape, (), "no place for it")
-    if not target:
-        return nowhere, f"{entry.key} {dims(entry.source_shape)} is no weight of these networks"
-    if target not in expected:
-        return (
-            nowhere,
-            f"{entry.key} {dims(entry.source_shape)} would be {target}, which the network does not have",
-        )
-    if target in found:
-        return nowhere, f"{entry.key} {dims(entry.source_shape)} is a second {target}"
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return (
-            nowhere,
-            f"{entry.key} is of {array.dtype}; weights are floating point, convert them first",
-        )
-    shape = tuple(expected[target].shape)
-    if (
-        array.ndim == 5
-        and len(shape) == 5
-        and array.shape[0] == 1 < shape[0]
-        and (entry.flat or inflate_flat)
-    ):
-        array = np.asarray(inflate(jnp.asarray(array[0], expected[target].dtype), shape[0]))
-        transform += f", inflated to {shape[0]} frames"
-    if array.shape != shape:
-        if "classifier" in initialise and target.startswith(CLASSIFIERS):
-            return LoadedWeight(
-                entry.key, "", entry.source_shape, (), f"of another size than {dims(shape)}"
-            ), None
-        hint = (
-            ". It is flat: pass inflate_flat=True"
-            if array.ndim == 5 and (1, *shape[1:]) == array.shape
-            else ""
-        )
-        return (
-            nowhere,
-            f"{entry.key} {dims(entry.source_shape)} becomes {dims(array.shape)}; {target} has {dims(shape)}{hint}",
-        )
-    found[target] = array
-    return LoadedWeight(entry.key, target, entry.source_shape, shape, transform), None
-
-
-def _missing(
-    missing: list[str],
-    expected: Mapping[str, Any],
-    found: Mapping[str, Weights],
-    initialise: Sequence[Part],
-) -> list[str]:
-    """What is wrong with leaves that the file does not have: those that are not asked to stay as they are."""
-    problems = []
-    for target in missing:
-        part = _part(target)
-        if target.startswith("batch_stats/"):
-            if f"params/{target.split('/', 1)[1].rpartition('/')[0]}/scale" in found:
-                part = "statistics"
-            elif part == "statistics":
-                continue  # the norm as a whole is missing, which its scale says
-        if part is not None and part in initialise:
-            continue
-        hint = (
-            f"; to leave {PARTS[part]} as initialised, pass initialise=({part!r},)" if part else ""
-        )
-        problems.append(f"{target} {dims(expected[target].shape)} is not in the file{hint}")
-    return problems
-
-
-def _part(target: str) -> Part | None:
-    if target.startswith(CLASSIFIERS):
-        return "classifier"
-    if "/nonlocal" in target:
-        return "nonlocal"
-    return "statistics" if target.startswith("batch_stats/") else None
-
-
-def _initialised(
-    model: nn.Module, example: jax.ShapeDtypeStruct, rng: PRNGKeyArray | None, missing: list[str]
+def _initial_values(
+    model: nn.Module, example: jax.ShapeDtypeStruct, rng: PRNGKeyArray | None, paths: list[str]
 ) -> dict[str, Weights]:
-    """Those leaves alone, so that nothing else is compiled: a network's initialisation takes longer to compile than to load."""
+    """Initialises some leaves of a network.
+
+    Only these leaves are compiled: compiling a network's whole initialisation takes longer than
+        loading the file.
+    """
 
     def initialise(key: PRNGKeyArray) -> dict[str, Any]:
         leaves = flatten(model.init(key, jnp.zeros(example.shape, example.dtype)))
-        return {leaf: leaves[leaf] for leaf in missing}
+        return {path: leaves[path] for path in paths}
 
-    if not missing:
+    if not paths:
         return {}
     leaves = jax.jit(initialise)(jax.random.key(0) if rng is None else rng)
-    return {leaf: np.asarray(value) for leaf, value in leaves.items()}
+    return {path: np.asarray(value) for path, value in leaves.items()}

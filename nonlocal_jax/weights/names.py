@@ -1,7 +1,8 @@
-"""What a table of names is made of: rows that read both ways, and what is done to the arrays.
+"""Naming tables, which translate the names of a source's weights and transform the arrays.
 
-`{stage}`, `{i}` and the like stand for the same thing in a name of theirs and in ours; `words` says how each is written there
-where it is not written as here. Our names are paths in `params`, or in `batch_stats` for "mean" and "var".
+A row holds two templates. A field such as `{stage}` or `{i}` stands for the same thing in both;
+`words` says how the source writes it where that differs. Native names are the paths in `params`, or
+in `batch_stats` for "mean" and "var".
 """
 
 import dataclasses
@@ -18,183 +19,192 @@ Weights = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """From an array of theirs to one of ours, and back.
+    """Converts an array of a source to its native layout, and back.
+
+    Arrays of an unexpected shape are returned as they are: loading then reports their shape.
 
     Attributes:
-        shapes: what it does to the axes; O and I are output and input channels.
-        to_ours, to_theirs: the two directions.
+        shapes: The layouts in words. O and I are output and input channels.
+        import_array: From the source's array to the native one.
+        export_array: From the native array to the source's.
     """
 
     shapes: str
-    to_ours: Callable[[Weights], Weights]
-    to_theirs: Callable[[Weights], Weights]
+    import_array: Callable[[Weights], Weights]
+    export_array: Callable[[Weights], Weights]
 
 
-def _flat(array: Weights, axes: int) -> Weights:
-    """Without the axes of length 1 after the first few; other shapes stay, and are then refused for what they are."""
-    return (
-        array.reshape(array.shape[:axes])
-        if array.size and set(array.shape[axes:]) <= {1}
-        else array
-    )
+def _drop_axes(array: Weights, axes: int) -> Weights:
+    """Drops the axes after the first `axes`, if all of them have length 1."""
+    has_only_ones = set(array.shape[axes:]) <= {1}
+    return array.reshape(array.shape[:axes]) if array.size and has_only_ones else array
 
 
-def _conv_to_ours(array: Weights) -> Weights:
-    if array.ndim == 4:  # of an image network
+def _import_conv(array: Weights) -> Weights:
+    if array.ndim == 4:  # a kernel of an image network
         array = array[:, :, None]
     return array.transpose(2, 3, 4, 1, 0) if array.ndim == 5 else array
 
 
-def _matrix_to_ours(array: Weights) -> Weights:
-    array = _flat(array, 2)
+def _import_conv2d(array: Weights) -> Weights:
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+
+
+def _import_matrix(array: Weights) -> Weights:
+    array = _drop_axes(array, 2)
     return array.T if array.ndim == 2 else array
 
 
-VECTOR = Transform("(C,) → (C,)", lambda a: _flat(a, 1), lambda a: a)
+def _import_w_f(array: Weights) -> Weights:
+    return _drop_axes(array[0], 1) if array.ndim > 1 else array
+
+
+VECTOR = Transform("(C,) → (C,)", lambda array: _drop_axes(array, 1), lambda array: array)
 CONV = Transform(
-    "(O, I, T, H, W) → (T, H, W, I, O)", _conv_to_ours, lambda a: a.transpose(4, 3, 0, 1, 2)
+    "(O, I, T, H, W) → (T, H, W, I, O)",
+    _import_conv,
+    lambda array: array.transpose(4, 3, 0, 1, 2),
 )
 CONV2D = Transform(
-    "(O, I, H, W) → (H, W, I, O)",
-    lambda a: a.transpose(2, 3, 1, 0) if a.ndim == 4 else a,
-    lambda a: a.transpose(3, 2, 0, 1),
+    "(O, I, H, W) → (H, W, I, O)", _import_conv2d, lambda array: array.transpose(3, 2, 0, 1)
 )
-DENSE = Transform("(O, I) → (I, O)", _matrix_to_ours, lambda a: a.T)
+DENSE = Transform("(O, I) → (I, O)", _import_matrix, lambda array: array.T)
 POINTWISE = Transform(
-    "(O, I, 1, 1, 1) → (I, O)", _matrix_to_ours, lambda a: a.T[..., None, None, None]
+    "(O, I, 1, 1, 1) → (I, O)", _import_matrix, lambda array: array.T[..., None, None, None]
 )
-POINTWISE2D = Transform("(O, I, 1, 1) → (I, O)", _matrix_to_ours, lambda a: a.T[..., None, None])
-W_F = Transform(
-    "(1, 2d, 1, 1) → (2d,)",
-    lambda a: _flat(a[0], 1) if a.ndim > 1 else a,
-    lambda a: a[None, :, None, None],
+POINTWISE2D = Transform(
+    "(O, I, 1, 1) → (I, O)", _import_matrix, lambda array: array.T[..., None, None]
 )
+W_F = Transform("(1, 2d, 1, 1) → (2d,)", _import_w_f, lambda array: array[None, :, None, None])
 
 
-def dense_of_map(channels: int, height: int, width: int) -> Transform:
-    """A dense layer over a flattened map, which is (C, H, W) there and (H, W, C) here."""
+def flattened_dense(channels: int, height: int, width: int) -> Transform:
+    """Makes the transform of a dense layer over a flattened (C, H, W), here (H, W, C)."""
 
-    def to_ours(a: Weights) -> Weights:
-        if a.ndim != 2 or a.shape[1] != channels * height * width:
-            return a
-        return a.reshape(-1, channels, height, width).transpose(2, 3, 1, 0).reshape(-1, a.shape[0])
+    def import_array(array: Weights) -> Weights:
+        if array.ndim != 2 or array.shape[1] != channels * height * width:
+            return array
+        kernel = array.reshape(-1, channels, height, width).transpose(2, 3, 1, 0)
+        return kernel.reshape(-1, array.shape[0])
 
-    def to_theirs(a: Weights) -> Weights:
-        return a.reshape(height, width, channels, -1).transpose(3, 2, 0, 1).reshape(a.shape[1], -1)
+    def export_array(array: Weights) -> Weights:
+        kernel = array.reshape(height, width, channels, -1).transpose(3, 2, 0, 1)
+        return kernel.reshape(array.shape[1], -1)
 
-    return Transform("(O, C·H·W) → (H·W·C, O)", to_ours, to_theirs)
+    return Transform("(O, C·H·W) → (H·W·C, O)", import_array, export_array)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kind of weight.
+    """The names of one kind of weight.
 
     Attributes:
-        theirs, ours: the name there and here.
-        transform: from their array to ours.
-        example: a name there, and here.
+        source: Template of the source's name.
+        native: Template of the native name.
+        transform: From the source's array to the native one.
+        example: A name of the source, and the native name of the same weight.
     """
 
-    theirs: str
-    ours: str
+    source: str
+    native: str
     transform: Transform
     example: tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """The names of one source.
+class NamingTable:
+    """How one source names its weights, and what else its files imply about their networks.
 
     Attributes:
-        name: of the source.
-        rows: the first that fits is taken.
-        words: for each field, how our word is written there; a field without words is a number.
-        no_weights: what of the file's entries is known to hold no weights.
+        name: Name of the source.
+        rows: The templates. The first row that matches is used.
+        words: For each field, from the native word to the source's. A field without words is a
+            number.
+        non_weights: Patterns of the entries that are known to hold no weights.
+        epsilon: ε of BatchNorm with which running statistics are folded into affine maps.
+        pooled_key: A part of the names of g that only blocks with pooled keys have; None where
+            names do not tell.
+        network_options: Options of `video_resnet` that the source's networks have beside their
+            preset.
+        frozen_group_size: Option `group_size` of the source's networks with frozen norms for clips
+            of 32×4 and 128×1.
     """
 
     name: str
     rows: tuple[Row, ...]
     words: Mapping[str, Mapping[str, str]]
-    no_weights: tuple[str, ...] = ()
+    non_weights: tuple[str, ...] = ()
+    epsilon: float = 1e-5
+    pooled_key: str | None = None
+    network_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    frozen_group_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def to_ours(self, theirs: str) -> tuple[str, Row] | None:
-        """Our name of a name there, and its row; None where there is no such row."""
+    def native_name(self, source_name: str) -> tuple[str, Row] | None:
+        """Returns the native name of a source's name, and its row; None if no row matches."""
+        words = {field: tuple(spelling.values()) for field, spelling in self.words.items()}
         for row in self.rows:
-            if match := self._pattern(row, "theirs").fullmatch(theirs):
-                return _fill(
-                    row.ours,
-                    {
-                        field: self._word(field, word, back=True)
-                        for field, word in match.groupdict().items()
-                    },
-                ), row
+            if match := _pattern(row.source, tuple(words.items())).fullmatch(source_name):
+                fields = {
+                    field: self._native_word(field, word)
+                    for field, word in match.groupdict().items()
+                }
+                return row.native.format_map(fields), row
         return None
 
-    def to_theirs(self, ours: str) -> tuple[str, Row] | None:
-        """Their name of one here, and its row; None where there is no such row."""
+    def source_name(self, native_name: str) -> tuple[str, Row] | None:
+        """Returns the source's name of a native name, and its row; None if no row matches."""
+        words = {field: tuple(spelling) for field, spelling in self.words.items()}
         for row in self.rows:
-            if match := self._pattern(row, "ours").fullmatch(ours):
-                return _fill(
-                    row.theirs,
-                    {field: self._word(field, word) for field, word in match.groupdict().items()},
-                ), row
+            if match := _pattern(row.native, tuple(words.items())).fullmatch(native_name):
+                fields = {
+                    field: self.words.get(field, {}).get(word, word)
+                    for field, word in match.groupdict().items()
+                }
+                return row.source.format_map(fields), row
         return None
 
-    def holds_no_weights(self, theirs: str) -> bool:
-        """Whether an entry is one of those that need not be loaded."""
-        return any(re.fullmatch(pattern, theirs) for pattern in self.no_weights)
+    def holds_no_weights(self, source_name: str) -> bool:
+        """Whether an entry of this name need not be loaded."""
+        return any(re.fullmatch(pattern, source_name) for pattern in self.non_weights)
 
-    def _word(self, field: str, word: str, back: bool = False) -> str:
-        words = self.words.get(field, {})
-        return (
-            {there: here for here, there in words.items()}.get(word, word)
-            if back
-            else words.get(word, word)
-        )
-
-    def _pattern(self, row: Row, side: str) -> re.Pattern[str]:
-        words = tuple(
-            (field, tuple(w.values() if side == "theirs" else w.keys()))
-            for field, w in self.words.items()
-        )
-        return _compiled(getattr(row, side), words)
+    def _native_word(self, field: str, word: str) -> str:
+        spelling = self.words.get(field, {})
+        return {source: native for native, source in spelling.items()}.get(word, word)
 
 
 @functools.cache
-def _compiled(template: str, words: tuple[tuple[str, tuple[str, ...]], ...]) -> re.Pattern[str]:
-    known = dict(words)
+def _pattern(template: str, words: tuple[tuple[str, tuple[str, ...]], ...]) -> re.Pattern[str]:
+    """Compiles a template to a pattern with one named group for each field."""
+    spellings = dict(words)
     parts = re.split(r"\{(\w+)\}", template)
     for k in range(1, len(parts), 2):
         field = parts[k]
-        choices = "|".join(map(re.escape, known[field])) if field in known else "0|[1-9][0-9]*"
+        is_number = field not in spellings
+        choices = "0|[1-9][0-9]*" if is_number else "|".join(map(re.escape, spellings[field]))
         parts[k] = f"(?P<{field}>{choices})"
     parts[::2] = map(re.escape, parts[::2])
     return re.compile("".join(parts))
 
 
-def _fill(template: str, words: Mapping[str, str]) -> str:
-    return template.format_map(words)
-
-
 def variable_path(name: str) -> str:
-    """The path in `variables` of a name of ours."""
-    collection = "batch_stats" if name.rsplit("/", 1)[-1] in ("mean", "var") else "params"
-    return f"{collection}/{name}"
+    """Returns the path in the variables of a native name, "params/res2_0/conv_a/kernel"."""
+    is_statistic = name.rsplit("/", 1)[-1] in ("mean", "var")
+    return f"{'batch_stats' if is_statistic else 'params'}/{name}"
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of variables by path, "params/res2_0/conv_a/kernel"."""
+    """Returns the leaves of variables by path, such as "params/res2_0/conv_a/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Inverts `flatten`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        *outer, last = path.split("/")
-        inner = tree
-        for name in outer:
-            inner = inner.setdefault(name, {})
-        inner[last] = leaf
+        *parents, last = path.split("/")
+        branch = tree
+        for name in parents:
+            branch = branch.setdefault(name, {})
+        branch[last] = leaf
     return tree

@@ -1,88 +1,72 @@
-"""From the variables of a network to files: our own, or with the names and shapes of another library."""
+"""Writing variables to files, with native names or with those of another source."""
 
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nonlocal_jax.weights.entries import NATIVE
+from nonlocal_jax import checks, files
+from nonlocal_jax.weights.entries import NATIVE, naming_tables
 from nonlocal_jax.weights.names import Weights, flatten
-from nonlocal_jax.weights.sources import SOURCES
 
 
 def save(path: str | os.PathLike[str], variables: Mapping[str, Any], names: str = NATIVE) -> None:
-    """Write variables as a `.safetensors` file, whole or not at all.
+    """Writes variables to a `.safetensors` file, atomically.
 
     Args:
-        path: of the file; one that is there is replaced.
-        variables: as `model.init` makes them.
-        names: "nonlocal_jax" for paths such as "params/res2_0/conv_a/kernel"; or whose names and shapes the file gets:
-            "slowfast", "mmaction2", "pytorchvideo", "torchvision", "non_local_pytorch" (a state dict that
-            `safetensors.torch.load_file` reads), or "caffe2".
+        path: The file to create or replace.
+        variables: Variables as `model.init` returns them.
+        names: "nonlocal_jax" for paths such as "params/res2_0/conv_a/kernel"; or the source whose
+            names and shapes the file gets: "slowfast", "mmaction2", "pytorchvideo", "torchvision"
+            or "non_local_pytorch" (a state dict, which `safetensors.torch.load_file` reads), or
+            "caffe2".
 
     Raises:
-        ValueError: unknown names, or a leaf for which that source has no name.
+        ValueError: The names are unknown, or the source has no name for a leaf.
 
     >>> import tempfile, pathlib, jax, jax.numpy as jnp, nonlocal_jax as nl
-    >>> model = nl.models.non_local_pytorch_mnist("gaussian")
-    >>> variables = model.init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))
+    >>> variables = {"params": {"conv1": {"kernel": jnp.ones((3, 3, 1, 32))}}}
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "digits.safetensors"
     >>> save(path, variables, names="non_local_pytorch")
     >>> nl.weights.read(path).arrays["conv_1.0.weight"].shape
     (32, 1, 3, 3)
     """
-    from safetensors.numpy import save as to_bytes
+    from safetensors.numpy import save as serialise
 
     arrays = export(variables, names)
-    path = Path(path)
-    contents = to_bytes(
-        {name: np.asarray(a, order="C") for name, a in arrays.items()},
-        metadata={"names": names, "format": "np"},
-    )
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    contents = serialise(contiguous, metadata={"names": names, "format": "np"})
+    with files.atomic_write(path) as partial:
+        partial.write_bytes(contents)
 
 
 def export(variables: Mapping[str, Any], names: str = NATIVE) -> dict[str, Weights]:
-    """The arrays of variables under the names, and in the shapes, of a source.
+    """Returns the arrays of variables under the names, and in the shapes, of a source.
 
     Args:
-        variables: as `model.init` makes them.
-        names: as of `save`.
+        variables: Variables as `model.init` returns them.
+        names: The source, as for `save`.
 
     Returns:
-        Arrays by name. Counters that only PyTorch's BatchNorm has are not among them.
+        Arrays by name. The counters of PyTorch's BatchNorm, which have no counterpart here, are
+        left out.
 
     Raises:
-        ValueError: unknown names, or a leaf for which that source has no name.
+        ValueError: The names are unknown, or the source has no name for a leaf.
     """
-    sources = {source.name: source for source in SOURCES}
-    if names != NATIVE and names not in sources:
-        raise ValueError(
-            f"names must be one of {', '.join(map(repr, (NATIVE, *sources)))}; got {names!r}."
-        )
+    tables = naming_tables()
+    checks.one_of("names", names, (NATIVE, *tables))
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(variables).items()}
     if names == NATIVE:
         return leaves
-    arrays = {}
+    arrays: dict[str, Weights] = {}
     for path, leaf in leaves.items():
-        found = sources[names].to_theirs(path.split("/", 1)[1])
+        found = tables[names].source_name(path.split("/", 1)[1])
         if found is None:
             raise ValueError(f"{names} has no name for {path}.")
-        theirs, row = found
-        if theirs in arrays:
-            raise ValueError(f"{path} would be a second {theirs} of {names}.")
-        arrays[theirs] = row.transform.to_theirs(leaf)
+        name, row = found
+        if name in arrays:
+            raise ValueError(f"{names} has the name {name} for {path} and for another leaf.")
+        arrays[name] = row.transform.export_array(leaf)
     return arrays

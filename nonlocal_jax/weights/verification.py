@@ -1,9 +1,9 @@
-"""Whether a network here is the one in the file: its weights against the file's, its layers against their definitions."""
+"""Verifying loaded weights against the file, and layers against their definitions."""
 
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from nonlocal_jax.models import VideoResNet
-from nonlocal_jax.weights import files
-from nonlocal_jax.weights.by_definition import against_definition, or_infinite
-from nonlocal_jax.weights.entries import name_of, read_names, strip_prefix
-from nonlocal_jax.weights.loading import FROZEN_EPSILON, load_checkpoint
-from nonlocal_jax.weights.names import Source, Weights, flatten, unflatten
-from nonlocal_jax.weights.report import LoadedWeight, LoadReport, dims, table
+from nonlocal_jax.weights.account import LoadedWeight, LoadReport, dims, table
+from nonlocal_jax.weights.by_definition import definition_differences, finite_or_infinity
+from nonlocal_jax.weights.entries import read_names, strip_prefix, table_name
+from nonlocal_jax.weights.loading import load_checkpoint
+from nonlocal_jax.weights.names import NamingTable, Weights, flatten, unflatten
+from nonlocal_jax.weights.readers import Checkpoint, checkpoint_files
 from nonlocal_jax.weights.saving import export
 
 TOLERANCE = 1e-4
@@ -24,13 +24,15 @@ TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class LayerCheck:
-    """One layer. Differences are the largest, over the largest number of what should be there.
+    """The differences of one layer, each relative to the largest absolute value.
 
     Attributes:
-        place: the path of the module, as in `params`.
-        shapes: of its arrays that come from the file.
-        weights: of those arrays, exported to the file's names and shapes, to the file's own; None where none is from it.
-        output: of what it puts out, on the same input, to what its definition does; None where only the whole is compared.
+        place: Path of the module, as in `params`.
+        shapes: Shapes of its arrays that come from the file.
+        weights: Difference of these arrays, exported to the file's names and shapes, from those of
+            the file; None if no array comes from the file.
+        output: Difference of its output from that of its definition on the same input; None if the
+            layer is only compared as a part of the whole network.
     """
 
     place: str
@@ -41,15 +43,16 @@ class LayerCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What was compared; `print` shows the tables.
+    """The results of `verify`. `print` shows them as tables.
 
     Attributes:
-        report: what became of every entry of the file.
-        layers: in the order in which they run.
-        stages: of what each stage puts out, and of the logits, the largest difference between the network as it runs and
-            the network by its definitions, over the largest number there.
-        problems: what else is wrong: numbers that are not finite, entries or leaves without an account.
-        tolerance: the largest difference that is accepted.
+        report: What happened to every entry of the file.
+        layers: The layers, in the order in which they run.
+        stages: For each stage and the logits, the largest difference between the network and the
+            network computed by the definitions of its layers, relative to the largest value.
+        problems: Anything else that is wrong: values that are not finite, entries or leaves that
+            are not accounted for.
+        tolerance: The largest difference that is accepted.
     """
 
     report: LoadReport
@@ -60,63 +63,58 @@ class Verification:
 
     @property
     def largest(self) -> dict[str, tuple[float, str]]:
-        """The largest difference of the weights, of the layers and of the stages, and where it is."""
-        each = {
-            "weights": [
-                (layer.weights, layer.place) for layer in self.layers if layer.weights is not None
-            ],
-            "layers": [
-                (layer.output, layer.place) for layer in self.layers if layer.output is not None
-            ],
-            "stages": [(difference, name) for name, difference in self.stages.items()],
-        }
+        """The largest difference of weights, layers and stages, each with its place."""
         return {
-            name: max(found, key=lambda pair: pair[0], default=(0.0, "nothing"))
-            for name, found in each.items()
+            "weights": _largest((layer.weights, layer.place) for layer in self.layers),
+            "layers": _largest((layer.output, layer.place) for layer in self.layers),
+            "stages": _largest((difference, name) for name, difference in self.stages.items()),
         }
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong and no difference exceeds the tolerance."""
-        return not self.problems and all(
-            difference <= self.tolerance for difference, _ in self.largest.values()
-        )
+        """Whether there are no problems and no difference exceeds the tolerance."""
+        differences = [difference for difference, _ in self.largest.values()]
+        return not self.problems and all(value <= self.tolerance for value in differences)
 
     def __str__(self) -> str:
-        header = ("layer", "arrays", "shape", ">weights − file", ">output − definition")
-        rows = [
-            (
-                layer.place,
-                str(len(layer.shapes) or "–"),
-                dims(max(layer.shapes, key=len, default=())),
-                _number(layer.weights),
-                _number(layer.output),
-            )
-            for layer in self.layers
-        ]
-        stages = [(name, _number(difference)) for name, difference in self.stages.items()]
+        layer_header = ("layer", "arrays", "shape", ">weights − file", ">output − definition")
+        layer_rows = map(_layer_row, self.layers)
+        stage_header = ("stage", ">network − definition")
+        stage_rows = [(name, _format(value)) for name, value in self.stages.items()]
         largest = [
-            f"largest difference, {name}: {_number(d)} ({place})"
-            for name, (d, place) in self.largest.items()
+            f"largest difference, {name}: {_format(difference)} ({place})"
+            for name, (difference, place) in self.largest.items()
         ]
-        return "\n".join(
-            [
-                table("Layer by layer, relative to the largest value", header, rows),
-                table(
-                    "The whole network on a random clip",
-                    ("stage", ">as it runs − by definition"),
-                    stages,
-                ),
-                self.report.summary,
-                *largest,
-                *(f"wrong: {problem}" for problem in self.problems),
-                f"{'verified' if self.ok else 'NOT VERIFIED'}, tolerance {self.tolerance:g}",
-            ]
-        )
+        lines = [
+            table("Layer by layer, relative to the largest value", layer_header, layer_rows),
+            table("The whole network on a random clip", stage_header, stage_rows),
+            self.report.summary,
+            *largest,
+            *(f"wrong: {problem}" for problem in self.problems),
+            f"{'verified' if self.ok else 'NOT VERIFIED'}, tolerance {self.tolerance:g}",
+        ]
+        return "\n".join(lines)
+
+
+def _largest(differences: Iterable[tuple[float | None, str]]) -> tuple[float, str]:
+    compared = [(value, place) for value, place in differences if value is not None]
+    return max(compared, key=lambda pair: pair[0], default=(0.0, "nothing"))
+
+
+def _layer_row(layer: LayerCheck) -> tuple[str, ...]:
+    count = str(len(layer.shapes) or "–")
+    shape = dims(max(layer.shapes, key=len, default=()))
+    return layer.place, count, shape, _format(layer.weights), _format(layer.output)
+
+
+def _format(difference: float | None) -> str:
+    if difference is None:
+        return "–"
+    return "0" if difference == 0 else f"{difference:.1e}"
 
 
 def verify(
-    path: str | os.PathLike[str] | files.Checkpoint,
+    path: str | os.PathLike[str] | Checkpoint,
     model: nn.Module,
     *,
     shape: tuple[int, ...] | None = None,
@@ -124,165 +122,179 @@ def verify(
     tolerance: float = TOLERANCE,
     **options: Any,
 ) -> Verification:
-    """Load a file and hold the result against the file, and the network against its definitions.
+    """Loads a file, and verifies the weights and the network.
 
-    The weights are exported back to the file's names and shapes: they must be the file's own (kernels that were inflated,
-    summed over their frames; folded norms, γ / √(var + ε) and β − mean · γ / √(var + ε)). A small random clip is then
-    sent through the network as it runs, and through the same network with `jax.lax.conv_general_dilated` for every
-    convolution, `jnp.einsum` for every dense layer, the formula of BatchNorm, and the dense definition for every non-local
-    operation.
+    The weights are exported back to the file's names and shapes and must equal those of the file.
+    Inflated kernels are summed over their frames first; folded norms are compared with γ / √(var +
+    ε) and β − mean · γ / √(var + ε).
+
+    A small random clip is then run through the network, and through the same network with
+    `jax.lax.conv_general_dilated` for every convolution, `jnp.einsum` for every dense layer, the
+    formula of BatchNorm, and the dense definition for every non-local operation. What the network
+    and its definitions share, such as the sizes of poolings, is not tested.
 
     Args:
-        path: the file or folder, or what `read` made of it.
-        model: the network.
-        shape: of the clip; None is a small one that passes all stages.
-        seed: of the clip.
-        tolerance: the largest difference that is accepted, relative to the largest value.
-        **options: as of `load`.
+        path: The file or folder, or what `read` returned for it.
+        model: The network.
+        shape: Shape of the clip; None is a small one that is large enough for all stages.
+        seed: Seed of the clip.
+        tolerance: The largest difference that is accepted, relative to the largest value.
+        **options: Options of `load`.
 
     Returns:
-        The differences, layer by layer and stage by stage. Those of another implementation of the network are not among
-        them: what is the same in the network and in its definitions, such as the sizes of poolings, is not tested here.
+        The differences, layer by layer and stage by stage.
 
     Raises:
-        ValueError, FileNotFoundError: as `load`.
+        ValueError, FileNotFoundError: As `load`.
 
     >>> import pathlib, tempfile, jax, jax.numpy as jnp, nonlocal_jax as nl
-    >>> model = nl.models.non_local_pytorch_mnist()
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "digits.safetensors")
-    >>> nl.weights.save(path, model.init(jax.random.key(0), jnp.ones((1, 28, 28, 1))), names="non_local_pytorch")
-    >>> verify(path, model).ok
+    >>> model = nn.Dense(2)
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "dense.safetensors")
+    >>> nl.weights.save(path, {"params": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}})
+    >>> verify(path, model, example=jax.ShapeDtypeStruct((1, 3), jnp.float32)).ok
     True
     """
-    checkpoint = path if isinstance(path, files.Checkpoint) else files.read(path)
+    checkpoint = path if isinstance(path, Checkpoint) else checkpoint_files.read(path)
     variables, report = load_checkpoint(checkpoint, model, **options)
     leaves = {target: np.asarray(leaf) for target, leaf in flatten(variables).items()}
-    of_weights = _against_file(checkpoint, report, leaves)
-    shape = shape or _shape(model, options.get("example"))
+    shape = shape or _clip_shape(model, options.get("example"))
     clip = jax.random.normal(jax.random.key(seed), shape)
-    of_layers, of_stages = against_definition(model, variables, clip)
-    layers = []
-    for place in dict.fromkeys([*of_layers, *map(_place, of_weights)]):
-        output = of_layers.get(place)
+    layer_differences, stage_differences = definition_differences(model, variables, clip)
+    weight_differences = _weight_differences(checkpoint, report, leaves)
+    return Verification(
+        report,
+        _layer_checks(layer_differences, weight_differences, leaves),
+        stage_differences,
+        tuple(_problems(checkpoint, report, leaves)),
+        tolerance,
+    )
+
+
+def _clip_shape(model: nn.Module, example: jax.ShapeDtypeStruct | None) -> tuple[int, ...]:
+    """Returns the shape of a clip with 4 frames from res3 on, or of the model's example."""
+    if isinstance(model, VideoResNet):
+        layout = model.layout
+        stride = layout.conv1_stride * layout.pool1.strides[0] * layout.pool2.strides[0]
+        return 2, 4 * stride, 64, 48, 3
+    return tuple((example or model.example).shape)  # type: ignore[attr-defined]
+
+
+def _layer_checks(
+    layer_differences: Mapping[str, float | None],
+    weight_differences: Mapping[str, float],
+    leaves: Mapping[str, Weights],
+) -> tuple[LayerCheck, ...]:
+    """Joins the differences of weights and outputs by layer. Layers with neither are left out."""
+    checks = []
+    for place in dict.fromkeys([*layer_differences, *map(_module_path, weight_differences)]):
         own = {
             target: difference
-            for target, difference in of_weights.items()
-            if _place(target) == place
+            for target, difference in weight_differences.items()
+            if _module_path(target) == place
         }
+        output = layer_differences.get(place)
         shapes = tuple(leaves[target].shape for target in own)
         if own or output is not None:
-            layers.append(LayerCheck(place, shapes, max(own.values(), default=None), output))
-    return Verification(
-        report, tuple(layers), of_stages, tuple(_problems(checkpoint, report, leaves)), tolerance
-    )
+            checks.append(LayerCheck(place, shapes, max(own.values(), default=None), output))
+    return tuple(checks)
+
+
+def _module_path(target: str) -> str:
+    """Returns the path of the module that owns a leaf."""
+    return target.partition("/")[2].rpartition("/")[0]
 
 
 def _problems(
-    checkpoint: files.Checkpoint, report: LoadReport, leaves: Mapping[str, Weights]
+    checkpoint: Checkpoint, report: LoadReport, leaves: Mapping[str, Weights]
 ) -> list[str]:
-    """Numbers that are not finite, and what the report leaves out or has twice."""
+    """Lists values that are not finite, and what the report leaves out or has twice."""
+    counts = {target: int((~np.isfinite(leaf)).sum()) for target, leaf in leaves.items()}
     problems = [
-        f"{target} has {n} values that are not finite"
-        for target, leaf in leaves.items()
-        if (n := int((~np.isfinite(leaf)).sum()))
+        f"{target} has {count} values that are not finite"
+        for target, count in counts.items()
+        if count
     ]
-    sources, targets = (
-        [row for row in rows if row]
-        for rows in zip(*((w.source, w.target) for w in report.weights), strict=True)
-    )
-    for what, wanted, got in (
-        ("entry", [*checkpoint.arrays, *checkpoint.ignored], sources),
-        ("leaf", list(leaves), targets),
-    ):
-        if sorted(wanted) != sorted(got):
-            odd = sorted(set(wanted).symmetric_difference(got)) or sorted(
-                name for name in set(got) if got.count(name) > 1
-            )
-            problems.append(f"the {what} {odd[0]} is not accounted for exactly once")
+    entries = [*checkpoint.arrays, *checkpoint.ignored]
+    reported_entries = [weight.source for weight in report.weights if weight.source]
+    reported_leaves = [weight.target for weight in report.weights if weight.target]
+    problems += _accounting_problems("entry", entries, reported_entries)
+    problems += _accounting_problems("leaf", list(leaves), reported_leaves)
     return problems
 
 
-def _against_file(
-    checkpoint: files.Checkpoint, report: LoadReport, leaves: Mapping[str, Weights]
+def _accounting_problems(term: str, names: list[str], reported: list[str]) -> list[str]:
+    """Names the first entry or leaf that is not reported exactly once."""
+    if sorted(names) == sorted(reported):
+        return []
+    unmatched = sorted(set(names) ^ set(reported))
+    repeated = sorted(name for name in set(reported) if reported.count(name) > 1)
+    return [f"the {term} {(unmatched or repeated)[0]} is not accounted for exactly once"]
+
+
+def _weight_differences(
+    checkpoint: Checkpoint, report: LoadReport, leaves: Mapping[str, Weights]
 ) -> dict[str, float]:
-    """For every leaf from the file, how far it is from what the file says."""
-    source, entries, _ = read_names(checkpoint)
-    by_target = {entry.target: entry.array for entry in entries}
+    """Computes how far each leaf from the file is from what the file says."""
+    naming_table, entries, _ = read_names(checkpoint)
+    epsilon = NamingTable.epsilon if naming_table is None else naming_table.epsilon
+    arrays = {entry.target: entry.array for entry in entries}
     differences = {}
     for row in report.weights:
-        if row.source and row.target:
-            expected = _folded(row.target, by_target, leaves)
-            if expected is not None:
-                differences[row.target] = _relative(leaves[row.target], expected)
-            else:
-                differences[row.target] = _back(
-                    source, row, leaves[row.target], checkpoint.arrays[row.source]
-                )
+        if not (row.source and row.target):
+            continue
+        leaf = leaves[row.target]
+        folded = _folded(row.target, arrays, leaves, epsilon)
+        if folded is None:
+            source_array = checkpoint.arrays[row.source]
+            differences[row.target] = _export_difference(naming_table, row, leaf, source_array)
+        else:
+            differences[row.target] = _relative_difference(leaf, folded)
     return differences
 
 
 def _folded(
-    target: str, by_target: Mapping[str, Weights], leaves: Mapping[str, Weights]
+    target: str, arrays: Mapping[str, Weights], leaves: Mapping[str, Weights], epsilon: float
 ) -> Weights | None:
-    """What an affine map should be where the file has running statistics and the network none; else None."""
+    """Folds the running statistics of the file; None if the leaf is not folded.
+
+    The formula is written out here again, to check `layers.norm.fold_batch_norm` independently.
+    """
     norm, _, leaf = target.removeprefix("params/").rpartition("/")
-    names = [f"params/{norm}/scale", f"batch_stats/{norm}/mean", f"batch_stats/{norm}/var"]
-    if (
-        leaf not in ("scale", "bias")
-        or names[2] in leaves
-        or not all(name in by_target for name in names)
-    ):
+    paths = (f"params/{norm}/scale", f"batch_stats/{norm}/mean", f"batch_stats/{norm}/var")
+    has_statistics = all(path in arrays for path in paths)
+    if leaf not in ("scale", "bias") or paths[2] in leaves or not has_statistics:
         return None
-    gamma, mean, var = (np.asarray(by_target[name], np.float64) for name in names)
-    scale = gamma / np.sqrt(var + FROZEN_EPSILON)
-    return scale if leaf == "scale" else np.asarray(by_target[target], np.float64) - mean * scale
+    gamma, mean, var = (np.asarray(arrays[path], np.float64) for path in paths)
+    scale = gamma / np.sqrt(var + epsilon)
+    return scale if leaf == "scale" else np.asarray(arrays[target], np.float64) - mean * scale
 
 
-def _back(source: Source | None, row: LoadedWeight, leaf: Weights, theirs: Weights) -> float:
-    """How far a leaf, under the file's name and in its shape, is from the file's array; ∞ where it does not get there."""
+def _export_difference(
+    naming_table: NamingTable | None, row: LoadedWeight, leaf: Weights, source_array: Weights
+) -> float:
+    """Exports a leaf to the file's name and shape, and compares it; ∞ if name or size differ."""
     try:
-        [(name, array)] = export(unflatten({row.target: leaf}), name_of(source)).items()
+        [(name, array)] = export(unflatten({row.target: leaf}), table_name(naming_table)).items()
     except ValueError:
         return math.inf
     key = strip_prefix(row.source)
-    if name != key and (
-        source is None or source.to_ours(name) != source.to_ours(key)
-    ):  # some weights have two spellings
+    if name != key:  # some weights have two spellings, which mean the same native name
+        spellings = naming_table and (naming_table.native_name(name), naming_table.native_name(key))
+        if not spellings or spellings[0] != spellings[1]:
+            return math.inf
+    if array.size != source_array.size:  # inflated, so it is summed over the frames
+        array = array.sum(0 if naming_table is None else 2, dtype=np.float64)
+    if array.size != source_array.size:
         return math.inf
-    if array.size != theirs.size:  # inflated
-        array = array.sum(0 if source is None else 2, dtype=np.float64)
-    return _relative(array.reshape(theirs.shape), theirs) if array.size == theirs.size else math.inf
+    return _relative_difference(array.reshape(source_array.shape), source_array)
 
 
-def _relative(array: Weights, expected: Weights) -> float:
-    """The largest difference over the largest value; numbers that are the same, NaN too, do not differ."""
+def _relative_difference(array: Weights, expected: Weights) -> float:
+    """Returns the largest difference, relative to the largest value. NaN equals NaN."""
     array, expected = np.asarray(array, np.float64), np.asarray(expected, np.float64)
     with np.errstate(invalid="ignore"):
-        same = (array == expected) | (np.isnan(array) & np.isnan(expected))
-        difference = np.where(same, 0.0, np.abs(array - expected)).max(initial=0.0)
-    return (
-        or_infinite(difference / (np.abs(expected).max(initial=0.0) or 1.0)) if difference else 0.0
-    )
-
-
-def _shape(model: nn.Module, example: jax.ShapeDtypeStruct | None) -> tuple[int, ...]:
-    """A clip that has 4 frames from res3 on; of other networks, their example."""
-    if isinstance(model, VideoResNet):
-        layout = model.layout
-        return (
-            2,
-            4 * layout.conv1_stride * layout.pool1.strides[0] * layout.pool2.strides[0],
-            64,
-            48,
-            3,
-        )
-    return tuple((example or model.example).shape)  # type: ignore[attr-defined]
-
-
-def _place(target: str) -> str:
-    """The module of a leaf."""
-    return target.partition("/")[2].rpartition("/")[0]
-
-
-def _number(difference: float | None) -> str:
-    return "–" if difference is None else "0" if difference == 0 else f"{difference:.1e}"
+        is_same = (array == expected) | (np.isnan(array) & np.isnan(expected))
+        difference = np.where(is_same, 0.0, np.abs(array - expected)).max(initial=0.0)
+    if not difference:
+        return 0.0
+    return finite_or_infinity(difference / (np.abs(expected).max(initial=0.0) or 1.0))

@@ -132,7 +132,7 @@ def test_report_is_written_with_its_picture(results, tmp_path):
     assert (first, last) == ("before", "after")
     assert (
         lines[3]
-        == "| concatenation | 12,544 | 3,136 | 20.0 · 300 · – | 40.0 · 1,200 · – | – · – · – |"
+        == "| concatenation | 12544 | 3136 | 20.0 · 300 · – | 40.0 · 1200 · – | – · – · – |"
     )
     assert (tmp_path / "results" / "growth.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,4 +1,4 @@
-"""Real video files of every kind that tests read, made on the spot."""
+"""Makes the video files that tests read: every container, codec and oddity that was met."""
 
 import av
 import numpy as np
@@ -7,17 +7,17 @@ from nonlocal_jax.data import stand_in
 
 
 def scene(count, height, width):
-    """Something that moves over something that does not, and noise, so that no two frames are equal."""
+    """Makes frames of a moving bar over a gradient and noise; no two are equal."""
     rng = np.random.default_rng(count)
-    frames = rng.integers(0, 40, (count, height, width, 3)) + np.linspace(0, 120, width)[
-        :, None
-    ].astype(int)
+    gradient = np.linspace(0, 120, width)[:, None].astype(int)
+    frames = rng.integers(0, 40, (count, height, width, 3)) + gradient
     for t in range(count):
         frames[t, : height // 2, (3 * t) % width : (3 * t) % width + 9] += 90
     return frames.astype(np.uint8)
 
 
-def other_codec(file, frames, codec, pix_fmt="yuv420p", options=None):
+def encode(file, frames, codec, pix_fmt="yuv420p", options=None):
+    """Writes frames with any codec of FFmpeg."""
     with av.open(str(file), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
@@ -28,26 +28,26 @@ def other_codec(file, frames, codec, pix_fmt="yuv420p", options=None):
 
 
 def remux(old, new, change=lambda number, packet: packet, options=None):
-    """The packets of a file in another, each as `change` gives it; None leaves it out."""
-    with av.open(str(old)) as one, av.open(str(new), "w", options=options or {}) as other:
-        stream = other.add_stream_from_template(one.streams.video[0])
-        packets = [packet for packet in one.demux(one.streams.video[0]) if packet.size]
+    """Copies the packets of a file, each as `change` returns it; None leaves it out."""
+    with av.open(str(old)) as source, av.open(str(new), "w", options=options or {}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(source.streams.video[0]) if packet.size]
         for number, packet in enumerate(packets):
             if (packet := change(number, packet)) is not None:
                 packet.stream = stream
-                other.mux(packet)
+                target.mux(packet)
 
 
-def with_content(packet, content):
-    """A packet with other bytes."""
-    other = av.Packet(content)
+def replace_content(packet, content):
+    """Returns a packet with the same times and other bytes."""
+    replaced = av.Packet(content)
     for name in ("pts", "dts", "time_base", "is_keyframe"):
-        setattr(other, name, getattr(packet, name))
-    return other
+        setattr(replaced, name, getattr(packet, name))
+    return replaced
 
 
 def cut(file, first, source=None, muxer=None, **options):
-    """From a packet on; "keyframe" is the second one."""
+    """Writes a file that starts at packet `first`; "keyframe" is the second keyframe."""
     whole = file.with_name(f"whole_{file.name}")
     if source is None:
         stand_in.write(
@@ -57,32 +57,27 @@ def cut(file, first, source=None, muxer=None, **options):
         FILES[source](whole)
     if first == "keyframe":
         with av.open(str(whole)) as container:
-            first = [
-                number
-                for number, packet in enumerate(container.demux(video=0))
-                if packet.is_keyframe
-            ][1]
+            is_keyframe = [packet.is_keyframe for packet in container.demux(video=0)]
+        first = [number for number, is_key in enumerate(is_keyframe) if is_key][1]
     remux(whole, file, lambda number, packet: packet if number >= first else None, muxer)
 
 
-def with_a_hidden_packet(file):
-    """Packet 7 is not to be shown, though others are predicted from it."""
+def hidden_packet(file):
+    """Writes a file whose packet 7 is never shown, although others are predicted from it."""
     whole = file.with_name(f"whole_{file.name}")
-    other_codec(whole, scene(30, 48, 64), "libvpx", options={"g": "20", "deadline": "realtime"})
+    encode(whole, scene(30, 48, 64), "libvpx", options={"g": "20", "deadline": "realtime"})
 
     def change(number, packet):
+        if number != 7:
+            return packet
         content = bytes(packet)
-        return (
-            packet
-            if number != 7
-            else with_content(packet, bytes([content[0] & 0xEF]) + content[1:])
-        )
+        return replace_content(packet, bytes([content[0] & 0xEF]) + content[1:])
 
     remux(whole, file, change)
 
 
 def timed_as_decoded(file, source="open_gop.mp4"):
-    """As files come from AVI: the times tell when frames are decoded."""
+    """Writes a file whose display times are decoding times, as converting from AVI makes them."""
     whole = file.with_name(f"whole_{file.stem}.mp4")
     FILES[source](whole)
 
@@ -93,8 +88,8 @@ def timed_as_decoded(file, source="open_gop.mp4"):
     remux(whole, file, change)
 
 
-def with_short_groups(file):
-    """Keyframes that follow each other more quickly than frames wait to be shown."""
+def short_groups(file):
+    """Writes keyframes that follow each other faster than frames are reordered."""
     with av.open(str(file), "w") as container:
         options = {
             "forced-idr": "1",
@@ -109,8 +104,8 @@ def with_short_groups(file):
         container.mux(stream.encode())
 
 
-def with_cover(file):
-    """A cover, and a video."""
+def cover_and_video(file):
+    """Writes a file with a cover picture before the video."""
     with av.open(str(file), "w") as container:
         cover = container.add_stream("mjpeg", rate=25)
         cover.width, cover.height, cover.pix_fmt = 96, 80, "yuvj420p"
@@ -124,7 +119,7 @@ def with_cover(file):
 
 
 def shown_late(file, pause=20):
-    """A pause after frame 30, of which the sample table's times of decoding, all alike, tell nothing."""
+    """Writes a pause after frame 30, which the evenly spaced decoding times do not show."""
     stand_in.write(file.with_name("steady.mp4"), scene(60, 48, 64), options={"g": "10", "bf": "2"})
 
     def change(number, packet):
@@ -165,36 +160,34 @@ FILES = {
     "turned_back.mp4": lambda f: stand_in.write(f, scene(20, 48, 64), rotation=-90),
     "stream.ts": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
     "b_frames.avi": lambda f: stand_in.write(f, scene(40, 48, 64), options={"g": "10"}),
-    "mpeg4.avi": lambda f: other_codec(f, scene(40, 48, 64), "mpeg4", options={"g": "12"}),
-    "mpeg2.mpg": lambda f: other_codec(
+    "mpeg4.avi": lambda f: encode(f, scene(40, 48, 64), "mpeg4", options={"g": "12"}),
+    "mpeg2.mpg": lambda f: encode(
         f, scene(40, 48, 64), "mpeg2video", options={"g": "12", "bf": "2"}
     ),
-    "odd.webm": lambda f: other_codec(
+    "odd.webm": lambda f: encode(
         f, scene(30, 45, 67), "libvpx-vp9", options={"g": "10", "deadline": "realtime"}
     ),
-    "tiny.mkv": lambda f: other_codec(f, scene(5, 1, 1), "ffv1", "bgr0"),
+    "tiny.mkv": lambda f: encode(f, scene(5, 1, 1), "ffv1", "bgr0"),
     "one.mp4": lambda f: stand_in.write(f, scene(1, 48, 64)),
-    "hevc.mp4": lambda f: other_codec(
+    "hevc.mp4": lambda f: encode(
         f,
         scene(40, 48, 64),
         "libx265",
         options={"x265-params": "keyint=12:temporal-layers=1:log-level=none"},
     ),
-    "hidden.webm": with_a_hidden_packet,
-    "short_groups.mp4": with_short_groups,
+    "hidden.webm": hidden_packet,
+    "short_groups.mp4": short_groups,
     "timed_as_decoded.mp4": timed_as_decoded,
     "timed_as_decoded.mkv": timed_as_decoded,
-    "mpeg4_b_frames.avi": lambda f: other_codec(
+    "mpeg4_b_frames.avi": lambda f: encode(
         f, scene(40, 48, 64), "mpeg4", options={"g": "12", "bf": "2"}
     ),
     "interlaced.mp4": lambda f: stand_in.write(
         f, scene(40, 64, 64), options={"flags": "+ildct+ilme", "x264-params": "tff=1", "g": "10"}
     ),
-    "ten_bit.mp4": lambda f: other_codec(
-        f, scene(40, 48, 64), "libx264", "yuv420p10le", {"g": "10"}
-    ),
-    "turning.gif": lambda f: other_codec(f, scene(12, 48, 64), "gif", "rgb8"),
-    "cover.mp4": with_cover,
+    "ten_bit.mp4": lambda f: encode(f, scene(40, 48, 64), "libx264", "yuv420p10le", {"g": "10"}),
+    "turning.gif": lambda f: encode(f, scene(12, 48, 64), "gif", "rgb8"),
+    "cover.mp4": cover_and_video,
     "shown_late.mp4": shown_late,
     "cut.mp4": lambda f: cut(f, 5, bf="0"),
     "cut.mkv": lambda f: cut(f, 5, bf="0"),

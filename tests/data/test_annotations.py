@@ -1,4 +1,4 @@
-"""Lists of every kind, and what is wrong with a line is said with its number."""
+"""Lists of every format are read, and errors name the line that is wrong."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from nonlocal_jax.data.annotations import Action
 
 @pytest.fixture
 def folder(tmp_path):
-    """Files with names alone: lists are checked without decoding."""
+    """Makes empty files, since lists are checked without decoding."""
     for name in (
         "a.mp4",
         "b c.mp4",
@@ -35,8 +35,10 @@ def write(folder, text, name="list.txt"):
 def test_path_and_label(folder):
     found = annotations.read(write(folder, "a.mp4 3\nb c.mp4 0\n\ninside/d.mp4,2\n"))
     assert [(record.path, record.labels, record.line) for record in found.records] == [
-        (folder / "a.mp4", (3,), 1), (folder / "b c.mp4", (0,), 2), (folder / "inside/d.mp4", (2,), 4),
-    ]  # fmt: skip
+        (folder / "a.mp4", (3,), 1),
+        (folder / "b c.mp4", (0,), 2),
+        (folder / "inside/d.mp4", (2,), 4),
+    ]
     assert (found.num_classes, found.multi_label) == (4, False)
     elsewhere = write(folder.parent, f"d.mp4 1\n{folder}/inside/d.mp4 1\n")
     with pytest.raises(DataError, match=r"line 2: .*d.mp4 is on line 1 too"):
@@ -69,27 +71,29 @@ def test_official_kinetics(folder):
         )
 
 
-CHARADES = '''id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length
-AB12C,HR43,Kitchen,6,7,Yes,"A person, cooking",food,"none; ""really""",c092 11.90 21.20;c147 0.00 12.60,30.54
-'''
+CHARADES = (
+    "id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length\n"
+    'AB12C,HR43,Kitchen,6,7,Yes,"A person, cooking",food,"none; ""really""",'
+    "c092 11.90 21.20;c147 0.00 12.60,30.54\n"
+)
 
 
-def test_numbers_of_classes_are_those_of_all_lists(folder):
-    """Of a list with some of the classes, numbers in the order of their names would be others."""
+def test_a_list_with_some_of_the_classes_needs_the_names_of_all(folder):
+    """Otherwise the sorted names would get other numbers than in the whole data set."""
     official = write(folder, OFFICIAL, "train.csv")
     with pytest.raises(
-        DataError, match=r"must be of 400 classes; 2 are named\. A file of classes may name all"
+        DataError, match=r"must have 400 classes; 2 are named\. Pass a file that names all classes"
     ):
         annotations.read(official, num_classes=400)
     classes = write(folder, "abseiling\nair drumming\n", "classes.txt")
     plain = write(folder, "a.mp4 1\n", "plain.txt")
     for file, count in ((official, 3), (plain, 3), (write(folder, CHARADES, "charades.csv"), None)):
-        with pytest.raises(DataError, match=f"must be of {count or 157} classes; 2 are named"):
+        with pytest.raises(DataError, match=f"must have {count or 157} classes; 2 are named"):
             annotations.read(file, num_classes=count, classes=classes)
     assert annotations.read(plain, classes=classes).names == ("abseiling", "air drumming")
 
 
-def test_lines_end_at_line_feeds_alone(folder):
+def test_only_line_feeds_end_a_line(folder):
     (folder / "a\x85b.mp4").touch()
     (folder / "list.txt").write_bytes("a.mp4 1\r\na\x85b.mp4 2\r\n".encode())
     assert [record.path.name for record in annotations.read(folder / "list.txt").records] == [
@@ -99,11 +103,11 @@ def test_lines_end_at_line_feeds_alone(folder):
 
 
 def test_charades(folder):
-    found = annotations.read(write(folder, CHARADES, "charades.csv"))
-    (record,) = found.records
+    charades = annotations.read(write(folder, CHARADES, "charades.csv"))
+    (record,) = charades.records
     assert record.actions == (Action(92, 11.9, 21.2), Action(147, 0.0, 12.6))
     assert (record.labels, record.path, record.line) == ((92, 147), folder / "AB12C.mp4", 2)
-    assert (found.num_classes, found.multi_label) == (157, True)
+    assert (charades.num_classes, charades.multi_label) == (157, True)
     empty = annotations.read(write(folder, "id,actions,length\nAB12C,,3\n", "empty.csv"))
     assert empty.records[0].labels == ()
 
@@ -128,31 +132,64 @@ def test_folders(folder):
 
 WRONG = {
     "no label": ("a.mp4\n", "line 1: `path label` is expected; got 'a.mp4'"),
-    "label is no number": ("a.mp4 3\nb c.mp4 x\n", "line 2: a label must be a whole number; got 'x'"),
+    "label is no number": (
+        "a.mp4 3\nb c.mp4 x\n",
+        "line 2: a label must be a whole number; got 'x'",
+    ),
     "label out of range": ("a.mp4 400\n", "line 1: labels must be from 0 to 399; got 400"),
     "negative label": ("a.mp4 -1\n", "line 1: labels must be from 0 to 399; got -1"),
-    "label as Python writes numbers": ("a.mp4 1_0\n", "line 1: a label must be a whole number; got '1_0'"),
+    "label as Python writes numbers": (
+        "a.mp4 1_0\n",
+        "line 1: a label must be a whole number; got '1_0'",
+    ),
     "a very long line": (140_000 * "a" + ",1\n", "line 1: there is no file"),
-    "kinetics: a very long field": (OFFICIAL + 140_000 * "a" + ",z3,0,10,train\n", "line 4 cannot be read as CSV: field larger"),
+    "kinetics: a very long field": (
+        OFFICIAL + 140_000 * "a" + ",z3,0,10,train\n",
+        "line 4 cannot be read as CSV: field larger",
+    ),
     "missing": ("a.mp4 1\nnone.mp4 1\n", "line 2: there is no file .*none.mp4"),
     "too long": (300 * "a" + ".mp4 1\n", "line 1: there is no file"),
     "twice": ("a.mp4 1\n./a.mp4 2\n", "line 2: .*a.mp4 is on line 1 too"),
     "nothing": ("", "must have a line for each video; it is empty"),
-    "not text": ("\0 1\n", "line 1: .* is no path"),
-    "charades: ends before it starts": ("id,actions,length\nAB12C,c001 5.0 4.0,9\n", "line 2: an action must not end before it starts; got 'c001 5.0 4.0'"),
-    "charades: no class": ("id,actions,length\nAB12C,092 5.0 6.0,9\n", "line 2: an action is like `c092 11.10 21.50`; got '092 5.0 6.0'"),
-    "charades: no time": ("id,actions,length\nAB12C,c001 x 6.0,9\n", "line 2: times must be seconds from 0 on; got 'x'"),
-    "charades: not finite": ("id,actions,length\nAB12C,c001 0 inf,9\n", "line 2: times must be seconds from 0 on; got 'inf'"),
-    "charades: out of range": ("id,actions,length\nAB12C,c157 0 1,9\n", "line 2: labels must be from 0 to 156; got 157"),
+    "not text": ("\0 1\n", "line 1: .* is not a path"),
+    "charades: ends before it starts": (
+        "id,actions,length\nAB12C,c001 5.0 4.0,9\n",
+        "line 2: an action must not end before it starts; got 'c001 5.0 4.0'",
+    ),
+    "charades: no class": (
+        "id,actions,length\nAB12C,092 5.0 6.0,9\n",
+        "line 2: an action must look like `c092 11.10 21.50`; got '092 5.0 6.0'",
+    ),
+    "charades: no time": (
+        "id,actions,length\nAB12C,c001 x 6.0,9\n",
+        "line 2: times must be non-negative seconds; got 'x'",
+    ),
+    "charades: not finite": (
+        "id,actions,length\nAB12C,c001 0 inf,9\n",
+        "line 2: times must be non-negative seconds; got 'inf'",
+    ),
+    "charades: out of range": (
+        "id,actions,length\nAB12C,c157 0 1,9\n",
+        "line 2: labels must be from 0 to 156; got 157",
+    ),
     "charades: no id": ("id,actions,length\n,c001 0 1,9\n", "line 2: the column `id` is empty"),
-    "kinetics: unknown class": (OFFICIAL + "juggling,z3,0,10,train\n", "line 4: 'juggling' is none of the 2 classes"),
-    "kinetics: no time": (OFFICIAL + "abseiling,z3,,10,train\n", "line 4: time_start must be a whole number; got ''"),
-    "frames: too few columns": ("original_vido_id video_id frame_id path labels\nV 0 f/1.jpg 1\n", "line 2: .*labels` is expected"),
-}  # fmt: skip
+    "kinetics: unknown class": (
+        OFFICIAL + "juggling,z3,0,10,train\n",
+        "line 4: 'juggling' is not one of the 2 classes",
+    ),
+    "kinetics: no time": (
+        OFFICIAL + "abseiling,z3,,10,train\n",
+        "line 4: time_start must be a whole number; got ''",
+    ),
+    "frames: too few columns": (
+        "original_vido_id video_id frame_id path labels\nV 0 f/1.jpg 1\n",
+        "line 2: .*labels` is expected",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_with_a_line(folder, name):
+def test_errors_name_the_line(folder, name):
     text, message = WRONG[name]
     options = {"num_classes": None if name.startswith(("charades", "kinetics")) else 400}
     if name == "kinetics: unknown class":
@@ -165,16 +202,14 @@ def test_paths_outside_the_root(folder):
     (folder.parent / "secret.mp4").touch()
     for name in ("../secret.mp4", "inside/../../secret.mp4", f"{folder.parent}/secret.mp4"):
         file = write(folder, f"{name} 1\n")
-        assert annotations.read(file).records  # anywhere, as long as no root is given
+        assert annotations.read(file).records  # without a root, files may lie anywhere
         with pytest.raises(DataError, match=r"line 1: .*secret.mp4 lies outside the root"):
             annotations.read(file, root=folder)
-    assert (
-        annotations.read(write(folder, "inside/../a.mp4 1\n"), root=folder).records[0].path
-        == folder / "a.mp4"
-    )
+    (record,) = annotations.read(write(folder, "inside/../a.mp4 1\n"), root=folder).records
+    assert record.path == folder / "a.mp4"
 
 
-def test_lines_to_leave_out(folder):
+def test_leaving_lines_out(folder):
     file = write(folder, "a.mp4 1\nnone.mp4 1\na.mp4 2\n")
     with pytest.raises(
         DataError, match=r"has 2 line\(s\) that cannot be used:\n  line 2.*\n  line 3"
@@ -183,13 +218,10 @@ def test_lines_to_leave_out(folder):
     found = annotations.read(file, leave_out=True)
     assert len(found) == 1
     assert [text.split(":")[0] for text in found.left_out] == ["line 2", "line 3"]
-    with pytest.raises(
-        DataError, match="line 1: a label must be a whole number"
-    ):  # that is no matter of files
+    # Only missing and repeated files are left out, not wrong lines.
+    with pytest.raises(DataError, match="line 1: a label must be a whole number"):
         annotations.read(write(folder, "a.mp4 x\n"), leave_out=True)
-    with pytest.raises(
-        DataError, match=r"at least one video that is there; 1 line\(s\) were left out"
-    ):
+    with pytest.raises(DataError, match=r"at least one existing video; 1 line\(s\) were left out"):
         annotations.read(write(folder, "none.mp4 1\n"), leave_out=True)
 
 
@@ -198,11 +230,11 @@ def test_only_the_first_of_many_wrong_lines_are_shown(folder):
         annotations.read(write(folder, "a.mp4 x\n" * 40))
 
 
-def test_lists_that_are_none(folder):
+def test_files_that_are_not_lists(folder):
     with pytest.raises(DataError, match="cannot be read: No such file"):
         annotations.read(folder / "none.txt")
     (folder / "binary.txt").write_bytes(b"a.mp4 1\n\xff\xfe")
-    with pytest.raises(DataError, match="must be a list in UTF-8; byte 8 is none"):
+    with pytest.raises(DataError, match="must be a text file in UTF-8; byte 8 is not"):
         annotations.read(folder / "binary.txt")
     with pytest.raises(DataError, match="must name each class once"):
         annotations.read(

@@ -1,4 +1,4 @@
-"""The official archives' format, from a small file of it, read without TensorFlow."""
+"""A small archive in the official format is read without TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,15 @@ import pytest
 from nonlocal_jax.data import cifar
 from nonlocal_jax.data.cifar import ARCHIVES, DataError
 
-EACH = 7  # records of a file
+RECORDS_PER_FILE = 7
 
 
-def make_archive(folder, name="cifar10", each=EACH, cut=0, missing=()):
-    """An archive of the official layout with random images; gives what it is and the records of each split."""
+def make_archive(folder, name="cifar10", truncate=0, missing=()):
+    """Writes an archive of the official layout with random images.
+
+    Returns:
+        The description of the archive, and the records of each split.
+    """
     archive = ARCHIVES[name]
     rng = np.random.default_rng(0)
     records = {}
@@ -30,47 +34,43 @@ def make_archive(folder, name="cifar10", each=EACH, cut=0, missing=()):
     with tarfile.open(folder / archive.name, "w:gz") as tar:
         for split, names in archive.files.items():
             for file in names:
-                table = rng.integers(
-                    0, 256, (each, archive.label_bytes + cifar.PIXELS), dtype=np.uint8
-                )
-                table[:, : archive.label_bytes] = rng.integers(0, 10, (each, archive.label_bytes))
+                size = (RECORDS_PER_FILE, archive.record_bytes)
+                table = rng.integers(0, 256, size, dtype=np.uint8)
+                label_size = (RECORDS_PER_FILE, archive.label_bytes)
+                table[:, : archive.label_bytes] = rng.integers(0, 10, label_size)
                 records.setdefault(split, []).append(table)
                 if file not in missing:
-                    content = table.tobytes()[: table.nbytes - cut]
+                    content = table.tobytes()[: table.nbytes - truncate]
                     info = tarfile.TarInfo(file)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     content = (folder / archive.name).read_bytes()
-    archive = dataclasses.replace(
-        archive, size=len(content), sha256=hashlib.sha256(content).hexdigest()
-    )
+    digest = hashlib.sha256(content).hexdigest()
+    archive = dataclasses.replace(archive, size=len(content), sha256=digest)
     return archive, {split: np.concatenate(tables) for split, tables in records.items()}
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_every_pixel_and_label(name, split, tmp_path):
+def test_every_pixel_and_label(name, tmp_path):
     archive, records = make_archive(tmp_path, name)
-    images = cifar.load(name, split, tmp_path, archive)
-    table = records[split]
-    assert images.num_classes == {"cifar10": 10, "cifar100": 100}[name]
-    assert images.images.shape == (len(table), 32, 32, 3)
-    np.testing.assert_array_equal(
-        images.labels, table[:, archive.label_bytes - 1]
-    )  # the fine one of CIFAR-100
-    pixels = table[:, archive.label_bytes :]
-    for n, y, x, c in ((0, 0, 0, 0), (3, 31, 0, 1), (5, 4, 17, 2), (6, 31, 31, 0)):
-        assert (
-            images.images[n, y, x, c] == pixels[n, 1024 * c + 32 * y + x]
-        )  # red, green, blue planes, row by row
+    for split, table in records.items():
+        images = cifar.load(name, split, tmp_path, archive)
+        assert images.num_classes == {"cifar10": 10, "cifar100": 100}[name]
+        assert images.images.shape == (len(table), 32, 32, 3)
+        # CIFAR-100 has a coarse and a fine label; the fine one is used.
+        np.testing.assert_array_equal(images.labels, table[:, archive.label_bytes - 1])
+        pixels = table[:, archive.label_bytes :]
+        for n, y, x, c in ((0, 0, 0, 0), (3, 31, 0, 1), (5, 4, 17, 2), (6, 31, 31, 0)):
+            # Red, green and blue are stored one after the other, row by row.
+            assert images.images[n, y, x, c] == pixels[n, 1024 * c + 32 * y + x]
 
 
-def test_the_records_are_read_again_without_the_archive(tmp_path):
+def test_record_files_are_enough(tmp_path):
     archive, _ = make_archive(tmp_path)
     first = cifar.load("cifar10", "train", tmp_path, archive)
     (tmp_path / archive.name).unlink()
-    again = cifar.load("cifar10", "train", tmp_path, archive)
-    np.testing.assert_array_equal(again.images, first.images)
+    second = cifar.load("cifar10", "train", tmp_path, archive)
+    np.testing.assert_array_equal(second.images, first.images)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "cifar10-test.array_record",
         "cifar10-train.array_record",
@@ -84,13 +84,11 @@ def test_the_official_checksums_are_those_of_tensorflow_datasets():
 
     for name, archive in ARCHIVES.items():
         infos = checksums.load_url_infos(resource_utils.tfds_path(f"url_checksums/{name}.txt"))
-        assert (infos[archive.url].checksum, infos[archive.url].size) == (
-            archive.sha256,
-            archive.size,
-        )
+        info = infos[archive.url]
+        assert (info.checksum, info.size) == (archive.sha256, archive.size)
 
 
-def test_another_archive_is_refused(tmp_path):
+def test_other_archives_are_refused(tmp_path):
     archive, _ = make_archive(tmp_path)
     with pytest.raises(DataError, match=r"must be the official archive, 170,052,171 bytes; it has"):
         cifar.load("cifar10", "train", tmp_path)
@@ -106,34 +104,34 @@ def test_another_archive_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"cut": 5}, "ends within a record of 3073 bytes"),
+        ({"truncate": 5}, "ends within a record of 3073 bytes"),
         ({"missing": ("cifar-10-batches-bin/test_batch.bin",)}, "cannot be read"),
     ],
 )
-def test_a_damaged_archive_leaves_no_half_split(damage, message, tmp_path):
+def test_a_damaged_archive_leaves_no_partial_split(damage, message, tmp_path):
     archive, _ = make_archive(tmp_path, **damage)
     with pytest.raises(DataError, match=message):
         cifar.load("cifar10", "test", tmp_path, archive)
     assert not [*tmp_path.glob("*test*"), *tmp_path.glob(".*")]
 
 
-def test_offline_it_fails_at_once_and_says_what_to_do(tmp_path, monkeypatch):
+def test_without_a_network_the_error_comes_at_once_and_says_what_to_do(tmp_path, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
-    begun = time.monotonic()
-    with pytest.raises(
-        DataError,
-        match=r"www.cs.toronto.edu cannot be reached .* put cifar-10-binary.tar.gz, from https://",
-    ):
+    start = time.monotonic()
+    message = (
+        r"www.cs.toronto.edu cannot be reached .* put cifar-10-binary.tar.gz, from https://.*, into"
+    )
+    with pytest.raises(DataError, match=message):
         cifar.load("cifar10", "train", tmp_path / "data")
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - start < 10
 
 
 @contextlib.contextmanager
-def served(folder):
-    """A real server of a folder; gives its address."""
+def file_server(folder):
+    """Serves a folder over HTTP and yields the address."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     handler.func.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -142,13 +140,13 @@ def served(folder):
         server.shutdown()
 
 
-def test_online_it_is_fetched_by_tensorflow_datasets_and_checked(tmp_path):
+def test_the_archive_is_downloaded_by_tensorflow_datasets_and_checked(tmp_path):
     archive, records = make_archive(tmp_path / "server")
-    with served(tmp_path / "server") as address:
-        there = dataclasses.replace(archive, url=f"{address}/{archive.name}")
-        images = cifar.load("cifar10", "test", tmp_path / "data", there)
+    with file_server(tmp_path / "server") as address:
+        served = dataclasses.replace(archive, url=f"{address}/{archive.name}")
+        images = cifar.load("cifar10", "test", tmp_path / "data", served)
         np.testing.assert_array_equal(images.labels, records["test"][:, 0])
-        other = dataclasses.replace(there, sha256="0" * 64)
-        with pytest.raises(DataError, match="could not be fetched"):
-            cifar.load("cifar10", "test", tmp_path / "other", other)
-    assert not list((tmp_path / "other").glob("*.array_record"))
+        wrong = dataclasses.replace(served, sha256="0" * 64)
+        with pytest.raises(DataError, match="could not be downloaded"):
+            cifar.load("cifar10", "test", tmp_path / "wrong", wrong)
+    assert not list((tmp_path / "wrong").glob("*.array_record"))

@@ -1,9 +1,10 @@
-"""Frames and windows, against the sources' own rules written out again."""
+"""Frames and windows equal the rules of the sources, which are written out here again."""
 
 import numpy as np
 import pytest
 
 from nonlocal_jax.data.sampling import InSpace, InTime, crops, whole
+from nonlocal_jax.layers.presets import PRESETS
 
 
 def test_consecutive_frames_cover_every_start_equally():
@@ -14,7 +15,7 @@ def test_consecutive_frames_cover_every_start_equally():
 
 
 def slowfast(count, fps, frames, rate, share, target=30.0):
-    """PySlowFast's rule for Kinetics: so many frames between the ends of a span, which are kept inside the video."""
+    """PySlowFast's rule for Kinetics: frames evenly spaced over a span inside the video."""
     span = rate * frames / target * fps
     start = share * max(count - span, 0)
     return np.clip(np.linspace(start, start + span - 1, frames), 0, count - 1).astype(int)
@@ -24,8 +25,15 @@ def slowfast(count, fps, frames, rate, share, target=30.0):
 @pytest.mark.parametrize("fps", [30.0, 25.0, 59.94])
 def test_rule_of_pyslowfast(count, fps):
     for share in (0.0, 0.3, 0.999):
-        found = InTime(8, 8, fps=30.0, rule="slowfast", short="hold").clip(count, fps, share)
-        np.testing.assert_array_equal(found, slowfast(count, fps, 8, 8, share))
+        clip = InTime.from_preset(8, 8, "slowfast", fps=30.0).clip(count, fps, share)
+        np.testing.assert_array_equal(clip, slowfast(count, fps, 8, 8, share))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sampling_of_a_preset_is_that_of_its_source(preset):
+    is_slowfast = preset == "slowfast"
+    expected = InTime(4, 2, None, *(("slowfast", "hold") if is_slowfast else ()))
+    assert InTime.from_preset(4, 2, preset) == expected
 
 
 def test_short_videos_loop_or_hold():
@@ -39,7 +47,7 @@ def test_stride_in_seconds():
     np.testing.assert_array_equal(InTime(4, 2, fps=30.0).clip(100, 15.0, 0.0), [0, 1, 2, 3])
 
 
-def test_clips_of_a_test_go_from_the_start_to_the_end():
+def test_test_clips_reach_from_the_start_to_the_end():
     clips = InTime(32, 2).clips(300, 30.0, 10)
     assert clips.shape == (10, 32)
     assert clips[0, 0] == 0
@@ -54,7 +62,7 @@ def test_clips_of_a_test_go_from_the_start_to_the_end():
     ("height", "width"), [(256, 340), (340, 256), (240, 320), (1, 1), (3, 7), (4320, 7680)]
 )
 @pytest.mark.parametrize("inverse", [False, True])
-def test_windows_lie_inside_and_scale_as_asked(height, width, inverse):
+def test_windows_lie_inside_the_frame_and_have_the_right_scale(height, width, inverse):
     space, rng = InSpace(224, (256, 320), inverse), np.random.default_rng(0)
     sides = []
     for _ in range(300):
@@ -64,25 +72,21 @@ def test_windows_lie_inside_and_scale_as_asked(height, width, inverse):
         assert window.height == window.width
         assert window.size == (224, 224)
         sides.append(window.height)
-    short = min(height, width)
-    assert min(sides) >= max(int(short * 224 / 320), 1)
-    assert max(sides) <= max(round(short * 224 / 256), 1)
-    if (
-        short >= 240
-    ):  # both ends of the range are reached, and more large windows where 1 / length is uniform
-        assert max(sides) - min(sides) > 0.9 * short * (224 / 256 - 224 / 320)
+    shorter = min(height, width)
+    assert min(sides) >= max(int(shorter * 224 / 320), 1)
+    assert max(sides) <= max(round(shorter * 224 / 256), 1)
+    if shorter >= 240:  # enough pixels to see that both ends of the range are reached
+        assert max(sides) - min(sides) > 0.9 * shorter * (224 / 256 - 224 / 320)
 
 
 def test_inverse_lengths_are_uniform():
     rng = np.random.default_rng(0)
-    shares = [rng.random(3) for _ in range(4000)]
-    lengths = {
-        inverse: [
-            2560 * 224 / InSpace(224, (256, 320), inverse).window(2560, 2560, s).height
-            for s in shares
-        ]
-        for inverse in (False, True)
-    }
+    samples = rng.random((4000, 3))
+    lengths = {}
+    for inverse in (False, True):
+        space = InSpace(224, (256, 320), inverse)
+        sides = [space.window(2560, 2560, shares).height for shares in samples]
+        lengths[inverse] = [2560 * 224 / side for side in sides]
     assert abs(np.mean(lengths[False]) - 288) < 1.5
     assert abs(1 / np.mean(1 / np.array(lengths[True])) - 2 / (1 / 256 + 1 / 320)) < 1.5
 
@@ -95,19 +99,16 @@ def test_windows_are_placed_evenly():
 
 @pytest.mark.parametrize("shape", [(256, 340), (340, 256), (256, 256)])
 def test_three_crops(shape):
-    """PySlowFast's: start, middle rounded up, end of the longer side; the middle of the shorter one."""
+    """As in PySlowFast: along the longer side the start, the middle rounded up, and the end."""
     height, width = shape
     frames = np.arange(height * width).reshape(1, height, width, 1)
     for i, part in enumerate(crops(frames, 256, "three")):
         assert part.shape == (1, 256, 256, 1)
         row, column = divmod(int(part[0, 0, 0, 0]), width)
-        assert (row, column) == (
-            int(np.ceil(i / 2 * (height - 256))),
-            int(np.ceil(i / 2 * (width - 256))),
-        )
-    assert int(crops(frames, 256, "centre")[0][0, 0, 0, 0]) == int(
-        crops(frames, 256, "three")[1][0, 0, 0, 0]
-    )
+        assert row == np.ceil(i / 2 * (height - 256))
+        assert column == np.ceil(i / 2 * (width - 256))
+    centre, middle = crops(frames, 256, "centre")[0], crops(frames, 256, "three")[1]
+    assert centre[0, 0, 0, 0] == middle[0, 0, 0, 0]
     assert crops(frames, 256, "full")[0].shape == frames.shape
 
 
@@ -117,12 +118,17 @@ def test_whole_frames_keep_their_shape():
     assert whole(1, 1, 256).size == (256, 256)
 
 
-def test_wrong_numbers(as_users_see_it):
+@pytest.mark.usefixtures("as_users_see_it")
+def test_wrong_numbers():
     with pytest.raises(ValueError, match="frames must be at least 1; got 0"):
         InTime(0)
     with pytest.raises(ValueError, match="fps must be positive and finite, or None; got nan"):
         InTime(fps=float("nan"))
-    with pytest.raises(ValueError, match="1 ≤ size ≤ least ≤ greatest; got 300 of"):
+    with pytest.raises(
+        ValueError, match=r"1 ≤ size ≤ shorter\[0\] ≤ shorter\[1\]; got size 300 and"
+    ):
         InSpace(300)
     with pytest.raises(ValueError, match="clips must be at least 1; got 0"):
         InTime().clips(10, 30.0, 0)
+    with pytest.raises(ValueError, match=r"preset must be one of 'paper', .*; got 'torch'"):
+        InTime.from_preset(8, 8, "torch")

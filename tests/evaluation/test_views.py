@@ -1,4 +1,4 @@
-"""Views into scores, and scores on disk."""
+"""Views are scored in batches, combined, and their scores are kept on disk."""
 
 import numpy as np
 import pytest
@@ -21,28 +21,28 @@ def test_views_are_scored_in_batches_of_one_size(batch_size):
     assert set(shapes) == {(batch_size, 2, 3, 3, 1)}
 
 
-def test_combining():
+def test_combining_views():
     scores = RNG.random((30, 4))
     np.testing.assert_allclose(evaluation.combine(scores), scores.mean(0))
     np.testing.assert_allclose(evaluation.combine(scores, "max"), scores.max(0))
 
 
-def test_scores_come_back(tmp_path):
+def test_a_resumed_run_finds_the_scores(tmp_path):
     rows = {video: {"single": RNG.random(4), "many": RNG.random(4)} for video in range(9)}
     stored = evaluation.ScoreFolder(tmp_path, every=1e9)
     for video in (0, 1, 2):
         stored.add(video, rows[video])
     stored.fail(3, "3.mp4: is no video")
     stored.write()
-    stored.write()  # nothing new
-    stored.add(4, rows[4])  # and is killed before it writes
-    again = evaluation.ScoreFolder(tmp_path, every=0.0)
-    assert sorted(again.found) == [0, 1, 2]
-    assert again.failures == {3: "3.mp4: is no video"}
-    assert [video in again for video in range(5)] == [True, True, True, True, False]
+    stored.write()  # there is nothing new to write
+    stored.add(4, rows[4])  # the run is killed before this is written
+    resumed = evaluation.ScoreFolder(tmp_path, every=0.0)
+    assert sorted(resumed.found) == [0, 1, 2]
+    assert resumed.failures == {3: "3.mp4: is no video"}
+    assert [video in resumed for video in range(5)] == [True, True, True, True, False]
     for video in (4, 5):
-        again.add(video, rows[video])
-    again.fail(6, "6.mp4: neither")
+        resumed.add(video, rows[video])
+    resumed.fail(6, "6.mp4: neither")
     last = evaluation.ScoreFolder(tmp_path)
     assert sorted(last.found) == [0, 1, 2, 4, 5]
     for video, scores in last.found.items():
@@ -50,18 +50,18 @@ def test_scores_come_back(tmp_path):
             np.testing.assert_array_equal(row, rows[video][name])
 
 
-def test_a_part_that_is_none(tmp_path):
+def test_damaged_files_of_scores(tmp_path):
     stored = evaluation.ScoreFolder(tmp_path)
     stored.add(0, {"many": np.zeros(2)})
     stored.write()
     (part,) = tmp_path.glob("*.npz")
     part.write_bytes(part.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"must be scores that were written here"):
+    with pytest.raises(ValueError, match=r"must be a file of scores"):
         evaluation.ScoreFolder(tmp_path)
     part.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"must be scores that were written here"):
+    with pytest.raises(ValueError, match=r"must be a file of scores"):
         evaluation.ScoreFolder(tmp_path)
     (tmp_path / "x.npz").write_bytes(b"nothing")
     part.unlink()
-    with pytest.raises(ValueError, match=r"x.npz must be scores"):
+    with pytest.raises(ValueError, match=r"x.npz must be a file of scores"):
         evaluation.ScoreFolder(tmp_path)

@@ -1,4 +1,4 @@
-"""The block: an identity at first, residual, normalised in each way; and the presets, different where the sources are."""
+"""The non-local block: an identity at first, residual, normalised in each way, blind to padding."""
 
 import functools
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 from flax import nnx
+from variables import normal, random_variables
 
 from nonlocal_jax.layers import (
     Affine,
@@ -21,7 +22,6 @@ from nonlocal_jax.layers import (
 )
 
 INSTANTIATIONS = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
-PRESETS = ("paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv")
 NORMS = {
     "batch": BatchNorm,
     "affine": Affine,
@@ -32,99 +32,102 @@ NORMS = {
 each_instantiation = pytest.mark.parametrize("instantiation", INSTANTIATIONS)
 each_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
 
-X = jax.random.normal(jax.random.key(0), (2, 3, 5, 7, 6))
-MASK = jax.random.bernoulli(jax.random.key(1), 0.7, X.shape[:-1])
-
-
-def awake(variables, seed=3):
-    """The same variables away from their initial values, so that the block is no identity and no bias is 0."""
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return tree.unflatten(
-        [
-            jnp.abs(leaf + jax.random.uniform(k, leaf.shape) / 2)
-            for k, leaf in zip(keys, leaves, strict=True)
-        ]
-    )
+X = normal((2, 3, 5, 7, 6))
+MASK = np.random.default_rng(1).random(X.shape[:-1]) < 0.7
+REAL = np.broadcast_to(np.arange(7) < 4, X.shape[:-1])  # the first four columns
 
 
 def paths(tree):
-    return {
-        "/".join(key.key for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+@functools.cache
+def new_and_trained(instantiation):
+    """A block, its initial variables, others, and its output with these without jit."""
+    block = nonlocal_block(instantiation)
+    x = jnp.asarray(X)
+    trained = random_variables(block, x)
+    return block, jax.jit(block.init)(jax.random.key(1), x), trained, block.apply(trained, x)
 
 
 class OnEveryDevice(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
     @parameterized.product(instantiation=INSTANTIATIONS)
-    def test_new_block_is_the_identity(self, instantiation):
-        block = nonlocal_block(instantiation)
-        variables = block.init(jax.random.key(1), X)
-        chex.assert_trees_all_equal(self.variant(block.apply)(variables, X), X)
-
-    @chex.variants(with_jit=True, with_pmap=True)
-    @parameterized.product(instantiation=INSTANTIATIONS)
-    def test_trained_block_answers_as_without_jit(self, instantiation):
-        block = nonlocal_block(instantiation)
-        variables = awake(block.init(jax.random.key(1), X))
-        z = block.apply(variables, X)
-        assert not np.allclose(z, X, atol=1e-3)
-        chex.assert_trees_all_close(
-            self.variant(block.apply)(variables, X), z, rtol=1e-4, atol=1e-4
-        )
+    def test_new_block_is_the_identity_and_a_trained_one_answers_as_without_jit(
+        self, instantiation
+    ):
+        block, new, trained, expected = new_and_trained(instantiation)
+        apply, x = self.variant(block.apply), jnp.asarray(X)
+        chex.assert_trees_all_equal(apply(new, x), x)
+        z = apply(trained, x)
+        assert not np.allclose(z, x, atol=1e-3)
+        chex.assert_trees_all_close(z, expected, rtol=1e-4, atol=1e-4)
 
 
-@each_norm
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "train"),
+    [(name, False) for name in NORMS] + [("batch", True)],
+)
 def test_identity_at_start_with_each_norm_and_not_stuck_there(norm, train):
-    block = nonlocal_block("embedded_gaussian", norm=norm)
-    variables = block.init(jax.random.key(1), X)
+    block = nonlocal_block("embedded_gaussian", norm=NORMS[norm])
 
-    def loss(params):
-        z, _ = block.apply({**variables, "params": params}, X, train=train, mutable=["batch_stats"])
-        return jnp.sum(jnp.sin(z)), z
+    @jax.jit
+    def start(x):
+        variables = block.init(jax.random.key(1), x)
 
-    gradient, z = jax.grad(loss, has_aux=True)(variables["params"])
+        def loss(params):
+            inputs = {**variables, "params": params}
+            z, _ = block.apply(inputs, x, train=train, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(z)), z
+
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    gradient, z = start(X)
     chex.assert_trees_all_equal(z, X)
-    first = gradient["out"]["kernel"] if norm is None else gradient["out_norm"]["scale"]
+    first = gradient["out"]["kernel"] if norm == "none" else gradient["out_norm"]["scale"]
     assert np.abs(first).max() > 1e-4
 
 
-@each_norm
-def test_zero_init_can_be_turned_off(norm):
-    block = nonlocal_block("dot_product", norm=norm, zero_init=False)
-    z, _ = block.init_with_output(jax.random.key(1), X)
-    assert not np.allclose(z, X, atol=1e-3)
+def test_zero_init_can_be_turned_off_with_each_norm():
+    blocks = [nonlocal_block("dot_product", norm=norm, zero_init=False) for norm in NORMS.values()]
+
+    @jax.jit
+    def outputs(x):
+        return [block.init_with_output(jax.random.key(1), x)[0] for block in blocks]
+
+    for z in outputs(X):
+        assert not np.allclose(z, X, atol=1e-3)
 
 
 def test_batch_statistics_move_by_a_tenth_in_training_and_not_otherwise():
     block = nonlocal_block("dot_product")
-    variables = block.init(jax.random.key(1), X)
-    trained = block.apply(variables, X, train=True, mutable=["batch_stats"])[1]["batch_stats"][
-        "out_norm"
-    ]
-    y = block.operation.apply({"params": variables["params"]["operation"]}, X)
-    response = (y @ variables["params"]["out"]["kernel"]).reshape(-1, 6)
+    variables = random_variables(block, X)
+    variables["batch_stats"]["out_norm"] = {"mean": jnp.zeros(6), "var": jnp.ones(6)}
+    params = variables["params"]
+
+    @jax.jit
+    def run(x):
+        _, trained = block.apply(variables, x, train=True, mutable=["batch_stats"])
+        _, kept = block.apply(variables, x, mutable=["batch_stats"])
+        y = block.operation.apply({"params": params["operation"]}, x)
+        return trained["batch_stats"]["out_norm"], kept["batch_stats"], y
+
+    trained, kept, y = run(X)
+    response = (y @ params["out"]["kernel"]).reshape(-1, 6)
     chex.assert_trees_all_close(trained["mean"], 0.1 * response.mean(0), rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_close(trained["var"], 0.9 + 0.1 * response.var(0), rtol=1e-4)
-    kept = block.apply(variables, X, mutable=["batch_stats"])[1]["batch_stats"]
     chex.assert_trees_all_equal(kept, variables["batch_stats"])
 
 
 @each_instantiation
 def test_frozen_batch_norm_answers_as_the_trained_one(instantiation):
-    block = nonlocal_block(instantiation)
-    variables = awake(block.init(jax.random.key(1), X))
+    _, _, variables, expected = new_and_trained(instantiation)
     frozen = freeze_batch_norm(variables)
     assert set(frozen) == {"params"}
     assert set(frozen["params"]["out_norm"]) == {"scale", "bias"}
-    chex.assert_trees_all_close(
-        nonlocal_block(instantiation, norm=Affine).apply(frozen, X),
-        block.apply(variables, X),
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    z = jax.jit(nonlocal_block(instantiation, norm=Affine).apply)(frozen, X)
+    chex.assert_trees_all_close(z, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_freezing_reaches_every_depth_and_needs_statistics():
@@ -139,17 +142,13 @@ def test_freezing_reaches_every_depth_and_needs_statistics():
             x = nonlocal_block("dot_product", name="first")(x)
             return Tail(name="tail")(x)
 
-    variables = awake(Network().init(jax.random.key(0), X))
+    variables = random_variables(Network(), X)
     frozen = freeze_batch_norm(variables)
-    assert paths(frozen["params"]).keys() == paths(variables["params"]).keys()
-    changed = {
-        name
-        for name, leaf in paths(frozen["params"]).items()
-        if not np.array_equal(leaf, paths(variables["params"])[name])
-    }
-    assert changed == {
-        f"{place}/out_norm/{leaf}" for place in ("first", "tail/last") for leaf in ("scale", "bias")
-    }
+    params, frozen_params = paths(variables["params"]), paths(frozen["params"])
+    assert frozen_params.keys() == params.keys()
+    changed = {name for name in params if not np.array_equal(frozen_params[name], params[name])}
+    blocks = ("first", "tail/last")
+    assert changed == {f"{block}/out_norm/{leaf}" for block in blocks for leaf in ("scale", "bias")}
     with pytest.raises(ValueError, match=r"must hold batch_stats.*\['params'\]"):
         freeze_batch_norm(frozen)
 
@@ -157,76 +156,81 @@ def test_freezing_reaches_every_depth_and_needs_statistics():
 @each_norm
 def test_padding_keeps_its_value_and_influences_nothing(norm):
     block = nonlocal_block("embedded_gaussian", norm=norm)
-    variables = awake(block.init(jax.random.key(1), X))
+    variables = random_variables(block, X)
 
+    @jax.jit
     def apply(x):
-        return block.apply(variables, x, mask=MASK, train=True, mutable=["batch_stats"])
+        mask = jnp.asarray(MASK)
+        return block.apply(variables, x, mask=mask, train=True, mutable=["batch_stats"])
 
-    (z, state), (spoilt, spoilt_state) = apply(X), apply(jnp.where(MASK[..., None], X, 1e3))
+    (z, state) = apply(X)
+    (spoilt, spoilt_state) = apply(np.where(MASK[..., None], X, np.float32(1e3)))
     chex.assert_trees_all_close(spoilt[MASK], z[MASK], rtol=1e-5)
     chex.assert_trees_all_close(spoilt_state, state, rtol=1e-5)
     chex.assert_trees_all_equal(z[~MASK], X[~MASK])
     assert (spoilt[~MASK] == 1e3).all()
 
 
-@each_norm
+@pytest.mark.parametrize("norm", [*NORMS.values(), nn.InstanceNorm], ids=[*NORMS, "instance"])
 def test_masked_statistics_are_those_of_the_real_positions(norm):
     block = nonlocal_block("dot_product", subsample=False, norm=norm)
-    variables = awake(block.init(jax.random.key(1), X))
-    real = jnp.zeros(X.shape[:-1], bool).at[:, :, :, :4].set(True)
+    variables = random_variables(block, X)
 
-    def apply(x, mask):
-        return block.apply(variables, x, mask=mask, train=True, mutable=["batch_stats"])
+    @jax.jit
+    def run(x, mask):
+        options = {"train": True, "mutable": ["batch_stats"]}
+        masked = block.apply(variables, x, mask=mask, **options)
+        return masked, block.apply(variables, x[:, :, :, :4], **options)
 
-    (z, state), (alone, state_alone) = apply(X, real), apply(X[:, :, :, :4], None)
+    (z, state), (alone, state_alone) = run(X, REAL)
     chex.assert_trees_all_close(z[:, :, :, :4], alone, rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_close(state, state_alone, rtol=1e-4, atol=1e-6)
 
 
 @each_norm
-def test_a_sample_of_padding_alone_spoils_nothing(norm):
-    """Batches are filled up with empty samples: finite values, statistics and gradients, for a whole batch of them too."""
+def test_samples_of_padding_alone_spoil_nothing(norm):
+    """Batches are filled up with empty samples: values, statistics and gradients stay finite."""
     block = nonlocal_block("dot_product", norm=norm)
-    variables = awake(block.init(jax.random.key(1), X))
-    for mask in (MASK.at[1].set(False), jnp.zeros_like(MASK)):
+    variables = random_variables(block, X)
 
-        def loss(params, mask=mask):
-            z, state = block.apply(
-                {**variables, "params": params}, X, mask=mask, train=True, mutable=["batch_stats"]
-            )
+    @jax.jit
+    def step(x, mask):
+        def loss(params):
+            inputs = {**variables, "params": params}
+            z, state = block.apply(inputs, x, mask=mask, train=True, mutable=["batch_stats"])
             return jnp.sum(jnp.sin(z)), (z, state)
 
-        gradient, (z, state) = jax.grad(loss, has_aux=True)(variables["params"])
+        return jax.grad(loss, has_aux=True)(variables["params"])
+
+    second_empty = MASK.copy()
+    second_empty[1] = False
+    for mask in (second_empty, np.zeros_like(MASK)):
+        gradient, (z, state) = step(X, mask)
         chex.assert_tree_all_finite((gradient, state))
         chex.assert_trees_all_equal(z[1], X[1])
         assert bool(gradient["out"]["kernel"].any()) is bool(mask.any())
 
 
-def test_instance_norm_does_not_see_padding():
-    block = nonlocal_block("dot_product", norm=nn.InstanceNorm)
-    variables = awake(block.init(jax.random.key(1), X))
-    real = jnp.zeros(X.shape[:-1], bool).at[:, :, :, :4].set(True)
-    z, alone = block.apply(variables, X, mask=real), block.apply(variables, X[:, :, :, :4])
-    chex.assert_trees_all_close(z[:, :, :, :4], alone, rtol=1e-4, atol=1e-4)
-
-
 def test_the_residual_ratio_is_that_of_the_real_positions():
     block = nonlocal_block("dot_product")
-    variables = awake(block.init(jax.random.key(1), X))
-    z, state = block.apply(
-        variables, jnp.where(MASK[..., None], X, 1e3), mask=MASK, mutable=["intermediates"]
-    )
+    variables = random_variables(block, X)
+
+    @jax.jit
+    def run(x):
+        return block.apply(variables, x, mask=jnp.asarray(MASK), mutable=["intermediates"])
+
+    z, state = run(np.where(MASK[..., None], X, np.float32(1e3)))
     expected = np.linalg.norm(z[MASK] - X[MASK]) / np.linalg.norm(X[MASK])
     np.testing.assert_allclose(state["intermediates"]["residual_ratio"][0], expected, rtol=1e-4)
 
 
 def test_dtypes():
     block = nonlocal_block("embedded_gaussian", dtype=jnp.bfloat16)
-    variables = awake(block.init(jax.random.key(1), X))
-    chex.assert_type(jax.tree.leaves(variables), jnp.float32)
-    z = block.apply(variables, X.astype(jnp.bfloat16))
+    _, _, variables, exact = new_and_trained("embedded_gaussian")
+    shapes = jax.eval_shape(block.init, jax.random.key(1), X)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    z = jax.jit(block.apply)(variables, jnp.asarray(X, jnp.bfloat16))
     chex.assert_type(z, jnp.bfloat16)
-    exact = nonlocal_block("embedded_gaussian").apply(variables, X)
     chex.assert_trees_all_close(z.astype(jnp.float32), exact, rtol=0.1, atol=0.1)
 
 
@@ -237,107 +241,34 @@ def test_an_operation_made_inside_a_network_keeps_its_parameters_in_the_block():
             x = NonLocalBlock(EmbeddedGaussian(), name="a")(x)
             return nonlocal_block("dot_product", name="b")(x)
 
-    params = Network().init(jax.random.key(0), X)["params"]
+    params = jax.eval_shape(Network().init, jax.random.key(0), X)["params"]
     assert set(params) == {"a", "b"}
     assert set(params["a"]) == set(params["b"]) == {"operation", "out", "out_norm"}
 
 
 def test_an_nnx_model_can_hold_a_block():
+    x = jnp.asarray(X[:, :1])
+
     class Model(nnx.Module):
         def __init__(self, rngs):
-            self.before = nnx.Linear(6, 6, rngs=rngs)
+            self.linear = nnx.Linear(6, 6, rngs=rngs)
             self.block = nnx.bridge.ToNNX(nonlocal_block("embedded_gaussian"), rngs=rngs)
-            nnx.bridge.lazy_init(self.block, X)
+            nnx.bridge.lazy_init(self.block, x)
 
         def __call__(self, x):
-            return self.block(self.before(x))
+            return self.block(self.linear(x))
 
     model = Model(nnx.Rngs(0))
-    chex.assert_trees_all_close(model(X), model.before(X))
 
     @nnx.jit
-    def gradient(model, x):
-        return nnx.grad(lambda m: jnp.sum(jnp.sin(m(x))))(model)
+    def run(model, x):
+        gradient = nnx.grad(lambda model: jnp.sum(jnp.sin(model(x))))(model)
+        return model(x), model.linear(x), gradient
 
-    scale = gradient(model, X)["block"]["out_norm"]["scale"]
+    z, block_input, gradient = run(model, x)
+    chex.assert_trees_all_close(z, block_input)
+    scale = gradient["block"]["out_norm"]["scale"]
     assert np.abs(scale[...]).max() > 1e-4
-
-
-# What paper.md's table says of each source, read off a block of 512 channels.
-BIASES = {
-    "paper": set(),
-    "caffe2": {"theta", "phi", "g", "out"},
-    "slowfast": {"theta", "phi", "g", "out"},
-    "non_local_pytorch": {"theta", "phi", "g", "out"},
-    "mmcv": {"theta", "phi", "g"},
-}
-SCALED = {
-    "paper": False,
-    "caffe2": True,
-    "slowfast": True,
-    "non_local_pytorch": False,
-    "mmcv": True,
-}
-POOLED = {
-    "paper": "after",
-    "caffe2": "before",
-    "slowfast": "before",
-    "non_local_pytorch": "after",
-    "mmcv": None,
-}
-EPSILON = {"caffe2": 1.0000001e-5}
-DEVIATION = {  # of θ's kernel (512, 256) and of its bias
-    "paper": ((2 / 512) ** 0.5, None),
-    "caffe2": (0.01, 0.0),
-    "slowfast": ((2 / 256) ** 0.5, 0.0),
-    "non_local_pytorch": ((1 / 3 / 512) ** 0.5, (1 / 3 / 512) ** 0.5),
-    "mmcv": (0.01, 0.0),
-}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_differ_exactly_where_the_sources_do(preset):
-    block = nonlocal_block("embedded_gaussian", preset)
-    x = jnp.ones((1, 4, 512))
-    variables = block.init(jax.random.key(0), x)
-    params = {**variables["params"]["operation"], "out": variables["params"]["out"]}
-    assert {name for name, p in params.items() if "bias" in p} == BIASES[preset]
-    kernel, bias = DEVIATION[preset]
-    np.testing.assert_allclose(params["theta"]["kernel"].std(), kernel, rtol=0.01)
-    if bias is not None:
-        np.testing.assert_allclose(params["theta"]["bias"].std(), bias, rtol=0.2)
-    chex.assert_trees_all_equal(
-        variables["params"]["out_norm"], {"scale": jnp.zeros(512), "bias": jnp.zeros(512)}
-    )
-
-    assert block.operation.use_scale is SCALED[preset]
-    assert (block.operation.pool_order if block.operation.subsample else None) == POOLED[preset]
-    norm = block.norm()
-    assert (norm.momentum, norm.epsilon) == (0.9, EPSILON.get(preset, 1e-5))
-
-
-@pytest.mark.parametrize("preset", ["paper", "non_local_pytorch", "mmcv"])
-def test_w_z_and_w_f_are_initialised_as_in_the_source(preset):
-    """mmcv initialises θ, φ and g only; its ConvModules keep their own He normal, whose fan is the outputs."""
-    params = nonlocal_block("concatenation", preset).init(jax.random.key(0), jnp.ones((1, 4, 512)))[
-        "params"
-    ]
-    w_z = {
-        "paper": (2 / 256) ** 0.5,
-        "non_local_pytorch": (1 / 3 / 256) ** 0.5,
-        "mmcv": (2 / 512) ** 0.5,
-    }[preset]
-    w_f = {"paper": (2 / 512) ** 0.5, "non_local_pytorch": (1 / 3 / 512) ** 0.5, "mmcv": 2**0.5}[
-        preset
-    ]
-    np.testing.assert_allclose(params["out"]["kernel"].std(), w_z, rtol=0.01)
-    np.testing.assert_allclose(params["operation"]["w_f"].std(), w_f, rtol=0.1)
-
-
-def test_mmcv_has_an_output_bias_when_no_norm_follows():
-    params = nonlocal_block("dot_product", "mmcv", norm=None).init(jax.random.key(0), X)["params"]
-    assert set(params["out"]) == {"kernel", "bias"}
-    assert not params["out"]["kernel"].any()
 
 
 @pytest.mark.usefixtures("as_users_see_it")
@@ -371,6 +302,6 @@ def test_mmcv_has_an_output_bias_when_no_norm_follows():
         ),
     ],
 )
-def test_bad_presets_name_what_there_is(arguments, error, message):
+def test_bad_options_are_errors_that_list_the_good_ones(arguments, error, message):
     with pytest.raises(error, match=message):
         nonlocal_block(**arguments)

@@ -1,14 +1,18 @@
-"""`describe`: finds the blocks of a network, wherever they are, and shows whether they do anything."""
+"""`describe` finds the blocks of a network, wherever they are, and reports whether they act."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from variables import normal, random_variables
 
 import nonlocal_jax as nl
 
-X = jax.random.normal(jax.random.key(0), (2, 4, 6, 6))
+
+@pytest.fixture(scope="module")
+def x():
+    return jnp.asarray(normal((2, 4, 6, 6)))
 
 
 class Network(nn.Module):
@@ -25,40 +29,87 @@ class Network(nn.Module):
         return x
 
 
-def test_each_block_has_its_place_its_parameters_and_its_ratio():
+def test_each_block_has_its_place_its_parameters_and_its_ratio(x):
     model = Network()
-    variables = model.init(jax.random.key(1), X)
-    first, second = nl.describe(model, variables, X, expected=2)
+    variables = random_variables(model, x)
+    for name in ("nonlocal_0", "nonlocal_1"):
+        variables["params"][name]["out_norm"] = {"scale": jnp.zeros(6), "bias": jnp.zeros(6)}
+    first, second = nl.describe(model, variables, x, expected=2)
     assert (first.place, second.place) == ("nonlocal_0", "nonlocal_1")
     assert first.operation == "EmbeddedGaussian"
     assert first.parameters == 4 * 6 * 3 + 2 * 6
     assert first.ratio == second.ratio == 0.0
 
-    variables["params"]["nonlocal_1"]["out_norm"]["scale"] = jnp.ones(6)
-    first, second = nl.describe(model, variables, X)
+    params = variables["params"]
+    params["nonlocal_1"]["out_norm"]["scale"] = jnp.ones(6)
+    first, second = nl.describe(model, variables, x)
     assert first.ratio == 0.0
-    before = nn.Dense(6).apply(
-        {"params": variables["params"]["dense_1"]},
-        nn.Dense(6).apply({"params": variables["params"]["dense_0"]}, X),
-    )
-    after = model.apply(variables, X)
-    np.testing.assert_allclose(
-        second.ratio, np.linalg.norm(after - before) / np.linalg.norm(before), rtol=1e-4
-    )
-    assert (
-        str(second)
-        == f"nonlocal_1: EmbeddedGaussian, 84 parameters, ‖block output‖/‖input‖ {second.ratio:.3g}"
+    block_input = x
+    for name in ("dense_0", "dense_1"):
+        block_input = block_input @ params[name]["kernel"] + params[name]["bias"][None, None, None]
+    residual = jax.jit(model.apply)(variables, x) - block_input
+    expected = np.linalg.norm(residual) / np.linalg.norm(block_input)
+    np.testing.assert_allclose(second.ratio, expected, rtol=1e-4)
+    assert str(second) == (
+        f"nonlocal_1: EmbeddedGaussian, 84 parameters, ‖block output‖/‖input‖ {second.ratio:.3g}"
     )
 
 
-def test_blocks_under_remat_are_found():
+def test_blocks_under_remat_are_found(x):
     model = Network(remat=True)
-    described = nl.describe(model, model.init(jax.random.key(1), X), X, expected=2)
+    described = nl.describe(model, random_variables(model, x), x, expected=2)
     assert [block.place for block in described] == ["nonlocal_0", "nonlocal_1"]
 
 
+class RelationBlock(nn.Module):
+    """A residual block of another library."""
+
+    offers_ratio: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        theta, phi, g = (nn.Dense(3, name=name)(x) for name in ("theta", "phi", "g"))
+        rows = (a.reshape(a.shape[0], -1, 3) for a in (theta, phi, g))
+        with nl.layers.enclosing_block(self):
+            y = nl.layers.nonlocal_response(self, "dot_product", *rows)
+        residual = nn.Dense(x.shape[-1], name="out")(y).reshape(x.shape)
+        if self.offers_ratio:
+            nl.layers.sow_residual_ratio(self, residual, x)
+        return x + residual
+
+
+def test_operations_without_a_block_and_blocks_of_other_libraries_are_listed(x):
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nl.layers.DotProduct(name="standalone")(x)
+            x = nn.remat(RelationBlock)(name="relation")(x)
+            return RelationBlock(offers_ratio=False, name="silent")(x)
+
+    model = Mixed()
+    variables = random_variables(model, x)
+    standalone, relation, silent = nl.describe(model, variables, x, expected=3)
+    assert (standalone.place, standalone.operation) == ("standalone", "DotProduct")
+    assert (standalone.parameters, standalone.ratio) == (3 * 6 * 3, None)
+    assert str(standalone).endswith("‖block output‖/‖input‖ None")
+    assert (relation.place, relation.operation) == ("relation", "RelationBlock")
+    params = variables["params"]
+
+    @jax.jit
+    def relation_ends(x):
+        block_input = nl.layers.DotProduct().apply({"params": params["standalone"]}, x)
+        return block_input, RelationBlock().apply({"params": params["relation"]}, block_input)
+
+    block_input, block_output = relation_ends(x)
+    expected = np.linalg.norm(block_output - block_input) / np.linalg.norm(block_input)
+    np.testing.assert_allclose(relation.ratio, expected, rtol=1e-4)
+    assert (silent.place, silent.ratio) == ("silent", None)
+    with pytest.raises(ValueError, match="got 2, but it has 3: standalone, relation, silent"):
+        nl.describe(model, variables, x, expected=2)
+
+
 @pytest.mark.parametrize("axes", [{}, {"intermediates": 0}])
-def test_scanned_blocks_are_an_error_that_says_so(axes):
+def test_scanned_blocks_are_an_error_that_says_so(x, axes):
     class Step(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -67,29 +118,27 @@ def test_scanned_blocks_are_an_error_that_says_so(axes):
     class Scanned(nn.Module):
         @nn.compact
         def __call__(self, x):
-            axes_of = {"params": 0, "batch_stats": 0, **axes}
-            return nn.scan(Step, variable_axes=axes_of, split_rngs={"params": True}, length=3)(
-                name="steps"
-            )(x, None)[0]
+            variable_axes = {"params": 0, "batch_stats": 0, **axes}
+            scan = nn.scan(Step, variable_axes=variable_axes, split_rngs={"params": True}, length=3)
+            return scan(name="steps")(x, None)[0]
 
     with pytest.raises(ValueError, match=r"must not be inside nn.scan; got steps/block"):
-        nl.describe(Scanned(), Scanned().init(jax.random.key(1), X), X)
+        nl.describe(Scanned(), random_variables(Scanned(), x), x)
 
 
-def test_a_block_alone_describes_itself():
+def test_a_block_alone_describes_itself(x):
     block = nl.layers.nonlocal_block("gaussian")
-    (described,) = nl.describe(block, block.init(jax.random.key(1), X), X)
+    (described,) = nl.describe(block, random_variables(block, x), x)
     assert described.place == ""
     assert described.operation == "Gaussian"
 
 
 @pytest.mark.parametrize(
     ("blocks", "message"),
-    [(0, "expected 5 .* Network has 0: none"), (2, "has 2: nonlocal_0, nonlocal_1")],
+    [(0, "blocks of Network; got 5, but it has 0: none"), (2, "has 2: nonlocal_0, nonlocal_1")],
 )
-def test_missing_blocks_are_an_error(blocks, message):
+def test_missing_blocks_are_an_error(x, blocks, message):
     model = Network(blocks=blocks)
-    variables = model.init(jax.random.key(1), X)
-    assert len(nl.describe(model, variables, X)) == blocks
+    variables = random_variables(model, x)
     with pytest.raises(ValueError, match=message):
-        nl.describe(model, variables, X, expected=5)
+        nl.describe(model, variables, x, expected=5)

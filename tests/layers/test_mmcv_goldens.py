@@ -1,4 +1,4 @@
-"""Equal to mmcv-lite's blocks as recorded by tests/parity/mmcv_peer.py (versions in the file); needs no torch."""
+"""Blocks equal mmcv-lite's, as recorded by tests/parity/mmcv_peer.py; torch is not needed."""
 
 from pathlib import Path
 
@@ -10,22 +10,18 @@ GOLDENS = np.load(Path(__file__).parent.parent / "goldens" / "mmcv.npz", allow_p
 
 
 def recorded(case, key):
-    """One array, or a dict of those below."""
+    """One recorded array, or a dict of those whose names start with the key."""
     prefix = f"{case.name}/{key}/"
-    found = {
-        name.removeprefix(prefix): GOLDENS[name]
-        for name in GOLDENS.files
-        if name.startswith(prefix)
-    }
-    return found.get("", found)
+    names = [name for name in GOLDENS.files if name.startswith(prefix)]
+    arrays = {name.removeprefix(prefix): GOLDENS[name] for name in names}
+    return arrays.get("", arrays)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_block_equals_mmcv_as_recorded(case):
-    compare(
-        case, **{key: recorded(case, key) for key in ("state", "x", "z", "cotangent", "gradients")}
-    )
+    keys = ("state", "x", "z", "cotangent", "gradients")
+    compare(case, **{key: recorded(case, key) for key in keys})
 
 
-def test_goldens_tell_their_versions():
+def test_goldens_record_their_versions():
     assert "mmcv-lite 2." in str(GOLDENS["versions"])

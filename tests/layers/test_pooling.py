@@ -1,47 +1,63 @@
-"""Max pooling against Flax's, values and gradients."""
+"""Max pooling equals Flax's in values and gradients, and gives ties to the first maximum."""
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from nonlocal_jax.layers import max_pool, pool_mask, strided_max_pool
+
+
+def normal(shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def assert_equal_with_gradients(x, pool, reference):
+    def derivatives(function, x):
+        y, transpose = jax.vjp(function, x)
+        return y, transpose(jnp.sin(y))
+
+    @jax.jit
+    def run(x):
+        return derivatives(pool, x), derivatives(reference, x)
+
+    (y, gradient), (expected_y, expected_gradient) = run(x)
+    chex.assert_trees_all_equal(y, expected_y)
+    chex.assert_trees_all_close(gradient, expected_gradient, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("positions", "window"),
     [
         ((7,), (2,)),
-        ((601,), (300,)),
+        ((601,), (300,)),  # more places than a byte can count
         ((5, 7), (2, 3)),
         ((5, 7, 11), (1, 2, 2)),
         ((4, 6, 2), (2, 3, 2)),
     ],
 )
 def test_equals_reduce_window(positions, window):
-    x = jax.random.normal(jax.random.key(0), (2, *positions, 3))
-
-    def loss(pool):
-        return lambda x: jnp.sum(jnp.sin(pool(x)))
-
-    ours, flax = lambda x: max_pool(x, window), lambda x: nn.max_pool(x, window, strides=window)
-    chex.assert_trees_all_equal(ours(x), flax(x))
-    chex.assert_trees_all_close(jax.grad(loss(ours))(x), jax.grad(loss(flax))(x))
+    assert_equal_with_gradients(
+        normal((2, *positions, 3)),
+        lambda x: max_pool(x, window),
+        lambda x: nn.max_pool(x, window, strides=window),
+    )
 
 
-def test_of_several_largest_the_first_has_the_gradient():
-    """As PyTorch's; rectified features have many."""
+def test_on_ties_the_first_maximum_has_the_gradient():
+    """As in PyTorch. Rectified features have many ties."""
     x = jnp.array([[[0.0, 0, 2], [0, 0, 2], [1, 1, 0], [1, 1, 0]]])[..., None]
     gradient = jax.grad(lambda x: max_pool(x, (2, 2)).sum())(x)
-    chex.assert_trees_all_equal(
-        gradient[0, ..., 0], jnp.array([[1.0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
-    )
-    tangent = jax.jvp(lambda x: max_pool(x, (2, 2)), (x,), (jnp.arange(12.0).reshape(x.shape),))[1]
+    expected = jnp.array([[1.0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
+    chex.assert_trees_all_equal(gradient[0, ..., 0], expected)
+    direction = jnp.arange(12.0).reshape(x.shape)
+    tangent = jax.jvp(lambda x: max_pool(x, (2, 2)), (x,), (direction,))[1]
     chex.assert_trees_all_equal(tangent[0, ..., 0], jnp.array([[0.0], [6]]))
 
 
-def test_a_window_of_padding_alone_is_zero_and_has_no_gradient():
+def test_a_window_of_padding_is_zero_and_has_no_gradient():
     x = -jnp.ones((1, 4, 1))
     mask = jnp.array([[True, False, False, False]])
     pooled, gradient = jax.value_and_grad(lambda x: max_pool(x, (2,), mask).sum())(x)
@@ -52,11 +68,10 @@ def test_a_window_of_padding_alone_is_zero_and_has_no_gradient():
 @pytest.mark.usefixtures("as_users_see_it")
 @pytest.mark.parametrize("window", [(2,), (1, 2, 2), (6, 2), (0, 2)])
 def test_bad_windows(window):
-    with pytest.raises(
-        ValueError, match=r"window must have a size from 1 .* each axis of \(5, 7\); got \("
-    ):
+    message = r"window must have a size from 1 .* each axis of \(5, 7\); got \("
+    with pytest.raises(ValueError, match=message):
         max_pool(jnp.ones((2, 5, 7, 3)), window)
-    with pytest.raises(ValueError, match=r"window must have a size"):
+    with pytest.raises(ValueError, match=message):
         pool_mask(jnp.ones((2, 5, 7), bool), window)
 
 
@@ -69,37 +84,44 @@ def test_a_bad_mask():
 @pytest.mark.parametrize(
     ("window", "strides", "padding"),
     [
-        ((1, 3, 3), (1, 2, 2), (0, 1, 1)), ((1, 3, 3), (1, 2, 2), (0, 0, 0)), ((2, 3, 3), (2, 2, 2), (0, 0, 0)),
-        ((3, 1, 1), (2, 1, 1), (1, 0, 0)), ((2, 1, 1), (2, 1, 1), (0, 0, 0)), ((1, 1, 1), (2, 2, 2), (0, 0, 0)),
-        ((3, 3, 3), (1, 1, 1), (1, 1, 1)), ((2, 2, 2), (3, 3, 3), (1, 0, 1)),
+        ((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+        ((1, 3, 3), (1, 2, 2), (0, 0, 0)),
+        ((2, 3, 3), (2, 2, 2), (0, 0, 0)),
+        ((3, 1, 1), (2, 1, 1), (1, 0, 0)),
+        ((2, 1, 1), (2, 1, 1), (0, 0, 0)),
+        ((1, 1, 1), (2, 2, 2), (0, 0, 0)),
+        ((3, 3, 3), (1, 1, 1), (1, 1, 1)),
+        ((2, 2, 2), (3, 3, 3), (1, 0, 1)),
     ],
-)  # fmt: skip
+)
 def test_strided_equals_reduce_window(window, strides, padding):
-    x = (
-        jax.random.normal(jax.random.key(0), (2, 5, 7, 10, 3)) - 3
-    )  # negative, so that padding must not be 0
-
-    def flax(x):
-        return nn.max_pool(x, window, strides, [(n, n) for n in padding])
-
-    def ours(x):
-        return strided_max_pool(x, window, strides, padding)
-
-    chex.assert_trees_all_equal(ours(x), flax(x))
-    gradients = [jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (ours, flax)]
-    chex.assert_trees_all_close(*gradients, rtol=1e-6, atol=1e-6)
-
-
-def test_strided_of_several_largest_the_first_has_the_gradient():
-    gradient = jax.grad(lambda x: strided_max_pool(x, (3, 3), (2, 2), (1, 1)).sum())(
-        jnp.zeros((1, 3, 3, 1))
+    x = normal((2, 5, 7, 10, 3)) - 3  # negative, so that padding with 0 would be noticed
+    assert_equal_with_gradients(
+        x,
+        lambda x: strided_max_pool(x, window, strides, padding),
+        lambda x: nn.max_pool(x, window, strides, [(n, n) for n in padding]),
     )
-    chex.assert_trees_all_equal(gradient[0, ..., 0], jnp.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]]))
+
+
+def test_strided_on_ties_the_first_maximum_has_the_gradient():
+    def pooled_sum(x):
+        return strided_max_pool(x, (3, 3), (2, 2), (1, 1)).sum()
+
+    gradient = jax.grad(pooled_sum)(jnp.zeros((1, 3, 3, 1)))
+    expected = jnp.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]])
+    chex.assert_trees_all_equal(gradient[0, ..., 0], expected)
+
+
+def test_strided_on_ties_across_rows_and_columns_the_first_row_wins():
+    """Also where the first maximum is in a later column than the other one."""
+    x = jnp.array([[[0.0, 1, 0], [1, 0, 0], [0, 0, 0]]])[..., None]
+    gradient = jax.grad(lambda x: strided_max_pool(x, (3, 3), (1, 1), (0, 0)).sum())(x)
+    expected = jnp.array([[0.0, 1, 0], [0, 0, 0], [0, 0, 0]])
+    chex.assert_trees_all_equal(gradient[0, ..., 0], expected)
 
 
 @pytest.mark.usefixtures("as_users_see_it")
 def test_a_strided_window_larger_than_the_map():
-    with pytest.raises(
-        ValueError, match=r"window must not be larger than the padded map; got 3 for 1 \+ 2·0"
-    ):
+    message = r"window must not be larger than the padded map; got 3 for 1 \+ 2·0"
+    with pytest.raises(ValueError, match=message):
         strided_max_pool(jnp.ones((1, 4, 1, 2)), (3, 3), (2, 2), (1, 0))

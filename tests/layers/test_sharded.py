@@ -1,8 +1,12 @@
-"""Layers whose positions are split over devices equal those on one, values, statistics and gradients."""
+"""Layers whose positions are split over devices equal those on one device.
+
+Values, statistics and gradients are compared.
+"""
 
 import functools
 
 import chex
+import convolution_oracle
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,126 +19,111 @@ from nonlocal_jax.types import Instantiation
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="four devices are absent")
 VIDEO, IMAGE, SEQUENCE = (2, 8, 4, 6, 5), (2, 16, 6, 5), (2, 24, 5)
+ROWS = P(None, "positions")
 
 
-def split(model, train):
-    """The model on (data, positions) = (1, 4) devices, the first position axis split."""
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def split_over_devices(function, in_specs, out_specs):
+    """Maps a function over four devices, each with a part of the first position axis."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("positions",))
-    rows = P(None, "positions")
-
-    def apply(variables, x, mask):
-        return model.apply(
-            variables, x, mask=mask, train=train, mutable=["batch_stats", "intermediates"]
-        )
-
-    def run(variables, x, mask):
-        specs = (P(), rows, None if mask is None else rows)
-        out = (rows, {"batch_stats": P(), "intermediates": P()})
-
-        def local(*args):
-            z, changed = apply(*args)
-            ratio = changed["intermediates"]["residual_ratio"][0]
-            return z, {"batch_stats": changed.get("batch_stats", {}), "intermediates": ratio}
-
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(
-            variables, x, mask
-        )
-
-    return run
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def whole(model, train):
+    """The model on one device: z, batch statistics and the residual ratio."""
+
     def run(variables, x, mask):
-        z, changed = model.apply(
+        z, updated = model.apply(
             variables, x, mask=mask, train=train, mutable=["batch_stats", "intermediates"]
         )
-        ratio = changed["intermediates"]["residual_ratio"][0]
-        return z, {"batch_stats": changed.get("batch_stats", {}), "intermediates": ratio}
+        ratio = updated["intermediates"]["residual_ratio"][0]
+        return z, updated.get("batch_stats", {}), ratio
 
     return run
 
 
-CASES = [
-    *((name, VIDEO, {}, False) for name in Instantiation.__args__),
-    ("embedded_gaussian", VIDEO, {"preset": "caffe2", "norm": None}, True),
-    ("embedded_gaussian", VIDEO, {"axes": "space"}, False),
-    ("dot_product", VIDEO, {"axes": "time"}, True),
-    ("concatenation", VIDEO, {"group_size": 2}, False),
-    ("dot_product", IMAGE, {"norm": functools.partial(nn.GroupNorm, num_groups=1)}, False),
-    ("concatenation", SEQUENCE, {"norm": None}, True),
-]
+def split(model, train):
+    """The same on four devices."""
+
+    def run(variables, x, mask):
+        in_specs = (P(), ROWS, None if mask is None else ROWS)
+        mapped = split_over_devices(whole(model, train), in_specs, (ROWS, P(), P()))
+        return mapped(variables, x, mask)
+
+    return run
 
 
-@pytest.mark.parametrize(("name", "shape", "options", "masked"), CASES, ids=str)
-def test_equals_one_device(name, shape, options, masked):
-    options = {"preset": "paper", "zero_init": False, **options}
-    x, cotangent = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
-    mask = jax.random.bernoulli(jax.random.key(2), 0.8, shape[:-1]) if masked else None
-    alone = nl.layers.nonlocal_block(name, **options)
-    variables = jax.jit(alone.init)(jax.random.key(3), x)
-    shared = nl.layers.nonlocal_block(name, **options, axis_name="positions")
-    chex.assert_trees_all_equal(
-        jax.jit(shared.init)(jax.random.key(3), x), variables
-    )  # outside the map
-
-    def both(run):
-        def loss(params, x):
-            z, rest = run({**variables, "params": params}, x, mask)
-            return jnp.sum(z * cotangent), (z, rest)
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x)
-
-    got, expected = both(split(shared, True)), both(whole(alone, True))
-    chex.assert_trees_all_equal_structs(got, expected)
-    largest = max(
-        float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)
-    )  # a bias before BatchNorm has no gradient
-    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5 * largest)
-
-
-def assert_equal_with_gradients(apply, x, *parameters, parts=4):
-    """`apply` of x, parameters and the name of an axis, x split over devices, against the same on one."""
-    mesh, rows = (
-        jax.sharding.Mesh(np.array(jax.devices()[:parts]), ("positions",)),
-        P(None, "positions"),
-    )
-    specs = (rows, *[P()] * len(parameters))
-    split = jax.shard_map(
-        lambda *args: apply(*args, "positions"),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=rows,
-        check_vma=False,
-    )
-
-    def both(run):
-        y, transpose = jax.vjp(run, x, *parameters)
-        return y, transpose(jax.random.normal(jax.random.key(9), y.shape))
-
-    got, expected = (
-        jax.jit(both, static_argnums=0)(run) for run in (split, lambda *args: apply(*args, None))
-    )
-    chex.assert_trees_all_equal_shapes(got, expected)
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6 * largest)
+def assert_close(results, expected, relative_to_largest):
+    """Compares trees, since a bias before BatchNorm has a gradient of rounding errors alone."""
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(results, expected, rtol=1e-5, atol=relative_to_largest * largest)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "strides", "groups"),
+    ("name", "shape", "options", "is_masked"),
     [
-        ((5, 3, 3, 3, 4), (2, 2, 2), 1),  # frames from one device ahead, and behind
-        ((7, 1, 1, 6, 4), (1, 2, 2), 1),  # from two, where each holds two
-        ((3, 3, 3, 3, 4), (1, 1, 1), 2),
-        ((1, 3, 3, 6, 4), (2, 1, 1), 1),
+        *((name, VIDEO, {}, False) for name in Instantiation.__args__),
+        ("embedded_gaussian", VIDEO, {"preset": "caffe2", "norm": None}, True),
+        ("embedded_gaussian", VIDEO, {"axes": "space"}, False),
+        ("dot_product", VIDEO, {"axes": "time"}, True),
+        ("concatenation", VIDEO, {"group_size": 2}, False),
+        ("dot_product", IMAGE, {"norm": functools.partial(nn.GroupNorm, num_groups=1)}, False),
+        ("concatenation", SEQUENCE, {"norm": None}, True),
     ],
     ids=str,
 )
-def test_a_convolution_takes_frames_from_its_neighbours(kernel, strides, groups):
-    x = jax.random.normal(jax.random.key(0), (2, 8, 5, 4, kernel[3] * groups))
-    w = jax.random.normal(jax.random.key(1), kernel)
-    assert_equal_with_gradients(
-        lambda x, w, axis_name: nl.layers.video_conv(x, w, strides, groups, axis_name), x, w
-    )
+def test_equals_one_device(name, shape, options, is_masked):
+    options = {"preset": "paper", "zero_init": False, **options}
+    x, cotangent = normal(shape), normal(shape, seed=1)
+    mask = np.random.default_rng(2).random(shape[:-1]) < 0.8 if is_masked else None
+    block = nl.layers.nonlocal_block(name, **options)
+    split_block = nl.layers.nonlocal_block(name, **options, axis_name="positions")
+    # Parameters are initialized outside of the mapped function.
+    initialize = jax.jit(lambda key, x: (block.init(key, x), split_block.init(key, x)))
+    variables, split_variables = initialize(jax.random.key(3), x)
+    chex.assert_trees_all_equal(split_variables, variables)
+
+    def gradients(run):
+        def loss(params, x, mask):
+            z, *updated = run({**variables, "params": params}, x, mask)
+            return jnp.sum(z * cotangent), (z, *updated)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables["params"], x, mask)
+
+    results, expected = gradients(split(split_block, True)), gradients(whole(block, True))
+    chex.assert_trees_all_equal_structs(results, expected)
+    assert_close(results, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "channels", "strides", "groups"),
+    [
+        ((5, 3, 3), 3, (2, 2, 2), 1),  # frames from one device ahead and one behind
+        ((7, 1, 1), 6, (1, 2, 2), 1),  # from two, because each holds two frames
+        ((3, 3, 3), 6, (1, 1, 1), 2),
+        ((1, 3, 3), 6, (2, 1, 1), 1),
+    ],
+    ids=str,
+)
+def test_a_convolution_takes_frames_from_its_neighbors(kernel_size, channels, strides, groups):
+    x, kernel = convolution_oracle.arrays(kernel_size, channels, 4, groups, (8, 5, 4))
+
+    def convolve(x, kernel):
+        return nl.layers.video_conv(x, kernel, strides, groups, "positions")
+
+    @jax.jit
+    def run(x, kernel):
+        y, transpose = jax.vjp(split_over_devices(convolve, (ROWS, P()), ROWS), x, kernel)
+        return y, transpose(jnp.sin(y))
+
+    y = convolution_oracle.convolution(x, kernel, strides, groups)
+    gradients = convolution_oracle.gradients(x, kernel, np.sin(y), strides, groups)
+    assert_close(run(x, kernel), (y, gradients), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -149,63 +138,79 @@ def test_a_convolution_takes_frames_from_its_neighbours(kernel, strides, groups)
     ],
     ids=str,
 )
-def test_a_pooling_takes_frames_from_its_neighbours(window, strides, padding):
-    x = (
-        jax.random.normal(jax.random.key(0), (2, 8, 5, 6, 3)) - 4
-    )  # below 0, which is what a device without a neighbour receives
-    assert_equal_with_gradients(
-        lambda x, axis_name: nl.layers.strided_max_pool(x, window, strides, padding, axis_name), x
-    )
+def test_a_pooling_takes_frames_from_its_neighbors(window, strides, padding):
+    x = normal((2, 8, 5, 6, 3)) - 4  # below 0, which a device without a neighbor receives
+
+    def gradients(axis_name):
+        def pool(x):
+            return nl.layers.strided_max_pool(x, window, strides, padding, axis_name)
+
+        @jax.jit
+        def run(x):
+            y, transpose = jax.vjp(split_over_devices(pool, ROWS, ROWS) if axis_name else pool, x)
+            return y, transpose(jnp.sin(y))
+
+        return run(x)
+
+    assert_close(gradients("positions"), gradients(None), 1e-6)
+
+
+def strided_conv(x):
+    kernel = np.ones((3, 1, 1, 2, 2), np.float32)
+    return nl.layers.video_conv(x, kernel, (4, 1, 1), 1, "positions")
+
+
+def unpadded_pool(x):
+    return nl.layers.strided_max_pool(x, (3, 1, 1), (1, 1, 1), (0, 0, 0), "positions")
 
 
 @pytest.mark.usefixtures("as_users_see_it")
-def test_windows_that_do_not_split_are_refused():
-    message = r"'positions' must be a multiple of the stride.*got 2 positions, window 3, stride {}, padding {}"
-    x, w = jnp.ones((2, 8, 3, 3, 2)), jnp.ones((3, 1, 1, 2, 2))
-    with pytest.raises(ValueError, match=message.format(4, 1)):
-        assert_equal_with_gradients(
-            lambda x, w, axis_name: nl.layers.video_conv(x, w, (4, 1, 1), axis_name=axis_name), x, w
-        )
-    with pytest.raises(ValueError, match=message.format(1, 0)):
-        assert_equal_with_gradients(
-            lambda x, name: nl.layers.strided_max_pool(x, (3, 1, 1), (1, 1, 1), (0, 0, 0), name), x
-        )
+@pytest.mark.parametrize(
+    ("operation", "stride", "padding"), [(strided_conv, 4, 1), (unpadded_pool, 1, 0)]
+)
+def test_windows_that_do_not_split_are_refused(operation, stride, padding):
+    x = jax.ShapeDtypeStruct((2, 8, 3, 3, 2), jnp.float32)
+    message = (
+        r"'positions' must be a multiple of the stride.*"
+        rf"got 2 positions, window 3, stride {stride}, padding {padding}"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(split_over_devices(operation, ROWS, ROWS), x)
 
 
-def test_a_device_of_nothing_but_padding():
-    """Its keys do not count, nor do its positions in the statistics of BatchNorm."""
-    x = jax.random.normal(jax.random.key(0), VIDEO)
-    mask = jnp.ones(VIDEO[:-1], bool).at[:, 2:4].set(False)  # the second device's frames
-    alone, shared = (
-        nl.layers.nonlocal_block("dot_product", zero_init=False, **o)
-        for o in ({}, {"axis_name": "positions"})
-    )
-    variables = jax.jit(alone.init)(jax.random.key(3), x)
-    got, expected = (
-        jax.jit(run)(variables, x, mask) for run in (split(shared, True), whole(alone, True))
-    )
-    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+def pair_of_blocks(**options):
+    """A block on one device, and the same one over devices."""
+    return [
+        nl.layers.nonlocal_block("dot_product", **options, axis_name=axis_name)
+        for axis_name in (None, "positions")
+    ]
+
+
+def test_a_device_with_nothing_but_padding():
+    """Neither its keys nor its positions in the statistics of BatchNorm count."""
+    x = normal(VIDEO)
+    mask = np.ones(VIDEO[:-1], bool)
+    mask[:, 2:4] = False  # the frames of the second device
+    block, split_block = pair_of_blocks(zero_init=False)
+    variables = jax.jit(block.init)(jax.random.key(3), x)
+    results = jax.jit(split(split_block, True))(variables, x, mask)
+    expected = jax.jit(whole(block, True))(variables, x, mask)
+    chex.assert_trees_all_close(results, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_window_across_devices_is_refused():
-    block = nl.layers.nonlocal_block("dot_product", subsample=(2, 1, 1), axis_name="positions")
-    x = jnp.ones((1, 12, 4, 4, 5))  # three frames on each device
-    variables = jax.eval_shape(
-        nl.layers.nonlocal_block("dot_product", subsample=(2, 1, 1)).init, jax.random.key(0), x
-    )
-    with pytest.raises(
-        ValueError, match=r"window \(2, 1, 1\) must divide the part .* of 'positions' holds; got 3"
-    ):
-        jax.eval_shape(split(block, False), variables, x, None)
+    block, split_block = pair_of_blocks(subsample=(2, 1, 1))
+    x = jax.ShapeDtypeStruct((1, 12, 4, 4, 5), jnp.float32)  # three frames on each device
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+    message = r"window \(2, 1, 1\) must divide the part .* of 'positions' holds; got 3"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(split(split_block, False), variables, x, None)
 
 
 def test_group_norm_with_a_mask_is_refused():
-    norm = functools.partial(nn.GroupNorm, num_groups=1)
-    alone, shared = (
-        nl.layers.nonlocal_block("dot_product", norm=norm, **o)
-        for o in ({}, {"axis_name": "positions"})
-    )
-    x = jnp.ones(VIDEO)
-    variables = jax.eval_shape(alone.init, jax.random.key(0), x)
+    block, split_block = pair_of_blocks(norm=functools.partial(nn.GroupNorm, num_groups=1))
+    x = jax.ShapeDtypeStruct(VIDEO, jnp.float32)
+    mask = jax.ShapeDtypeStruct(VIDEO[:-1], bool)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
     with pytest.raises(ValueError, match="GroupNorm must have no mask where positions are split"):
-        jax.eval_shape(split(shared, False), variables, x, jnp.ones(VIDEO[:-1], bool))
+        jax.eval_shape(split(split_block, False), variables, x, mask)

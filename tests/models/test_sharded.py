@@ -1,4 +1,4 @@
-"""Video networks whose frames are split over devices equal those on one: logits, statistics, gradients."""
+"""Video networks whose frames are split over devices equal those on one device."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from nonlocal_jax.models import video_resnet
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) < 2, reason="two devices are absent")
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 SMALL = {
     "depth": (1, 1, 2, 1),
     "nonlocal_blocks": 1,
@@ -21,6 +21,11 @@ SMALL = {
 }
 
 
+def two_devices():
+    return jax.sharding.Mesh(np.array(jax.devices()[:2]), ("positions",))
+
+
+@pytest.mark.networks
 @pytest.mark.parametrize(
     ("kind", "clip", "preset", "train", "options"),
     [
@@ -41,28 +46,20 @@ SMALL = {
     ],
 )
 def test_equals_one_device(kind, clip, preset, train, options):
-    """In double precision: in single, a rounding turns a ReLU or the winner of a pooling, and 3% of a gradient with it."""
+    """In float64. In float32, rounding flips a ReLU or a maximum, and 3% of a gradient with it."""
     with jax.enable_x64(True):
         check_equal(kind, clip, preset, train, options)
 
 
 def check_equal(kind, clip, preset, train, options):
-    make = functools.partial(
-        video_resnet,
-        **SMALL,
-        kind=kind,
-        clip=clip,
-        preset=preset,
-        **options,
-        dtype=jnp.float64,
-        param_dtype=jnp.float64,
-    )
+    options |= {"kind": kind, "clip": clip, "preset": preset}
+    options |= {"dtype": jnp.float64, "param_dtype": jnp.float64}
+    make = functools.partial(video_resnet, **SMALL, **options)
     alone, split = make(), make(axis_name="positions")
-    x = jax.random.normal(jax.random.key(0), (2, 16, 64, 64, 3), jnp.float64)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16, 64, 64, 3)))
     shapes = jax.eval_shape(alone.init, jax.random.key(1), x)
-    chex.assert_trees_all_equal(
-        jax.eval_shape(split.init, jax.random.key(1), x), shapes
-    )  # outside the map
+    # Parameters are initialised outside the map.
+    chex.assert_trees_all_equal(jax.eval_shape(split.init, jax.random.key(1), x), shapes)
     rng = np.random.default_rng(2)
 
     def fill(path, leaf):
@@ -86,34 +83,31 @@ def check_equal(kind, clip, preset, train, options):
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
 
-    def on_each(variables, x):
-        """The loss is on every device, so what is differentiated is their sum."""
-        (of_params, of_x), rest = gradient(split, variables, x)
-        return (jax.lax.pmean(of_params, "positions"), of_x / jax.lax.axis_size("positions")), rest
+    def gradient_on_device(variables, x):
+        """Every device computes the loss, so the gradient is that of their sum."""
+        (params_gradient, x_gradient), answers = gradient(split, variables, x)
+        params_gradient = jax.lax.pmean(params_gradient, "positions")
+        return (params_gradient, x_gradient / jax.lax.axis_size("positions")), answers
 
-    mesh, rows = (
-        jax.sharding.Mesh(np.array(jax.devices()[:2]), ("positions",)),
-        P(None, "positions"),
-    )
+    mesh, rows = two_devices(), P(None, "positions")
     specs = {"in_specs": (P(), rows), "out_specs": ((P(), rows), P())}
-    got = jax.jit(jax.shard_map(on_each, mesh=mesh, **specs, check_vma=False))(variables, x)
+    sharded = jax.shard_map(gradient_on_device, mesh=mesh, **specs, check_vma=False)
+    got = jax.jit(sharded)(variables, x)
     expected = jax.jit(functools.partial(gradient, alone))(variables, x)
     chex.assert_tree_all_finite(expected)
     chex.assert_trees_all_equal_structs(got, expected)
-    for of_split, of_one in ((got[1], expected[1]), *zip(got[0], expected[0], strict=True)):
-        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(of_one))
-        chex.assert_trees_all_close(of_split, of_one, rtol=1e-5, atol=1e-5 * largest)
+    pairs = ((got[1], expected[1]), *zip(got[0], expected[0], strict=True))
+    for split_tree, tree in pairs:
+        largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+        chex.assert_trees_all_close(split_tree, tree, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.usefixtures("as_users_see_it")
 def test_frames_that_do_not_split_are_refused():
     model = video_resnet(**SMALL, clip="32x2", axis_name="positions")
-    x = jnp.ones((1, 12, 64, 64, 3))
+    x = jax.ShapeDtypeStruct((1, 12, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    mesh, rows = (
-        jax.sharding.Mesh(np.array(jax.devices()[:2]), ("positions",)),
-        P(None, "positions"),
-    )
+    mesh, rows = two_devices(), P(None, "positions")
     apply = jax.shard_map(
         model.apply, mesh=mesh, in_specs=(P(), rows), out_specs=P(), check_vma=False
     )

@@ -1,4 +1,4 @@
-"""The toy networks: what reaches what, the frozen stem, inflation, and a control that is no smaller than the block."""
+"""The toy networks: their temporal reach, the frozen stem, inflation, and their control block."""
 
 import chex
 import jax
@@ -7,23 +7,23 @@ import numpy as np
 import pytest
 
 import nonlocal_jax as nl
-from nonlocal_jax.layers.conv import VideoConv
+from nonlocal_jax.layers import VideoConv
 from nonlocal_jax.models import LocalBlock, ToyVideoNet
 
-CLIPS = jax.random.normal(jax.random.key(0), (2, 8, 16, 16, 1))
+CLIPS = np.random.default_rng(0).standard_normal((2, 8, 8, 8, 1)).astype(np.float32)
 
 
-def awake(variables):
-    """Every zero-initialised scale at 1, so that every residual branch counts."""
+def with_branches(variables):
+    """Sets every zero-initialized scale to 1, so that every residual branch counts."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.ones_like(leaf) if path[-1].key == "scale" else leaf, variables
     )
 
 
 def test_video_conv_is_he_initialised():
-    kernel = VideoConv(64, (3, 3, 3)).init(jax.random.key(0), jnp.ones((1, 3, 4, 4, 16)))["params"][
-        "kernel"
-    ]
+    layer = VideoConv(64, (3, 3, 3))
+    x = np.ones((1, 3, 4, 4, 16), np.float32)
+    kernel = jax.jit(layer.init)(jax.random.key(0), x)["params"]["kernel"]
     np.testing.assert_allclose(kernel.std(), (2 / (27 * 16)) ** 0.5, rtol=0.02)
 
 
@@ -31,72 +31,76 @@ def test_video_conv_is_he_initialised():
     ("kind", "block", "reach"),
     [
         ("c2d", None, 0),
-        (
-            "c2d",
-            LocalBlock(4),
-            1,
-        ),  # one frame to each side: never both digits of `same_digit`, at least three apart
+        # One frame to each side, so never both digits of `same_digit`, which are three apart.
+        ("c2d", LocalBlock(4), 1),
         ("i3d", None, 2),
         ("c2d", nl.layers.nonlocal_block("dot_product", subsample=False), 7),
     ],
 )
-def test_how_far_in_time_a_position_sees(kind, block, reach):
-    """By gradient of the last features of frame 0, taken by a head that looks at nothing else."""
+def test_reach_in_time(kind, block, reach):
+    """The gradient of the last features of frame 0 is nonzero in the frames that they depend on."""
     net = ToyVideoNet(3, block, kind)
-    variables = awake(net.init(jax.random.key(1), CLIPS))
 
-    def first_frame(clips):
-        _, state = net.apply(
-            variables,
-            clips,
-            capture_intermediates=lambda m, _: m.name == "res3",
-            mutable=["intermediates"],
-        )
-        return state["intermediates"]["res3"]["__call__"][0][:, 0].sum()
+    @jax.jit
+    def gradient(key, clips):
+        variables = with_branches(net.init(key, clips))
 
-    seen = np.abs(jax.jit(jax.grad(first_frame))(CLIPS)).sum((0, 2, 3, 4)) > 0
-    assert list(seen) == [t <= reach for t in range(8)]
+        def first_frame(clips):
+            _, state = net.apply(
+                variables,
+                clips,
+                capture_intermediates=lambda module, _: module.name == "res3",
+                mutable=["intermediates"],
+            )
+            return state["intermediates"]["res3"]["__call__"][0][:, 0].sum()
+
+        return jax.grad(first_frame)(clips)
+
+    magnitudes = np.abs(gradient(jax.random.key(1), CLIPS)).sum((0, 2, 3, 4))
+    assert list(magnitudes > 0) == [frame <= reach for frame in range(8)]
 
 
-def test_a_frozen_stem_has_no_gradient_and_keeps_its_statistics():
-    for freeze in (False, True):
-        net = ToyVideoNet(3, freeze_stem=freeze)
-        variables = net.init(jax.random.key(1), CLIPS)
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_frozen_stem_has_no_gradient_and_keeps_its_statistics(freeze):
+    net = ToyVideoNet(3, freeze_stem=freeze)
 
-        @jax.jit
-        def loss(params, net=net, variables=variables):
+    @jax.jit
+    def run(key, clips):
+        variables = net.init(key, clips)
+
+        def loss(params):
             logits, updated = net.apply(
-                {**variables, "params": params}, CLIPS, train=True, mutable=["batch_stats"]
+                {**variables, "params": params}, clips, train=True, mutable=["batch_stats"]
             )
             return jnp.sum(jnp.sin(logits)), updated["batch_stats"]
 
-        gradient, statistics = jax.grad(loss, has_aux=True)(variables["params"])
-        for stem in ("stem1", "stem2", "stem3"):
-            assert bool(gradient[stem]["kernel"].any()) is not freeze
-            same = np.array_equal(
-                statistics[f"{stem}_norm"]["mean"], variables["batch_stats"][f"{stem}_norm"]["mean"]
-            )
-            assert same is freeze
-        assert gradient["head"]["kernel"].any()
+        return variables, *jax.grad(loss, has_aux=True)(variables["params"])
+
+    variables, gradient, statistics = run(jax.random.key(1), CLIPS)
+    for stem in ("stem1", "stem2", "stem3"):
+        assert bool(gradient[stem]["kernel"].any()) is not freeze
+        mean = variables["batch_stats"][f"{stem}_norm"]["mean"]
+        is_kept = np.array_equal(statistics[f"{stem}_norm"]["mean"], mean)
+        assert is_kept is freeze
+    assert gradient["head"]["kernel"].any()
 
 
 @pytest.mark.usefixtures("as_users_see_it")
 def test_an_unknown_kind():
     with pytest.raises(ValueError, match=r"kind must be one of 'c2d', 'i3d'; got 'I3D'"):
-        ToyVideoNet(2, kind="I3D").init(jax.random.key(0), CLIPS)
+        jax.eval_shape(ToyVideoNet(2, kind="I3D").init, jax.random.key(0), CLIPS)
 
 
 def test_inflated_kernels_give_a_static_clip_the_answer_of_its_frame():
-    kernel = jax.random.normal(jax.random.key(0), (1, 1, 3, 4))
-    image = jax.random.normal(jax.random.key(1), (2, 1, 5, 5, 3))
-    clip = jnp.repeat(image, 7, axis=1)
-    flat = VideoConv(4, (1, 1, 1)).apply({"params": {"kernel": kernel[None]}}, image)
-    inflated = VideoConv(4, (3, 1, 1)).apply(
-        {"params": {"kernel": nl.weights.inflate(kernel, 3)}}, clip
-    )
-    chex.assert_trees_all_close(
-        inflated[:, 1:-1], jnp.repeat(flat, 5, axis=1), rtol=1e-4, atol=1e-6
-    )
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((1, 1, 3, 4)).astype(np.float32)
+    image = rng.standard_normal((2, 1, 5, 5, 3)).astype(np.float32)
+    clip = np.repeat(image, 7, axis=1)
+    flat = image @ kernel[0, 0]
+    params = {"params": {"kernel": nl.weights.inflate(jnp.asarray(kernel), 3)}}
+    inflated = jax.jit(VideoConv(4, (3, 1, 1)).apply)(params, clip)
+    expected = np.repeat(flat, 5, axis=1)
+    chex.assert_trees_all_close(inflated[:, 1:-1], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,44 +1,43 @@
-"""The video networks: sizes, what reaches what, options, and errors before any long work."""
+"""The video networks: sizes, what influences what, options, and errors before any long work."""
+
+import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from variables import normal, random_variables
 
 import nonlocal_jax as nl
 from nonlocal_jax.models import cost, video_resnet
 
 SMALL = {
     "depth": (1, 2, 2, 1),
+    "kind": "c2d",
     "nonlocal_blocks": {"res3": (0,)},
     "num_classes": 3,
     "preset": "slowfast",
 }
-CLIP = jax.random.normal(jax.random.key(0), (2, 8, 33, 34, 3))
+CLIP = normal((2, 8, 33, 34, 3))
 
 
 def small(**options):
     return video_resnet(**SMALL | options)
 
 
-def random(model):
-    """Variables of which every branch and block counts: no scale is 0, no statistics are 0 and 1."""
-    draw = np.random.default_rng(0)
+@functools.cache
+def variables_of_small():
+    model = small()
+    return random_variables(model, model.example)
 
-    def leaf(path, like):
-        name = path[-1].key
-        if name == "kernel":
-            return jnp.asarray(
-                draw.standard_normal(like.shape) * (2 / np.prod(like.shape[:-1])) ** 0.5,
-                jnp.float32,
-            )
-        low, high = (0.4, 0.9) if name in ("scale", "var") else (-0.2, 0.2)
-        return jnp.asarray(draw.uniform(low, high, like.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(
-        leaf, jax.eval_shape(model.init, jax.random.key(0), model.example)
-    )
+@functools.cache
+def answer_of_small():
+    """Logits of the small network and the output of its stages."""
+    apply = jax.jit(lambda clip: small().apply(variables_of_small(), clip, mutable="intermediates"))
+    logits, state = apply(CLIP)
+    return logits, state["intermediates"]
 
 
 @pytest.mark.parametrize(
@@ -47,19 +46,22 @@ def random(model):
 def test_the_example_makes_whole_groups(clip, group_size):
     model = small(clip=clip, group_size=group_size, nonlocal_blocks={"res3": (0,), "res4": (0,)})
     assert model.example.shape[1] >= 64
+    assert model.example.shape[1] % model.stride_in_time == 0
     jax.eval_shape(model.init, jax.random.key(0), model.example)
 
 
-def run(model, variables, clip=CLIP):
-    return jax.jit(model.apply)(variables, clip)
+@pytest.mark.parametrize(
+    ("preset", "clip", "stride"), [("paper", "8x8", 2), ("caffe2", "32x2", 8), ("mmcv", "128x1", 8)]
+)
+def test_how_frames_are_strided(preset, clip, stride):
+    assert video_resnet(preset=preset, clip=clip).stride_in_time == stride
 
 
 def stages(model, shape):
     variables = jax.eval_shape(model.init, jax.random.key(0), model.example)
     clip = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
-    _, state = jax.eval_shape(
-        lambda v, x: model.apply(v, x, mutable=["intermediates"]), variables, clip
-    )
+    apply = functools.partial(model.apply, mutable=["intermediates"])
+    _, state = jax.eval_shape(apply, variables, clip)
     return {
         name: value[0].shape[1:]
         for name, value in state["intermediates"].items()
@@ -94,15 +96,15 @@ def stages(model, shape):
     ],
 )
 def test_sizes_of_the_layouts(preset, clip, shape, pool1, res2, res3):
-    found = stages(video_resnet(50, nonlocal_blocks=0, clip=clip, preset=preset), shape)
-    assert (found["pool1"], found["res2"], found["pool2"], found["res3"]) == (
+    sizes = stages(video_resnet((1, 1, 1, 1), nonlocal_blocks=0, clip=clip, preset=preset), shape)
+    assert (sizes["pool1"], sizes["res2"], sizes["pool2"], sizes["res3"]) == (
         pool1,
         res2,
         (res3[0], *res2[1:]),
         res3,
     )
     t, h, w, _ = res3
-    assert (found["res4"], found["res5"]) == ((t, h // 2, w // 2, 1024), (t, h // 4, w // 4, 2048))
+    assert (sizes["res4"], sizes["res5"]) == ((t, h // 2, w // 2, 1024), (t, h // 4, w // 4, 2048))
 
 
 @pytest.mark.parametrize(
@@ -136,153 +138,176 @@ def test_where_the_blocks_are(depth, count, preset, places):
     assert dict(model.nonlocal_blocks) == places
     assert hash(model) == hash(model.clone())
     params = jax.eval_shape(model.init, jax.random.key(0), model.example)["params"]
-    expected = {f"nonlocal_{stage}_{i}" for stage, at in places.items() for i in at}
+    expected = {f"nonlocal_{stage}_{i}" for stage, indices in places.items() for i in indices}
     assert {name for name in params if name.startswith("nonlocal")} == expected
 
 
+def influence_of_frames(model, clip, stage):
+    """For each frame of the clip, how much frame 0 of a stage's output depends on it."""
+    variables = random_variables(model, model.example)
+
+    def first_frame(clip):
+        _, state = model.apply(variables, clip, mutable=["intermediates"])
+        return state["intermediates"][stage][0][:, 0].sum()
+
+    return np.abs(jax.jit(jax.grad(first_frame))(clip)).sum((0, 2, 3, 4))
+
+
+@pytest.mark.networks
 @pytest.mark.parametrize(("kind", "reach"), [("c2d", 0), ("i3d_3x1x1", 4), ("i3d_3x3x3", 4)])
 def test_how_far_in_time_a_frame_sees(kind, reach):
-    """res2 of frame 0, by gradient: conv1 of 5 taps sees 2 on, res2's two blocks of 3 taps 1 each."""
+    """res2 of frame 0: conv1 of 5 taps sees 2 frames on, res2's two blocks of 3 taps 1 each."""
     model = small(kind=kind, nonlocal_blocks=0, depth=(2, 1, 1, 1))
-    variables = random(model)
-
-    def first(clip):
-        return model.apply(variables, clip, mutable=["intermediates"])[1]["intermediates"]["res2"][
-            0
-        ][:, 0].sum()
-
-    effect = np.abs(jax.jit(jax.grad(first))(CLIP)).sum((0, 2, 3, 4))
-    seen = effect > 1e-6 * effect.max()  # what cancels in tiles leaves rounding errors
-    assert list(seen) == [t <= reach for t in range(8)]
+    influence = influence_of_frames(model, CLIP[:, :, :17, :17], "res2")
+    has_influence = influence > 1e-6 * influence.max()  # terms that cancel leave rounding errors
+    assert list(has_influence) == [t <= reach for t in range(8)]
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize(
     ("axes", "group_size"), [("spacetime", None), ("space", None), ("time", None), ("spacetime", 2)]
 )
 def test_blocks_have_their_axes_and_groups(axes, group_size):
+    """res3 of frame 0, of the 4 after pool2, which joins two frames."""
     model = small(
-        kind="c2d",
+        depth=(1, 1, 1, 1),
         block_options={"axes": axes, "subsample": False},
         group_size=group_size and {"res3": group_size},
     )
-    variables = random(model)
-
-    def first(clip):  # frame 0 of 4 after the block of res3
-        return model.apply(variables, clip, mutable=["intermediates"])[1]["intermediates"]["res3"][
-            0
-        ][:, 0].sum()
-
-    seen = np.abs(jax.jit(jax.grad(first))(CLIP)).sum((0, 2, 3, 4)) > 0
-    reach = (
-        {"space": 2, "time": 8, "spacetime": 8}[axes] if group_size is None else 2 * group_size
-    )  # pool2 joins two
-    assert list(seen) == [t < reach for t in range(8)]
+    influence = influence_of_frames(model, CLIP[:, :, :17, :17], "res3")
+    reach = 2 * group_size if group_size else {"space": 2, "time": 8, "spacetime": 8}[axes]
+    assert list(influence > 0) == [t < reach for t in range(8)]
 
 
+@pytest.mark.networks
 def test_new_blocks_do_not_change_the_answer():
-    plain = small(nonlocal_blocks=0)
-    variables, with_blocks = random(plain), jax.jit(small().init)(jax.random.key(1), CLIP)
-    merged = {name: {**with_blocks[name], **variables[name]} for name in ("params", "batch_stats")}
-    chex.assert_trees_all_close(run(small(), merged), run(plain, variables), rtol=1e-5, atol=1e-6)
-    assert len(nl.describe(small(), merged, CLIP, expected=1)) == 1
+    model, plain = small(), small(nonlocal_blocks=0)
+    variables = random_variables(plain, plain.example)
+    block = model.make_block("res3")
+    features = jax.ShapeDtypeStruct((1, 4, 4, 4, 512), jnp.float32)
+    new_block = jax.jit(block.init)(jax.random.key(1), features)
+    merged = {
+        name: {**variables[name], "nonlocal_res3_0": new_block[name]}
+        for name in ("params", "batch_stats")
+    }
+    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example)
+    chex.assert_trees_all_equal_shapes(merged, shapes)
+    expected = jax.jit(plain.apply)(variables, CLIP)
+    logits = jax.jit(model.apply)(merged, CLIP)
+    chex.assert_trees_all_close(logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_residual_branches_start_at_zero_where_the_source_has_them_so():
-    for options, scale in (({}, 0), ({"preset": "paper"}, 1), ({"zero_init_residual": False}, 1)):
-        model = small(**options, kind="c2d", nonlocal_blocks=0, depth=(1, 1, 1, 1))
-        params = jax.jit(model.init)(jax.random.key(0), CLIP)["params"]
-        assert set(np.unique(params["res3_0"]["norm_c"]["scale"])) == {scale}
-        assert set(np.unique(params["res3_0"]["norm_a"]["scale"])) == {1}
+@pytest.mark.parametrize(
+    ("options", "scale"), [({}, 0), ({"preset": "paper"}, 1), ({"zero_init_residual": False}, 1)]
+)
+def test_residual_branches_start_at_zero_where_the_source_has_them_so(options, scale):
+    model = small(**options, nonlocal_blocks=0, depth=(1, 1, 1, 1))
+
+    @jax.jit
+    def scales(key):
+        params = model.init(key, jnp.ones((1, 2, 17, 17, 3)))["params"]
+        return [params["res3_0"][norm]["scale"] for norm in ("norm_c", "norm_a")]
+
+    last, first = scales(jax.random.key(0))
+    assert set(np.unique(last)) == {scale}
+    assert set(np.unique(first)) == {1}
 
 
+@pytest.mark.networks
 def test_a_frozen_network_gives_the_same_answer():
-    model, frozen = small(), small(frozen_bn=True)
-    variables = random(model)
-    folded = nl.layers.freeze_batch_norm(variables)
-    assert jax.tree.structure(folded) == jax.tree.structure(random(frozen))
-    chex.assert_trees_all_close(run(frozen, folded), run(model, variables), rtol=1e-4, atol=1e-5)
+    frozen = small(frozen_bn=True)
+    folded = nl.layers.freeze_batch_norm(variables_of_small())
+    shapes = jax.eval_shape(frozen.init, jax.random.key(0), frozen.example)
+    assert jax.tree.structure(folded) == jax.tree.structure(shapes)
+    expected, _ = answer_of_small()
+    logits = jax.jit(frozen.apply)(folded, CLIP)
+    chex.assert_trees_all_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("remat", [True, jax.checkpoint_policies.dots_saveable])
 def test_remat_changes_memory_only(remat):
-    def step(model):
+    options = {"dropout": 0.0, "depth": (1, 2, 1, 1)}
+    model = small(**options)
+    variables = random_variables(model, model.example)
+
+    def compile_step(model):
         def loss(params):
-            logits, _ = model.apply(
-                {**variables, "params": params}, CLIP, train=True, mutable=["batch_stats"]
-            )
+            inputs = {**variables, "params": params}
+            logits, _ = model.apply(inputs, CLIP, train=True, mutable=["batch_stats"])
             return jnp.sum(jnp.sin(logits))
 
         lowered = jax.jit(jax.grad(loss)).lower(variables["params"])
-        return lowered.as_text().count("stablehlo.convolution"), lowered.compile()(
-            variables["params"]
-        )
+        gradient = lowered.compile()(variables["params"])
+        return lowered.as_text().count("stablehlo.convolution"), gradient
 
-    variables = random(small())
-    (fewer, kept), (more, again) = step(small(dropout=0.0)), step(small(dropout=0.0, remat=remat))
-    assert more > fewer  # something is computed again
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(kept))
-    chex.assert_trees_all_close(again, kept, rtol=1e-3, atol=1e-4 * scale)
+    convolutions, expected = compile_step(model)
+    more_convolutions, gradient = compile_step(small(**options, remat=remat))
+    assert more_convolutions > convolutions  # some are recomputed
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-3, atol=1e-4 * scale)
 
 
+@pytest.mark.networks
 def test_dropout_only_in_training():
-    model = small(dropout=0.9)
-    variables = random(model)
-    chex.assert_trees_all_equal(run(model, variables), run(small(dropout=0.0), variables))
+    model, variables = small(dropout=0.9), variables_of_small()
+    expected, _ = answer_of_small()  # with another share
+    chex.assert_trees_all_equal(jax.jit(model.apply)(variables, CLIP), expected)
 
     @jax.jit
     def train(key):
-        return model.apply(
-            variables, CLIP, train=True, mutable=["batch_stats"], rngs={"dropout": key}
-        )[0]
+        options = {"train": True, "mutable": ["batch_stats"]}
+        return model.apply(variables, CLIP, rngs={"dropout": key}, **options)[0]
 
     assert not np.array_equal(train(jax.random.key(0)), train(jax.random.key(1)))
 
 
+@pytest.mark.networks
 def test_bfloat16_is_near_float32():
-    variables = random(small())
-    expected, half = run(small(), variables), run(small(dtype=jnp.bfloat16), variables)
+    model, variables = small(dtype=jnp.bfloat16), variables_of_small()
+    expected, _ = answer_of_small()
+    half = jax.jit(model.apply)(variables, CLIP)
     assert half.dtype == jnp.float32
     assert jnp.linalg.norm(half - expected) < 0.05 * jnp.linalg.norm(expected)
-    state = jax.eval_shape(
-        lambda v: small(dtype=jnp.bfloat16).apply(v, CLIP, mutable=["intermediates"])[1], variables
-    )
+    apply = functools.partial(model.apply, mutable=["intermediates"])
+    _, state = jax.eval_shape(apply, variables, CLIP)
     assert state["intermediates"]["res5"][0].dtype == jnp.bfloat16
 
 
+@pytest.mark.networks
 def test_the_head_slides_over_larger_maps():
     """res5 of 33×34 pixels is 2×2; windows of 1×2 are two, one above the other."""
-    variables = random(small())
-    state = jax.jit(lambda v, x: small().apply(v, x, mutable=["intermediates"]))(variables, CLIP)[1]
-    features = state["intermediates"]["res5"][0]
+    variables = variables_of_small()
+    expected, intermediates = answer_of_small()
+    features = intermediates["res5"][0]
     assert features.shape[2:4] == (2, 2)
-    head = variables["params"]["head"]
-    windows = features.mean((1, 3)) @ head["kernel"] + head["bias"].reshape(
-        1, 1, -1
-    )  # (B, 2, classes)
-    softmax = run(small(head_window=(1, 2)), variables)
-    chex.assert_trees_all_close(
-        jnp.exp(softmax), jax.nn.softmax(windows).mean(1), rtol=1e-4, atol=1e-6
-    )
-    logits = run(small(head_window=(1, 2), window_average="logits"), variables)
-    chex.assert_trees_all_close(logits, windows.mean(1), rtol=1e-4, atol=1e-5)
-    for whole in ((7, 7), None):
-        chex.assert_trees_all_close(
-            run(small(head_window=whole), variables), windows.mean(1), rtol=1e-4, atol=1e-5
-        )
+    head = jax.tree.map(np.asarray, variables["params"]["head"])
+    windows = np.asarray(features).mean((1, 3)) @ head["kernel"] + head["bias"]  # (B, 2, classes)
+
+    sliding = small(head_window=(1, 2)), small(head_window=(1, 2), window_average="logits")
+    whole = small(head_window=(7, 7)), small(head_window=None)
+
+    @jax.jit
+    def heads(features):
+        """The heads alone: the network's own, on the output of res5."""
+        return [
+            model.apply(variables, features, False, None, method="_head")
+            for model in (*sliding, *whole)
+        ]
+
+    softmax, logits, *averages = heads(features)
+    mean_softmax = jax.nn.softmax(windows).mean(1)
+    chex.assert_trees_all_close(jnp.exp(softmax), mean_softmax, rtol=1e-4, atol=1e-6)
+    for average in (logits, *averages, expected):
+        chex.assert_trees_all_close(average, windows.mean(1), rtol=1e-4, atol=1e-5)
 
 
 def test_resnext_by_data():
-    model = video_resnet(
-        (3, 8, 36, 3), "c2d", 0, preset="slowfast", groups=32, width_per_group=8, num_classes=1000
-    )
+    options = {"preset": "slowfast", "groups": 32, "width_per_group": 8, "num_classes": 1000}
+    model = video_resnet((3, 1, 1, 1), "c2d", 0, **options)
     params = jax.eval_shape(model.init, jax.random.key(0), model.example)["params"]
     assert params["res2_0"]["conv_b"]["kernel"].shape == (1, 3, 3, 8, 256)
-    resnext101 = cost(
-        video_resnet(
-            101, "c2d", 0, preset="slowfast", groups=32, width_per_group=8, num_classes=1000
-        ),
-        (1, 2, 224, 224, 3),
-    )
+    resnext101 = cost(video_resnet(101, "c2d", 0, **options), (1, 2, 224, 224, 3))
     assert resnext101.parameters == 88_791_336  # ResNeXt-101 32×8d, as its image network
 
 
@@ -315,8 +340,9 @@ def test_resnext_by_data():
     ],
 )
 def test_bad_clips(shape, preset, clip, message):
+    model, x = small(preset=preset, clip=clip), jax.ShapeDtypeStruct(shape, jnp.float32)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(small(preset=preset, clip=clip).init, jax.random.key(0), jnp.ones(shape))
+        jax.eval_shape(model.init, jax.random.key(0), x)
 
 
 @pytest.mark.usefixtures("as_users_see_it")
@@ -334,7 +360,7 @@ def test_bad_clips(shape, preset, clip, message):
         ({"nonlocal_blocks": 3}, "nonlocal_blocks must be one of 0, 1, 5, 10; got 3"),
         (
             {"nonlocal_blocks": 5},
-            r"5 blocks want 2 residual blocks in res3 and 3 in res4; got \(1, 2, 2, 1\)",
+            r"at least 2 .* in res3 and 3 in res4 for 5 non-local blocks; got \(1, 2, 2, 1\)",
         ),
         (
             {"nonlocal_blocks": 1, "depth": (1, 1, 1, 1)},
@@ -346,7 +372,7 @@ def test_bad_clips(shape, preset, clip, message):
         ),
         (
             {"nonlocal_blocks": {"res4": (0, 2)}},
-            "res4 has residual blocks 0 to 1; got 2 in nonlocal_blocks",
+            "nonlocal_blocks must name residual blocks 0 to 1 of res4; got 2",
         ),
         ({"instantiation": "softmax"}, "instantiation must be one of .*; got 'softmax'"),
         ({"instantiation": "gaussian"}, "preset 'slowfast' has no 'gaussian'"),

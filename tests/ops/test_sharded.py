@@ -1,4 +1,7 @@
-"""Positions split over devices: the same responses and gradients as on one."""
+"""Positions split over devices: the same responses and gradients as on one device."""
+
+import dataclasses
+import functools
 
 import chex
 import jax
@@ -6,128 +9,131 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from ops.operands import INSTANTIATIONS, TOY, call, make_operands, registered
 
 from nonlocal_jax import ops
-from nonlocal_jax.ops import sharded
-from nonlocal_jax.types import Instantiation
+from nonlocal_jax.ops.kernels import streaming
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="four devices are absent")
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
 DEVICES = 4
 N, M, D, E = 4 * 5, 4 * 3, 7, 2
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-INSTANTIATIONS = Instantiation.__args__
-# What each takes by itself, what is asked for, and whether the ring is forced.
+ROWS = P(None, "positions")
 CASES = [
-    ("gaussian", "dense", False),
-    ("gaussian", "streaming", True),
-    ("embedded_gaussian", "auto", False),
-    ("embedded_gaussian", "streaming", False),
-    ("embedded_gaussian", "streaming", True),
-    ("dot_product", "auto", False),
-    ("dot_product", "dense", False),
-    ("concatenation", "sorted", False),
-    ("concatenation", "dense", False),
+    ("gaussian", "dense"),
+    ("gaussian", "ring"),
+    ("embedded_gaussian", "auto"),
+    ("embedded_gaussian", "streaming"),
+    ("embedded_gaussian", "ring"),
+    ("dot_product", "auto"),
+    ("dot_product", "dense"),
+    ("concatenation", "sorted"),
+    ("concatenation", "dense"),
 ]
+# Gathers nothing, however small.
+RING = dataclasses.replace(
+    streaming.KERNEL,
+    name="ring",
+    respond_split=functools.partial(streaming.respond_split, gathered_bytes=0),
+)
 
 
-def inputs(batch=(2,)):
-    keys = jax.random.split(jax.random.key(0), 4)
-    sizes = ((*batch, N, D), (*batch, M, D), (*batch, M, E), (2 * D,))
-    return [jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True)]
+@pytest.fixture(scope="module", autouse=True)
+def variants():
+    with registered(RING, TOY):
+        yield
 
 
-def call(name, implementation, theta, phi, g, w_f, mask, axis_name=None):
-    extra = (w_f,) if name == "concatenation" else ()
-    options = {"scale": 0.7} if name == "embedded_gaussian" else {}
-    y = getattr(ops, name)(
-        theta,
-        phi,
-        g,
-        *extra,
-        key_mask=mask,
-        implementation=implementation,
-        axis_name=axis_name,
-        **options,
-    )
-    return y
+@pytest.fixture(scope="module")
+def operands():
+    return make_operands(N, M, D, E, (2,))
 
 
-def split(name, implementation, masked):
+def respond(instantiation, implementation, operands, mask, axis_name=None):
+    options = {"scale": 0.7} if instantiation == "embedded_gaussian" else {}
+    options |= {"key_mask": mask, "axis_name": axis_name}
+    return call(instantiation, implementation, operands, **options)
+
+
+def split(function, masked=False):
+    """Maps a function of operands and a mask over four devices, which split the positions."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("positions",))
-    rows, mask = P(None, "positions"), P(None, "positions") if masked else P()
-    return jax.shard_map(
-        lambda *arrays: call(name, implementation, *arrays, axis_name="positions"),
-        mesh=mesh, in_specs=(rows, rows, rows, P(), mask), out_specs=rows, check_vma=False,
-    )  # fmt: skip
+    operand_specs = {"theta": ROWS, "phi": ROWS, "g": ROWS, "w_f": P()}
+    specs = (operand_specs, ROWS if masked else P())
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)
+
+
+def split_respond(instantiation, implementation, masked=False):
+    function = functools.partial(respond, instantiation, implementation, axis_name="positions")
+    return split(function, masked)
+
+
+def value_and_gradients(function, operands, mask):
+    y, pull_back = jax.vjp(lambda operands: function(operands, mask), operands)
+    cotangent = jnp.cos(jnp.arange(y.size)).reshape(y.shape)
+    return y, pull_back(cotangent)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def expected_values(instantiation, operands, mask):
+    function = functools.partial(respond, instantiation, "dense")
+    return value_and_gradients(function, operands, mask)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("name", "implementation", "ring"), CASES)
-def test_equals_one_device(name, implementation, ring, masked, monkeypatch):
-    monkeypatch.setattr(sharded, "GATHERED_BYTES", 0 if ring else 1 << 40)
-    *arrays, w_f = inputs()
-    # The second device has no real key at all, and the second sample has none on any.
-    mask = (
-        jnp.ones((2, M), bool).at[0, 3:6].set(False).at[0, 7].set(False).at[1].set(False)
-        if masked
-        else None
-    )
-    cotangent = jax.random.normal(jax.random.key(9), (2, N, E))
-
-    def value_and_gradients(function):
-        y, pull = jax.vjp(lambda *a: function(*a, mask), *arrays, w_f)
-        return y, pull(cotangent)
-
-    def on_one(*a):
-        return call(name, "dense", *a)
-
-    got = jax.jit(lambda: value_and_gradients(split(name, implementation, masked)))()
-    chex.assert_trees_all_close(got, value_and_gradients(on_one), **CLOSE)
-    assert np.isfinite(np.asarray(got[0])).all()
+@pytest.mark.parametrize(("instantiation", "implementation"), CASES)
+def test_equals_one_device(instantiation, implementation, masked, operands):
+    mask = None
+    if masked:
+        # The second device has no real key at all, and the second sample has none on any device.
+        mask = jnp.ones((2, M), bool).at[0, 3:6].set(False).at[0, 7].set(False).at[1].set(False)
+    function = split_respond(instantiation, implementation, masked)
+    results = jax.jit(functools.partial(value_and_gradients, function))(operands, mask)
+    expected = expected_values(instantiation, operands, mask)
+    chex.assert_trees_all_close(results, expected, **CLOSE)
+    chex.assert_tree_all_finite(results[0])
 
 
-def test_only_what_must_crosses_between_devices():
-    """Of the dot product a sum of d×e; of the ring never the keys of all devices."""
-    *arrays, w_f = inputs(batch=(1,))
-    text = jax.jit(split("dot_product", "auto", False)).lower(*arrays, w_f, None).as_text()
-    assert "all_gather" not in text
-    assert f"tensor<{D}x{E}xf32>" in text.split("all_reduce", 1)[1]
+def test_a_kernel_without_a_way_to_split_gets_the_keys_of_all_devices(operands):
+    y = jax.jit(split_respond("dot_product", "toy"))(operands, None)
+    expected, _ = expected_values("dot_product", operands, None)
+    chex.assert_trees_all_close(y, 3 * expected, **CLOSE)
 
 
-def test_the_ring_never_holds_all_keys(monkeypatch):
-    monkeypatch.setattr(sharded, "GATHERED_BYTES", 0)
-    *arrays, w_f = inputs()
-    function = split("embedded_gaussian", "streaming", False)
-    text = (
-        jax.jit(jax.grad(lambda *a: function(*a, w_f, None).sum(), argnums=(0, 1, 2)))
-        .lower(*arrays)
-        .as_text()
-    )
-    assert "collective_permute" in text
-    assert "all_gather" not in text
+def test_the_dot_product_communicates_one_small_sum():
+    operands = make_operands(N, M, D, E, (1,))
+    lowered = jax.jit(split_respond("dot_product", "auto")).lower(operands, None).as_text()
+    assert "all_gather" not in lowered
+    assert f"tensor<{D}x{E}xf32>" in lowered.split("all_reduce", 1)[1]
 
 
-@pytest.mark.parametrize("name", INSTANTIATIONS)
-def test_the_map_has_the_columns_of_all_devices(name):
-    theta, phi, _, w_f = inputs()
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), ("positions",))
-    extra = (w_f,) if name == "concatenation" else ()
-    rows = P(None, "positions")
-    function = jax.shard_map(
-        lambda theta, phi: ops.affinity(name, theta, phi, *extra, axis_name="positions"),
-        mesh=mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False,
-    )  # fmt: skip
-    chex.assert_trees_all_close(
-        jax.jit(function)(theta, phi), ops.affinity(name, theta, phi, *extra), **CLOSE
-    )
+def test_the_ring_never_gathers_keys(operands):
+    function = split_respond("embedded_gaussian", "ring")
+    gradient = jax.jit(jax.grad(lambda operands: function(operands, None).sum()))
+    lowered = gradient.lower(operands).as_text()
+    assert "collective_permute" in lowered
+    assert "all_gather" not in lowered
 
 
-def test_under_pmap_too():
-    *arrays, w_f = inputs()
-    expected = call("embedded_gaussian", "dense", *arrays, w_f, None)
-    parts = [jnp.stack(jnp.split(x, DEVICES, axis=1)) for x in arrays]
-    got = jax.pmap(
-        lambda *a: call("embedded_gaussian", "auto", *a, w_f, None, axis_name="positions"),
-        "positions",
-    )(*parts)
-    chex.assert_trees_all_close(jnp.concatenate(list(got), axis=1), expected, **CLOSE)
+@pytest.mark.parametrize("instantiation", INSTANTIATIONS)
+def test_the_affinity_has_columns_for_the_keys_of_all_devices(instantiation, operands):
+    def affinity(operands, mask, axis_name=None):
+        w_f = operands["w_f"] if instantiation == "concatenation" else None
+        theta, phi = operands["theta"], operands["phi"]
+        return ops.affinity(instantiation, theta, phi, w_f, axis_name=axis_name)
+
+    function = split(functools.partial(affinity, axis_name="positions"))
+    expected = jax.jit(affinity)(operands, None)
+    chex.assert_trees_all_close(jax.jit(function)(operands, None), expected, **CLOSE)
+
+
+def test_under_pmap(operands):
+    def respond_on_device(theta, phi, g):
+        parts = {"theta": theta, "phi": phi, "g": g}
+        return respond("embedded_gaussian", "auto", parts, None, axis_name="positions")
+
+    rows = (operands[name] for name in ("theta", "phi", "g"))
+    parts = [jnp.stack(jnp.split(x, DEVICES, axis=1)) for x in rows]
+    y = jax.pmap(respond_on_device, "positions")(*parts)
+    expected, _ = expected_values("embedded_gaussian", operands, None)
+    chex.assert_trees_all_close(jnp.concatenate(list(y), axis=1), expected, **CLOSE)

@@ -1,8 +1,9 @@
-"""A network of torch and one of ours with its weights, from a file: equal logits, stages, gradients, running statistics.
+"""Comparisons of a torch network with a network of this library that has its weights, from a file.
 
-Torch computes in float64. Ours computes logits and stages in float32, and gradients in float64: among millions of float32
-activations some are so close to 0 that rounding decides whether a ReLU passes them, and one that differs changes the gradient
-of its channel by percents, in any two implementations.
+Logits, stages, gradients and running statistics must be equal. Torch computes in float64. This
+library computes logits and stages in float32, and gradients in float64: among millions of float32
+activations some are so close to 0 that rounding decides whether a ReLU passes them, and one that
+differs changes the gradient of its channel by percents, in any two implementations.
 """
 
 import dataclasses
@@ -12,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from parity.peers import CLASSES, STAGES
+from parity.peers import CLASSES, PLACES, SHORT, STAGES
 from torch import nn
 
 import nonlocal_jax as nl
-from nonlocal_jax.weights.sources import SOURCES
+from nonlocal_jax.weights.entries import naming_tables
 
-torch.set_num_threads(1)  # there is a test process for each core
+torch.set_num_threads(1)  # each core has a test process
 NORMS = nn.modules.batchnorm._BatchNorm
 HEIGHT, WIDTH = 40, 56  # 10×14, 5×7, 3×4 and 2×2 positions in res2 to res5
 
@@ -28,10 +29,10 @@ def numbers(*shape, seed=1):
 
 
 def randomise(peer, clip_shape):
-    """Weights with which every part matters, the running statistics too: no norm near the identity.
+    """Draws weights and running statistics with which every part of a network matters.
 
-    Norms divide by about the root mean square that some clip gives, so that features are of order 1/4 everywhere and no softmax
-    of their products is one-hot.
+    Norms divide by about the root mean square of their input for a random clip, so that features
+    are of order 1/4 everywhere and no softmax of their products is one-hot.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -63,22 +64,25 @@ def randomise(peer, clip_shape):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What torch says; arrays are channels last.
+    """What torch computes, channels last.
 
     Attributes:
-        logits, stages: of the clip.
-        of_weights, of_clip: the gradients of Σ cotangent · logits, if asked for.
-        counts: how many numbers each norm averaged.
+        logits: Logits of the clip.
+        stages: Output of each stage.
+        weight_gradients: Gradients of Σ cotangent · logits by weight, if requested.
+        clip_gradient: The same gradient for the clip, if requested.
+        counts: Number of values that each norm averages.
     """
 
     logits: np.ndarray
     stages: dict[str, np.ndarray]
-    of_weights: dict[str, np.ndarray]
-    of_clip: np.ndarray | None
+    weight_gradients: dict[str, np.ndarray]
+    clip_gradient: np.ndarray | None
     counts: dict[str, int]
 
 
 def ask(peer, clip, cotangent=None, train=False):
+    """Runs a peer in float64."""
     stages, counts, hooks = {}, {}, []
 
     def keep(stage, module, inputs, output):
@@ -96,7 +100,7 @@ def ask(peer, clip, cotangent=None, train=False):
         if isinstance(module, NORMS):
             hooks.append(module.register_forward_hook(functools.partial(count, name)))
     clip = clip.double().requires_grad_(cotangent is not None)
-    # mmcv's concatenation divides in place what its ReLU saved, so on its own it cannot be differentiated.
+    # mmcv's concatenation divides the saved output of a ReLU in place, which torch forbids.
     with (
         torch.autograd.graph.allow_mutation_on_saved_tensors(),
         torch.set_grad_enabled(cotangent is not None),
@@ -106,13 +110,11 @@ def ask(peer, clip, cotangent=None, train=False):
             logits.backward(cotangent.double())
     for hook in hooks:
         hook.remove()
-    gradients = (
-        {name: p.grad.numpy() for name, p in network.named_parameters()}
-        if cotangent is not None
-        else {}
-    )
-    of_clip = channels_last(clip.grad) if cotangent is not None else None
-    return Answer(logits.detach().numpy(), stages, gradients, of_clip, counts)
+    weight_gradients, clip_gradient = {}, None
+    if cotangent is not None:
+        weight_gradients = {name: p.grad.numpy() for name, p in network.named_parameters()}
+        clip_gradient = channels_last(clip.grad)
+    return Answer(logits.detach().numpy(), stages, weight_gradients, clip_gradient, counts)
 
 
 def channels_last(array):
@@ -120,7 +122,7 @@ def channels_last(array):
 
 
 def load(path, tree, model, save=torch.save, **options):
-    """Through a file, which is removed at once: they are large."""
+    """Loads weights through a file, which is removed at once because it is large."""
     save(tree, path)
     try:
         return nl.weights.load(path, model, **options)
@@ -128,20 +130,20 @@ def load(path, tree, model, save=torch.save, **options):
         path.unlink()
 
 
-def difference(ours, theirs, scale=0.0):
-    """The largest, relative to the largest of theirs, or to `scale` where that is larger."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    return np.abs(ours - theirs).max() / max(np.abs(theirs).max(), scale)
+def difference(array, expected, scale=0.0):
+    """Returns the largest difference over the largest expected value, or over a larger `scale`."""
+    array, expected = np.asarray(array), np.asarray(expected)
+    assert array.shape == expected.shape
+    return np.abs(array - expected).max() / max(np.abs(expected).max(), scale)
 
 
-def assert_close(ours, theirs, bound, what, scale=0.0):
-    far = difference(ours, theirs, scale)
-    assert far < bound, f"{what}: {far:.2g} of the largest"
+def assert_close(array, expected, bound, name, scale=0.0):
+    relative = difference(array, expected, scale)
+    assert relative < bound, f"{name}: {relative:.2g} of the largest value"
 
 
 def compare_forward(model, variables, clip, answer, stages=STAGES, finish=lambda logits: logits):
-    """In float32. `finish` makes of our logits what the peer answers."""
+    """Compares stages and logits in float32. `finish` converts logits to the peer's output."""
 
     @jax.jit
     def forward(variables, clip):
@@ -155,41 +157,44 @@ def compare_forward(model, variables, clip, answer, stages=STAGES, finish=lambda
 
 
 def compare_gradients(model, variables, clip, cotangent, answer, source, train=False):
-    """In float64, the logits and statistics of BN excepted. Without the intermediates, so on the paths that users take.
+    """Compares gradients in float64, without intermediates, as users compute them.
 
-    In training, also what the running statistics become: torch's of the variance with its unbiased estimate, as it
-    documents; ours, as Flax's, with the biased one, which the batch was normalised by.
+    In training, returns the updated running statistics by name. The variance is updated with the
+    biased estimate here, as in Flax, and with the unbiased one in torch, as it documents.
     """
     with jax.enable_x64(True):
-        before = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), variables)
+        initial = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), variables)
 
         @jax.jit
         @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
         def gradients(params, clip):
-            everything = {**before, "params": params}
+            everything = {**initial, "params": params}
             if train:
                 logits, state = model.apply(everything, clip, train=True, mutable=["batch_stats"])
             else:
                 logits, state = model.apply(everything, clip), {"batch_stats": {}}
             return jnp.vdot(logits, cotangent.numpy()), (logits, state["batch_stats"])
 
-        (of_params, of_clip), (logits, after) = gradients(
-            before["params"], jnp.asarray(channels_last(clip.double()))
-        )
+        array = jnp.asarray(channels_last(clip.double()))
+        (weight_gradients, clip_gradient), aux = gradients(initial["params"], array)
+    logits, statistics = aux
     assert_close(logits, answer.logits, 1e-5, "logits")
-    assert_close(of_clip, answer.of_clip, 1e-5, "gradient of the clip")
-    of_params, expected = named(of_params), renamed(answer.of_weights, source)
-    assert of_params.keys() == expected.keys()
+    assert_close(clip_gradient, answer.clip_gradient, 1e-5, "gradient of the clip")
+    weight_gradients = named(weight_gradients)
+    expected = renamed(answer.weight_gradients, source)
+    assert weight_gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        # Relative to the largest of the layer: a bias that a softmax or the next norm cancels has no gradient but rounding.
-        layer = [other for other in expected if other.rpartition("/")[0] == name.rpartition("/")[0]]
-        scale = max(np.abs(expected[other]).max() for other in layer)
-        assert_close(of_params[name], gradient, 1e-5, f"gradient of {name}", scale)
-    return named(after)
+        # Relative to the largest of the layer, because the gradient of a bias that a softmax or the
+        # next norm cancels is nothing but rounding.
+        layer = name.rpartition("/")[0]
+        in_layer = [array for key, array in expected.items() if key.rpartition("/")[0] == layer]
+        scale = max(np.abs(array).max() for array in in_layer)
+        assert_close(weight_gradients[name], gradient, 1e-5, f"gradient of {name}", scale)
+    return named(statistics)
 
 
 def named(tree):
-    """Leaves by path, such as "res2_0/conv_a/kernel"."""
+    """Returns leaves by path, such as "res2_0/conv_a/kernel"."""
     return {
         path.removeprefix("params/"): leaf
         for path, leaf in nl.weights.export({"params": tree}).items()
@@ -197,14 +202,17 @@ def named(tree):
 
 
 def renamed(arrays, source):
-    """Arrays of a peer by our names, in our shapes."""
-    table = next(s for s in SOURCES if s.name == source)
-    found = {name: table.to_ours(name) for name in arrays}
-    return {ours: row.transform.to_ours(arrays[name]) for name, (ours, row) in found.items()}
+    """Returns arrays of a peer under native names, in the shapes of this library."""
+    table = naming_tables()[source]
+    native_arrays = {}
+    for name, array in arrays.items():
+        native_name, row = table.native_name(name)
+        native_arrays[native_name] = row.transform.import_array(array)
+    return native_arrays
 
 
 def compare_export(variables, state, source):
-    """Under the peer's names again, the weights are bit for bit those of the peer."""
+    """Checks that weights exported to the peer's names are bit for bit those of the peer."""
     exported = nl.weights.export(variables, source)
     state = {
         name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
@@ -214,5 +222,7 @@ def compare_export(variables, state, source):
         np.testing.assert_array_equal(exported[name], tensor.numpy(), strict=True)
 
 
-def video_resnet(**options):
-    return nl.models.video_resnet(num_classes=CLASSES, **options)
+def video_resnet(blocks=SHORT, nonlocal_blocks=None, **options):
+    """Builds a network here with the residual and non-local blocks of the peers."""
+    places = PLACES[blocks] if nonlocal_blocks is None else nonlocal_blocks
+    return nl.models.video_resnet(blocks, nonlocal_blocks=places, num_classes=CLASSES, **options)

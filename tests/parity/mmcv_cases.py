@@ -1,6 +1,10 @@
-"""What is compared with mmcv-lite: every mode, dimension, subsampling and norm, and how its weights are named here."""
+"""The blocks that are compared with mmcv-lite, and the translation of their weights.
+
+The cases are every mode, dimension, subsampling and norm.
+"""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -9,13 +13,13 @@ import numpy as np
 
 from nonlocal_jax.layers import nonlocal_block
 
-POSITIONS = {1: (11,), 2: (5, 7), 3: (3, 5, 7)}  # odd, so that the pooling drops a row
+POSITIONS = {1: (11,), 2: (5, 7), 3: (3, 5, 7)}  # odd, so that pooling drops a row
 CHANNELS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One block of mmcv."""
+    """One block of mmcv-lite."""
 
     mode: str
     dimensions: int
@@ -44,7 +48,7 @@ CASES = [
 
 
 def from_mmcv(state):
-    """A state dict of mmcv (NumPy arrays) as variables of `NonLocalBlock`."""
+    """Converts a state dict of mmcv (NumPy arrays) to variables of `NonLocalBlock`."""
 
     def dense(prefix):
         kernel = state[f"{prefix}.weight"]
@@ -55,7 +59,7 @@ def from_mmcv(state):
 
     operation = {}
     for name in ("theta", "phi", "g"):
-        for prefix in (f"{name}.conv", f"{name}.0.conv"):  # the latter where a pooling follows
+        for prefix in (f"{name}.conv", f"{name}.0.conv"):  # the second where a pooling follows
             if f"{prefix}.weight" in state:
                 operation[name] = dense(prefix)
     if "concat_project.conv.weight" in state:
@@ -75,24 +79,35 @@ def from_mmcv(state):
 
 
 def compare(case, state, x, z, cotangent, gradients):
-    """Our block with mmcv's weights: the same z, and the same gradients of Σ cotangent · z for x and every weight.
+    """Compares z, and the gradients of Σ cotangent · z for x and every weight.
 
-    Arrays are mmcv's, channels first; `gradients` maps "x" and the names of the state dict to theirs.
+    Args:
+        case: The block.
+        state: The weights of mmcv's block by name.
+        x: The input. Like all arrays here, it has its channels first.
+        z: The output of mmcv's block.
+        cotangent: The cotangent of z.
+        gradients: Gradients of mmcv's block for "x" and for the names of `state`.
     """
     overrides = {} if case.norm else {"norm": None}
     block = nonlocal_block(case.mode, preset="mmcv", subsample=case.sub_sample, **overrides)
     variables = from_mmcv(state)
 
     def apply(params, x):
-        ours = block.apply({**variables, "params": params}, jnp.moveaxis(x, 1, -1))
-        return jnp.moveaxis(ours, -1, 1)
+        output = block.apply({**variables, "params": params}, jnp.moveaxis(x, 1, -1))
+        return jnp.moveaxis(output, -1, 1)
 
-    ours, pullback = jax.vjp(jax.jit(apply), variables["params"], jnp.asarray(x))
-    np.testing.assert_allclose(ours, z, rtol=1e-5, atol=1e-5)
-    of_params, of_x = pullback(jnp.asarray(cotangent))
-    np.testing.assert_allclose(of_x, gradients["x"], rtol=1e-4, atol=1e-5)
-    expected = from_mmcv({**state, **gradients})["params"]
-    assert jax.tree.structure(of_params) == jax.tree.structure(expected)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), of_params, expected
+    @jax.jit
+    def value_and_gradients(params, x, cotangent):
+        output, pullback = jax.vjp(apply, params, x)
+        return output, *pullback(cotangent)
+
+    output, weight_gradients, x_gradient = value_and_gradients(
+        variables["params"], jnp.asarray(x), jnp.asarray(cotangent)
     )
+    np.testing.assert_allclose(output, z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(x_gradient, gradients["x"], rtol=1e-4, atol=1e-5)
+    expected = from_mmcv({**state, **gradients})["params"]
+    assert jax.tree.structure(weight_gradients) == jax.tree.structure(expected)
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(assert_close, weight_gradients, expected)

@@ -1,4 +1,6 @@
-"""Runs mmcv-lite's non-local blocks in torch: for `make parity`, and to record what `make test` compares with.
+"""Runs mmcv-lite's non-local blocks in torch.
+
+`make parity` compares with it. As a program, it records the goldens for `make test`:
 
 .venv-parity/bin/python tests/parity/mmcv_peer.py   # writes tests/goldens/mmcv.npz
 """
@@ -15,7 +17,10 @@ GOLDENS = TESTS / "goldens" / "mmcv.npz"
 
 
 def run(case):
-    """Weights, input, output and gradients of one case, as NumPy arrays; weights and statistics away from 0 and 1."""
+    """Returns weights, input, output and gradients of one case, as NumPy arrays.
+
+    Weights and statistics are drawn at random, away from their initial values.
+    """
     torch.manual_seed(0)
     norm = {"norm_cfg": {"type": f"BN{case.dimensions}d"}} if case.norm else {}
     block_type = getattr(non_local, f"NonLocal{case.dimensions}d")
@@ -27,7 +32,7 @@ def run(case):
                     -0.7, 0.7
                 )
     x = torch.rand(2, 6, *case.positions, requires_grad=True)
-    # mmcv's concatenation divides the saved output of a ReLU in place, so on its own it cannot be differentiated.
+    # mmcv's concatenation divides the saved output of a ReLU in place, which torch forbids.
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         z = block(x)
         cotangent = torch.randn(z.shape)
@@ -44,7 +49,7 @@ def run(case):
 
 
 def new_block(channels):
-    """The weights of a new block for images, as mmcv initialises them."""
+    """Returns the weights of a new block for images, as mmcv initialises them."""
     torch.manual_seed(0)
     block = non_local.NonLocal2d(channels, mode="concatenation", norm_cfg={"type": "BN"})
     return to_numpy({name: t for name, t in block.state_dict().items() if t.is_floating_point()})

@@ -1,7 +1,7 @@
-"""The MNIST network of Non-local_pytorch in torch, under the module names that it has had; it is not on PyPI.
+"""The MNIST network of Non-local_pytorch in torch, with the module names of both its versions.
 
-Written from its description: 3×3 convolutions with BN, ReLU and 2×2 pooling to 32, 64 and 128 channels, a non-local block after
-the first two, two dense layers.
+It is not on PyPI, so it is written from its description: 3×3 convolutions with BN, ReLU and 2×2
+pooling to 32, 64 and 128 channels, a non-local block after the first two, and two dense layers.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Block(nn.Module):
-    """Pooling after φ and g, which have half of the channels; the Gaussian's keys are the pooled x."""
+    """A block with pooling after φ and g. The keys of the Gaussian are the pooled x."""
 
     def __init__(self, channels, instantiation):
         super().__init__()
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Mnist(nn.Module):
-    """Logits of (B, 1, 28, 28); `first` for the names of the first version, one sequence of all layers."""
+    """The network for (B, 1, 28, 28). The first version was one sequence of all layers."""
 
     def __init__(self, instantiation, first=False):
         super().__init__()
@@ -50,10 +50,8 @@ class Mnist(nn.Module):
             )
             for i, o in ((1, 32), (32, 64), (64, 128))
         ]
-        blocks = self.blocks = [
-            Block(32, instantiation),
-            Block(64, instantiation),
-        ]  # a list registers nothing
+        # A list registers no modules.
+        blocks = self.blocks = [Block(32, instantiation), Block(64, instantiation)]
         if first:
             self.convs = nn.Sequential(*layers[0], blocks[0], *layers[1], blocks[1], *layers[2])
         else:

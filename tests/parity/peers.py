@@ -1,7 +1,10 @@
-"""The published networks that ours are compared with, live in torch, each with the modules whose outputs are its stages.
+"""The published networks in torch, each with the modules whose outputs are its stages.
 
-Of the peers, the models alone are imported: what else they ask for is stood in for by modules in which every name is an
-empty class. The real torchvision comes first, so that the others find it.
+Only the models of the peers are imported. Whatever else they import is replaced by modules in which
+every name is an empty class. The real torchvision is imported first, so that the peers find it.
+
+Most comparisons use networks of seven residual blocks, `SHORT`, with the same kinds of blocks as an
+R50: with and without inflation, with and without a non-local block after them.
 """
 
 import contextlib
@@ -18,10 +21,13 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from benchmarks.torch_network import VideoResNet
+from benchmarks import torch_network
 
 STAGES = ("pool1", "res2", "pool2", "res3", "res4", "res5")
-BLOCKS = {"res3": (1, 3), "res4": (1, 3, 5)}
+# Residual blocks of res2 to res5, and the places of five non-local blocks, or two in SHORT.
+R50, R101, SHORT = (3, 4, 6, 3), (3, 4, 23, 3), (1, 2, 2, 2)
+FIVE_BLOCKS = {"res3": (1, 3), "res4": (1, 3, 5)}
+PLACES = {R50: FIVE_BLOCKS, R101: FIVE_BLOCKS, SHORT: {"res3": (1,), "res4": (1,)}}
 CLASSES = 11
 
 
@@ -30,9 +36,9 @@ class Peer:
     """A network of a peer.
 
     Attributes:
-        network: of which the weights are saved.
-        stages: for each of `STAGES`, the module that puts it out.
-        logits: from a clip (B, C, T, H, W).
+        network: The module whose weights are saved.
+        stages: For each of `STAGES`, the module that outputs it.
+        logits: From a clip (B, C, T, H, W) to the logits.
     """
 
     network: nn.Module
@@ -50,7 +56,7 @@ class _Absent(types.ModuleType):
 
 
 def _bare(name):
-    """A package whose `__init__` does not run."""
+    """Makes a package whose `__init__` is not executed."""
     top, *rest = name.split(".")
     module = types.ModuleType(name)
     module.__path__ = [
@@ -59,7 +65,7 @@ def _bare(name):
     return module
 
 
-# torchvision's own wheel of operators is for another build of torch; its models want none of them.
+# The operators in torchvision's wheel are for another build of torch. Its models need none.
 _stand_ins = {
     n: types.ModuleType(n)
     for n in ("torchvision._meta_registrations", "torchvision._autograd_registrations")
@@ -76,23 +82,21 @@ _stand_ins |= {
     for n in ("detectron2", "detectron2.layers", *_fvcore, "mmaction.evaluation", "mmaction.utils")
 }
 for _name in ("c2_msra_fill", "c2_xavier_fill"):
-    setattr(
-        _stand_ins["fvcore.nn.weight_init"], _name, lambda module: None
-    )  # all weights are drawn here
-# The wheel of mmaction2 lacks a folder that `mmaction.models` imports.
+    # Initialisation does nothing, because `compare.randomise` draws all weights.
+    setattr(_stand_ins["fvcore.nn.weight_init"], _name, lambda module: None)
+# The wheel of mmaction2 1.2.0 lacks a folder that `mmaction.models` imports.
 _models = ("backbones", "data_preprocessors", "heads", "losses", "recognizers")
 _stand_ins |= {
     n: _bare(n)
     for n in ("mmaction", "mmaction.models", *(f"mmaction.models.{part}" for part in _models))
 }
 for _name, _module in _stand_ins.items():
-    sys.modules.setdefault(
-        _name, _module
-    )  # pytest imports this file twice, the second time for its doctests
+    # pytest imports this file twice, the second time for its doctests.
+    sys.modules.setdefault(_name, _module)
 
 
 def load(name):
-    """A module of a peer, whose warnings at import are its own business."""
+    """Imports a module of a peer without its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("torchvision")
@@ -101,23 +105,31 @@ def load(name):
 
 def slowfast(
     kind="i3d",
-    depth=50,
-    blocks=BLOCKS,
+    blocks=SHORT,
+    places=None,
     instantiation="softmax",
     frames=8,
     groups=None,
     stride_1x1=False,
     head=None,
 ):
-    """PySlowFast's, for crops of 64.
+    """Builds a network of PySlowFast, for crops of 64.
 
     Args:
-        groups: the number of temporal groups of non-local blocks, by stage.
-        head: "softmax" leaves it as it is in testing; otherwise its answer is taken before the softmax.
+        kind: "i3d" or "c2d".
+        blocks: Residual blocks of res2 to res5.
+        places: For each stage, the residual blocks that a non-local block follows, or None.
+        instantiation: The pairwise function.
+        frames: Frames of a clip.
+        groups: Number of temporal groups of the non-local blocks, by stage.
+        stride_1x1: Whether the stride of a stage is in its 1×1 convolution.
+        head: "softmax" keeps the softmax of the head in testing; None removes it.
     """
-    numbers = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[depth]
     stages = STAGES[1], *STAGES[3:]
-    network = load("slowfast.models.video_model_builder").ResNetModel(
+    places = PLACES[blocks] if places is None else places
+    builder = load("slowfast.models.video_model_builder")
+    builder._MODEL_STAGE_DEPTH[blocks] = blocks
+    network = builder.ResNetModel(
         SimpleNamespace(
             MODEL=SimpleNamespace(
                 ARCH=kind, NUM_CLASSES=CLASSES, DROPOUT_RATE=0.0, FC_INIT_STD=0.01
@@ -125,19 +137,19 @@ def slowfast(
             DATA=SimpleNamespace(NUM_FRAMES=frames, CROP_SIZE=64, INPUT_CHANNEL_NUM=[3]),
             DETECTION=SimpleNamespace(ENABLE=False),
             RESNET=SimpleNamespace(
-                DEPTH=depth,
+                DEPTH=blocks,
                 NUM_GROUPS=1,
                 WIDTH_PER_GROUP=64,
                 TRANS_FUNC="bottleneck_transform",
                 STRIDE_1X1=stride_1x1,
                 INPLACE_RELU=True,
                 ZERO_INIT_FINAL_BN=True,
-                NUM_BLOCK_TEMP_KERNEL=[[n] for n in numbers],
+                NUM_BLOCK_TEMP_KERNEL=[[n] for n in blocks],
                 SPATIAL_STRIDES=[[1], [2], [2], [2]],
                 SPATIAL_DILATIONS=[[1]] * 4,
             ),
             NONLOCAL=SimpleNamespace(
-                LOCATION=[[list(blocks.get(stage, ()))] for stage in stages],
+                LOCATION=[[list(places.get(stage, ()))] for stage in stages],
                 GROUP=[[(groups or {}).get(stage, 1)] for stage in stages],
                 POOL=[[[1, 2, 2]]] * 4,
                 INSTANTIATION=instantiation,
@@ -150,21 +162,25 @@ def slowfast(
     return Peer(network, dict(zip(STAGES, modules, strict=True)), lambda clip: network([clip]))
 
 
-def pytorchvideo(name="i3d_r50", window=(4, 2, 2)):
-    """pytorchvideo's c2d_r50 or i3d_r50, whose head averages the logits of its windows."""
+def pytorchvideo(name="i3d_r50", window=(4, 2, 2), blocks=SHORT):
+    """Builds c2d_r50 or i3d_r50 of pytorchvideo, whose head averages the logits of its windows."""
+    load("pytorchvideo.models.resnet")._MODEL_STAGE_DEPTH[blocks] = blocks
     network = getattr(load("pytorchvideo.models.hub.resnet"), name)(
-        model_num_class=CLASSES, head_pool_kernel_size=window, dropout_rate=0.0
+        model_depth=blocks,
+        model_num_class=CLASSES,
+        head_pool_kernel_size=window,
+        dropout_rate=0.0,
     )
     return Peer(network, dict(zip(STAGES, network.blocks[:6], strict=True)), network)
 
 
-def mmaction2(mode=None, inflate_style="3x1x1"):
-    """mmaction2's Recognizer3D, as one of the config files in its wheel says."""
+def mmaction2(mode=None, inflate_style="3x1x1", blocks=SHORT):
+    """Builds Recognizer3D of mmaction2 from one of the configurations in its wheel."""
     for name in ("backbones.resnet3d", "heads.i3d_head", "losses.cross_entropy_loss"):
         load(f"mmaction.models.{name}")
     for name in ("recognizers.recognizer3d", "data_preprocessors.data_preprocessor"):
         load(f"mmaction.models.{name}")
-    # There is none for the concatenation.
+    # The wheel has no configuration for the concatenation.
     name = (
         f"-nl-{'dot_product' if mode == 'concatenation' else mode}".replace("_", "-")
         if mode
@@ -175,7 +191,14 @@ def mmaction2(mode=None, inflate_style="3x1x1"):
     with warnings.catch_warnings(), contextlib.redirect_stderr(None):
         warnings.simplefilter("ignore")
         config = load("mmengine.config").Config.fromfile(file).model
-        config.backbone |= {"pretrained": None, "inflate_style": inflate_style}
+        config.backbone |= {"pretrained": None, "inflate_style": inflate_style, "depth": blocks}
+        backbone_class = sys.modules["mmaction.models.backbones.resnet3d"].ResNet3d
+        backbone_class.arch_settings[blocks] = (backbone_class.arch_settings[50][0], blocks)
+        for option in ("inflate", "non_local"):
+            if by_stage := config.backbone.get(option):
+                config.backbone[option] = tuple(
+                    tuple(stage[:n]) for stage, n in zip(by_stage, blocks, strict=True)
+                )
         config.cls_head |= {"num_classes": CLASSES, "dropout_ratio": 0.0}
         if mode:
             config.backbone.non_local_cfg.mode = mode
@@ -193,9 +216,20 @@ def mmaction2(mode=None, inflate_style="3x1x1"):
     return Peer(network, dict(zip(STAGES, modules, strict=True)), lambda clip: head(backbone(clip)))
 
 
-def plain(pools=None, eps=1e-5, **options):
-    """The network of the benchmark; `pools` replaces pool1 and pool2, `eps` is that of every norm."""
-    network = VideoResNet(num_classes=CLASSES, **options)
+def plain(pools=None, eps=1e-5, blocks=SHORT, places=None, **options):
+    """Builds the network of the benchmark.
+
+    Args:
+        pools: Replacements of pool1 and pool2.
+        eps: ε of every norm.
+        blocks: Residual blocks of res2 to res5.
+        places: For each stage, the residual blocks that a non-local block follows, or None.
+        **options: Options of the network.
+    """
+    torch_network.BLOCKS[blocks] = blocks
+    places = PLACES[blocks] if places is None else places
+    options |= {"depth": blocks, "nonlocal_blocks": places}
+    network = torch_network.VideoResNet(num_classes=CLASSES, **options)
     if pools:
         network.s1.pathway0_stem.pool_layer, network.pool2 = pools
     for module in network.modules():
@@ -211,12 +245,10 @@ def plain(pools=None, eps=1e-5, **options):
     )
 
 
-def image_resnet50(package):
-    """ResNet-50 for images, of torchvision or timm."""
-    if package == "timm":
-        network = load("timm").create_model("resnet50", num_classes=CLASSES, pretrained=False)
-    else:
-        network = load("torchvision.models").resnet50(num_classes=CLASSES, weights=None)
+def image_resnet(package, blocks=R50):
+    """Builds the ResNet for images of torchvision or timm."""
+    module = load(f"{package}.models.resnet")
+    network = module.ResNet(module.Bottleneck, list(blocks), num_classes=CLASSES)
     modules = (
         network.maxpool,
         network.layer1,

@@ -1,4 +1,4 @@
-"""The non-local blocks of PySlowFast and pytorchvideo alone, in float32."""
+"""The non-local blocks of PySlowFast and pytorchvideo, in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,18 @@ from nonlocal_jax.layers import nonlocal_block
 CHANNELS, INNER = 14, 6
 
 
-def of_slowfast(**options):
+def slowfast_block(**options):
     return peers.load("slowfast.models.nonlocal_helper").Nonlocal(CHANNELS, INNER, **options)
 
 
-def of_pytorchvideo(**options):
+def pytorchvideo_block(**options):
     return peers.load("pytorchvideo.layers.nonlocal_net").create_nonlocal(
         dim_in=CHANNELS, dim_inner=INNER, **options
     )
 
 
 def variables_of(tensors, norm):
-    """A state dict, or gradients, as variables of our block."""
+    """Converts a state dict, or gradients, to variables of the block here."""
     array = {name: jnp.asarray(tensor.detach().numpy()) for name, tensor in tensors.items()}
     dense = {
         name: {
@@ -46,35 +46,44 @@ def variables_of(tensors, norm):
 @pytest.mark.parametrize("instantiation", ["softmax", "dot_product"])
 @pytest.mark.parametrize(
     ("make", "norm"),
-    [(of_slowfast, "bn"), (of_pytorchvideo, "norm")],
+    [(slowfast_block, "bn"), (pytorchvideo_block, "norm")],
     ids=["slowfast", "pytorchvideo"],
 )
 def test_block(make, norm, instantiation, pool):
     torch.manual_seed(0)
-    theirs = make(instantiation=instantiation, pool_size=pool).eval()
-    for module in theirs.modules():
+    peer = make(instantiation=instantiation, pool_size=pool).eval()
+    for module in peer.modules():
         if isinstance(module, nn.BatchNorm3d):
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
                 nn.init.uniform_(tensor, 0.5, 1.5)
-    x, cotangent = (
-        numbers(2, CHANNELS, 5, 7, 9).requires_grad_(),
-        numbers(2, CHANNELS, 5, 7, 9, seed=2),
-    )
-    z = theirs(x)
+    shape = (2, CHANNELS, 5, 7, 9)
+    x, cotangent = numbers(*shape).requires_grad_(), numbers(*shape, seed=2)
+    z = peer(x)
     z.backward(cotangent)
-    variables = variables_of(theirs.state_dict(), norm)
-    expected = variables_of({name: p.grad for name, p in theirs.named_parameters()}, norm)["params"]
+    variables = variables_of(peer.state_dict(), norm)
+    expected = variables_of({name: p.grad for name, p in peer.named_parameters()}, norm)["params"]
 
-    kind = {"softmax": "embedded_gaussian"}.get(instantiation, instantiation)
-    block = nonlocal_block(kind, preset="slowfast", inner_features=INNER, subsample=pool or False)
-    apply = jax.jit(lambda params, x: block.apply({**variables, "params": params}, x))
-    ours, pullback = jax.vjp(apply, variables["params"], jnp.asarray(channels_last(x.detach())))
-    assert_close(ours, channels_last(z.detach()), 1e-5, "z")
-    of_params, of_x = pullback(jnp.asarray(channels_last(cotangent)))
-    assert_close(of_x, channels_last(x.grad), 1e-4, "gradient of x")
-    of_params, expected = named(of_params), named(expected)
-    assert of_params.keys() == expected.keys()
+    pairwise = {"softmax": "embedded_gaussian"}.get(instantiation, instantiation)
+    options = {"inner_features": INNER, "subsample": pool or False}
+    block = nonlocal_block(pairwise, preset="slowfast", **options)
+
+    def apply(params, x):
+        return block.apply({**variables, "params": params}, x)
+
+    @jax.jit
+    def value_and_gradients(params, x, cotangent):
+        output, pullback = jax.vjp(apply, params, x)
+        return output, *pullback(cotangent)
+
+    arrays = (jnp.asarray(channels_last(a)) for a in (x.detach(), cotangent))
+    output, weight_gradients, x_gradient = value_and_gradients(variables["params"], *arrays)
+    assert_close(output, channels_last(z.detach()), 1e-5, "z")
+    assert_close(x_gradient, channels_last(x.grad), 1e-4, "gradient of x")
+    weight_gradients, expected = named(weight_gradients), named(expected)
+    assert weight_gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        # Relative to the kernel's too: the bias of φ has no gradient under a softmax, but rounding.
+        # Relative to the kernel's too, because under a softmax the gradient of the bias of φ is
+        # nothing but rounding.
         kernel = expected.get(name.replace("/bias", "/kernel"), 0)
-        assert_close(of_params[name], gradient, 1e-4, f"gradient of {name}", np.abs(kernel).max())
+        scale = np.abs(kernel).max()
+        assert_close(weight_gradients[name], gradient, 1e-4, f"gradient of {name}", scale)

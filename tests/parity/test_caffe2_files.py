@@ -1,4 +1,4 @@
-"""Pickles as video-nonlocal-net writes them: its names and layouts, trained and with its norms made affine."""
+"""Pickles as video-nonlocal-net writes them, trained, and with affine norms."""
 
 import functools
 import pickle
@@ -19,6 +19,7 @@ from parity.compare import (
     randomise,
     video_resnet,
 )
+from parity.peers import R50, R101
 from torch import nn
 
 EPSILON = 1.0000001e-5
@@ -38,14 +39,14 @@ RULES = [
 
 
 def blob_name(name):
-    """From a name in PySlowFast, whose own rules go the other way."""
+    """Translates a name of PySlowFast, whose own rules go in the other direction."""
     for pattern, by in RULES:
         name = re.sub(pattern, by, name)
     return name
 
 
 def blobs_of(state):
-    """With what a solver leaves among the weights."""
+    """Makes blobs with the training state that a solver leaves among the weights."""
     blobs = {
         blob_name(name): tensor.numpy()
         for name, tensor in state.items()
@@ -57,7 +58,10 @@ def blobs_of(state):
 
 
 def affine(blobs):
-    """As its script for 128-frame training: scale and bias take in the statistics, and solver and classifier go."""
+    """Folds statistics into scale and bias, as its script for training on 128 frames does.
+
+    The training state is dropped.
+    """
     kept = {
         name: array
         for name, array in blobs.items()
@@ -72,20 +76,17 @@ def affine(blobs):
 
 
 def save(tree, path):
-    """The protocol of Python 2, and the module that NumPy had then."""
-    path.write_bytes(
-        pickle.dumps(tree, protocol=2).replace(
-            b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
-        )
-    )
+    """Writes a pickle with the protocol and the NumPy module names of Python 2."""
+    contents = pickle.dumps(tree, protocol=2)
+    path.write_bytes(contents.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
 
 
-@pytest.mark.parametrize(("kind", "depth"), [("i3d", 50), ("c2d", 50), ("i3d", 101)])
-def test_names_are_those_that_slowfast_converts(kind, depth):
+@pytest.mark.parametrize(("kind", "blocks"), [("i3d", R50), ("c2d", R50), ("i3d", R101)])
+def test_names_are_those_that_slowfast_converts(kind, blocks):
     to_slowfast = peers.load("slowfast.utils.c2_model_loading").get_name_convert_func()
     names = [
         name
-        for name in peers.slowfast(kind, depth).network.state_dict()
+        for name in peers.slowfast(kind, blocks).network.state_dict()
         if not name.endswith("num_batches_tracked")
     ]
     assert [to_slowfast(blob_name(name)) for name in names] == names
@@ -98,56 +99,56 @@ def test_names_are_those_that_slowfast_converts(kind, depth):
     } < set(map(blob_name, names))
 
 
-C2D_DOT, INFLATED = (
-    {"kind": "c2d", "instantiation": "dot_product"},
-    {"clip": "32x2", "kind": "i3d_3x3x3"},
-)
+WHOLE = {"blocks": R50}
+C2D_DOT = {"kind": "c2d", "instantiation": "dot_product"}
+INFLATED = {"clip": "32x2", "kind": "i3d_3x3x3"}
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize(
     ("options", "frames"),
-    [({}, 8), (C2D_DOT, 8), (INFLATED, 16)],
-    ids=["8x8", "c2d-dot", "32x2-3x3x3"],
+    [(WHOLE, 8), (C2D_DOT, 8), (INFLATED, 16)],
+    ids=["8x8-whole", "c2d-dot", "32x2-3x3x3"],
 )
 def test_trained(options, frames, tmp_path):
-    peer = peers.plain(eps=EPSILON, pool_padding=0, nonlocal_blocks=peers.BLOCKS, **options)
+    peer = peers.plain(eps=EPSILON, pool_padding=0, **options)
     model = video_resnet(preset="caffe2", **options)
     clip, cotangent = numbers(2, 3, frames, HEIGHT, WIDTH), numbers(2, peers.CLASSES, seed=2)
     blobs = blobs_of(randomise(peer, clip.shape))
     variables = load(
         tmp_path / "weights.pkl", {"blobs": blobs} if frames == 8 else blobs, model, save
     )
-    gradients = options is INFLATED  # those of 8×8 differ from PySlowFast's in pool1 alone
+    gradients = options is INFLATED  # those of 8×8 differ from PySlowFast's only in pool1
     answer = ask(peer, clip, cotangent if gradients else None)
     compare_forward(model, variables, clip, answer)
     if gradients:
         compare_gradients(model, variables, clip, cotangent, answer, "slowfast")
 
 
+@pytest.mark.networks
 def test_affine(tmp_path):
-    """The same answers from a file with affine norms, and from one with statistics that loading folds."""
-    peer, model = (
-        peers.plain(pool_padding=0, nonlocal_blocks=peers.BLOCKS),
-        video_resnet(preset="caffe2", frozen_bn=True),
-    )
+    """A file with affine norms equals one with statistics, which are folded when it is loaded."""
+    peer = peers.plain(pool_padding=0)
+    model = video_resnet(preset="caffe2", frozen_bn=True)
     clip = numbers(2, 3, 8, HEIGHT, WIDTH)
     blobs = blobs_of(randomise(peer, clip.shape))
     variables = load(tmp_path / "affine.pkl", affine(blobs), model, save)
     assert variables.keys() == {"params"}
     compare_forward(model, variables, clip, ask(peer, clip))
     folded = load(tmp_path / "trained.pkl", {"blobs": blobs}, model, save)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), folded, variables
-    )
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    jax.tree.map(assert_close, folded, variables)
 
 
+@pytest.mark.networks
 def test_released_32x4(tmp_path):
     """Affine norms, none in the non-local blocks, and groups of four frames in res3."""
     peer = peers.slowfast(frames=16, groups={"res3": 2})
     peer.network.s1.pathway0_stem.pool_layer.padding = 0
-    for name in [
-        name for name, _ in peer.network.named_modules() if re.search(r"nonlocal\d$", name)
-    ]:
+    modules = [name for name, _ in peer.network.named_modules()]
+    for name in modules:
+        if not re.search(r"nonlocal\d$", name):
+            continue
         peer.network.get_submodule(name).bn = nn.Identity()
     clip = numbers(2, 3, 16, HEIGHT, WIDTH)
     blobs = affine(blobs_of(randomise(peer, clip.shape)))

@@ -1,4 +1,4 @@
-"""The MNIST network of Non-local_pytorch: logits, maps and gradients, from files with either of its names."""
+"""The MNIST network of Non-local_pytorch: logits, maps and gradients, with both its namings."""
 
 import functools
 
@@ -39,14 +39,14 @@ def test_mnist(instantiation, tmp_path):
         variables, jnp.asarray(channels_last(images))
     )
     assert_close(logits, answer.logits, 5e-5, "logits")
-    for ours, block in zip(maps, network.blocks, strict=True):
-        assert_close(ours, block.map.detach().numpy(), 5e-5, "map")
+    for affinity, block in zip(maps, network.blocks, strict=True):
+        assert_close(affinity, block.map.detach().numpy(), 5e-5, "map")
     compare_gradients(model, variables, images, cotangent, answer, "non_local_pytorch")
 
 
 @pytest.mark.parametrize("instantiation", INSTANTIATIONS)
 def test_names_of_the_first_version(instantiation, tmp_path):
-    """One sequence of the same layers, so the same weights."""
+    """The same layers in one sequence, so the same weights."""
     states = []
     for first in (False, True):
         network = mnist_peer.Mnist(instantiation, first)

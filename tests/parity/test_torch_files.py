@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nonlocal_jax.weights.files import read
-from nonlocal_jax.weights.unpickle import FileFormatError, UnsafeFileError
+from nonlocal_jax.weights import FileFormatError, UnsafeFileError, read
 
 FORMATS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
 
@@ -25,13 +24,11 @@ def assert_equal(arrays, tensors):
         tensor = tensor.detach()
         if tensor.dtype == torch.bfloat16:
             assert arrays[name].dtype.name == "bfloat16"
-            array, wanted = (
-                arrays[name].view(np.uint16),
-                tensor.contiguous().view(torch.uint16).numpy(),
-            )
+            array = arrays[name].view(np.uint16)
+            expected = tensor.contiguous().view(torch.uint16).numpy()
         else:
-            array, wanted = arrays[name], tensor.numpy()
-        np.testing.assert_array_equal(array, wanted, strict=True)
+            array, expected = arrays[name], tensor.numpy()
+        np.testing.assert_array_equal(array, expected, strict=True)
 
 
 def numbers(*shape, dtype=torch.float32):
@@ -148,7 +145,7 @@ def test_checkpoints_with_the_state_of_training(key, saved):
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_what_is_not_read_is_named(make, error, match, saved):
+def test_unsupported_objects_are_named(make, error, match, saved):
     tree = make()
     with pytest.raises(error, match=match):
         saved(tree)
@@ -160,14 +157,14 @@ def test_negated_views_are_refused(tmp_path):
         read(tmp_path / "saved")
 
 
-def test_torchscript_is_refused_by_name(tmp_path):
+def test_torchscript_is_refused(tmp_path):
     torch.jit.trace(torch.nn.Linear(2, 3), torch.ones(1, 2)).save(str(tmp_path / "script.pt"))
     with pytest.raises(FileFormatError, match=r"script\.pt: it is a TorchScript archive"):
         read(tmp_path / "script.pt")
 
 
-def test_forged_files_are_those_of_torch(tmp_path):
-    """So that the tests without torch prove something about files of torch."""
+def test_torch_reads_the_files_that_tests_make_by_hand(tmp_path):
+    """Then the tests without torch say something about torch files."""
     from weights import forge
 
     arrays = forge.example() | {

@@ -1,4 +1,4 @@
-"""The networks of PySlowFast, pytorchvideo and mmaction2, and a plain one for layouts that none of them has."""
+"""The networks of PySlowFast, pytorchvideo and mmaction2, and a plain one for other layouts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,23 +22,20 @@ from parity.compare import (
     renamed,
     video_resnet,
 )
+from parity.peers import R50, R101
 from torch import nn
+
+# Files in the form in which each source saves a state dict.
 
 
 def pyth(state):
-    return {
-        "epoch": 3,
-        "model_state": state,
-        "optimizer_state": {"state": {}},
-        "cfg": "TRAIN:\n  ENABLE: true\n",
-    }
+    training = {"epoch": 3, "optimizer_state": {"state": {}}, "cfg": "TRAIN:\n  ENABLE: true\n"}
+    return {**training, "model_state": state}
 
 
 def published(state):
-    return {
-        "meta": {"epoch": 3, "config": "model = dict()", "CLASSES": ["a", "b"]},
-        "state_dict": state,
-    }
+    meta = {"epoch": 3, "config": "model = dict()", "CLASSES": ["a", "b"]}
+    return {"meta": meta, "state_dict": state}
 
 
 def zoo(state):
@@ -51,64 +48,83 @@ def parallel(state):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One network: the peer's, the source of its names, ours, and in what form the weights are saved.
+    """A network to compare.
 
-    Gradients are compared where no other case has the same.
+    Attributes:
+        name: Name of the test.
+        peer: Builds the network of the peer.
+        source: Source of its names.
+        options: Options of `video_resnet` for the same network.
+        file: Makes the object that is saved from a state dict.
+        frames: Frames of the clip.
+        gradients: Whether gradients are compared, which they are where no other case has the same.
     """
 
     name: str
     peer: Callable[[], peers.Peer]
     source: str
-    ours: dict[str, Any]
+    options: dict[str, Any]
     file: Callable[[dict[str, Any]], dict[str, Any]]
     frames: int
     gradients: bool
 
 
-def slowfast(name, theirs, ours, frames=8, gradients=True):
-    ours = {"preset": "slowfast"} | ours
+def slowfast(name, peer_options, options, frames=8, gradients=True):
     return Case(
         f"slowfast-{name}",
-        lambda: peers.slowfast(**theirs),
+        lambda: peers.slowfast(**peer_options),
         "slowfast",
-        ours,
+        {"preset": "slowfast"} | options,
         pyth,
         frames,
         gradients,
     )
 
 
-def pytorchvideo(name, kind, gradients=True):
-    ours = {"preset": "slowfast", "kind": kind, "nonlocal_blocks": 0}
-    return Case(name, lambda: peers.pytorchvideo(name), "pytorchvideo", ours, zoo, 8, gradients)
-
-
-def mmaction2(mode, style="3x1x1", frames=16, gradients=True):
-    ours = {"preset": "mmcv", "clip": "32x2", "kind": f"i3d_{style}"}
-    ours |= {"instantiation": mode} if mode else {"nonlocal_blocks": 0}
-    name = f"mmaction2-{mode or style}"
+def pytorchvideo(name, kind, gradients=True, **depth):
     return Case(
-        name, lambda: peers.mmaction2(mode, style), "mmaction2", ours, published, frames, gradients
+        "-".join([name, *(["whole"] if depth else [])]),
+        lambda: peers.pytorchvideo(name, **depth),
+        "pytorchvideo",
+        {"preset": "slowfast", "kind": kind, "nonlocal_blocks": 0} | depth,
+        zoo,
+        8,
+        gradients,
     )
 
 
-def plain(name, theirs, ours, frames=8, gradients=True):
-    ours = {"nonlocal_blocks": 0} | ours
+def mmaction2(mode, style="3x1x1", frames=16, gradients=True, **depth):
+    options = {"preset": "mmcv", "clip": "32x2", "kind": f"i3d_{style}"} | depth
+    options |= {"instantiation": mode} if mode else {"nonlocal_blocks": 0}
+    return Case(
+        "-".join(["mmaction2", mode or style, *(["whole"] if depth else [])]),
+        lambda: peers.mmaction2(mode, style, **depth),
+        "mmaction2",
+        options,
+        published,
+        frames,
+        gradients,
+    )
+
+
+def plain(name, peer_options, options, frames=8, gradients=True):
     return Case(
         f"plain-{name}",
-        lambda: peers.plain(**theirs),
+        lambda: peers.plain(places={}, **peer_options),
         "slowfast",
-        ours,
+        {"nonlocal_blocks": 0} | options,
         parallel,
         frames,
         gradients,
     )
 
 
+WHOLE = {"blocks": R50}
 C2D, DOT, LONG = {"kind": "c2d"}, {"instantiation": "dot_product"}, {"clip": "32x2"}
 RESNEXT = {"width": 128, "groups": 32}, {"preset": "slowfast", "groups": 32, "width_per_group": 4}
 TABLE_1 = nn.MaxPool3d(3, 2, 1), nn.MaxPool3d((3, 1, 1), (2, 1, 1), (1, 0, 0))
 CASES = [
+    slowfast("i3d-nln-whole", WHOLE, WHOLE, gradients=False),
     slowfast("i3d-nln", {}, {}),
     slowfast("i3d-nln-dot", DOT, DOT),
     slowfast("c2d-nln", C2D, C2D, gradients=False),
@@ -119,15 +135,16 @@ CASES = [
         {"group_size": {"res3": 2, "res4": 4}},
         16,
     ),
-    slowfast("i3d-nln-r101", {"depth": 101}, {"depth": 101}, gradients=False),
     slowfast(
         "stride-at-1x1",
-        C2D | {"blocks": {}, "stride_1x1": True},
+        C2D | {"places": {}, "stride_1x1": True},
         C2D | {"nonlocal_blocks": 0, "stride_at": "conv_a"},
         gradients=False,
     ),
     pytorchvideo("c2d_r50", "c2d", gradients=False),
+    pytorchvideo("i3d_r50", "i3d_3x1x1", gradients=False, **WHOLE),
     pytorchvideo("i3d_r50", "i3d_3x1x1"),
+    mmaction2("embedded_gaussian", gradients=False, **WHOLE),
     mmaction2("embedded_gaussian"),
     mmaction2("gaussian"),
     mmaction2("dot_product"),
@@ -140,9 +157,10 @@ CASES = [
 ]
 
 
+@pytest.mark.networks
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_networks(case, tmp_path):
-    peer, model = case.peer(), video_resnet(**case.ours)
+    peer, model = case.peer(), video_resnet(**case.options)
     clip = numbers(2, 3, case.frames, HEIGHT, WIDTH)
     cotangent = numbers(2, peers.CLASSES, seed=2) if case.gradients else None
     state = randomise(peer, clip.shape)
@@ -154,31 +172,43 @@ def test_networks(case, tmp_path):
         compare_gradients(model, variables, clip, cotangent, answer, case.source)
 
 
+def test_names_of_r101(tmp_path):
+    """Every weight is loaded into its place. The layers are those of the R50."""
+    state = peers.slowfast(blocks=R101).network.state_dict()
+    model = video_resnet(blocks=R101, preset="slowfast")
+    variables = load(tmp_path / "weights", pyth(state), model)
+    compare_export(variables, state, "slowfast")
+
+
+@pytest.mark.networks
 def test_training(tmp_path):
     peer, model = peers.slowfast(), video_resnet(preset="slowfast", dropout=0.0)
     clip, cotangent = numbers(2, 3, 8, HEIGHT, WIDTH), numbers(2, peers.CLASSES, seed=2)
     state = randomise(peer, clip.shape)
     variables = load(tmp_path / "weights", pyth(state), model)
     answer = ask(peer, clip, cotangent, train=True)
-    after = compare_gradients(model, variables, clip, cotangent, answer, "slowfast", train=True)
+    statistics = compare_gradients(
+        model, variables, clip, cotangent, answer, "slowfast", train=True
+    )
     biased = {
         name: tensor.numpy()
         for name, tensor in peer.network.state_dict().items()
         if "running" in name
     }
-    for norm, n in answer.counts.items():
+    for norm, count in answer.counts.items():
         name = f"{norm}.running_var"
         kept = 0.9 * state[name].double().numpy()
-        biased[name] = kept + (biased[name] - kept) * (n - 1) / n
+        biased[name] = kept + (biased[name] - kept) * (count - 1) / count
     expected = renamed(biased, "slowfast")
-    assert after.keys() == expected.keys()
+    assert statistics.keys() == expected.keys()
     for name, statistic in expected.items():
-        assert_close(after[name], statistic, 1e-5, name)
+        assert_close(statistics[name], statistic, 1e-5, name)
 
 
+@pytest.mark.networks
 def test_windows_of_slowfast(tmp_path):
-    """Its test head puts out probabilities, averaged over the windows."""
-    peer = peers.slowfast(blocks={}, head="softmax")
+    """Its head returns probabilities in testing, averaged over the windows."""
+    peer = peers.slowfast(places={}, head="softmax")
     model = video_resnet(preset="slowfast", nonlocal_blocks=0, head_window=(2, 2))
     clip = numbers(2, 3, 8, 96, 128)
     variables = load(tmp_path / "weights", pyth(randomise(peer, clip.shape)), model)
@@ -188,15 +218,11 @@ def test_windows_of_slowfast(tmp_path):
     compare_forward(model, variables, clip, answer, stages=("res5",), finish=jax.nn.softmax)
 
 
+@pytest.mark.networks
 def test_windows_of_pytorchvideo(tmp_path):
     peer = peers.pytorchvideo("c2d_r50", window=(4, 1, 3))
-    model = video_resnet(
-        preset="slowfast",
-        kind="c2d",
-        nonlocal_blocks=0,
-        head_window=(1, 3),
-        window_average="logits",
-    )
+    options = {"head_window": (1, 3), "window_average": "logits"}
+    model = video_resnet(preset="slowfast", kind="c2d", nonlocal_blocks=0, **options)
     clip = numbers(2, 3, 8, 96, 128)
     variables = load(tmp_path / "weights", zoo(randomise(peer, clip.shape)), model)
     compare_forward(model, variables, clip, ask(peer, clip), stages=("res5",))

@@ -1,5 +1,6 @@
-"""Real processes, real signals, real full disks: what is kept, and that the next start ends as if nothing had been."""
+"""Real processes, signals and full disks: what is saved, and how the next start continues."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,27 +13,42 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from training import processes
-from training.processes import PATIENCE, finish
+from training.processes import PATIENCE, finish, last_step, wait_for
 
+from experiments import cifar
+from nonlocal_jax import training
+
+pytestmark = pytest.mark.processes
 STEPS = 60
-OPTIONS = (
-    f"--depth 8 --nonlocal-blocks res2_0 --steps {STEPS} --batch-size 16 --save-every 3 --evaluate-every 20 --precise-bn 2 "
-    "--average 0.9"
-)
-DEADLINE = 60.0  # seconds to save after a signal, on a busy machine
+HOLD_AT = 45  # a batch that only the last start gets
 
 
-def start(folder):
-    return processes.start(OPTIONS, folder)
+@pytest.fixture
+def run_folder(tmp_path):
+    return tmp_path / "run"
 
 
-def outcome(folder):
+def go_file(folder):
+    return folder.parent / "go"
+
+
+def start(folder, hold_at=HOLD_AT, pause=0.01):
+    """Starts a run that waits for the file `go_file` at a batch."""
+    options = f"--steps {STEPS} --pause {pause} --hold-at {hold_at}"
+    return processes.start(options, folder, "--hold-until", str(go_file(folder)))
+
+
+def start_and_finish(folder):
+    go_file(folder).touch()
+    return finish(start(folder, pause=0.0))
+
+
+def outcome(folder, steps=STEPS):
     """Digests of every array of the last checkpoint, and the log without times."""
     with ocp.CheckpointManager(folder / "checkpoints", item_names=("record",)) as manager:
-        assert manager.latest_step() == STEPS
-        sealed = manager.restore(
-            STEPS, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        ).record
+        assert manager.latest_step() == steps
+        item = ocp.args.Composite(record=ocp.args.JsonRestore())
+        sealed = manager.restore(steps, args=item).record
     content = json.loads(sealed["text"])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -41,164 +57,171 @@ def outcome(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What a run that nothing disturbs ends with."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    finish(start(folder))
+def undisturbed(tmp_path_factory):
+    """The outcome of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    start_and_finish(folder)
     return outcome(folder)
 
 
-def wait_for(condition, process, what):
-    """Until it holds, or the process is over."""
-    begun = time.monotonic()
-    while process.poll() is None and not condition():
-        assert time.monotonic() - begun < PATIENCE, f"no {what}"
-        time.sleep(0.002)
-    return process.poll() is None
+def saved_step(folder):
+    """The step of the latest complete checkpoint."""
+    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def logged(folder):
-    """The last step in the log."""
-    file = folder / "metrics.jsonl"
-    rows = file.read_text().split("\n")[:-1] if file.exists() else []
-    return json.loads(rows[-1])["step"] if rows else 0
-
-
-def saved(folder):
-    """The step of the latest whole checkpoint."""
-    return max(
-        (int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()),
-        default=0,
-    )
-
-
-def saving(folder):
+def is_saving(folder):
     return any("tmp" in path.name for path in (folder / "checkpoints").glob("*"))
 
 
+def is_held(folder):
+    return (folder / "held").exists()
+
+
 def kill_often(folder, kills, seed):
-    """SIGKILL so many times, some steps after the checkpoint that the start went on from, every other time while one is
-    being written; then let it end. Gives what it printed at the end, and how many kills there were.
+    """Kills a run again and again, some steps after the checkpoint from which each start continued.
+
+    Every other kill comes while a checkpoint is being written. Returns what the last start, which
+    is left alone, printed.
     """
     rng = np.random.default_rng(seed)
-    done = 0
     for number in range(kills):
-        target = saved(folder) + rng.integers(1, 20)
-        process = start(folder)
+        goal = saved_step(folder) + rng.integers(1, 12)
+        (folder / "held").unlink(missing_ok=True)
         begun = time.time()
+        process = start(folder)
+        log = folder / "metrics.jsonl"
 
-        def far_enough(target=target, begun=begun):
-            log = folder / "metrics.jsonl"
-            return log.exists() and log.stat().st_mtime > begun and logged(folder) >= target
+        def has_reached_goal(goal=goal, begun=begun, log=log):
+            is_current = log.exists() and log.stat().st_mtime > begun
+            return is_held(folder) or (is_current and last_step(folder) >= goal)
 
-        alive = wait_for(far_enough, process, "step")
-        if alive and number % 2:
-            wait_for(lambda: saving(folder), process, "save")
-        time.sleep(rng.uniform(0, 0.1))
+        wait_for(has_reached_goal, process)
+        if number % 2:
+            wait_for(lambda: is_saving(folder) or is_held(folder), process)
+        time.sleep(rng.uniform(0, 0.03))
         process.kill()
-        done += process.wait(PATIENCE) == -signal.SIGKILL
+        assert process.wait(PATIENCE) == -signal.SIGKILL
         process.stdout.close()
-    return finish(start(folder)), done
+    return start_and_finish(folder)
 
 
-def test_killed_while_it_trains_and_while_it_saves(whole, tmp_path):
-    _, kills = kill_often(tmp_path / "run", 2, seed=0)
-    assert kills == 2
-    assert outcome(tmp_path / "run") == whole
+def test_killed_while_it_trains_and_while_it_saves(undisturbed, run_folder):
+    kill_often(run_folder, 2, seed=0)
+    assert outcome(run_folder) == undisturbed
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_again_and_again(seed, whole, tmp_path):
-    printed, kills = kill_often(tmp_path / "run", 5, seed + 1)
-    assert kills >= 3, "it was done before it could be killed; make it longer"
-    assert "resumed at step" in printed
-    assert outcome(tmp_path / "run") == whole
+def test_killed_again_and_again(seed, undisturbed, run_folder):
+    assert "resumed at step" in kill_often(run_folder, 5, seed + 1)
+    assert outcome(run_folder) == undisturbed
 
 
-@pytest.mark.parametrize("times", [1, 3])
-def test_terminated_it_saves_and_exits_with_75(times, whole, tmp_path):
+def test_terminated_it_saves_and_exits_with_75(undisturbed, run_folder):
     """Launchers and schedulers may send the signal more than once; the save goes on."""
-    folder = tmp_path / "run"
-    process = start(folder)
-    assert wait_for(lambda: logged(folder) > 7, process, "step")
-    begun = time.monotonic()
-    for _ in range(times):
+    process = start(run_folder, hold_at=8)
+    wait_for(lambda: is_held(run_folder), process)
+    for _ in range(3):
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
+        time.sleep(0.02)
+    go_file(run_folder).touch()
     printed = finish(process, code=75)
-    assert time.monotonic() - begun < DEADLINE
-    assert "stopped by a signal; step" in printed
-    step = int(printed.split("stopped by a signal; step ")[1].split()[0])
-    assert (folder / "checkpoints" / str(step)).is_dir()
-    assert f"resumed at step {step}" in finish(start(folder))
-    assert outcome(folder) == whole
+    assert "stopped by a signal; step 8 is saved" in printed
+    assert (run_folder / "checkpoints" / "8").is_dir()
+    assert "resumed at step 8" in start_and_finish(run_folder)
+    assert outcome(run_folder) == undisturbed
 
 
-def test_interrupted_twice_it_stops_at_once_and_loses_no_checkpoint(whole, tmp_path):
-    folder = tmp_path / "run"
-    process = start(folder)
-    assert wait_for(lambda: logged(folder) > 7, process, "step")
-    for _ in range(2):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.03)
+def test_interrupted_twice_it_stops_at_once_and_loses_no_checkpoint(undisturbed, run_folder):
+    process = start(run_folder, hold_at=8)
+    wait_for(lambda: is_held(run_folder), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    go_file(run_folder).touch()
+    wait_for(
+        lambda: process.poll() is not None or saved_step(run_folder) == 8 or is_saving(run_folder)
+    )
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=PATIENCE)
     assert process.returncode not in (0, None)
-    assert "resumed at step" in finish(start(folder))
-    assert outcome(folder) == whole
+    assert "resumed at step" in start_and_finish(run_folder)
+    assert outcome(run_folder) == undisturbed
 
 
-def test_two_runs_in_one_folder(whole, tmp_path):
-    folder = tmp_path / "run"
-    first = start(folder)
-    assert wait_for(lambda: logged(folder) > 0, first, "step")
-    assert f"error: another process is training in {folder}" in finish(start(folder), code=1)
+def test_a_second_run_in_the_same_folder_is_refused(undisturbed, run_folder):
+    first = start(run_folder)
+    wait_for(lambda: last_step(run_folder) > 0, first)
+    assert f"another process is training in {run_folder}" in finish(start(run_folder), code=1)
+    go_file(run_folder).touch()
     finish(first)
-    assert outcome(folder) == whole
+    assert outcome(run_folder) == undisturbed
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(whole, tmp_path):
-    folder = tmp_path / "run"
-    process = start(folder)
-    wait_for(lambda: (folder / "checkpoints" / "9").is_dir(), process, "checkpoint")
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(undisturbed, run_folder):
+    process = start(run_folder, hold_at=12)
+    wait_for(lambda: saved_step(run_folder) >= 9 and is_held(run_folder), process)
     process.kill()
     process.communicate()
-    latest = max(
-        int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()
-    )
-    for file in (folder / "checkpoints" / str(latest) / "state").rglob(
-        "d/*"
-    ):  # Orbax's files of arrays
+    latest = saved_step(run_folder)
+    arrays = run_folder / "checkpoints" / str(latest) / "state"
+    for file in arrays.rglob("d/*"):  # Orbax's files of arrays
         os.truncate(file, file.stat().st_size // 2)
-    printed = finish(start(folder))
+    printed = start_and_finish(run_folder)
     assert f"the checkpoint of step {latest} is damaged" in printed
     assert f"resumed at step {latest - 3}" in printed
-    assert outcome(folder) == whole
+    assert outcome(run_folder) == undisturbed
+
+
+def test_an_experiment_resumes_as_if_nothing_had_been(tmp_path):
+    """The images are read from the step of the checkpoint on."""
+    config = cifar.Config(
+        depth=8,
+        nonlocal_blocks=(),
+        steps=6,
+        batch_size=16,
+        save_every=2,
+        evaluate_every=6,
+        output=tmp_path / "whole",
+    )
+    cifar.main(config)
+    stopped = dataclasses.replace(config, output=tmp_path / "stopped")
+    log = training.Run.log
+
+    def log_and_signal(run, step, kind, values):
+        log(run, step, kind, values)
+        if step == 3 and kind == "train":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Run, "log", log_and_signal)
+        with pytest.raises(training.Stopped) as stop:
+            cifar.main(stopped)
+    assert stop.value.code == 75
+    assert 3 <= stop.value.step <= 4
+    cifar.main(stopped)
+    assert outcome(tmp_path / "stopped", 6) == outcome(tmp_path / "whole", 6)
 
 
 def test_another_configuration_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"depth": 20}))
-    printed = finish(start(tmp_path), code=1)
-    assert f"error: depth is 8 now, and was 20 when the run in {tmp_path} started" in " ".join(
-        printed.split()
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"depth": 32}))
+    process = processes.start("--depth 20", tmp_path, module="experiments.cifar")
+    printed = " ".join(finish(process, code=1).split())
+    assert f"error: depth must be 32, as when the run in {tmp_path} started; got 20" in printed
 
 
-def in_namespace():
+def can_mount():
     """Whether this machine lets a test mount a file system of its own."""
-    return (
-        shutil.which("unshare")
-        and subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode
-        == 0
-    )
+    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return shutil.which("unshare") and subprocess.run(mount).returncode == 0
 
 
 FULL_DISK = """
 import pathlib, subprocess, sys, time
-disk, command = pathlib.Path(sys.argv[1]), sys.argv[2:]
+disk, go, command = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3:]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], check=True)
 run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-while not list(disk.glob("run/checkpoints/6")):
+while not (disk / "run" / "held").exists():
     assert run.poll() is None, run.stdout.read()
     time.sleep(0.002)
 with (disk / "filler").open("wb", buffering=0) as out:
@@ -207,44 +230,46 @@ with (disk / "filler").open("wb", buffering=0) as out:
             pass
     except OSError:
         pass
-printed, _ = run.communicate(timeout=200)
+go.touch()
+printed, _ = run.communicate()
 print("first:", run.returncode, printed, flush=True)
 (disk / "filler").unlink()
-again = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
-print("second:", again.returncode, again.stdout, flush=True)
+second = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+print("second:", second.returncode, second.stdout, flush=True)
 subprocess.run(["cp", "-r", str(disk / "run"), str(disk) + "-copy"], check=True)
 """
 
 
-def test_a_disk_that_fills_up(whole, tmp_path):
-    if not in_namespace():
+def test_a_disk_that_fills_up(undisturbed, tmp_path):
+    if not can_mount():
         pytest.skip("mount namespaces are absent")
-    disk = tmp_path / "disk"
+    disk, go = tmp_path / "disk", tmp_path / "go"
     disk.mkdir()
-    command = processes.command(OPTIONS, disk / "run")
-    filled = ["unshare", "-rm", sys.executable, "-c", FULL_DISK, str(disk), *command]
-    done = subprocess.run(
-        filled, capture_output=True, text=True, timeout=2 * PATIENCE, env=processes.environment(1)
+    options = f"--steps {STEPS} --hold-at 10"
+    run = processes.command(options, disk / "run", "--hold-until", str(go))
+    script = ["unshare", "-rm", sys.executable, "-c", FULL_DISK, str(disk), str(go), *run]
+    environment = processes.environment(1)
+    completed = subprocess.run(
+        script, capture_output=True, text=True, timeout=2 * PATIENCE, env=environment
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, second = done.stdout.split("second:")
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    first, second = completed.stdout.split("second:")
     assert first.startswith("first: 1 "), first
     assert "No space left on device" in first
     assert second.startswith(" 0 "), second
     assert "resumed at step" in second
-    assert outcome(tmp_path / "disk-copy") == whole
+    assert outcome(tmp_path / "disk-copy") == undisturbed
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    if not in_namespace():
+def test_a_folder_that_cannot_be_written(run_folder):
+    if not can_mount():
         pytest.skip("mount namespaces are absent")
-    (tmp_path / "run").mkdir()
-    command = processes.command(OPTIONS, tmp_path / "run")
-    script = f"mount -t tmpfs -o ro tmpfs {tmp_path / 'run'} && exec " + " ".join(command)
-    done = subprocess.run(
+    run_folder.mkdir()
+    run = processes.command("", run_folder, module="experiments.cifar")
+    script = f"mount -t tmpfs -o ro tmpfs {run_folder} && exec " + " ".join(run)
+    completed = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=PATIENCE
     )
-    assert done.returncode == 1
-    assert "must be a folder that can be written: Read-only file system" in " ".join(
-        done.stderr.split()
-    )
+    assert completed.returncode == 1
+    message = "must be a directory that can be written: Read-only file system"
+    assert message in " ".join(completed.stderr.split())

@@ -1,4 +1,4 @@
-"""The loop: what is done when, and that an interrupted run ends as one that was not."""
+"""The loop: what it does when, and that an interrupted run ends as one that was not."""
 
 import dataclasses
 import io
@@ -12,13 +12,21 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from training.networks import Small, make_batches, make_trainer
+from training.networks import Small, initial_variables, make_batches, make_trainer, observe
 
 from nonlocal_jax import training
-from nonlocal_jax.training import Checkpoints, NonFiniteError, Options, Run, Stopped, fit
+from nonlocal_jax.training import (
+    Checkpoints,
+    NonFiniteError,
+    Options,
+    Run,
+    Stopped,
+    fit,
+)
 
 MESH = training.make_mesh(devices=jax.devices()[:1])
 OPTIONS = Options(steps=12, evaluate_every=4, save_every=3, precise_bn=2)
+TRAIN_METRICS = {"loss", "accuracy", "gradient_norm", "learning_rate", "feature_mean", "seconds"}
 
 
 def data(step):
@@ -30,23 +38,21 @@ def evaluation():
         yield {**batch, "mask": np.ones(16, bool)}
 
 
+def averaging_trainer():
+    """The trainer of most tests, whose compiled functions the library caches."""
+    return make_trainer(average=0.9)
+
+
 def run_fit(
-    folder, trainer=None, options=OPTIONS, data=data, evaluation=evaluation, mesh=MESH, **more
+    folder, trainer=None, options=OPTIONS, data=data, evaluation=evaluation, mesh=MESH, **arguments
 ):
-    """The result and what was printed."""
+    """Returns the result and what was printed."""
     out = io.StringIO()
+    trainer = trainer or averaging_trainer()
+    key, console = jax.random.key(0), Console(file=out, width=200)
     with Run(folder, {}) as run:
-        console = Console(file=out, width=200)
         result = fit(
-            trainer or make_trainer(average=0.9),
-            options,
-            run,
-            mesh,
-            data,
-            evaluation,
-            key=jax.random.key(0),
-            console=console,
-            **more,
+            trainer, options, run, mesh, data, evaluation, key=key, console=console, **arguments
         )
     return result, out.getvalue()
 
@@ -58,7 +64,7 @@ def log(folder, kind):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupts: its folder, result and output."""
+    """A run that nothing interrupts: its directory, result and output."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, *run_fit(folder)
 
@@ -71,14 +77,7 @@ def test_what_a_run_leaves(whole):
     assert log(folder, "evaluation")[-1]["accuracy"] == result.metrics["accuracy"]
     assert result.metrics["count"] == 32
     row = log(folder, "train")[-1]
-    assert {
-        "loss",
-        "accuracy",
-        "gradient_norm",
-        "learning_rate",
-        "residual_ratio/nonlocal",
-        "seconds",
-    } <= row.keys()
+    assert row.keys() >= TRAIN_METRICS
     assert 0 < log(folder, "train")[0]["seconds"] < row["seconds"] <= result.seconds
     assert "step 12: " in printed
     saved = Checkpoints(folder / "checkpoints")
@@ -101,13 +100,13 @@ class InterruptedByTestError(Exception):
     pass
 
 
-def stopping_data(at, how):
-    """Batches of which the one of step `at` does something to the process."""
+def disturbed_data(step, disturb):
+    """Batches that call `disturb` when the one of `step` is read."""
 
-    def batches(step):
-        for number, batch in enumerate(data(step), step):
-            if number == at:
-                how()
+    def batches(first):
+        for number, batch in enumerate(data(first), first):
+            if number == step:
+                disturb()
             yield batch
 
     return batches
@@ -117,11 +116,11 @@ def interrupt():
     raise InterruptedByTestError
 
 
-@pytest.mark.parametrize("at", [1, 4, 7, 11])
-def test_a_run_that_broke_ends_as_one_that_did_not(at, whole, tmp_path):
+@pytest.mark.parametrize("step", [1, 4, 7, 11])
+def test_a_run_that_broke_ends_as_one_that_did_not(step, whole, tmp_path):
     folder, result, _ = whole
     with pytest.raises(InterruptedByTestError):
-        run_fit(tmp_path, data=stopping_data(at, interrupt))
+        run_fit(tmp_path, data=disturbed_data(step, interrupt))
     resumed, _ = run_fit(tmp_path)
     chex.assert_trees_all_equal(resumed.state, result.state)
     assert resumed.metrics == result.metrics
@@ -134,14 +133,14 @@ def test_a_run_that_broke_ends_as_one_that_did_not(at, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("at", [2, 6])
-def test_a_signal_saves_the_step_and_says_so(number, at, whole, tmp_path):
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_signal_saves_the_step_and_stops(number, step, whole, tmp_path):
     with pytest.raises(Stopped) as stop:
-        run_fit(tmp_path, data=stopping_data(at, lambda: os.kill(os.getpid(), number)))
+        run_fit(tmp_path, data=disturbed_data(step, lambda: os.kill(os.getpid(), number)))
     assert stop.value.code == 75
     saved = Checkpoints(tmp_path / "checkpoints")
     assert saved.steps[-1] == stop.value.step
-    assert stop.value.step == at  # the batch is read while that step is computed
+    assert stop.value.step == step  # the batch is read while that step is computed
     saved.close()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     resumed, printed = run_fit(tmp_path)
@@ -182,94 +181,82 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        run_fit(tmp_path, data=stopping_data(8, twice))
+        run_fit(tmp_path, data=disturbed_data(8, twice))
     saved = Checkpoints(tmp_path / "checkpoints")
     assert saved.steps == [3, 6]
     saved.close()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stops_before_it_is_saved(bad, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(bad, tmp_path):
     def spoilt(step):
         for number, batch in enumerate(data(step), step):
             if number == 5:  # the update of step 6, which is saved
-                batch["inputs"][3, 1, 2, 0] = bad
+                batch["inputs"][3, 1, 0] = bad
             yield batch
 
     with pytest.raises(
-        NonFiniteError, match=r"loss nan, .* at step 6. The batch is in .*step-6-process-0.npz"
+        NonFiniteError, match=r"got nan and .* at step 6. The batch is saved in .*step-6-process-0"
     ):
         run_fit(tmp_path, data=spoilt)
     saved = Checkpoints(tmp_path / "checkpoints")
     assert saved.steps == [3]
     saved.close()
     with np.load(tmp_path / "nonfinite" / "step-6-process-0.npz", allow_pickle=False) as batch:
-        assert not np.isfinite(batch["inputs"][3, 1, 2, 0])
+        assert not np.isfinite(batch["inputs"][3, 1, 0])
         np.testing.assert_array_equal(batch["position"], np.arange(80, 96))
     assert (
         json.loads((tmp_path / "nonfinite" / "step-6-process-0.json").read_text())["loss"] == "nan"
     )
-    resumed, _ = run_fit(tmp_path)  # with data that is whole
+    resumed, _ = run_fit(tmp_path)  # with intact data
     assert int(resumed.state.step) == 12
 
 
-def test_a_block_that_stays_zero_is_warned_about(tmp_path):
-    options = dataclasses.replace(OPTIONS, warn_zero_after=3)
+def test_a_metric_that_stays_zero_is_warned_about(tmp_path):
+    options = dataclasses.replace(OPTIONS, warn_if_zero="feature", warn_zero_after=3)
     _, printed = run_fit(tmp_path / "alive", options=options)
     assert "warning" not in printed
 
-    class Dead(Small):
-        def apply(self, variables, x, **options):
-            frozen = jax.lax.stop_gradient(variables["params"]["nonlocal"])
-            return super().apply(
-                {**variables, "params": {**variables["params"], "nonlocal": frozen}}, x, **options
-            )
+    def observe_zero(intermediates):
+        return {name: 0 * value for name, value in observe(intermediates).items()}
 
-    _, printed = run_fit(tmp_path / "dead", make_trainer(model=Dead()), options)
-    assert (
-        "warning: after 3 steps the non-local block nonlocal still adds exactly nothing" in printed
-    )
+    trainer = make_trainer(observe=observe_zero)
+    short = dataclasses.replace(options, steps=4)
+    _, printed = run_fit(tmp_path / "dead", trainer, short)
+    assert "warning: feature_mean is still exactly 0 after 3 steps" in printed
 
 
 def test_another_model_is_an_error_that_names_the_leaf(whole):
     with pytest.raises(
         training.MismatchError,
-        match=r"params/conv/bias is float32 \(8,\) in it, and float32 \(9,\) here",
+        match=r"params/head/kernel is float32 \(8, 3\) in it, and float32 \(9, 3\) here",
     ):
         run_fit(whole[0], make_trainer(model=Small(features=9), average=0.9))
 
 
 def test_precise_statistics_are_those_of_all_examples(tmp_path):
-    """The first norm sees the inputs of k batches through the same convolution: its statistics are plain NumPy's."""
-    batches = 3
-    options = Options(steps=4, evaluate_every=4, save_every=4, precise_bn=batches)
-    result, _ = run_fit(tmp_path, make_trainer(), options)
-    conv = result.state.params["conv"]
-    images = np.concatenate([batch["inputs"] for batch in itertools.islice(data(4), batches)])
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(np.float64)
-    taps = [
-        padded[:, i : i + 6, j : j + 5] @ np.asarray(conv["kernel"], np.float64)[i, j]
-        for i in range(3)
-        for j in range(3)
-    ]
-    features = sum(taps) + np.asarray(conv["bias"])
+    """The norm sees the inputs of k batches through one dense layer: compare with plain NumPy."""
+    options = Options(steps=4, evaluate_every=4, save_every=4, precise_bn=3)
+    result, _ = run_fit(tmp_path, options=options)
+    hidden = jax.device_get(result.state.average["hidden"])
+    batches = itertools.islice(data(4), 3)
+    inputs = np.concatenate([batch["inputs"] for batch in batches]).astype(np.float64)
+    features = inputs @ hidden["kernel"] + hidden["bias"]
     statistics = result.state.batch_stats["norm"]
-    np.testing.assert_allclose(statistics["mean"], features.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(statistics["var"], features.var((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(statistics["mean"], features.mean((0, 1)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics["var"], features.var((0, 1)), rtol=1e-4)
 
 
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="four devices are absent")
 @pytest.mark.parametrize("batch_norm", ["global", "device"])
 def test_the_loop_on_four_devices(batch_norm, whole, tmp_path):
     """Evaluated with the same statistics and counts; with global statistics the same training."""
-    result, _ = run_fit(
-        tmp_path, make_trainer(average=0.9, batch_norm=batch_norm), mesh=training.make_mesh()
-    )
+    trainer = make_trainer(average=0.9, batch_norm=batch_norm)
+    result, _ = run_fit(tmp_path, trainer, mesh=training.make_mesh())
     assert result.metrics["count"] == 32
     if batch_norm == "global":
-        chex.assert_trees_all_close(
-            jax.device_get(result.state), jax.device_get(whole[1].state), rtol=1e-5, atol=1e-6
-        )
+        states = jax.device_get((result.state, whole[1].state))
+        chex.assert_trees_all_close(*states, rtol=1e-5, atol=1e-6)
 
 
 def test_a_profile_of_some_steps(tmp_path):
@@ -278,17 +265,12 @@ def test_a_profile_of_some_steps(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_initial_values_may_be_given(tmp_path):
-    trainer = make_trainer()
-    start = trainer.init(jax.random.key(5), next(make_batches(1)))
+def test_initial_values_may_be_passed(tmp_path):
+    start = initial_variables(Small())
     options = Options(steps=1, evaluate_every=1, save_every=1)
-    given, _ = run_fit(tmp_path / "a", trainer, options, variables=start.variables)
-    fresh, _ = run_fit(tmp_path / "b", trainer, options)
-    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), given.state.params, start.params)
+    result, _ = run_fit(tmp_path, options=options, variables=start)
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), result.state.params, start["params"])
     assert max(jax.tree.leaves(moved)) < 0.05  # one small step away
-    assert (
-        abs(given.state.params["conv"]["kernel"] - fresh.state.params["conv"]["kernel"]).max() > 0.1
-    )
 
 
 @pytest.mark.parametrize(
@@ -304,10 +286,10 @@ def test_bad_options(options, message):
 
 
 def test_dry_run_says_what_a_step_needs():
-    text = training.dry_run(make_trainer(), OPTIONS, training.make_mesh(), next(make_batches(1)))
-    assert (
-        f"parameters: {sum(x.size for x in jax.tree.leaves(make_trainer().init(jax.random.key(0), next(make_batches(1))).params))}"
-        in text
-    )
-    assert "conv/kernel" in text
-    assert "MB beside state and batch" in text
+    batch = next(make_batches(1))
+    text = training.dry_run(averaging_trainer(), OPTIONS, training.make_mesh(), batch)
+    params = jax.tree.leaves(initial_variables(Small())["params"])
+    assert f"parameters: {sum(leaf.size for leaf in params)}" in text
+    assert "inputs float32 (16, 8, 2)" in text
+    assert "hidden/kernel" in text
+    assert "MB in addition to state and batch" in text

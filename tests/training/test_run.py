@@ -1,4 +1,4 @@
-"""The folder of a run has one owner, one configuration, and a log in which each step is once."""
+"""A run's directory has one owner, one configuration, and a log in which each step is once."""
 
 import json
 import subprocess
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training.processes import PATIENCE
 
 from nonlocal_jax.training import Run, RunError
 
@@ -16,17 +17,24 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+ENTER_RUN = """
+import pathlib, sys
+from nonlocal_jax.training import Run
+Run(pathlib.Path(sys.argv[1]), {}).__enter__()
+"""
+
+
+@pytest.mark.processes
 def test_a_second_process_is_refused(tmp_path):
-    code = "import pathlib, sys; from nonlocal_jax.training import Run; Run(pathlib.Path(sys.argv[1]), {}).__enter__()"
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    with Run(tmp_path / "run", {}):
-        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", ENTER_RUN, str(folder)]
+    with Run(folder, {}):
+        second = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert second.returncode == 1
-        assert (
-            f"another process is training in {tmp_path / 'run'}; wait for it, or take another folder."
-            in second.stderr
-        )
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+        message = f"another process is training in {folder}; wait for it, or use another directory."
+        assert message in second.stderr
+    with Run(folder, {}):
+        pass
 
 
 def test_a_run_in_this_process_is_refused_too(tmp_path):
@@ -43,11 +51,14 @@ def test_a_run_in_this_process_is_refused_too(tmp_path):
     [
         (
             {"learning_rate": 0.2},
-            "learning_rate is 0.2 now, and was 0.1 when the run in .* started",
+            r"learning_rate must be 0.1, as when the run in .* started; got 0.2",
         ),
-        ({"model": {"depth": 32, "blocks": ["res2_1"]}}, "model.depth is 32 now, and was 20"),
-        ({"model": {"depth": 20, "blocks": []}}, r"model.blocks is \[\] now, and was \['res2_1'\]"),
-        ({"new": 1}, "new is 1 now, and was None"),
+        ({"model": {"depth": 32, "blocks": ["res2_1"]}}, r"model.depth must be 20, .*; got 32"),
+        (
+            {"model": {"depth": 20, "blocks": []}},
+            r"model.blocks must be \['res2_1'\], .*; got \[\]",
+        ),
+        ({"new": 1}, r"new must be None, .*; got 1"),
     ],
 )
 def test_another_configuration_is_refused_and_nothing_is_changed(change, message, tmp_path):
@@ -56,48 +67,40 @@ def test_another_configuration_is_refused_and_nothing_is_changed(change, message
     with pytest.raises(RunError, match=message), Run(tmp_path, CONFIG | change):
         pass
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
-    with Run(
-        tmp_path, CONFIG | {"workers": 5}, may_differ=("workers",)
-    ):  # the folder is free again
+    # The directory is free again.
+    with Run(tmp_path, CONFIG | {"workers": 5}, may_differ=("workers",)):
         pass
 
 
-def test_a_configuration_that_is_no_json(tmp_path):
+def test_a_configuration_that_is_not_json(tmp_path):
     (tmp_path / "config.json").write_text('{"learning')
-    with pytest.raises(RunError, match=r"config.json is not JSON"), Run(tmp_path, CONFIG):
+    with pytest.raises(RunError, match=r"config.json must be JSON; got "), Run(tmp_path, CONFIG):
         pass
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(RunError, match=r"must be a folder that can be written: Not a directory"),
+        pytest.raises(RunError, match=r"must be a directory that can be written: Not a directory"),
         Run(tmp_path / "file" / "a", {}),
     ):
         pass
 
 
-def test_each_step_is_once_in_the_log_however_it_ended(tmp_path):
+def test_each_step_is_once_in_the_log_however_the_run_ended(tmp_path):
     with Run(tmp_path, CONFIG) as run:
         run.open_log(0)
         for step in range(1, 8):
             run.log(step, "train", {"loss": 1 / step})
         run.log(4, "evaluation", {"accuracy": 0.5})
     with (tmp_path / "metrics.jsonl").open("a") as out:
-        out.write('{"step": 8, "kind": "tr')  # killed while it wrote
+        out.write('{"step": 8, "kind": "tr')  # as a kill while writing leaves it
     with Run(tmp_path, CONFIG) as run:  # the checkpoint was of step 5
         run.open_log(5)
         for step in (6, 7):
             run.log(step, "train", {"loss": 10.0 + step})
-    assert [row["step"] for row in rows(tmp_path) if row["kind"] == "train"] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-    ]
+    steps = [row["step"] for row in rows(tmp_path) if row["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
     assert [row["loss"] for row in rows(tmp_path) if row["step"] > 5] == [16.0, 17.0]
     assert {"step": 4, "kind": "evaluation", "accuracy": 0.5} in rows(tmp_path)
 

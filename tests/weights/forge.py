@@ -1,6 +1,6 @@
-"""Files of weights made by hand, byte by byte, good ones and bad ones: pickles by their opcodes, torch files by their parts.
+"""Makes files of weights byte by byte: pickles from opcodes, torch files from their parts.
 
-The files of torch were checked against torch 2.13: it opens them with `torch.load(weights_only=True)` to equal tensors.
+The torch files were checked with torch 2.13: `torch.load(weights_only=True)` reads equal tensors.
 """
 
 import io
@@ -18,7 +18,7 @@ STORAGES = {
 }
 
 
-# Pickles: each gives the opcodes that leave one object on the stack.
+# Pickles. Each function returns opcodes that leave one object on the stack.
 
 
 def whole(code, protocol=2):
@@ -46,7 +46,7 @@ def name(module, attribute):
 
 
 def dotted(module, attribute):
-    """Protocol 4, which follows the dots in the attribute."""
+    """Refers to a name as protocol 4 does, which follows dots in the attribute."""
     return text(module) + text(attribute) + b"\x93"
 
 
@@ -87,7 +87,7 @@ def array(value, code="f4", shape=None, content=None):
 
 
 def python2(blobs, protocol):
-    """As cPickle of Python 2 with NumPy 1.x wrote float32 arrays: with protocol 0, its text, or 2."""
+    """Writes float32 arrays as cPickle of Python 2 with NumPy 1.x did, with protocol 0 or 2."""
     out = []
     for key, value in blobs.items():
         raw, shape = value.tobytes(), value.shape
@@ -101,7 +101,8 @@ def python2(blobs, protocol):
                 + "'"
             )
             out.append(
-                f"S'{key}'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n({sizes}tcnumpy\ndtype\n"
+                f"S'{key}'\ncnumpy.core.multiarray\n_reconstruct\n"
+                f"(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n({sizes}tcnumpy\ndtype\n"
                 f"(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS{quoted}\ntbs"
             )
         else:
@@ -128,7 +129,7 @@ def python2(blobs, protocol):
     return b"\x80\x02}q\1U\5blobsq\2}q\3" + b"".join(out) + b"s."
 
 
-# torch
+# Torch files.
 
 
 def storage(key, size, kind="FloatStorage", legacy=False):
@@ -151,7 +152,7 @@ def tensor(stored, shape, strides, offset=0):
 
 
 def state_dict(arrays, legacy=False):
-    """Its opcodes, and the content of its storages."""
+    """Returns the opcodes of a state dict, and the content of its storages."""
     entries = {}
     for key, (label, value) in enumerate(arrays.items()):
         stored = storage(str(key), value.size, STORAGES[value.dtype.name], legacy)
@@ -164,7 +165,7 @@ def state_dict(arrays, legacy=False):
 def zipped(
     code, contents, root="archive", extra=(), order="little", compression=zipfile.ZIP_STORED
 ):
-    """What torch.save writes since 1.6."""
+    """Makes the archive that torch.save writes since 1.6."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as archive:
         archive.writestr(f"{root}/data.pkl", whole(code))
@@ -178,7 +179,7 @@ def zipped(
 
 
 def legacy(code, contents, sizes, magic=MAGIC, protocol=None, machine=None, keys=None):
-    """What torch.save wrote before, with as many elements as `sizes` says."""
+    """Makes the file that torch.save wrote before 1.6, with storages of the given sizes."""
     protocol = whole(number(1001)) if protocol is None else protocol
     machine = whole(mapping({"little_endian": b"\x88"})) if machine is None else machine
     keys = whole(listed(*map(text, contents))) if keys is None else keys
@@ -200,3 +201,10 @@ def zip_of(arrays, **parts):
 def example():
     draw = np.random.default_rng(0).standard_normal
     return {"conv1_w": draw((2, 3)).astype("float32"), "fc.bias": draw(5).astype("float32")}
+
+
+def torch_archive(code=None, contents=None, **parts):
+    """Makes the archive of `example`, or one with another pickle or other storages."""
+    example_code, example_contents = state_dict(example())
+    contents = example_contents if contents is None else contents
+    return zipped(code or example_code, contents, **parts)

@@ -18,38 +18,43 @@ SHAPES = {}
 
 
 def network(kind="i3d_3x1x1", blocks=None, preset="slowfast", **options):
-    """A video network of six residual blocks and, if any, two non-local ones; narrow, so that its files stay small."""
+    """Builds a video network of six residual blocks, narrow so that its files stay small."""
     options = {"num_classes": CLASSES, "width_per_group": 4, "depth": (1, 2, 2, 1)} | options
     return nl.models.video_resnet(kind=kind, nonlocal_blocks=blocks or 0, preset=preset, **options)
 
 
+def tiny_network(kind="i3d_3x1x1", blocks=None, **options):
+    """Builds a video network of one residual block in each stage, which compiles in seconds."""
+    return network(kind, blocks, **{"depth": (1, 1, 1, 1)} | options)
+
+
 def shapes(model):
-    """The leaves of a network by path."""
+    """Returns the leaves of a network by path, with shape and dtype."""
     if repr(model) not in SHAPES:  # models are not hashable: `nonlocal_blocks` is a dict
         SHAPES[repr(model)] = flatten(jax.eval_shape(model.init, jax.random.key(0), model.example))
     return SHAPES[repr(model)]
 
 
 def weights(model, seed=0):
-    """Random variables: every number another one, variances positive, activations of a size that float32 holds well."""
+    """Draws variables: distinct numbers, positive variances, activations of order 1."""
     draw = np.random.default_rng(seed).standard_normal
     leaves = {}
     for path, leaf in shapes(model).items():
-        a = draw(leaf.shape).astype(np.float32)
+        array = draw(leaf.shape).astype(np.float32)
         if path.endswith("/var"):
-            a = 1 + np.abs(a) / 2
+            array = 1 + np.abs(array) / 2
         elif path.endswith("/scale"):
-            a = 1 + a / 5
-        elif a.ndim > 1:
-            a *= np.sqrt(2 / np.prod(a.shape[:-1]), dtype=np.float32)
+            array = 1 + array / 5
+        elif array.ndim > 1:
+            array *= np.sqrt(2 / np.prod(array.shape[:-1]), dtype=np.float32)
         else:
-            a /= 5
-        leaves[path] = a
+            array /= 5
+        leaves[path] = array
     return unflatten(leaves)
 
 
 def write(path, arrays):
-    """A safetensors file of any arrays."""
+    """Writes a safetensors file of any arrays."""
     safetensors.numpy.save_file(
         {name: np.asarray(a, order="C") for name, a in arrays.items()}, path
     )
@@ -57,7 +62,7 @@ def write(path, arrays):
 
 
 def assert_equal(loaded, variables):
-    """The same leaves, bit by bit."""
+    """Checks that all leaves are equal bit by bit."""
     loaded, variables = flatten(loaded), flatten(variables)
     assert loaded.keys() == variables.keys()
     for path, leaf in variables.items():
@@ -65,8 +70,17 @@ def assert_equal(loaded, variables):
         np.testing.assert_array_equal(loaded[path], leaf, err_msg=path)
 
 
+def assert_arrays(found, expected):
+    """Checks that arrays are equal, in the same order, and read-only."""
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, strict=True)
+        assert found[name].dtype == array.dtype
+        assert not found[name].flags.writeable
+
+
 def without(variables, *parts):
-    """Variables less the leaves whose path has one of these parts."""
+    """Returns the variables without the leaves whose path has one of these parts."""
     return unflatten(
         {
             name: leaf
@@ -77,14 +91,14 @@ def without(variables, *parts):
 
 
 def error_of(path, model, **options):
-    """What loading a file that does not fit says."""
+    """Returns the error message for a file that does not fit."""
     with pytest.raises(ValueError, match=r"does not fit this ") as raised:
         load(path, model, **options)
     return str(raised.value)
 
 
 def checkpoint(model, names):
-    """What `read` would make of a file of a network, its numbers all 0 and without memory of their own."""
+    """Returns what `read` returns for a file of a network, with arrays of 0 that take no memory."""
     zeros = {
         path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in shapes(model).items()
     }

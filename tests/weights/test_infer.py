@@ -1,4 +1,4 @@
-"""From a file's arrays alone, the network that it is of: the same that it was made of."""
+"""The network that is inferred from a file is the one that the file was made from."""
 
 import dataclasses
 import re
@@ -11,39 +11,41 @@ from weights import samples
 import nonlocal_jax as nl
 from nonlocal_jax.weights import Checkpoint
 from nonlocal_jax.weights.build import Choices, build, call, open_questions, options
-from nonlocal_jax.weights.infer import architecture
+from nonlocal_jax.weights.infer import Architecture, architecture
 
 video_resnet = nl.models.video_resnet
 FROZEN = {"frozen_bn": True, "block_options": {"norm": None}}
 IN_RES3_AND_RES5 = {"res3": (0, 2), "res5": (2,)}
 WIDE = {"groups": 32, "width_per_group": 4}
+SHORT = (1, 2, 3, 2)
 
-# The names of a file, and the arguments of the network that it is of.
+# The names of a file, and the arguments of the network that it was made from. The usual places of
+# 5 and 10 blocks exist at depths 50 and 101 only; a short network is enough for everything else.
 FILES = [
     ("caffe2", 50, "i3d_3x1x1", 5, "8x8", "caffe2", {}),
     ("caffe2", 101, "i3d_3x1x1", 5, "8x8", "caffe2", {}),
     ("caffe2", 50, "c2d", 10, "8x8", "caffe2", {}),
     ("caffe2", 50, "i3d_3x1x1", 5, "8x8", "caffe2", FROZEN),
-    ("caffe2", 50, "c2d", 0, "8x8", "caffe2", {"frozen_bn": True}),
+    ("caffe2", SHORT, "c2d", 0, "8x8", "caffe2", {"frozen_bn": True}),
     ("slowfast", 101, "i3d_3x1x1", 5, "8x8", "slowfast", {}),
     ("slowfast", 50, "c2d", IN_RES3_AND_RES5, "8x8", "slowfast", {"num_classes": 157}),
-    ("slowfast", 152, "i3d_3x1x1", 1, "8x8", "slowfast", WIDE),
-    ("slowfast", (1, 2, 3, 2), "i3d_3x3x3", 0, "8x8", "slowfast", {}),
+    ("slowfast", SHORT, "i3d_3x1x1", 1, "8x8", "slowfast", WIDE),
+    ("slowfast", SHORT, "i3d_3x3x3", 0, "8x8", "slowfast", {}),
     ("mmaction2", 50, "i3d_3x1x1", 5, "32x2", "mmcv", {}),
-    ("mmaction2", 50, "i3d_3x3x3", 5, "32x2", "mmcv", {"instantiation": "gaussian"}),
-    ("mmaction2", 50, "i3d_3x1x1", 5, "32x2", "mmcv", {"instantiation": "concatenation"}),
-    ("pytorchvideo", 50, "i3d_3x1x1", 0, "8x8", "slowfast", {"window_average": "logits"}),
-    ("torchvision", 101, "c2d", 0, "8x8", "slowfast", {"num_classes": 1000}),
+    ("mmaction2", SHORT, "i3d_3x3x3", 1, "32x2", "mmcv", {"instantiation": "gaussian"}),
+    ("mmaction2", SHORT, "i3d_3x1x1", 1, "32x2", "mmcv", {"instantiation": "concatenation"}),
+    ("pytorchvideo", SHORT, "i3d_3x1x1", 0, "8x8", "slowfast", {"window_average": "logits"}),
+    ("torchvision", SHORT, "c2d", 0, "8x8", "slowfast", {"num_classes": 1000}),
     ("nonlocal_jax", 50, "i3d_3x1x1", 5, "8x8", "paper", {"instantiation": "concatenation"}),
-    ("nonlocal_jax", 50, "c2d", 1, "8x8", "slowfast", {}),
-    ("nonlocal_jax", 50, "c2d", 1, "8x8", "mmcv", {"instantiation": "gaussian"}),
-    ("nonlocal_jax", 50, "c2d", 1, "8x8", "mmcv", {"instantiation": "concatenation"}),
-    ("nonlocal_jax", 50, "c2d", 1, "8x8", "paper", {"block_options": {"out_bias": True}}),
+    ("nonlocal_jax", SHORT, "c2d", 1, "8x8", "slowfast", {}),
+    ("nonlocal_jax", SHORT, "c2d", 1, "8x8", "mmcv", {"instantiation": "gaussian"}),
+    ("nonlocal_jax", SHORT, "c2d", 1, "8x8", "mmcv", {"instantiation": "concatenation"}),
+    ("nonlocal_jax", SHORT, "c2d", 1, "8x8", "paper", {"block_options": {"out_bias": True}}),
 ]
 
 
 def edited(checkpoint, change):
-    """With other arrays: `change` gives those of a name and its shape, or none."""
+    """Replaces arrays: `change` maps a name and a shape to a list of new ones."""
     arrays = {}
     for name, array in checkpoint.arrays.items():
         for new_name, shape in change(name, array.shape):
@@ -52,10 +54,23 @@ def edited(checkpoint, change):
 
 
 def error_of(checkpoint):
+    """Returns the error message for a file of no network, which has one line."""
     with pytest.raises(ValueError, match=r"^weights\.bin") as raised:
         architecture(checkpoint)
     assert len(str(raised.value).splitlines()) == 1
     return str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def caffe2():
+    model = samples.network(blocks=samples.BLOCKS, preset="caffe2")
+    return samples.checkpoint(model, "caffe2")
+
+
+@pytest.fixture(scope="module")
+def mmaction2():
+    model = samples.network(blocks=samples.BLOCKS, preset="mmcv")
+    return samples.checkpoint(model, "mmaction2")
 
 
 @pytest.mark.parametrize(("names", "depth", "kind", "blocks", "clip", "preset", "more"), FILES)
@@ -65,21 +80,24 @@ def test_the_network_of_a_file(names, depth, kind, blocks, clip, preset, more):
     assert found.source == names
     assert (found.depth, found.kind, found.num_classes) == (depth, kind, model.num_classes)
     assert found.nonlocal_blocks == model.nonlocal_blocks
-    arguments = {
+    expected = {
         "depth": depth,
         "kind": kind,
         "nonlocal_blocks": blocks,
         "clip": clip,
         "preset": preset,
-    }
-    expected = {
-        **arguments,
         "num_classes": model.num_classes,
-        **({"instantiation": "embedded_gaussian"} if blocks else {}),
-        **more,
     }
-    assert options(found) == expected
+    if blocks:
+        expected["instantiation"] = "embedded_gaussian"
+    assert options(found) == expected | more
     assert repr(build(found)) == repr(eval(call(found), {"nl": nl})) == repr(model)
+
+
+def test_depths_have_names():
+    for depth in (50, 101, 152):
+        blocks = video_resnet(depth, "c2d", 0).blocks
+        assert Architecture("caffe2", "video_resnet", blocks=blocks).depth == depth
 
 
 @pytest.mark.parametrize(
@@ -89,29 +107,24 @@ def test_the_network_of_a_file(names, depth, kind, blocks, clip, preset, more):
     "names", ["nonlocal_jax", "non_local_pytorch", "non_local_pytorch (first version)"]
 )
 def test_digits(instantiation, names):
-    found = architecture(
-        samples.checkpoint(nl.models.non_local_pytorch_mnist(instantiation), names)
-    )
-    open_to_choice = instantiation in ("embedded_gaussian", "dot_product")
-    assert found.instantiation == (None if open_to_choice else instantiation)
-    assert (
-        build(found, Choices(instantiation=instantiation if open_to_choice else None)).instantiation
-        == instantiation
-    )
-    assert (
-        call(found)
-        == f"nl.models.non_local_pytorch_mnist('{'embedded_gaussian' if open_to_choice else instantiation}')"
-    )
-    assert len(open_questions(found)) == open_to_choice
-    with pytest.raises(
-        ValueError, match=r"non_local_pytorch_mnist has no kind to choose; got 'c2d'"
-    ):
+    model = nl.models.non_local_pytorch_mnist(instantiation)
+    found = architecture(samples.checkpoint(model, names))
+    is_open = instantiation in ("embedded_gaussian", "dot_product")
+    assert found.instantiation == (None if is_open else instantiation)
+    choices = Choices(instantiation=instantiation if is_open else None)
+    assert build(found, choices).instantiation == instantiation
+    default = "embedded_gaussian" if is_open else instantiation
+    assert call(found) == f"nl.models.non_local_pytorch_mnist('{default}')"
+    assert len(open_questions(found)) == is_open
+    message = r"non_local_pytorch_mnist has no kind to choose; got 'c2d'"
+    with pytest.raises(ValueError, match=message):
         build(found, Choices(kind="c2d"))
 
 
 def test_an_image_network():
+    model = video_resnet(SHORT, "c2d", 0, preset="caffe2", num_classes=1000)
     image = edited(
-        samples.checkpoint(video_resnet(50, "c2d", 0, preset="caffe2", num_classes=1000), "caffe2"),
+        samples.checkpoint(model, "caffe2"),
         lambda name, shape: [(name, shape[:2] + shape[3:] if len(shape) == 5 else shape)],
     )
     found = architecture(image)
@@ -121,76 +134,53 @@ def test_an_image_network():
     assert build(found, Choices(kind="i3d_3x3x3")).conv1_frames == 5
 
 
-def test_without_a_classifier():
-    found = architecture(samples.checkpoint(samples.network(), "caffe2"))
-    assert found.num_classes == samples.CLASSES
-    no_head = edited(
-        samples.checkpoint(samples.network(), "caffe2"),
-        lambda name, shape: [] if "pred" in name else [(name, shape)],
-    )
-    found = architecture(no_head)
+def test_without_a_classifier(caffe2):
+    assert architecture(caffe2).num_classes == samples.CLASSES
+    headless = edited(caffe2, lambda name, shape: [] if "pred" in name else [(name, shape)])
+    found = architecture(headless)
     assert found.num_classes is None
     assert "num_classes" not in options(found)
     assert any("no classifier" in question for question in open_questions(found))
 
 
-def test_pooling_shows_in_the_names_of_mmaction2():
-    checkpoint = samples.checkpoint(
-        samples.network(blocks=samples.BLOCKS, preset="mmcv"), "mmaction2"
+def test_names_of_mmaction2_show_the_pooling(mmaction2, caffe2):
+    assert architecture(mmaction2).subsample is True
+    unpooled = edited(
+        mmaction2, lambda name, shape: [(re.sub(r"\.(phi|g)\.0\.", r".\1.", name), shape)]
     )
-    assert architecture(checkpoint).subsample is True
-    plain = edited(
-        checkpoint, lambda name, shape: [(re.sub(r"\.(phi|g)\.0\.", r".\1.", name), shape)]
-    )
-    assert architecture(plain).subsample is False
-    assert options(architecture(plain))["block_options"] == {"subsample": False}
-    assert (
-        architecture(
-            samples.checkpoint(samples.network(blocks=samples.BLOCKS), "slowfast")
-        ).subsample
-        is None
-    )
+    assert architecture(unpooled).subsample is False
+    assert options(architecture(unpooled))["block_options"] == {"subsample": False}
+    assert architecture(caffe2).subsample is None
 
 
-def test_groups_of_frames_of_the_long_clips_of_caffe2():
-    """Only its networks without a norm in the blocks have them, and only on long maps."""
+def test_groups_of_frames_for_the_long_clips_of_caffe2(caffe2):
+    """Only its networks without a norm in the blocks have them, and only for large maps."""
     released = samples.network(blocks=samples.BLOCKS, preset="caffe2", **FROZEN)
     found = architecture(samples.checkpoint(released, "caffe2"))
     for clip in ("32x4", "128x1"):
         assert options(found, Choices(clip=clip))["group_size"] == {"res3": 4}
     assert "group_size" not in options(found)
-    trained = architecture(
-        samples.checkpoint(samples.network(blocks=samples.BLOCKS, preset="caffe2"), "caffe2")
-    )
-    assert "group_size" not in options(trained, Choices(clip="32x4"))
+    assert "group_size" not in options(architecture(caffe2), Choices(clip="32x4"))
 
 
-def test_what_is_chosen_is_no_open_question():
-    found = architecture(
-        samples.checkpoint(video_resnet(50, "c2d", 5, preset="paper"), "nonlocal_jax")
-    )
-    assert [question.partition(":")[0] for question in open_questions(found)] == [
-        "pairwise function",
-        "clip",
-        "preset",
-    ]
+def test_choices_close_the_open_questions():
+    model = video_resnet(50, "c2d", 5, preset="paper")
+    found = architecture(samples.checkpoint(model, "nonlocal_jax"))
+    topics = [question.partition(":")[0] for question in open_questions(found)]
+    assert topics == ["pairwise function", "clip", "preset"]
     choices = Choices(clip="32x2", instantiation="dot_product", preset="mmcv", fold=True)
     assert open_questions(found, choices) == []
     chosen = options(found, choices)
-    assert (chosen["clip"], chosen["instantiation"], chosen["preset"], chosen["frozen_bn"]) == (
-        "32x2",
-        "dot_product",
-        "mmcv",
-        True,
-    )
+    names = ("clip", "instantiation", "preset", "frozen_bn")
+    assert [chosen[name] for name in names] == ["32x2", "dot_product", "mmcv", True]
     assert chosen["block_options"] == {"use_bias": False}  # the preset has one, the file does not
 
 
-# Odd files.
+# Files of no network.
 
 
 def renamed(**words):
-    """Every name in which one of these occurs gets another in its place, or goes."""
+    """Replaces each of these words in names; an empty replacement removes the entry."""
 
     def change(name, shape):
         for old, new in words.items():
@@ -205,46 +195,62 @@ def reshaped(name, shape):
     return lambda key, old: [(key, shape if key == name else old)]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (renamed(res4_1_="res4_2_"), "res4 has a residual block 2 but no 1"),
-        (renamed(res5_=""), "it has no res5, so it is none of the networks here"),
-        (renamed(res3_0_branch2b_w=""), "res3_0/conv_b must have a kernel of 4 or 5 axes; it has none"),
-        (renamed(nonlocal_conv4_0_="nonlocal_conv4_7_"), "after residual block 7 of res4, which has 2"),
-        (renamed(nonlocal_conv4_0_theta="", nonlocal_conv4_0_phi=""), "some non-local blocks have θ and some do not"),
-        (renamed(nonlocal_conv4_0_out_b=""), "some non-local blocks have a bias of W_z and some do not"),
-        (renamed(nonlocal_conv4_0_bn=""), "some non-local blocks have a norm and some do not"),
-        (renamed(res3_0_branch1_bn_riv=""), "conv1_norm has running statistics, but res3_0/shortcut_norm has none"),
-        (reshaped("conv1_w", (64, 3, 3, 7, 7)), "nearest is i3d_3x1x1, but in frames conv1 is 3 where it has 5"),
-        (reshaped("res3_1_branch2a_w", (8, 512, 3, 1, 1)), "nearest is i3d_3x1x1, but in frames res3_1/conv_a is 3 where it has 1"),
-        (reshaped("res2_0_branch2b_w", (4, 3, 1, 3, 3)), "res2_0/conv_b has 4 channels, of which each sees 3: that is no number"),
-        (reshaped("res4_1_branch2c_w", (1000, 16, 1, 1, 1)), "res4_1/conv_c has 16 channels in and 1000 out; a network whose"),
-        (reshaped("res2_0_branch2a_w", (4, 64)), "res2_0/conv_a must have a kernel of 4 or 5 axes; it has (4, 64)"),
-    ],
-)  # fmt: skip
-def test_odd_files(change, message):
-    checkpoint = samples.checkpoint(
-        samples.network(blocks=samples.BLOCKS, preset="caffe2"), "caffe2"
-    )
-    assert message in error_of(edited(checkpoint, change))
+ODD_FILES = [
+    (renamed(res4_1_="res4_2_"), "res4 has a residual block 2 but no 1"),
+    (renamed(res5_=""), "it has no res5, so it is none of the networks here"),
+    (
+        renamed(res3_0_branch2b_w=""),
+        "res3_0/conv_b must have a kernel of 4 or 5 axes; it has none",
+    ),
+    (renamed(nonlocal_conv4_0_="nonlocal_conv4_7_"), "after residual block 7 of res4, which has 2"),
+    (
+        renamed(nonlocal_conv4_0_theta="", nonlocal_conv4_0_phi=""),
+        "some non-local blocks have θ and some do not",
+    ),
+    (
+        renamed(nonlocal_conv4_0_out_b=""),
+        "some non-local blocks have a bias of W_z and some do not",
+    ),
+    (renamed(nonlocal_conv4_0_bn=""), "some non-local blocks have a norm and some do not"),
+    (
+        renamed(res3_0_branch1_bn_riv=""),
+        "conv1_norm has running statistics, but res3_0/shortcut_norm has none",
+    ),
+    (
+        reshaped("conv1_w", (64, 3, 3, 7, 7)),
+        "nearest is i3d_3x1x1, but in frames conv1 is 3 where it has 5",
+    ),
+    (
+        reshaped("res3_1_branch2a_w", (8, 512, 3, 1, 1)),
+        "nearest is i3d_3x1x1, but in frames res3_1/conv_a is 3 where it has 1",
+    ),
+    (
+        reshaped("res2_0_branch2b_w", (4, 3, 1, 3, 3)),
+        "res2_0/conv_b has 4 channels, of which each filter reads 3: that is not a whole number",
+    ),
+    (
+        reshaped("res4_1_branch2c_w", (1000, 16, 1, 1, 1)),
+        "res4_1/conv_c has 16 input and 1000 output channels; with 4 channels in 1 groups",
+    ),
+    (
+        reshaped("res2_0_branch2a_w", (4, 64)),
+        "res2_0/conv_a must have a kernel of 4 or 5 axes; it has (4, 64)",
+    ),
+]
 
 
-def test_blocks_that_differ_in_their_pooling():
-    checkpoint = samples.checkpoint(
-        samples.network(blocks=samples.BLOCKS, preset="mmcv"), "mmaction2"
-    )
-    mixed = edited(
-        checkpoint, renamed(**{"layer2.1.non_local_block.g.0.": "layer2.1.non_local_block.g."})
-    )
-    assert "some non-local blocks have a pooling of their keys and some do not" in error_of(mixed)
+@pytest.mark.parametrize(("change", "message"), ODD_FILES)
+def test_odd_files(change, message, caffe2):
+    assert message in error_of(edited(caffe2, change))
+
+
+def test_blocks_that_differ_in_their_pooling(mmaction2):
+    change = renamed(**{"layer2.1.non_local_block.g.0.": "layer2.1.non_local_block.g."})
+    message = "some non-local blocks have a pooling of their keys and some do not"
+    assert message in error_of(edited(mmaction2, change))
 
 
 def test_other_networks():
-    checkpoint = Checkpoint(
-        Path("weights.bin"),
-        "safetensors",
-        {"params/dense/kernel": np.zeros((2, 3), np.float32)},
-        {},
-    )
+    arrays = {"params/dense/kernel": np.zeros((2, 3), np.float32)}
+    checkpoint = Checkpoint(Path("weights.bin"), "safetensors", arrays, {})
     assert "it has no res2, so it is none of the networks here" in error_of(checkpoint)

@@ -1,5 +1,9 @@
-"""The tables of names: every row both ways, and the whole networks of every source, whose names are written by rule here."""
+"""Naming tables: every row in both directions, and the whole network of every source.
 
+The names of the whole networks are written here by rule, independently of the tables.
+"""
+
+import dataclasses
 import itertools
 
 import numpy as np
@@ -12,67 +16,73 @@ from nonlocal_jax.weights.names import flatten, unflatten, variable_path
 from nonlocal_jax.weights.sources import (
     CAFFE2,
     MMACTION2,
+    NAMING_TABLES,
     PYTORCHVIDEO,
     SLOWFAST,
-    SOURCES,
     TORCHVISION,
 )
 
 ROWS = [
-    pytest.param(source, row, id=f"{source.name}-{row.example[0]}")
-    for source in SOURCES
-    for row in source.rows
+    pytest.param(table, row, id=f"{table.name}-{row.example[0]}")
+    for table in NAMING_TABLES
+    for row in table.rows
 ]
-# mmaction2 calls φ and g otherwise where no pooling follows; saved are the names with pooling.
+# mmaction2 has other names for φ and g where no pooling follows. Weights are saved with pooling.
 SECOND_SPELLINGS = (
     "backbone.{stage}.{i}.non_local_block.{pooled}.conv.weight",
     "backbone.{stage}.{i}.non_local_block.{pooled}.conv.bias",
 )
 
 
-@pytest.mark.parametrize(("source", "row"), ROWS)
-def test_a_row_reads_both_ways(source, row):
-    theirs, ours = row.example
-    assert source.to_ours(theirs) == (ours, row)
-    back, row_back = source.to_theirs(ours)
-    if row.theirs in SECOND_SPELLINGS:
-        assert back.replace(".0.conv.", ".conv.") == theirs
-        assert source.rows.index(row_back) < source.rows.index(row)
+@pytest.mark.parametrize(("table", "row"), ROWS)
+def test_rows_translate_in_both_directions(table, row):
+    source_name, native_name = row.example
+    assert table.native_name(source_name) == (native_name, row)
+    saved_name, saved_row = table.source_name(native_name)
+    if row.source in SECOND_SPELLINGS:
+        assert saved_name.replace(".0.conv.", ".conv.") == source_name
+        assert table.rows.index(saved_row) < table.rows.index(row)
     else:
-        assert (back, row_back) == (theirs, row)
+        assert (saved_name, saved_row) == (source_name, row)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
-def test_no_two_rows_share_a_name(source):
-    examples = [row.example[0] for row in source.rows]
+@pytest.mark.parametrize("table", NAMING_TABLES, ids=lambda table: table.name)
+def test_no_two_rows_share_a_name(table):
+    """A row whose example another row matches as well would make the order of rows decide."""
+    examples = [row.example[0] for row in table.rows]
     assert len(set(examples)) == len(examples)
-    for row in source.rows:
-        others = [
-            other
-            for other in source.rows
-            if other is not row and source._pattern(other, "theirs").fullmatch(row.example[0])
-        ]
-        assert not others
+    for row in table.rows:
+        remaining = tuple(candidate for candidate in table.rows if candidate is not row)
+        smaller_table = dataclasses.replace(table, rows=remaining)
+        assert smaller_table.native_name(row.example[0]) is None
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
-def test_second_spellings_are_all_that_is_double(source):
-    targets = [row.ours for row in source.rows if row.theirs not in SECOND_SPELLINGS]
+@pytest.mark.parametrize("table", NAMING_TABLES, ids=lambda table: table.name)
+def test_only_second_spellings_repeat_a_native_name(table):
+    targets = [row.native for row in table.rows if row.source not in SECOND_SPELLINGS]
     assert len(set(targets)) == len(targets)
 
 
 @pytest.mark.parametrize(
-    "theirs",
-    ["res1_0_branch2a_w", "res2_00_branch2a_w", "res2_0_branch2d_w", "res2_0_branch2a_w ", "xres2_0_branch2a_w", "conv1xw", "conv1_w_momentum"],
-)  # fmt: skip
-def test_what_is_no_name(theirs):
-    assert CAFFE2.to_ours(theirs) is None
+    "source_name",
+    [
+        "res1_0_branch2a_w",
+        "res2_00_branch2a_w",
+        "res2_0_branch2d_w",
+        "res2_0_branch2a_w ",
+        "xres2_0_branch2a_w",
+        "conv1xw",
+        "conv1_w_momentum",
+    ],
+)
+def test_similar_names_are_unknown(source_name):
+    assert CAFFE2.native_name(source_name) is None
 
 
-def test_what_has_no_name_there():
-    assert TORCHVISION.to_theirs("nonlocal_res3_1/out/kernel") is None
-    assert CAFFE2.to_theirs("res6_0/conv_a/kernel") is None
-    assert SLOWFAST.to_theirs("res2_0/conv_a/bias") is None
+def test_weights_that_a_source_does_not_have():
+    assert TORCHVISION.source_name("nonlocal_res3_1/out/kernel") is None
+    assert CAFFE2.source_name("res6_0/conv_a/kernel") is None
+    assert SLOWFAST.source_name("res2_0/conv_a/bias") is None
 
 
 def test_counters_are_no_weights():
@@ -83,7 +93,7 @@ def test_counters_are_no_weights():
 
 # Arrays.
 
-# The transform, a shape there and here, and one place there and here: where it goes is settled by hand.
+# The transform, the shape in the source and here, and one index in both, worked out by hand.
 TRANSFORMS = {
     "vector": (names.VECTOR, (5,), (5,), (4,), (4,)),
     "conv": (names.CONV, (2, 3, 5, 7, 11), (5, 7, 11, 3, 2), (1, 2, 4, 6, 10), (4, 6, 10, 2, 1)),
@@ -94,43 +104,43 @@ TRANSFORMS = {
     "w_f": (names.W_F, (1, 6, 1, 1), (6,), (0, 4, 0, 0), (4,)),
     # Channel 2 of 3, row 4 of 5, column 5 of 7.
     "dense of a map": (
-        names.dense_of_map(3, 5, 7),
+        names.flattened_dense(3, 5, 7),
         (2, 105),
         (105, 2),
         (1, 2 * 35 + 4 * 7 + 5),
         (4 * 21 + 5 * 3 + 2, 1),
     ),
 }
-each_transform = pytest.mark.parametrize(
-    ("transform", "theirs", "ours", "there", "here"), TRANSFORMS.values(), ids=TRANSFORMS.keys()
-)
 
 
-@each_transform
-def test_arrays_go_there_and_back(transform, theirs, ours, there, here):
-    array = np.arange(np.prod(theirs)).reshape(theirs)
-    become = transform.to_ours(array)
-    assert become.shape == ours
-    assert become[here] == array[there]
-    np.testing.assert_array_equal(transform.to_theirs(become), array, strict=True)
+@pytest.mark.parametrize("case", TRANSFORMS)
+def test_transforms_have_an_inverse(case):
+    transform, source_shape, native_shape, source_index, native_index = TRANSFORMS[case]
+    array = np.arange(np.prod(source_shape)).reshape(source_shape)
+    native_array = transform.import_array(array)
+    assert native_array.shape == native_shape
+    assert native_array[native_index] == array[source_index]
+    np.testing.assert_array_equal(transform.export_array(native_array), array, strict=True)
 
 
-@each_transform
-def test_arrays_of_other_shapes_are_left_to_be_refused(transform, theirs, ours, there, here):
+@pytest.mark.parametrize("case", TRANSFORMS)
+def test_transforms_leave_other_shapes_unchanged(case):
+    """Loading then reports their shape."""
+    transform, _, native_shape, _, _ = TRANSFORMS[case]
     odd = np.zeros((2, 3, 2, 2, 2, 2))
-    assert len(transform.to_ours(odd).shape) != len(ours)
+    assert transform.import_array(odd).ndim != len(native_shape)
 
 
-def test_kernels_of_images_become_those_of_one_frame():
+def test_image_kernels_become_kernels_of_one_frame():
     array = np.arange(2 * 3 * 5 * 7).reshape(2, 3, 5, 7)
     np.testing.assert_array_equal(
-        names.CONV.to_ours(array), array.transpose(2, 3, 1, 0)[None], strict=True
+        names.CONV.import_array(array), array.transpose(2, 3, 1, 0)[None], strict=True
     )
 
 
 def test_norms_of_four_axes_are_vectors():
     np.testing.assert_array_equal(
-        names.VECTOR.to_ours(np.arange(3).reshape(3, 1, 1, 1)), np.arange(3), strict=True
+        names.VECTOR.import_array(np.arange(3).reshape(3, 1, 1, 1)), np.arange(3), strict=True
     )
 
 
@@ -148,43 +158,48 @@ def test_paths():
 # Whole networks.
 
 BLOCKS = (3, 4, 6, 3)
+# For each stage, counted from res2, the residual blocks that a non-local block follows.
 NONLOCAL = {
     1: (1, 3),
     2: (1, 3, 5),
-}  # after which residual blocks of which stage, counted from res2
+}
 TORCH = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def residual_blocks():
-    """Each with its place, its stage and its number, its channels in, inside and out, and its frames."""
-    into = 64
+    """Yields stage, number, channels (input, inside, output) and frames of each residual block."""
+    inputs = 64
     for s, count in enumerate(BLOCKS):
         for i in range(count):
             inflated = s == 0 or i % 2 == (1 if s == 3 else 0)
-            yield s, i, into, 64 << s, 256 << s, 3 if inflated else 1
-            into = 256 << s
+            yield s, i, inputs, 64 << s, 256 << s, 3 if inflated else 1
+            inputs = 256 << s
 
 
 def keys_of(conv, norm, block, shortcut, head, nonlocal_block=None, flat=False):
-    """Keys and shapes, by what a source calls each thing."""
+    """Yields keys and shapes, given how a source names each kind of layer."""
 
-    def kernel(out, into, t, size):
-        return (out, into, size, size) if flat else (out, into, t, size, size)
+    def kernel(outputs, inputs, t, size):
+        return (outputs, inputs, size, size) if flat else (outputs, inputs, t, size, size)
 
     yield conv[0], kernel(64, 3, 5, 7)
     yield from ((key, (64,)) for key in norm(conv[1]))
-    for s, i, into, inner, out, t in residual_blocks():
-        shapes = (kernel(inner, into, t, 1), kernel(inner, inner, 1, 3), kernel(out, inner, 1, 1))
+    for s, i, inputs, inner, outputs, t in residual_blocks():
+        shapes = (
+            kernel(inner, inputs, t, 1),
+            kernel(inner, inner, 1, 3),
+            kernel(outputs, inner, 1, 1),
+        )
         for x, shape in enumerate(shapes):
             name, norm_name = block(s, i, x)
             yield name, shape
             yield from ((key, shape[:1]) for key in norm(norm_name))
         if i == 0:
             name, norm_name = shortcut(s)
-            yield name, kernel(out, into, 1, 1)
-            yield from ((key, (out,)) for key in norm(norm_name))
+            yield name, kernel(outputs, inputs, 1, 1)
+            yield from ((key, (outputs,)) for key in norm(norm_name))
         if nonlocal_block and i in NONLOCAL.get(s, ()):
-            yield from nonlocal_block(s, i, out)
+            yield from nonlocal_block(s, i, outputs)
     yield head.format("weight"), (400, 2048)
     yield head.format("bias"), (400,)
 
@@ -273,7 +288,7 @@ def mmaction2():
 
 
 def pytorchvideo():
-    places = (1, 3, 4, 5)  # the second is a pooling
+    places = (1, 3, 4, 5)  # block 2 is a pooling
 
     def block(s, i, x):
         name = f"blocks.{places[s]}.res_blocks.{i}.branch2"
@@ -314,32 +329,32 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(
-    ("source", "keys", "preset", "blocks", "count"), NETWORKS.values(), ids=NETWORKS.keys()
+    ("table", "keys", "preset", "blocks", "count"), NETWORKS.values(), ids=NETWORKS.keys()
 )
-def test_a_whole_network(source, keys, preset, blocks, count):
-    """Every key of an R50 of the source becomes a leaf of the network here, of its shape, and none is left."""
+def test_a_whole_network(table, keys, preset, blocks, count):
+    """The keys of a source's R50 become exactly the leaves of the network, with their shapes."""
     keys = keys()
-    assert len(keys) == count  # as the sources themselves have them
+    assert len(keys) == count  # counted in the source's own network
     leaves = samples.shapes(nl.models.video_resnet(50, "i3d_3x1x1", blocks, preset=preset))
     found = {}
     for key, shape in keys.items():
-        if source.holds_no_weights(key):
+        if table.holds_no_weights(key):
             continue
-        ours, row = source.to_ours(key)
-        assert source.to_theirs(ours) == (key, row)
-        found[variable_path(ours)] = row.transform.to_ours(
-            np.broadcast_to(np.float32(0), shape)
-        ).shape
+        native_name, row = table.native_name(key)
+        assert table.source_name(native_name) == (key, row)
+        array = np.broadcast_to(np.float32(0), shape)
+        found[variable_path(native_name)] = row.transform.import_array(array).shape
     expected = {path: leaf.shape for path, leaf in leaves.items()}
-    if source is TORCHVISION:  # its kernels are flat
+    if table is TORCHVISION:  # its kernels have no time axis
         expected = {
             path: (1, *shape[1:]) if len(shape) == 5 else shape for path, shape in expected.items()
         }
     assert found == expected
 
 
-@pytest.mark.parametrize(("one", "other"), list(itertools.permutations(NETWORKS, 2)))
-def test_no_network_is_taken_for_another_sources(one, other):
-    keys = NETWORKS[one][1]()
-    known = sum(NETWORKS[other][0].to_ours(key) is not None for key in keys)
-    assert known < len(keys) / 4
+@pytest.mark.parametrize(("network", "candidate"), list(itertools.permutations(NETWORKS, 2)))
+def test_no_network_is_taken_for_that_of_another_source(network, candidate):
+    keys = NETWORKS[network][1]()
+    table = NETWORKS[candidate][0]
+    count = sum(table.native_name(key) is not None for key in keys)
+    assert count < len(keys) / 4

@@ -1,0 +1,189 @@
+"""The video convolution: the layer that owns its kernel, and the function that it calls."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nonlocal_jax.layers.convolution import cpu
+from nonlocal_jax.layers.convolution.folding import (
+    ConvFunction,
+    Lowering,
+    Triple,
+    fold,
+    fold_after_halo,
+)
+from nonlocal_jax.layers.halo import add_halo, local_windows
+from nonlocal_jax.ops.platforms import host_platform
+from nonlocal_jax.types import Array, Video
+
+
+class VideoConv(nn.Module):
+    """A convolution over (T, H, W) without a bias, since a norm follows it.
+
+    Attributes:
+        features: Number of output channels.
+        kernel_size: Taps along (T, H, W), all odd. The input is padded by half of them with zeros.
+        strides: Strides along (T, H, W).
+        groups: Number of groups. The output channels of a group depend on its input channels only,
+            as in ResNeXt.
+        kernel_init: Initializer of the kernel.
+        dtype: Dtype of the computation. None infers it from the input and the parameters.
+        param_dtype: Dtype of the kernel, which has shape (*kernel_size, C / groups, features).
+        axis_name: Name of the mapped axis over whose devices T is split.
+
+    >>> import jax, jax.numpy as jnp
+    >>> conv = VideoConv(7, kernel_size=(1, 3, 3), strides=(1, 2, 2))
+    >>> x = jnp.ones((2, 4, 16, 16, 3))
+    >>> jax.eval_shape(conv.init_with_output, jax.random.key(0), x)[0].shape
+    (2, 4, 8, 8, 7)
+    """
+
+    features: int
+    kernel_size: Triple = (1, 1, 1)
+    strides: Triple = (1, 1, 1)
+    groups: int = 1
+    kernel_init: Any = nn.initializers.he_normal(in_axis=(0, 1, 2, 3))
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Video) -> Array:
+        """Convolves x (B, T, H, W, C).
+
+        Returns:
+            (B, T / stride, H / stride, W / stride, features), rounded up.
+        """
+        if not all(size % 2 for size in self.kernel_size):
+            raise ValueError(f"kernel_size must be odd along every axis; got {self.kernel_size}.")
+        channels = x.shape[-1]
+        if channels % self.groups or self.features % self.groups:
+            raise ValueError(
+                "groups must divide the input's channels and features, "
+                f"{channels} and {self.features}; got {self.groups}."
+            )
+        shape = (*self.kernel_size, channels // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        # Parameters are initialized outside of `shard_map` and `pmap`, where the axis has no name.
+        axis_name = None if self.is_initializing() else self.axis_name
+        return video_conv(x, kernel, self.strides, self.groups, axis_name)
+
+
+def video_conv(
+    x: Video,
+    kernel: Array,
+    strides: Triple = (1, 1, 1),
+    groups: int = 1,
+    axis_name: str | None = None,
+    platform: str | None = None,
+) -> Array:
+    """Computes y[p] = Σ_tap x[strides · p + tap] W[tap], where x is 0 beyond its borders.
+
+    This is `jax.lax.conv_general_dilated` in 3-D, computed as 2-D convolutions and products.
+
+    Args:
+        x: (B, T, H, W, C).
+        kernel: (t, h, w, C / groups, features), where t, h and w are odd. x is padded by half of
+            them on both sides.
+        strides: Strides along (T, H, W).
+        groups: Number of groups. The output channels of a group depend on its input channels only.
+        axis_name: Under `jax.shard_map` or `jax.pmap`, the name of the mapped axis over whose
+            devices T is split. Devices exchange the frames at the borders of their parts.
+        platform: Platform to choose the algorithm for: "cpu", "gpu" or "tpu". None is JAX's default
+            backend.
+
+    Returns:
+        (B, T / stride, H / stride, W / stride, features), rounded up.
+
+    Raises:
+        ValueError: If T is split and the stride does not divide the frames that each device holds.
+
+    >>> import jax.numpy as jnp
+    >>> video_conv(jnp.ones((1, 3, 1, 1, 1)), jnp.ones((3, 1, 1, 1, 1))).ravel()
+    Array([2., 3., 2.], dtype=float32)
+    """
+    strides = (int(strides[0]), int(strides[1]), int(strides[2]))
+    platform = platform or host_platform()
+    if axis_name is None:
+        return _convolve(x, kernel, strides, groups, False, platform)
+    taps = kernel.shape[0]
+    halo = local_windows(x.shape[1], taps, strides[0], taps // 2, axis_name)
+    return _convolve(add_halo(x, axis_name, *halo), kernel, strides, groups, taps > 1, platform)
+
+
+def dot_over_positions(
+    x: Array,
+    kernel: Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    platform: str | None = None,
+    **options: Any,
+) -> Array:
+    """Computes the product over channels of an `nn.Dense`, as its `dot_general`.
+
+    This is a 1×1×1 convolution of x (*positions, C) with a kernel (C, features). Only a CPU gets
+    all positions as the
+    rows of one matrix: elsewhere the position axes stay, because they may be sharded.
+    """
+    if (platform or host_platform()) == "cpu":
+        return cpu.dot_over_rows(x, kernel, **options)
+    return lax.dot_general(x, kernel, dimension_numbers, **options)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def _convolve(
+    x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool, platform: str
+) -> Array:
+    lowering = _lowering(x, kernel, strides, groups, has_halo, platform)
+    return _apply(lowering.forward, x, kernel, strides, groups)
+
+
+@functools.partial(_convolve.defjvp, symbolic_zeros=True)
+def _convolve_jvp(
+    strides: Triple,
+    groups: int,
+    has_halo: bool,
+    platform: str,
+    primals: tuple[Array, Array],
+    tangents: tuple[Any, Any],
+) -> tuple[Array, Array]:
+    """Differentiates x and the kernel by different functions, each the fastest for its gradient."""
+    x, kernel = primals
+    x_tangent, kernel_tangent = tangents
+    lowering = _lowering(x, kernel, strides, groups, has_halo, platform)
+    y = _convolve(x, kernel, strides, groups, has_halo, platform)
+    # Without symbolic zeros the gradient of the first layer would convolve an array of zeros for
+    # its input.
+    zero = jax.custom_derivatives.SymbolicZero
+    terms = []
+    if not isinstance(x_tangent, zero):
+        terms.append(_apply(lowering.forward, x_tangent, kernel, strides, groups))
+    if not isinstance(kernel_tangent, zero):
+        terms.append(_apply(lowering.kernel_gradient, x, kernel_tangent, strides, groups))
+    return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
+
+
+def _lowering(
+    x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool, platform: str
+) -> Lowering:
+    """Chooses how a convolution is computed. This is the only place that does."""
+    if has_halo:
+        function = fold_after_halo(kernel.shape, groups)
+        return Lowering(function, function)
+    if platform == "cpu" and groups == 1:
+        fast = cpu.choose(x.shape, kernel.shape, strides, x.dtype)
+        if fast is not None:
+            return fast
+    function = fold(kernel.shape, groups)
+    return Lowering(function, function)
+
+
+# jit, so that convolutions with equal shapes, dtypes and options are traced once. inline, so that
+# XLA still fuses them with what surrounds them.
+@functools.partial(jax.jit, static_argnums=(0, 3, 4), inline=True)
+def _apply(function: ConvFunction, x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
+    return function(x, kernel, strides, groups)

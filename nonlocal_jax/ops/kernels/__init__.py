@@ -1,0 +1,13 @@
+"""The implementations of Eq. 1, one file each. A new one is a file, and a row in `KERNELS`."""
+
+from nonlocal_jax.ops.kernels import cudnn, dense, reassociated, sorted_keys, streaming
+from nonlocal_jax.ops.kernels.row import Kernel
+
+# The definition comes first; the others are compared with it.
+KERNELS: tuple[Kernel, ...] = (
+    dense.KERNEL,
+    streaming.KERNEL,
+    cudnn.KERNEL,
+    reassociated.KERNEL,
+    sorted_keys.KERNEL,
+)

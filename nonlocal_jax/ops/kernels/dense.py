@@ -1,0 +1,45 @@
+"""The definition itself, which builds the whole N×M affinity: the fastest where that is small."""
+
+from typing import get_args
+
+from nonlocal_jax.ops import definition
+from nonlocal_jax.ops.kernels.row import Forecast, Kernel, Operands, Sizes
+from nonlocal_jax.ops.platforms import PLATFORMS
+from nonlocal_jax.types import Instantiation, Responses
+
+
+def respond(operands: Operands, platform: str) -> Responses:
+    """Computes y = (f/C) g."""
+    instantiation, theta, phi, g, key_mask, scale, w_f = operands
+    affinity = definition.affinity(instantiation, theta, phi, key_mask, scale, w_f)
+    return definition.respond(affinity, g)
+
+
+def cost(sizes: Sizes, platform: str) -> Forecast:
+    """Forecasts two products over all pairs, and the traffic of the affinity."""
+    # Passes over the affinity in memory, and copies of it that live at once without and with
+    # gradients. The softmax reads and writes it most often.
+    match sizes.instantiation:
+        case "concatenation":
+            passes, copies = 8, (1, 2)
+        case "dot_product":
+            passes, copies = 6, (1, 2)
+        case _:
+            passes, copies = 12, (1, 3)
+    # The logits of a concatenation are sums a_i + b_j, not products over d channels.
+    channels = sizes.e if sizes.instantiation == "concatenation" else sizes.d + sizes.e
+    products = sizes.pairs * channels
+    flops = (2 * products, 6 * products)
+    affinity_bytes = sizes.pairs * sizes.item_bytes
+    temporary = (copies[0] * affinity_bytes, copies[1] * affinity_bytes)
+    speed = PLATFORMS[platform]
+    moved = passes * affinity_bytes if affinity_bytes > speed.cache else 0
+    return Forecast(flops, temporary, speed.seconds(sum(flops), moved))
+
+
+KERNEL = Kernel(
+    name="dense",
+    instantiations=get_args(Instantiation),
+    respond=respond,
+    cost=cost,
+)

@@ -1,0 +1,56 @@
+"""The dot product without its N×M pairs: a product of three matrices can start from the right.
+
+    1/n Σ_j (θ_i·φ_j) g_j = θ_i (1/n Σ_j φ_j g_jᵀ)
+
+takes (N + M)·d·e multiply-adds instead of N·M·(d + e).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nonlocal_jax.ops.definition import widen
+from nonlocal_jax.ops.kernels.row import Forecast, Kernel, Operands, Sizes
+from nonlocal_jax.ops.platforms import PLATFORMS
+from nonlocal_jax.types import Responses
+
+
+def respond(operands: Operands, platform: str) -> Responses:
+    """Computes θ (φᵀ g / n), in float32 or wider."""
+    return _respond(operands, axis_name=None)
+
+
+def respond_split(operands: Operands, platform: str, axis_name: str) -> Responses:
+    """Computes θ (φᵀ g / n) with φᵀ g summed over devices: only a d×e matrix is communicated."""
+    return _respond(operands, axis_name)
+
+
+def _respond(operands: Operands, axis_name: str | None) -> Responses:
+    theta, phi, g, key_mask = operands.theta, operands.phi, operands.g, operands.key_mask
+    key_values = jnp.einsum("...md,...me->...de", widen(phi), widen(g))
+    n = jnp.asarray(phi.shape[-2], key_values.dtype)
+    if key_mask is not None:
+        n = jnp.sum(key_mask, axis=-1, dtype=key_values.dtype)[..., None, None]
+    if axis_name is not None:
+        key_values, n = jax.lax.psum((key_values, n), axis_name)
+    # A sample without keys has key_values 0, and so the response 0.
+    return jnp.einsum("...nd,...de->...ne", widen(theta), key_values / jnp.maximum(n, 1))
+
+
+def cost(sizes: Sizes, platform: str) -> Forecast:
+    """Forecasts two products over positions, and the traffic of one d×e matrix for each sample."""
+    products = sizes.batch * (sizes.n + sizes.m) * sizes.d * sizes.e
+    flops = (2 * products, 6 * products)
+    matrix_bytes = sizes.batch * sizes.d * sizes.e * sizes.item_bytes
+    seconds = PLATFORMS[platform].seconds(sum(flops), moved=6 * matrix_bytes)
+    return Forecast(flops, (matrix_bytes, 2 * matrix_bytes), seconds)
+
+
+KERNEL = Kernel(
+    name="reassociated",
+    instantiations=("dot_product",),
+    respond=respond,
+    cost=cost,
+    respond_split=respond_split,
+    # Between devices the communication decides, whichever kernel is faster on one of them.
+    preferred_when_split=True,
+)

@@ -1,0 +1,130 @@
+"""What a kernel offers: one row of the table in `kernels/__init__.py`.
+
+A kernel is an equal of Eq. 1: a function of `Operands` that returns the responses of
+`definition.respond`, with the same values and gradients, only faster or in less memory.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from nonlocal_jax.ops import sharded
+from nonlocal_jax.types import (
+    Array,
+    ConcatenationWeights,
+    Instantiation,
+    KeyMask,
+    Keys,
+    Queries,
+    Responses,
+    Values,
+)
+
+
+class Operands(NamedTuple):
+    """The checked arguments of a public function, the same for every kernel.
+
+    Attributes:
+        instantiation: The pairwise function f.
+        theta: The queries (..., N, d); for the Gaussian, x.
+        phi: The keys (..., M, d), 0 where a key is masked.
+        g: The values (..., M, e), 0 where a key is masked.
+        key_mask: The mask (..., M) of bool, True for a real key, or None.
+        scale: Factor of the logits of the embedded Gaussian; 1 otherwise.
+        w_f: The weights (2d,) of the concatenation; None otherwise.
+    """
+
+    instantiation: Instantiation
+    theta: Queries
+    phi: Keys
+    g: Values
+    key_mask: KeyMask | None
+    scale: float | Array = 1.0
+    w_f: ConcatenationWeights | None = None
+
+    def gather_keys(self, axis_name: str) -> "Operands":
+        """Returns the operands with the keys, values and mask of all devices of a mapped axis."""
+        key_mask, phi, g = sharded.gather(axis_name, self.key_mask, self.phi, self.g)
+        return self._replace(key_mask=key_mask, phi=phi, g=g)
+
+
+class Sizes(NamedTuple):
+    """Static facts about the operands, from which a kernel is chosen.
+
+    Attributes:
+        instantiation: The pairwise function f.
+        batch: Number of samples, the product of all leading axes.
+        n: Number of queries of a sample.
+        m: Number of keys of a sample, over all devices.
+        d: Channels of queries and keys.
+        e: Channels of the values.
+        dtype: The dtype of the values.
+        masked: Whether there is a key mask.
+    """
+
+    instantiation: Instantiation
+    batch: int
+    n: int
+    m: int
+    d: int
+    e: int
+    dtype: Any
+    masked: bool
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of a query and a key, over the whole batch."""
+        return self.batch * self.n * self.m
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of a number in the temporaries, which are float32 or wider."""
+        return jnp.promote_types(self.dtype, jnp.float32).itemsize
+
+
+class Forecast(NamedTuple):
+    """What a kernel is forecast to cost. Pairs of numbers are without and with gradients.
+
+    Attributes:
+        flops: FLOPs, a multiply-add counted as 2.
+        temporary: Peak bytes of temporaries, without inputs and results.
+        seconds: Time of the response and of the response with its gradients, together. A roofline:
+            FLOPs over the rate of matrix products, plus the traffic of temporaries that leave the
+            cache over the rate of memory. Only ratios between kernels matter.
+    """
+
+    flops: tuple[int, int]
+    temporary: tuple[int, int]
+    seconds: float
+
+
+def available_everywhere(sizes: Sizes, platform: str) -> None:
+    """The `refusal` of a kernel that runs everywhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One implementation of Eq. 1.
+
+    Attributes:
+        name: The name that `implementation=` takes.
+        instantiations: The pairwise functions that it implements.
+        respond: Computes the responses (..., N, e) from the operands and the name of a platform in
+            `PLATFORMS`.
+        cost: Forecasts its cost for given sizes on a platform.
+        refusal: Returns why it is not available for given sizes on a platform, or None if it is.
+        respond_split: Computes this device's responses where positions are split over the devices
+            of a mapped axis, whose name is the third argument. None means that `respond` runs on
+            the keys and values gathered from all devices.
+        preferred_when_split: Whether "auto" takes this kernel whenever positions are split.
+    """
+
+    name: str
+    instantiations: tuple[Instantiation, ...]
+    respond: Callable[[Operands, str], Responses]
+    cost: Callable[[Sizes, str], Forecast]
+    refusal: Callable[[Sizes, str], str | None] = available_everywhere
+    respond_split: Callable[[Operands, str, str], Responses] | None = None
+    preferred_when_split: bool = False

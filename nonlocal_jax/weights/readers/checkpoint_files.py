@@ -1,0 +1,128 @@
+"""Reading a file of weights in any supported format, recognised by its content."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from nonlocal_jax.weights.readers.caffe2_pickles import is_pickle, read_caffe2
+from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
+from nonlocal_jax.weights.readers.orbax_folders import read_orbax
+from nonlocal_jax.weights.readers.safetensors_files import is_safetensors, read_safetensors
+from nonlocal_jax.weights.readers.torch_files import is_torch, read_torch
+from nonlocal_jax.weights.readers.values import Contents
+
+Format = Literal["caffe2", "torch", "safetensors", "orbax"]
+
+SUPPORTED = (
+    "Supported are pickles of Caffe2, files of torch.save, safetensors files and folders of Orbax."
+)
+WEB_PAGE = "a web page; did the download ask to log in, or to confirm?"
+# What an unsupported file is, by the bytes with which it starts.
+FOREIGN_FORMATS = {
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` downloads the file",
+    b"<!doctype html": WEB_PAGE,
+    b"<html": WEB_PAGE,
+    b"\x1f\x8b": "compressed with gzip; decompress it first",
+    b"BZh": "compressed with bzip2; decompress it first",
+    b"\xfd7zXZ": "compressed with xz; decompress it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it first",
+    b"\x89hdf\r\n": "HDF5",
+    b"\x93numpy": "a NumPy .npy file",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in a file, under the names that the file has for them.
+
+    Attributes:
+        path: The file or folder.
+        format: The format that its content showed.
+        arrays: The weights in the order of the file, read-only.
+        ignored: Every other entry of the file, with the reason why it is ignored.
+    """
+
+    path: Path
+    format: Format
+    arrays: dict[str, np.ndarray]
+    ignored: dict[str, str]
+
+
+def read(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Checkpoint:
+    """Reads the weights in a file without executing anything that the file asks for.
+
+    Args:
+        path: A pickle of Caffe2, a file of `torch.save`, a safetensors file, or a folder that Orbax
+            wrote.
+        max_bytes: Limit of what the weights may take in memory.
+
+    Returns:
+        The arrays by name, and why each other entry is ignored.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        FileFormatError: The file is damaged, of an unsupported format, or without weights.
+        UnsafeFileError: The file asks for code, or for more memory than `max_bytes` or than its
+            size explains.
+
+    >>> import pickle, pathlib, tempfile, numpy as np
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "weights.pkl")
+    >>> blobs = {"conv1_w": np.ones((2, 3), np.float32), "lr": 0.01}
+    >>> _ = path.write_bytes(pickle.dumps({"blobs": blobs}))
+    >>> checkpoint = read(path)
+    >>> checkpoint.format, checkpoint.arrays["conv1_w"].shape, checkpoint.ignored
+    ('caffe2', (2, 3), {'lr': 'training state'})
+    """
+    path = Path(path)
+    try:
+        file_format, (arrays, ignored) = _read(path, max_bytes)
+        if not arrays:
+            entries = [f"{name!a:.40} ({reason})" for name, reason in list(ignored.items())[:8]]
+            raise FileFormatError(f"it holds no weights, but {', '.join(entries) or 'nothing'}.")
+    except (FileFormatError, UnsafeFileError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    for array in arrays.values():
+        array.flags.writeable = False
+    return Checkpoint(path, file_format, arrays, ignored)
+
+
+def _read(path: Path, max_bytes: int) -> tuple[Format, Contents]:
+    """Recognises the format by the first bytes, and reads the file."""
+    if path.is_dir():
+        return "orbax", read_orbax(path, max_bytes)
+    size = path.stat().st_size
+    if not path.is_file():
+        raise FileFormatError(f"it is neither a file nor a folder. {SUPPORTED}")
+    with path.open("rb") as file:
+        head = file.read(1024)
+        file.seek(0)
+        if is_torch(head):
+            return "torch", read_torch(file, size, max_bytes)
+        if is_safetensors(head):
+            return "safetensors", read_safetensors(path, head, size, max_bytes)
+        if is_pickle(head):
+            return "caffe2", read_caffe2(file, size, max_bytes)
+    raise FileFormatError(f"it {_appearance(head)}. {SUPPORTED}")
+
+
+def _appearance(head: bytes) -> str:
+    """Describes a file of an unsupported format by its first bytes."""
+    for start, description in FOREIGN_FORMATS.items():
+        if head.lower().startswith(start.lower()):
+            return f"looks like {description}"
+    if head[257:262] == b"ustar":
+        return "looks like a tar archive of torch before 0.2; load it there and save it again"
+    if not head:
+        return "is empty"
+    text = head.decode("utf-8", "replace")
+    if all(_is_text(letter) for letter in text[:200]):
+        return f"looks like text that starts with {text[:40]!r}"
+    return f"is of an unknown format that starts with the bytes {head[:8].hex(' ')}"
+
+
+def _is_text(letter: str) -> bool:
+    is_undecodable = letter == "\ufffd"
+    return (letter.isprintable() or letter.isspace()) and not is_undecodable

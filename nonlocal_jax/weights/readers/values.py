@@ -1,0 +1,96 @@
+"""Checks of values that come from a file, before any memory is allocated for them."""
+
+import math
+import sys
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
+
+MAX_AXES = 32
+
+# What a reader returns: the arrays by name, and each other entry with the reason why it is ignored.
+Contents = tuple[dict[str, np.ndarray], dict[str, str]]
+
+
+def describe_value(value: object) -> str:
+    """Describes a value by its type and length, never by its content.
+
+    Shared references can make the content endless.
+    """
+    if isinstance(value, dict):
+        return f"dict of {len(value)}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def not_weights(value: object) -> str:
+    """Returns the reason for which an entry that is no array is ignored."""
+    return f"not weights: {describe_value(value)}"
+
+
+def integers(value: object) -> tuple[int, ...]:
+    """Checks a shape or strides: at most 32 integers from 0 to the address space."""
+    if (
+        isinstance(value, tuple)
+        and len(value) <= MAX_AXES
+        and all(type(n) is int and 0 <= n <= sys.maxsize for n in value)
+    ):
+        return value
+    raise FileFormatError(
+        f"sizes and strides must be up to {MAX_AXES} integers from 0 to {sys.maxsize}; "
+        f"got {describe_value(value)}."
+    )
+
+
+def array_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """Returns the size of an array in bytes.
+
+    NumPy must be able to address the array even where an axis of length 0 makes it empty.
+    """
+    if math.prod(n or 1 for n in shape) * itemsize > sys.maxsize:
+        raise FileFormatError(f"the shape {shape} is too large to be addressed.")
+    return math.prod(shape) * itemsize
+
+
+def insert_pairs(target: Any, items: list[Any]) -> Any:
+    """Inserts alternating keys and values into a dict.
+
+    Tuples are not accepted as keys: hashing a deeply nested one overflows the stack.
+    """
+    if type(target) not in (dict, OrderedDict) or len(items) % 2:
+        raise FileFormatError(
+            f"keys and values must come in pairs, for a dict; got {len(items)} items for "
+            f"{describe_value(target)}."
+        )
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        is_long = isinstance(key, int) and key.bit_length() > 64
+        if is_long or not isinstance(key, str | bytes | int | float | None):
+            raise FileFormatError(
+                f"a key of a dict must be text or a number of 64 bits; got {describe_value(key)}."
+            )
+        target[key] = value
+    return target
+
+
+def check_size(nbytes: int, max_bytes: int, name: str) -> None:
+    """Checks that `name` takes at most `max_bytes` in memory."""
+    if nbytes > max_bytes:
+        raise UnsafeFileError(
+            f"{name} would take {nbytes} bytes, over max_bytes={max_bytes}. "
+            "If that is intended, pass a larger max_bytes."
+        )
+
+
+def with_text_keys(tree: dict[Any, Any]) -> dict[str, Any]:
+    """Returns the dict with its keys as text. Some pickles have keys of bytes."""
+    entries = {
+        key.decode("latin1") if isinstance(key, bytes) else str(key): value
+        for key, value in tree.items()
+    }
+    if len(entries) < len(tree):
+        raise FileFormatError("two of its entries have the same name.")
+    return entries
