@@ -151,10 +151,11 @@ bool((block.apply(variables, x) == x).all())
 # ## An affinity map, before any training
 #
 # The Gaussian of the colours of an image attends to similar colours. The image is a
-# photograph that comes with scikit-learn, at every 8th pixel, and the mean colour is
-# roughly subtracted. Sky attends to sky; the shadow under the eaves attends to
-# everything dark; a grey spot among the leaves, whose colour vector is short after the
-# subtraction, attends to all positions alike.
+# photograph that comes with scikit-learn, at every 8th pixel; subtracting 0.5 roughly
+# removes the mean colour. The position in the sky attends to the brightest sky, and
+# the one in the shadow of the eaves to everything dark. The grey spot among the leaves
+# has a short colour vector after the subtraction, so it attends to all positions about
+# alike.
 
 # %%
 from sklearn.datasets import load_sample_image

@@ -59,7 +59,7 @@ if DOWNLOAD:
     )
 else:
     file = folder / "weights.safetensors"
-    stages = (1, 1, 1, 1)  # residual blocks; a non-local block follows that of res3
+    stages = (1, 1, 1, 1)  # residual blocks of each stage; a non-local one in res3
     model = nl.models.video_resnet(
         stages,
         "i3d_3x1x1",

@@ -48,6 +48,11 @@ def clips(shape=CLIP, seed=0):
     return np.random.default_rng(seed).uniform(size=shape).astype(np.float32)
 
 
+def normal(shape, seed=0):
+    """Returns normally distributed numbers."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 def random_variables(model, *args, seed=1, **kwargs):
     """Returns variables with large weights, so that maps are not uniform; compiles nothing."""
     flags = {name: value for name, value in kwargs.items() if isinstance(value, bool)}
