@@ -43,7 +43,7 @@ def test_predict(options, tmp_path, capsys):
     [
         ({"recipe": "i3d"}, "--recipe must be one of toy_mp4, "),
         ({"picture": "none/looked.png"}, "--picture must be in an existing folder"),
-        ({"picture": "looked.mp3"}, r"--picture must be .*\.png.*; got looked\.mp3"),
+        ({"picture": "looked.mp3"}, r"--picture must end in .*\.png.*; got looked\.mp3"),
         ({"page": "none/looked.html"}, "--page must be in an existing folder"),
         ({"weights": "none.pth"}, r"none\.pth"),
     ],
