@@ -4,47 +4,6 @@ from typing import TYPE_CHECKING
 
 from nonlocal_jax.lazy import submodules
 
-if TYPE_CHECKING:
-    from nonlocal_jax.data import (
-        annotations,
-        augment,
-        cifar,
-        clips,
-        frames,
-        images,
-        pipeline,
-        sampling,
-        stand_in,
-        toy_video,
-        transcode,
-        video,
-    )
-else:
-    __getattr__, __dir__ = submodules(
-        __name__,
-        "annotations",
-        "augment",
-        "cifar",
-        "clips",
-        "frames",
-        "images",
-        "pipeline",
-        "sampling",
-        "stand_in",
-        "toy_video",
-        "transcode",
-        "video",
-    )
-
-
-class DataError(Exception):
-    """Data is missing or is not what it should be. The message says what to do."""
-
-
-class VideoError(DataError):
-    """A file cannot be decoded as a video. The message names the file and the reason."""
-
-
 __all__ = [
     "DataError",
     "VideoError",
@@ -61,3 +20,29 @@ __all__ = [
     "transcode",
     "video",
 ]
+
+if TYPE_CHECKING:
+    from nonlocal_jax.data import (
+        annotations,
+        augment,
+        cifar,
+        clips,
+        frames,
+        images,
+        pipeline,
+        sampling,
+        stand_in,
+        toy_video,
+        transcode,
+        video,
+    )
+else:
+    __getattr__, __dir__ = submodules(__name__, *__all__[2:])  # all but the two errors
+
+
+class DataError(Exception):
+    """Data is missing or is not what it should be. The message says what to do."""
+
+
+class VideoError(DataError):
+    """A file cannot be decoded as a video. The message names the file and the reason."""
