@@ -21,11 +21,12 @@ def test_parameters_of_the_cifar_networks(depth, parameters):
 def test_a_cifar_network_with_blocks_starts_as_the_one_without():
     plain = cifar_resnet(8)
     network = cifar_resnet(8, {"res2": (0,), "res3": (0,)}, instantiation="dot_product")
-    logits, variables = jax.jit(network.init_with_output)(jax.random.key(1), IMAGES)
+    variables = jax.jit(network.init)(jax.random.key(1), IMAGES)
     plain_variables = {
         collection: {place: v for place, v in tree.items() if "nonlocal" not in place}
         for collection, tree in variables.items()
     }
+    logits = jax.jit(network.apply)(variables, IMAGES)
     plain_logits = jax.jit(plain.apply)(plain_variables, IMAGES)
     np.testing.assert_array_equal(logits, plain_logits)
     described = nl.describe(network, variables, jnp.asarray(IMAGES), expected=2)
