@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from weights import samples
 
 import nonlocal_jax as nl
 from nonlocal_jax.models import cifar_resnet, cost, non_local_pytorch_mnist
@@ -35,7 +36,7 @@ def test_a_cifar_network_with_blocks_starts_as_the_one_without():
 
 def test_a_cifar_network_trains():
     model = cifar_resnet(8, {"res3": (0,)}, num_classes=4, preset="caffe2")
-    variables = jax.jit(model.init)(jax.random.key(1), IMAGES)
+    variables = samples.weights(model)
 
     def loss(params, images):
         logits, updated = model.apply(
@@ -74,11 +75,10 @@ def test_the_maps_of_the_mnist_network(instantiation):
     images = np.random.default_rng(0).random((2, 28, 28, 1), np.float32)
 
     @jax.jit
-    def run(key, images):
-        variables = model.init(key, images)
+    def run(variables, images):
         return model.apply(variables, images, return_maps=True, mutable=["intermediates"])
 
-    (logits, maps), state = run(jax.random.key(1), images)
+    (logits, maps), state = run(samples.weights(model), images)
     assert logits.shape == (2, 10)
     assert [affinity.shape for affinity in maps] == [(2, 196, 49), (2, 49, 9)]
     for i, affinity in enumerate(maps, start=1):
