@@ -64,9 +64,11 @@ def test_block(make, norm, instantiation, pool):
     expected = variables_of({name: p.grad for name, p in peer.named_parameters()}, norm)["params"]
 
     pairwise = {"softmax": "embedded_gaussian"}.get(instantiation, instantiation)
-    block = nonlocal_block(
-        pairwise, preset="slowfast", inner_features=INNER, subsample=pool or False
-    )
+    options = {"inner_features": INNER, "subsample": pool or False}
+    block = nonlocal_block(pairwise, preset="slowfast", **options)
+
+    def apply(params, x):
+        return block.apply({**variables, "params": params}, x)
 
     @jax.jit
     def value_and_gradients(params, x, cotangent):
