@@ -50,12 +50,12 @@ def definition_differences(
         return layers, [_difference(expected[name], y) for name, y in defined.items()]
 
     with jax.default_matmul_precision("highest"):
-        by_layer, by_stage = jax.jit(compare)(variables, clip)
+        layer_arrays, stage_arrays = jax.jit(compare)(variables, clip)
     layers = {
-        name: finite_or_infinity(by_layer[name]) if name in by_layer else None
+        name: finite_or_infinity(layer_arrays[name]) if name in layer_arrays else None
         for name in dict.fromkeys(order)
     }
-    values = map(finite_or_infinity, by_stage)
+    values = map(finite_or_infinity, stage_arrays)
     return layers, dict(zip(stages, values, strict=True))
 
 

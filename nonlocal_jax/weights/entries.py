@@ -81,15 +81,15 @@ def detect(checkpoint: Checkpoint) -> NamingTable | None:
     names = [strip_prefix(key) for key in checkpoint.arrays]
     if names and all(name.startswith(("params/", "batch_stats/")) for name in names):
         return None
-    known = {
+    counts = {
         table.name: sum(table.native_name(name) is not None for name in names)
         for table in sources.NAMING_TABLES
     }
-    best = max(sources.NAMING_TABLES, key=lambda table: known[table.name])
+    best = max(sources.NAMING_TABLES, key=lambda table: counts[table.name])
     candidates = sum(not best.holds_no_weights(name) for name in names)
-    if not known[best.name] or 2 * known[best.name] < candidates:
+    if not counts[best.name] or 2 * counts[best.name] < candidates:
         raise ValueError(
-            f"{checkpoint.path} must have the names of {', '.join(known)} or of this library; "
+            f"{checkpoint.path} must have the names of {', '.join(counts)} or of this library; "
             f"its first names are {', '.join(names[:4])}."
         )
     return best

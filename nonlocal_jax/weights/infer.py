@@ -104,7 +104,7 @@ def _architecture(source: str, entries: list[Entry]) -> Architecture:
         return Architecture(source, MNIST, num_classes=num_classes, **block_options)
     blocks = _residual_blocks(shapes)
     places = _nonlocal_places(shapes, blocks)
-    by_stage = itertools.groupby(places, lambda place: place[0])
+    stages = itertools.groupby(places, lambda place: place[0])
     convs = re.compile(r"/conv(1|_[abc])/kernel$")
     has_flat = {entry.flat for entry in entries if convs.search(entry.target)}
     return Architecture(
@@ -112,7 +112,7 @@ def _architecture(source: str, entries: list[Entry]) -> Architecture:
         network="video_resnet",
         blocks=blocks,
         kind="image" if has_flat == {True} else _kind(shapes, blocks),
-        nonlocal_blocks={stage: tuple(i for _, i in group) for stage, group in by_stage},
+        nonlocal_blocks={stage: tuple(i for _, i in group) for stage, group in stages},
         subsample=_subsample(source, entries),
         frozen_bn=_is_frozen(shapes),
         num_classes=_num_classes(shapes, "head"),
@@ -196,12 +196,12 @@ def _kernel_frames(blocks: tuple[int, ...], kind: Kind) -> dict[str, int]:
 
 def _widths(shapes: Shapes, blocks: tuple[int, ...]) -> dict[str, Any]:
     """Returns groups and their width by the 3×3 of res2_0, after checking every other block."""
-    *_, per_group, inner = _kernel_shape(shapes, "res2_0/conv_b")
-    groups = inner // per_group if per_group and inner % per_group == 0 else 0
+    *_, group_width, inner = _kernel_shape(shapes, "res2_0/conv_b")
+    groups = inner // group_width if group_width and inner % group_width == 0 else 0
     if not groups or inner % groups:
         raise ValueError(
-            f"res2_0/conv_b has {inner} channels, of which each filter reads {per_group}: that is "
-            "not a whole number of groups"
+            f"res2_0/conv_b has {inner} channels, of which each filter reads {group_width}: "
+            "that is not a whole number of groups"
         )
     for s, (stage, count) in enumerate(zip(STAGES, blocks, strict=True)):
         width = inner << s
@@ -225,19 +225,19 @@ def _widths(shapes: Shapes, blocks: tuple[int, ...]) -> dict[str, Any]:
 def _block_options(shapes: Shapes, places: list[str]) -> dict[str, Any]:
     """Returns the options of the non-local blocks, which must be the same for all of them."""
 
-    def all_have(name: str, leaf: str) -> bool:
+    def blocks_have(name: str, leaf: str) -> bool:
         return _agree(name, (f"{place}/{leaf}" in shapes for place in places))
 
     instantiation: Instantiation | None
-    if all_have("θ", "operation/theta/kernel"):
-        instantiation = "concatenation" if all_have("w_f", "operation/w_f") else None
+    if blocks_have("θ", "operation/theta/kernel"):
+        instantiation = "concatenation" if blocks_have("w_f", "operation/w_f") else None
     else:
         instantiation = "gaussian" if places else None
     return {
         "instantiation": instantiation,
-        "embedding_bias": all_have("a bias of g", "operation/g/bias"),
-        "out_bias": all_have("a bias of W_z", "out/bias"),
-        "nonlocal_norm": all_have("a norm", "out_norm/scale"),
+        "embedding_bias": blocks_have("a bias of g", "operation/g/bias"),
+        "out_bias": blocks_have("a bias of W_z", "out/bias"),
+        "nonlocal_norm": blocks_have("a norm", "out_norm/scale"),
     }
 
 

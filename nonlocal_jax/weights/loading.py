@@ -161,8 +161,8 @@ def _misfit(
 ) -> str:
     """Lists the first problems of both kinds."""
     shown = entry_problems[:4] + leaf_problems[:4]
-    more = len(entry_problems) + len(leaf_problems) - len(shown)
-    lines = "\n  ".join([*shown, f"and {more} more"] if more else shown)
+    remaining = len(entry_problems) + len(leaf_problems) - len(shown)
+    lines = "\n  ".join([*shown, f"and {remaining} more"] if remaining else shown)
     count, names = len(checkpoint.arrays), table_name(table)
     return (
         f"{checkpoint.path}, {count} arrays named as in {names}, does not fit this "

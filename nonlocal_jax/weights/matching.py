@@ -41,9 +41,9 @@ def match_entry(
         The row of the load report, and what is wrong with the entry, if anything is.
     """
     if not entry.target and entry.transform.startswith(FOLDED):
-        return _not_loaded(entry, entry.transform), None
+        return _skipped(entry, entry.transform), None
     if problem := _placement_problem(entry, leaves, loaded):
-        return _not_loaded(entry, "does not fit"), problem
+        return _skipped(entry, "does not fit"), problem
     leaf = leaves[entry.target]
     shape = tuple(leaf.shape)
     array, transform = entry.array, entry.transform
@@ -53,17 +53,17 @@ def match_entry(
         transform += f", inflated to {shape[0]} frames"
     if array.shape != shape:
         if "classifier" in initialise and entry.target.startswith(CLASSIFIERS):
-            return _not_loaded(entry, f"the leaf has another size, {dims(shape)}"), None
+            return _skipped(entry, f"the leaf has another size, {dims(shape)}"), None
         fits_inflated = array.ndim == 5 and array.shape == (1, *shape[1:])
         hint = ". The kernel is flat: pass inflate_flat=True" if fits_inflated else ""
         sizes = f"becomes {dims(array.shape)}; {entry.target} has {dims(shape)}"
         problem = f"{_describe(entry)} {sizes}{hint}"
-        return _not_loaded(entry, "does not fit"), problem
+        return _skipped(entry, "does not fit"), problem
     loaded[entry.target] = array
     return LoadedWeight(entry.key, entry.target, entry.source_shape, shape, transform), None
 
 
-def _not_loaded(entry: Entry, reason: str) -> LoadedWeight:
+def _skipped(entry: Entry, reason: str) -> LoadedWeight:
     return LoadedWeight(entry.key, "", entry.source_shape, (), reason)
 
 

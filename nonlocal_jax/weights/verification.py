@@ -187,15 +187,17 @@ def _layer_checks(
     """Joins the differences of weights and outputs by layer. Layers with neither are left out."""
     checks = []
     for place in dict.fromkeys([*layer_differences, *map(_module_path, weight_differences)]):
-        own = {
+        module_differences = {
             target: difference
             for target, difference in weight_differences.items()
             if _module_path(target) == place
         }
         output = layer_differences.get(place)
-        shapes = tuple(leaves[target].shape for target in own)
-        if own or output is not None:
-            checks.append(LayerCheck(place, shapes, max(own.values(), default=None), output))
+        shapes = tuple(leaves[target].shape for target in module_differences)
+        if module_differences or output is not None:
+            checks.append(
+                LayerCheck(place, shapes, max(module_differences.values(), default=None), output)
+            )
     return tuple(checks)
 
 

@@ -21,7 +21,7 @@ from nonlocal_jax.weights.entries import naming_tables
 
 torch.set_num_threads(1)  # each core has a test process
 NORMS = nn.modules.batchnorm._BatchNorm
-HEIGHT, WIDTH = 40, 56  # 10×14, 5×7, 3×4 and 2×2 positions in res2 to res5
+HEIGHT, WIDTH = 24, 40  # 6×10, 3×5, 2×3 and 1×2 positions in res2 to res5
 
 
 def numbers(*shape, seed=1):
@@ -187,8 +187,10 @@ def compare_gradients(model, variables, clip, cotangent, answer, source, train=F
         # Relative to the largest of the layer, because the gradient of a bias that a softmax or the
         # next norm cancels is nothing but rounding.
         layer = name.rpartition("/")[0]
-        in_layer = [array for key, array in expected.items() if key.rpartition("/")[0] == layer]
-        scale = max(np.abs(array).max() for array in in_layer)
+        layer_gradients = [
+            array for key, array in expected.items() if key.rpartition("/")[0] == layer
+        ]
+        scale = max(np.abs(array).max() for array in layer_gradients)
         assert_close(weight_gradients[name], gradient, 1e-5, f"gradient of {name}", scale)
     return named(statistics)
 

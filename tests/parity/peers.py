@@ -3,8 +3,9 @@
 Only the models of the peers are imported. Whatever else they import is replaced by modules in which
 every name is an empty class. The real torchvision is imported first, so that the peers find it.
 
-Most comparisons use networks of seven residual blocks, `SHORT`, with the same kinds of blocks as an
-R50: with and without inflation, with and without a non-local block after them.
+Most comparisons use networks of five residual blocks, `SHORT`, of the same kinds as in an R50: with
+and without a convolution in the shortcut, with and without inflation, with and without a non-local
+block after them.
 """
 
 import contextlib
@@ -25,9 +26,9 @@ from benchmarks import torch_network
 
 STAGES = ("pool1", "res2", "pool2", "res3", "res4", "res5")
 # Residual blocks of res2 to res5, and the places of five non-local blocks, or two in SHORT.
-R50, R101, SHORT = (3, 4, 6, 3), (3, 4, 23, 3), (1, 2, 2, 2)
+R50, R101, SHORT = (3, 4, 6, 3), (3, 4, 23, 3), (1, 2, 1, 1)
 FIVE_BLOCKS = {"res3": (1, 3), "res4": (1, 3, 5)}
-PLACES = {R50: FIVE_BLOCKS, R101: FIVE_BLOCKS, SHORT: {"res3": (1,), "res4": (1,)}}
+PLACES = {R50: FIVE_BLOCKS, R101: FIVE_BLOCKS, SHORT: {"res3": (1,), "res4": (0,)}}
 CLASSES = 11
 
 
@@ -57,10 +58,10 @@ class _Absent(types.ModuleType):
 
 def _bare(name):
     """Makes a package whose `__init__` is not executed."""
-    top, *rest = name.split(".")
+    top, *parts = name.split(".")
     module = types.ModuleType(name)
     module.__path__ = [
-        str(Path(importlib.machinery.PathFinder.find_spec(top).origin).parent.joinpath(*rest))
+        str(Path(importlib.machinery.PathFinder.find_spec(top).origin).parent.joinpath(*parts))
     ]
     return module
 
@@ -194,11 +195,14 @@ def mmaction2(mode=None, inflate_style="3x1x1", blocks=SHORT):
         config.backbone |= {"pretrained": None, "inflate_style": inflate_style, "depth": blocks}
         backbone_class = sys.modules["mmaction.models.backbones.resnet3d"].ResNet3d
         backbone_class.arch_settings[blocks] = (backbone_class.arch_settings[50][0], blocks)
-        for option in ("inflate", "non_local"):
-            if by_stage := config.backbone.get(option):
-                config.backbone[option] = tuple(
-                    tuple(stage[:n]) for stage, n in zip(by_stage, blocks, strict=True)
-                )
+        stages = zip(STAGES[1:2] + STAGES[3:], config.backbone.inflate, blocks, strict=True)
+        inflate, non_local = [], []
+        for stage, pattern, count in stages:
+            inflate.append(tuple(pattern[:count]))
+            non_local.append(tuple(int(i in PLACES[blocks].get(stage, ())) for i in range(count)))
+        config.backbone.inflate = tuple(inflate)
+        if mode:
+            config.backbone.non_local = tuple(non_local)
         config.cls_head |= {"num_classes": CLASSES, "dropout_ratio": 0.0}
         if mode:
             config.backbone.non_local_cfg.mode = mode

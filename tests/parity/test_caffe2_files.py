@@ -40,8 +40,8 @@ RULES = [
 
 def blob_name(name):
     """Translates a name of PySlowFast, whose own rules go in the other direction."""
-    for pattern, by in RULES:
-        name = re.sub(pattern, by, name)
+    for pattern, replacement in RULES:
+        name = re.sub(pattern, replacement, name)
     return name
 
 
@@ -83,13 +83,13 @@ def save(tree, path):
 
 @pytest.mark.parametrize(("kind", "blocks"), [("i3d", R50), ("c2d", R50), ("i3d", R101)])
 def test_names_are_those_that_slowfast_converts(kind, blocks):
-    to_slowfast = peers.load("slowfast.utils.c2_model_loading").get_name_convert_func()
+    slowfast_name = peers.load("slowfast.utils.c2_model_loading").get_name_convert_func()
     names = [
         name
         for name in peers.slowfast(kind, blocks).network.state_dict()
         if not name.endswith("num_batches_tracked")
     ]
-    assert [to_slowfast(blob_name(name)) for name in names] == names
+    assert [slowfast_name(blob_name(name)) for name in names] == names
     assert {
         "conv1_w",
         "res_conv1_bn_riv",

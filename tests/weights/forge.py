@@ -88,7 +88,7 @@ def array(value, code="f4", shape=None, content=None):
 
 def python2(blobs, protocol):
     """Writes float32 arrays as cPickle of Python 2 with NumPy 1.x did, with protocol 0 or 2."""
-    out = []
+    buffer = []
     for key, value in blobs.items():
         raw, shape = value.tobytes(), value.shape
         if protocol == 0:
@@ -100,14 +100,14 @@ def python2(blobs, protocol):
                 )
                 + "'"
             )
-            out.append(
+            buffer.append(
                 f"S'{key}'\ncnumpy.core.multiarray\n_reconstruct\n"
                 f"(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n({sizes}tcnumpy\ndtype\n"
                 f"(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\nS{quoted}\ntbs"
             )
         else:
             text2 = [b"U" + bytes([len(t)]) + t for t in (key.encode(), b"b", b"f4", b"<")]
-            out.append(
+            buffer.append(
                 text2[0]
                 + b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85"
                 + text2[1]
@@ -125,8 +125,8 @@ def python2(blobs, protocol):
                 + b"tbs"
             )
     if protocol == 0:
-        return ("(dp0\nS'blobs'\np1\n(dp2\n" + "".join(out) + "s.").encode()
-    return b"\x80\x02}q\1U\5blobsq\2}q\3" + b"".join(out) + b"s."
+        return ("(dp0\nS'blobs'\np1\n(dp2\n" + "".join(buffer) + "s.").encode()
+    return b"\x80\x02}q\1U\5blobsq\2}q\3" + b"".join(buffer) + b"s."
 
 
 # Torch files.
@@ -166,8 +166,8 @@ def zipped(
     code, contents, root="archive", extra=(), order="little", compression=zipfile.ZIP_STORED
 ):
     """Makes the archive that torch.save writes since 1.6."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", compression) as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.writestr(f"{root}/data.pkl", whole(code))
         archive.writestr(f"{root}/byteorder", order)
         for key, content in contents.items():
@@ -175,7 +175,7 @@ def zipped(
         archive.writestr(f"{root}/version", "3\n")
         for member, content in extra:
             archive.writestr(member, content)
-    return out.getvalue()
+    return buffer.getvalue()
 
 
 def legacy(code, contents, sizes, magic=MAGIC, protocol=None, machine=None, keys=None):

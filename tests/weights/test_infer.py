@@ -15,7 +15,7 @@ from nonlocal_jax.weights.infer import Architecture, architecture
 
 video_resnet = nl.models.video_resnet
 FROZEN = {"frozen_bn": True, "block_options": {"norm": None}}
-IN_RES3_AND_RES5 = {"res3": (0, 2), "res5": (2,)}
+TWO_STAGES = {"res3": (0, 2), "res5": (2,)}
 WIDE = {"groups": 32, "width_per_group": 4}
 SHORT = (1, 2, 3, 2)
 
@@ -28,7 +28,7 @@ FILES = [
     ("caffe2", 50, "i3d_3x1x1", 5, "8x8", "caffe2", FROZEN),
     ("caffe2", SHORT, "c2d", 0, "8x8", "caffe2", {"frozen_bn": True}),
     ("slowfast", 101, "i3d_3x1x1", 5, "8x8", "slowfast", {}),
-    ("slowfast", 50, "c2d", IN_RES3_AND_RES5, "8x8", "slowfast", {"num_classes": 157}),
+    ("slowfast", 50, "c2d", TWO_STAGES, "8x8", "slowfast", {"num_classes": 157}),
     ("slowfast", SHORT, "i3d_3x1x1", 1, "8x8", "slowfast", WIDE),
     ("slowfast", SHORT, "i3d_3x3x3", 0, "8x8", "slowfast", {}),
     ("mmaction2", 50, "i3d_3x1x1", 5, "32x2", "mmcv", {}),
@@ -73,9 +73,9 @@ def mmaction2():
     return samples.checkpoint(model, "mmaction2")
 
 
-@pytest.mark.parametrize(("names", "depth", "kind", "blocks", "clip", "preset", "more"), FILES)
-def test_the_network_of_a_file(names, depth, kind, blocks, clip, preset, more):
-    model = video_resnet(depth, kind, blocks, clip, preset, **more)
+@pytest.mark.parametrize(("names", "depth", "kind", "blocks", "clip", "preset", "extra"), FILES)
+def test_the_network_of_a_file(names, depth, kind, blocks, clip, preset, extra):
+    model = video_resnet(depth, kind, blocks, clip, preset, **extra)
     found = architecture(samples.checkpoint(model, names))
     assert found.source == names
     assert (found.depth, found.kind, found.num_classes) == (depth, kind, model.num_classes)
@@ -90,7 +90,7 @@ def test_the_network_of_a_file(names, depth, kind, blocks, clip, preset, more):
     }
     if blocks:
         expected["instantiation"] = "embedded_gaussian"
-    assert options(found) == expected | more
+    assert options(found) == expected | extra
     assert repr(build(found)) == repr(eval(call(found), {"nl": nl})) == repr(model)
 
 

@@ -10,7 +10,7 @@ import nonlocal_jax as nl
 from nonlocal_jax.weights import export, load, load_report, save, sources
 
 PLAIN = samples.network()
-WITH_BLOCKS = samples.network(blocks=samples.BLOCKS)
+NONLOCAL = samples.network(blocks=samples.BLOCKS)
 
 
 @pytest.fixture
@@ -21,11 +21,11 @@ def path(tmp_path):
 @pytest.fixture(scope="module")
 def file_with_blocks(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "slowfast.bin"
-    save(path, samples.weights(WITH_BLOCKS), names="slowfast")
+    save(path, samples.weights(NONLOCAL), names="slowfast")
     return path
 
 
-OTHER_NETWORKS = {
+WRONG_NETWORKS = {
     "deeper": (
         {"depth": (1, 2, 3, 1)},
         "params/res4_2/conv_a/kernel 3×1×1×1024×16 is not in the file",
@@ -64,9 +64,9 @@ OTHER_NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("case", OTHER_NETWORKS)
+@pytest.mark.parametrize("case", WRONG_NETWORKS)
 def test_another_network(case, file_with_blocks):
-    options, message = OTHER_NETWORKS[case]
+    options, message = WRONG_NETWORKS[case]
     model = samples.network(**{"blocks": samples.BLOCKS} | options)
     error = samples.error_of(file_with_blocks, model)
     assert message in error
@@ -111,16 +111,16 @@ def test_statistics_without_a_scale(path):
     assert "params/conv1_norm/scale 64 is not in the file" in error
 
 
-NO_WEIGHTS = {
+WEIGHTLESS = {
     "empty": (b"", "is empty"),
     "text": (b"conv1_w = 3\n" * 50, "looks like text"),
     "page": (b"<!DOCTYPE html><html>", "a web page"),
 }
 
 
-@pytest.mark.parametrize("case", NO_WEIGHTS)
+@pytest.mark.parametrize("case", WEIGHTLESS)
 def test_no_weights(case, path):
-    content, message = NO_WEIGHTS[case]
+    content, message = WEIGHTLESS[case]
     path.write_bytes(content)
     with pytest.raises(nl.weights.FileFormatError, match=message):
         load(path, PLAIN)
@@ -187,7 +187,7 @@ def test_a_save_that_fails_keeps_the_old_file(path, monkeypatch):
 
 
 def test_leaf_without_a_name(path):
-    variables = samples.without(samples.weights(WITH_BLOCKS), "batch_stats")
+    variables = samples.without(samples.weights(NONLOCAL), "batch_stats")
     with pytest.raises(ValueError, match=r"torchvision has no name for params/nonlocal_res3_1/"):
         save(path, variables, names="torchvision")
     assert not path.exists()
@@ -205,4 +205,4 @@ def test_two_leaves_of_one_name(monkeypatch):
     monkeypatch.setitem(sources.CAFFE2.words, "embedding", words)
     message = r"the name nonlocal_conv3_1_theta_\w for params/nonlocal_res3_1/.* and for another"
     with pytest.raises(ValueError, match=message):
-        export(samples.weights(WITH_BLOCKS), "caffe2")
+        export(samples.weights(NONLOCAL), "caffe2")

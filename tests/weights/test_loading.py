@@ -26,7 +26,7 @@ VIDEO_SOURCES = {
     "torchvision": False,
 }
 PLAIN = samples.network()
-WITH_BLOCKS = samples.network(blocks=samples.BLOCKS)
+NONLOCAL = samples.network(blocks=samples.BLOCKS)
 # Where something is compiled, one residual block in each stage is enough.
 TINY = samples.tiny_network()
 TINY_BLOCKS = {"res3": (0,)}
@@ -47,7 +47,7 @@ def transforms(report):
 
 @pytest.mark.parametrize("names", VIDEO_SOURCES)
 def test_what_is_saved_is_loaded(names, path):
-    model = WITH_BLOCKS if VIDEO_SOURCES[names] else PLAIN
+    model = NONLOCAL if VIDEO_SOURCES[names] else PLAIN
     variables = samples.weights(model)
     save(path, variables, names=names)
     loaded, report = load_with_report(path, model)
@@ -80,12 +80,12 @@ def test_concatenation_of_mmaction2(path):
 
 @pytest.mark.parametrize("layout", ["blobs", "bare"])
 def test_pickle_of_caffe2(layout, path):
-    variables = samples.weights(WITH_BLOCKS)
+    variables = samples.weights(NONLOCAL)
     arrays = export(variables, "caffe2")
     solver = {"conv1_w_momentum": arrays["conv1_w"], "lr": np.float32(0.01), "model_iter": 400_000}
     tree = arrays | solver
     path.write_bytes(pickle.dumps({"blobs": tree} if layout == "blobs" else tree, protocol=2))
-    loaded, report = load_with_report(path, WITH_BLOCKS)
+    loaded, report = load_with_report(path, NONLOCAL)
     samples.assert_equal(loaded, variables)
     ignored = {w.source: w.transform for w in report.weights if not w.target}
     assert ignored == dict.fromkeys(solver, "training state")
@@ -246,11 +246,11 @@ def test_half_precision_is_inflated_in_float32(path):
 def test_classifier_of_another_size(path):
     variables = samples.weights(TINY)
     save(path, variables, names="slowfast")
-    other = samples.tiny_network(num_classes=11)
+    new_classes = samples.tiny_network(num_classes=11)
     sizes = "7×2048 becomes 2048×7; params/head/kernel has 2048×11"
-    assert f"head.projection.weight {sizes}" in samples.error_of(path, other)
-    loaded = load(path, other, initialise=("classifier",), rng=jax.random.key(5))
-    default, report = load_with_report(path, other, initialise=("classifier",))
+    assert f"head.projection.weight {sizes}" in samples.error_of(path, new_classes)
+    loaded = load(path, new_classes, initialise=("classifier",), rng=jax.random.key(5))
+    default, report = load_with_report(path, new_classes, initialise=("classifier",))
     head, default_head = loaded["params"]["head"], default["params"]["head"]
     assert (default_head["kernel"] != head["kernel"]).any()
     assert float(np.std(head["kernel"])) == pytest.approx(0.01, rel=0.1)
@@ -281,11 +281,11 @@ def test_without_a_classifier(path):
 def test_blocks_that_the_file_does_not_have_start_as_the_identity(path):
     variables = samples.weights(TINY)
     save(path, variables, names="slowfast")
-    with_blocks = samples.tiny_network(blocks=TINY_BLOCKS)
-    message = samples.error_of(path, with_blocks)
+    nonlocal_model = samples.tiny_network(blocks=TINY_BLOCKS)
+    message = samples.error_of(path, nonlocal_model)
     assert "params/nonlocal_res3_0/operation/g/kernel 512×256 is not in the file" in message
     assert "initialise=('nonlocal',)" in message
-    loaded = load(path, with_blocks, initialise=("nonlocal",))
+    loaded = load(path, nonlocal_model, initialise=("nonlocal",))
     samples.assert_equal(samples.without(loaded, "nonlocal_"), variables)
     block = loaded["params"]["nonlocal_res3_0"]
     assert not block["out_norm"]["scale"].any()

@@ -42,7 +42,7 @@ def video(tmp_path_factory):
     return path
 
 
-def by_place(result):
+def layers_of(result):
     return {layer.place: layer for layer in result.layers}
 
 
@@ -51,7 +51,7 @@ def test_a_video_network(video):
     result = nl.weights.verify(video, VIDEO, shape=SHAPE)
     assert result.ok
     assert list(result.stages) == ["pool1", "res2", "pool2", "res3", "res4", "res5", "logits"]
-    layers = by_place(result)
+    layers = layers_of(result)
     modules = {"/".join(leaf.split("/")[1:-1]) for leaf in samples.shapes(VIDEO)}
     assert modules <= layers.keys()
     assert all(layer.weights == 0 for layer in layers.values() if layer.shapes)
@@ -78,7 +78,7 @@ def test_inflated_and_folded(tmp_path):
     model = samples.tiny_network("i3d_3x1x1", preset="caffe2", frozen_bn=True)
     result = nl.weights.verify(tmp_path / "image", model, shape=SHAPE)
     assert result.ok
-    layers = by_place(result)
+    layers = layers_of(result)
     assert 0 < layers["conv1"].weights < 1e-6
     assert 0 < layers["conv1_norm"].weights < 1e-6
     assert layers["res5_0/conv_a"].weights == 0  # this one has one frame
@@ -87,7 +87,7 @@ def test_inflated_and_folded(tmp_path):
 def test_digits(verified_digits):
     assert verified_digits.ok
     assert list(verified_digits.stages) == ["logits"]
-    assert by_place(verified_digits)["nonlocal1/operation"].output > 0
+    assert layers_of(verified_digits)["nonlocal1/operation"].output > 0
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_instantiations(instantiation, small_block):
     path, block, example = small_block(instantiation)
     result = nl.weights.verify(path, block, example=example)
     assert result.ok
-    assert 0 < by_place(result)["operation"].output < 1e-5
+    assert 0 < layers_of(result)["operation"].output < 1e-5
 
 
 # Faults.
@@ -133,7 +133,7 @@ def test_a_broken_convolution(video, monkeypatch):
     monkeypatch.setattr(module, "video_conv", broken)
     result = nl.weights.verify(video, VIDEO, shape=SHAPE)
     assert not result.ok
-    wrong = {place for place, layer in by_place(result).items() if (layer.output or 0) > 1e-4}
+    wrong = {place for place, layer in layers_of(result).items() if (layer.output or 0) > 1e-4}
     assert wrong == {"res2_0/conv_a", "res3_0/conv_a", "res4_0/conv_a"}
     assert result.largest["layers"][1] in wrong
     assert result.stages["pool1"] < 1e-5
@@ -152,11 +152,11 @@ def test_a_broken_non_local_operation(small_block, monkeypatch):
     monkeypatch.setattr(PairwiseCall, "respond", broken)
     path, block, example = small_block("dot_product")
     result = nl.weights.verify(path, block, example=example)
-    assert by_place(result)["operation"].output == pytest.approx(0.01, rel=0.1)
+    assert layers_of(result)["operation"].output == pytest.approx(0.01, rel=0.1)
     assert not result.ok
 
 
-def with_row(monkeypatch, table, template, **changes):
+def break_row(monkeypatch, table, template, **changes):
     """Makes a mistake in one row of a table."""
     rows = tuple(
         dataclasses.replace(row, **changes) if row.source == template else row for row in table.rows
@@ -168,9 +168,9 @@ def with_row(monkeypatch, table, template, **changes):
 
 def test_a_transform_that_flips_kernels(digits, monkeypatch):
     flipped = dataclasses.replace(CONV2D, import_array=lambda a: CONV2D.import_array(a)[::-1])
-    with_row(monkeypatch, sources.NON_LOCAL_PYTORCH, "{conv}.weight", transform=flipped)
+    break_row(monkeypatch, sources.NON_LOCAL_PYTORCH, "{conv}.weight", transform=flipped)
     result = nl.weights.verify(digits, DIGITS)
-    wrong = {place for place, layer in by_place(result).items() if layer.weights}
+    wrong = {place for place, layer in layers_of(result).items() if layer.weights}
     assert wrong == {"conv1", "conv2", "conv3"}
     assert not result.ok
 
@@ -187,15 +187,15 @@ def test_a_name_that_differs_on_export(digits, monkeypatch):
     slipped = dataclasses.replace(table, words=words)
     monkeypatch.setattr(sources, "NAMING_TABLES", (slipped,))
     result = nl.weights.verify(digits, DIGITS)
-    assert by_place(result)["conv1_norm"].weights == math.inf
-    assert by_place(result)["conv1"].weights == 0
+    assert layers_of(result)["conv1_norm"].weights == math.inf
+    assert layers_of(result)["conv1"].weights == 0
 
 
 def test_an_array_that_is_scaled(digits, monkeypatch):
     doubled = dataclasses.replace(VECTOR, import_array=lambda a: 2 * VECTOR.import_array(a))
-    with_row(monkeypatch, sources.NON_LOCAL_PYTORCH, "fc.3.bias", transform=doubled)
+    break_row(monkeypatch, sources.NON_LOCAL_PYTORCH, "fc.3.bias", transform=doubled)
     result = nl.weights.verify(digits, DIGITS)
-    assert by_place(result)["fc2"].weights == 1
+    assert layers_of(result)["fc2"].weights == 1
     assert result.largest["weights"] == (1, "fc2")
     assert not result.ok
 
@@ -209,8 +209,8 @@ def test_numbers_that_are_not_finite(digits, tmp_path):
         "params/conv2/bias has 2 values that are not finite",
         "params/conv3/bias has 1 values that are not finite",
     }
-    assert by_place(result)["conv2"].weights == 0  # it equals the file
-    assert by_place(result)["conv3"].weights == 0
+    assert layers_of(result)["conv2"].weights == 0  # it equals the file
+    assert layers_of(result)["conv3"].weights == 0
     assert not result.ok
     assert "wrong: params/conv2/bias has 2 values that are not finite" in str(result)
 
@@ -237,9 +237,9 @@ def test_a_file_that_does_not_fit_raises_the_errors_of_load(digits):
 
 
 def test_another_seed_draws_another_clip(digits, verified_digits):
-    other = nl.weights.verify(digits, DIGITS, seed=1)
+    second = nl.weights.verify(digits, DIGITS, seed=1)
     differences = [
-        by_place(result)["nonlocal1/operation"].output for result in (verified_digits, other)
+        layers_of(result)["nonlocal1/operation"].output for result in (verified_digits, second)
     ]
     assert differences[0] != differences[1]
     assert np.isfinite(differences).all()

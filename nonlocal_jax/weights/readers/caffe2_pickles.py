@@ -11,8 +11,8 @@ from nonlocal_jax.weights.readers.values import (
     Contents,
     check_size,
     describe_value,
-    not_weights,
-    with_text_keys,
+    ignored_reason,
+    text_keyed,
 )
 
 # Pickles have no magic number before protocol 2: these are the ways in which one with a dict of
@@ -41,10 +41,10 @@ def read_caffe2(file: io.BufferedIOBase, size: int, max_bytes: int) -> Contents:
             f"it is a pickle of {describe_value(tree)}; "
             "expected a dict of arrays, or one under 'blobs'."
         )
-    blobs, ignored = with_text_keys(tree), {}
+    blobs, ignored = text_keyed(tree), {}
     if isinstance(blobs.get("blobs"), dict):
-        ignored = {name: not_weights(value) for name, value in blobs.items() if name != "blobs"}
-        blobs = with_text_keys(blobs["blobs"])
+        ignored = {name: ignored_reason(value) for name, value in blobs.items() if name != "blobs"}
+        blobs = text_keyed(blobs["blobs"])
     weights: dict[str, NumpyArray] = {}
     for name, value in blobs.items():
         if reason := _reason_to_ignore(name, value):
@@ -60,5 +60,5 @@ def _reason_to_ignore(name: str, value: Any) -> str | None:
     if name in TRAINING_STATE or name.endswith("_momentum"):
         return "training state"
     if not isinstance(value, NumpyArray):
-        return not_weights(value)
+        return ignored_reason(value)
     return None if value.shape else "not weights: a number"

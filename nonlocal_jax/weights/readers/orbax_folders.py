@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
-from nonlocal_jax.weights.readers.values import Contents, check_size, not_weights
+from nonlocal_jax.weights.readers.values import Contents, check_size, ignored_reason
 
 
 def read_orbax(path: Path, max_bytes: int) -> Contents:
@@ -59,5 +59,5 @@ def _restore(folder: Path, max_bytes: int) -> Contents:
     if len(entries) < len(leaves):
         raise FileFormatError("two of its entries have the same name.")
     arrays = {name: leaf for name, leaf in entries.items() if isinstance(leaf, np.ndarray)}
-    ignored = {name: not_weights(leaf) for name, leaf in entries.items() if name not in arrays}
+    ignored = {name: ignored_reason(leaf) for name, leaf in entries.items() if name not in arrays}
     return arrays, ignored

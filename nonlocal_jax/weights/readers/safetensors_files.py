@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from nonlocal_jax.weights.readers.errors import FileFormatError
-from nonlocal_jax.weights.readers.values import Contents, check_size, not_weights
+from nonlocal_jax.weights.readers.values import Contents, check_size, ignored_reason
 
 MAX_HEADER_BYTES = 100 << 20  # as in the safetensors library
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -54,4 +54,4 @@ def read_safetensors(path: Path, head: bytes, size: int, max_bytes: int) -> Cont
         raise FileFormatError(
             f"it is a damaged safetensors file ({error!s:.200}). Download it again."
         ) from error
-    return arrays, {"__metadata__": not_weights(metadata)} if metadata else {}
+    return arrays, {"__metadata__": ignored_reason(metadata)} if metadata else {}

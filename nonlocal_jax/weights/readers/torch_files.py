@@ -24,8 +24,8 @@ from nonlocal_jax.weights.readers.values import (
     Contents,
     check_size,
     describe_value,
-    not_weights,
-    with_text_keys,
+    ignored_reason,
+    text_keyed,
 )
 from nonlocal_jax.weights.readers.zip_archives import ZIP_MAGIC, ZipArchive
 
@@ -80,9 +80,9 @@ def read_torch(file: io.BufferedIOBase, size: int, max_bytes: int) -> Contents:
             f"torch.save was given {describe_value(saved.tree)}; "
             "expected a state dict, or a dict that holds one."
         )
-    state, ignored = _find_state_dict(with_text_keys(saved.tree))
+    state, ignored = _find_state_dict(text_keyed(saved.tree))
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    ignored |= {name: not_weights(value) for name, value in state.items() if name not in tensors}
+    ignored |= {name: ignored_reason(value) for name, value in state.items() if name not in tensors}
     storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
     tensor_bytes = sum(tensor.nbytes for tensor in tensors.values())
     storage_bytes = sum(storage.nbytes for storage in storages.values())
@@ -106,8 +106,10 @@ def _find_state_dict(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     for key in STATE_DICT_KEYS:
         state = entries.get(key)
         if isinstance(state, dict) and any(isinstance(value, Tensor) for value in state.values()):
-            ignored = {name: not_weights(value) for name, value in entries.items() if name != key}
-            return with_text_keys(state), ignored
+            ignored = {
+                name: ignored_reason(value) for name, value in entries.items() if name != key
+            }
+            return text_keyed(state), ignored
     return entries, {}
 
 

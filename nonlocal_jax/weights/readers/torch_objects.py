@@ -59,15 +59,15 @@ class Tensor:
         return array.view(f"u{size}").byteswap().view(self.dtype)
 
 
-def find_storage(known: dict[str, Storage], pid: object) -> Storage:
-    """Returns the storage that a persistent id names, and records it in `known`."""
+def find_storage(storages: dict[str, Storage], pid: object) -> Storage:
+    """Returns the storage that a persistent id names, and records it in `storages`."""
     match pid:
         case ("storage", np.dtype() as dtype, str() as key, str(), size, *view) if view in (
             [],
             [None],
         ):
             storage = Storage(key, dtype, *integers((size,)))
-            first = known.setdefault(key, storage)
+            first = storages.setdefault(key, storage)
             if first.nbytes == storage.nbytes:
                 return storage
             raise FileFormatError(

@@ -27,7 +27,7 @@ def describe_value(value: object) -> str:
     return type(value).__name__
 
 
-def not_weights(value: object) -> str:
+def ignored_reason(value: object) -> str:
     """Returns the reason for which an entry that is no array is ignored."""
     return f"not weights: {describe_value(value)}"
 
@@ -85,7 +85,7 @@ def check_size(nbytes: int, max_bytes: int, name: str) -> None:
         )
 
 
-def with_text_keys(tree: dict[Any, Any]) -> dict[str, Any]:
+def text_keyed(tree: dict[Any, Any]) -> dict[str, Any]:
     """Returns the dict with its keys as text. Some pickles have keys of bytes."""
     entries = {
         key.decode("latin1") if isinstance(key, bytes) else str(key): value

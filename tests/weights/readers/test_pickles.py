@@ -140,7 +140,7 @@ MISUSED = {  # of allowed names
 }
 
 
-def among_weights(code):
+def weight_files(code):
     """Yields files of every format that are valid except for the object among the weights."""
     inner, contents = forge.state_dict(ARRAYS)
     inner_legacy, _ = forge.state_dict(ARRAYS, legacy=True)
@@ -154,7 +154,7 @@ def among_weights(code):
     )
 
 
-def around_state_dict(code):
+def legacy_files(code):
     """Yields legacy torch files with the object in a pickle where no name is allowed."""
     yield forge.legacy_of(ARRAYS, magic=b"\x80\x02" + forge.MAGIC[2:-1] + code + b"0.")
     for part in ("protocol", "machine", "keys"):
@@ -165,7 +165,7 @@ def around_state_dict(code):
 def test_foreign_names_are_refused_and_nothing_runs(case, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, request = FOREIGN[case]
-    for file in [*among_weights(code), *around_state_dict(code)]:
+    for file in [*weight_files(code), *legacy_files(code)]:
         refused(file, UnsafeFileError, match=re.escape(request))
     assert not Path(MARKER).exists()
 
@@ -173,9 +173,9 @@ def test_foreign_names_are_refused_and_nothing_runs(case, refused, tmp_path, mon
 @pytest.mark.parametrize("case", MISUSED)
 def test_allowed_names_cannot_be_misused(case, refused):
     code, message = MISUSED[case]
-    for file in among_weights(code):
+    for file in weight_files(code):
         refused(file, UnsafeFileError, match=message)
-    for file in around_state_dict(code):
+    for file in legacy_files(code):
         refused(file, UnsafeFileError)
 
 
@@ -276,8 +276,8 @@ def test_the_number_of_steps_is_limited():
     read_pickle(ByteStream(io.BytesIO(file), len(file)))
     with pytest.raises(UnsafeFileError, match="takes more than 2000 steps"):
         read_pickle(ByteStream(io.BytesIO(file), len(file), max_steps=2_000))
-    without_copies = whole(mapping({"list": blobs["list"]}))
-    read_pickle(ByteStream(io.BytesIO(without_copies), len(without_copies), max_steps=2_000))
+    single_list = whole(mapping({"list": blobs["list"]}))
+    read_pickle(ByteStream(io.BytesIO(single_list), len(single_list), max_steps=2_000))
 
 
 @pytest.mark.usefixtures("as_users_see_it")

@@ -101,13 +101,13 @@ def test_entries_that_are_no_tensors_are_ignored(opened):
     assert checkpoint.ignored == {"_extra_state": "not weights: NoneType"}
 
 
-def one_tensor(shape, strides, offset=0, size=6):
+def view_of_storage(shape, strides, offset=0, size=6):
     return forge.torch_archive(
         mapping({"w": forge.tensor(forge.storage("0", size), shape, strides, offset)})
     )
 
 
-def with_storage_type(storage_type):
+def tensor_of_storage_type(storage_type):
     return forge.torch_archive(
         mapping({"w": forge.tensor(forge.storage("0", 6, storage_type), (6,), (1,))})
     )
@@ -115,41 +115,57 @@ def with_storage_type(storage_type):
 
 INVALID = {
     "past the end": (
-        one_tensor((7,), (1,)),
+        view_of_storage((7,), (1,)),
         UnsafeFileError,
         "extends to byte 28 of a storage of 24",
     ),
     "far offset": (
-        one_tensor((6,), (1,), offset=1),
+        view_of_storage((6,), (1,), offset=1),
         UnsafeFileError,
         "extends to byte 28 of a storage of 24",
     ),
     "far stride": (
-        one_tensor((2, 3), (4, 1)),
+        view_of_storage((2, 3), (4, 1)),
         UnsafeFileError,
         "extends to byte 28 of a storage of 24",
     ),
-    "negative stride": (one_tensor((2,), (-1,), offset=1), FileFormatError, "integers from 0 to"),
-    "negative offset": (one_tensor((2,), (1,), offset=-1), FileFormatError, "integers from 0 to"),
-    "negative size": (one_tensor((-2,), (1,)), FileFormatError, "integers from 0 to"),
+    "negative stride": (
+        view_of_storage((2,), (-1,), offset=1),
+        FileFormatError,
+        "integers from 0 to",
+    ),
+    "negative offset": (
+        view_of_storage((2,), (1,), offset=-1),
+        FileFormatError,
+        "integers from 0 to",
+    ),
+    "negative size": (view_of_storage((-2,), (1,)), FileFormatError, "integers from 0 to"),
     "fewer strides": (
-        one_tensor((2, 3), (1,)),
+        view_of_storage((2, 3), (1,)),
         FileFormatError,
         "a tensor of 2 axes has 1 strides",
     ),
-    "negative storage": (one_tensor((2,), (1,), size=-6), FileFormatError, "integers from 0 to"),
+    "negative storage": (
+        view_of_storage((2,), (1,), size=-6),
+        FileFormatError,
+        "integers from 0 to",
+    ),
     "larger storage": (
-        one_tensor((2,), (1,), size=7),
+        view_of_storage((2,), (1,), size=7),
         FileFormatError,
         "storage '0' must have 28 bytes; it has 24",
     ),
     "smaller storage": (
-        one_tensor((2,), (1,), size=5),
+        view_of_storage((2,), (1,), size=5),
         UnsafeFileError,
         "has 24 bytes in its zip archive; expected at most 20",
     ),
-    "huge storage": (one_tensor((2,), (1,), size=2**79 - 1), FileFormatError, "integers from 0 to"),
-    "huge stride": (one_tensor((2,), (2**79 - 1,)), FileFormatError, "integers from 0 to"),
+    "huge storage": (
+        view_of_storage((2,), (1,), size=2**79 - 1),
+        FileFormatError,
+        "integers from 0 to",
+    ),
+    "huge stride": (view_of_storage((2,), (2**79 - 1,)), FileFormatError, "integers from 0 to"),
     "two sizes": (
         forge.torch_archive(
             mapping(
@@ -168,12 +184,12 @@ INVALID = {
         "its zip archive lacks 'archive/data/1'",
     ),
     "complex": (
-        with_storage_type("ComplexFloatStorage"),
+        tensor_of_storage_type("ComplexFloatStorage"),
         FileFormatError,
         "complex tensors .torch.ComplexFloatStorage., which are not supported",
     ),
     "quantised": (
-        with_storage_type("QInt8Storage"),
+        tensor_of_storage_type("QInt8Storage"),
         FileFormatError,
         "quantised tensors .torch.QInt8Storage., which are not supported",
     ),

@@ -50,7 +50,7 @@ def test_member_names_are_unique(refused):
 
 
 def test_archives_of_other_programs(refused):
-    out = io.BytesIO()
-    np.savez(out, a=np.ones(3))
-    refused(out.getvalue(), match="torch.save did not write: it has no data.pkl, but 'a.npy'")
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.ones(3))
+    refused(buffer.getvalue(), match="torch.save did not write: it has no data.pkl, but 'a.npy'")
     refused(b"PK\5\6" + bytes(18), match="torch.save did not write")
