@@ -68,7 +68,7 @@ def test(
             stored.write()
         if stop.requested:
             console.print(
-                f"stopped by a signal after scoring {len(stored.found):,} videos; "
+                f"stopped by a signal with {len(stored.found):,} of {len(videos):,} videos scored; "
                 "run the same command to continue",
                 highlight=False,
             )

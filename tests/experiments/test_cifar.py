@@ -156,7 +156,7 @@ def test_dry_run_describes_without_training(tmp_path, capsys):
         "multiply-adds",
         "queries × 4 keys",
         "data 4 × positions 1",
-        "MB beside state",
+        "MB in addition to state",
     ):
         assert words in printed
     assert not output.exists()

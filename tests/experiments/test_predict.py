@@ -65,7 +65,7 @@ def test_wrong_files(options, lists, video, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for changes, message in (
         ({"file": tmp_path / "none.mp4"}, "none.mp4: there is no such file"),
-        ({"classes": video}, "must be a list in UTF-8"),
+        ({"classes": video}, "must be a text file in UTF-8"),
         (
             {"classes": lists["kinetics"]["train"]},
             "must name the 6 classes of the network; got 18 names",
