@@ -21,7 +21,7 @@ from nonlocal_jax.weights.entries import naming_tables
 
 torch.set_num_threads(1)  # each core has a test process
 NORMS = nn.modules.batchnorm._BatchNorm
-HEIGHT, WIDTH = 24, 40  # 6×10, 3×5, 2×3 and 1×2 positions in res2 to res5
+HEIGHT, WIDTH = 37, 44  # 10×11, 5×6, 3×3 and 2×2 positions in res2 to res5
 
 
 def numbers(*shape, seed=1):
