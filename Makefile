@@ -13,7 +13,7 @@ demo: $(READY)  ## train a control and a non-local network on toy videos, offlin
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
 
 quick: $(READY)  ## the tests without processes, browser, notebooks and whole networks, in about 4 minutes on 2 cores
-	$(VENV)/bin/python -m pytest -m 'not (faults or processes or browser or notebooks or networks or optimized)'
+	$(VENV)/bin/python -m pytest -m 'not (faults or processes or browser or notebooks or networks)'
 
 test: $(READY) $(BROWSER)  ## every test, doctest and notebook, then `make parity`
 	$(VENV)/bin/python -m pytest

@@ -31,18 +31,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-# LLVM's optimizations take half of the compilation time. Those of XLA's own graph, which decide
-# about results and memory, stay on.
-jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    """Turns LLVM's optimizations on for tests that train, before their fixtures are made."""
-    optimized = item.get_closest_marker("optimized") is not None
-    jax.config.update("jax_disable_most_optimizations", not optimized)
-
-
 @pytest.fixture
 def as_users_see_it():
     """Turns off the annotation checker, which would refuse bad input before the library's errors

@@ -19,7 +19,6 @@ SMALL = Config(
 )
 
 
-@pytest.mark.optimized
 @pytest.mark.networks
 def test_learns_digits(tmp_path):
     """A smaller network and a shorter run than the default, which reaches 99%."""

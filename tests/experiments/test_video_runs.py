@@ -51,7 +51,6 @@ def start(kind, folder, options, *arguments, devices=1):
 
 
 @pytest.mark.networks
-@pytest.mark.optimized
 def test_what_a_run_prints_and_writes(finished_run):
     folder, printed = finished_run
     assert "18 videos to train with" in printed
@@ -68,7 +67,6 @@ def test_what_a_run_prints_and_writes(finished_run):
 
 
 @pytest.mark.networks
-@pytest.mark.optimized
 def test_scores_are_the_mean_over_views(finished_run, lists):
     """One video, view by view."""
     folder, _ = finished_run
@@ -122,7 +120,6 @@ def terminated_when(condition):
 
 
 @pytest.mark.networks
-@pytest.mark.optimized
 @pytest.mark.processes
 def test_killed_in_an_epoch_and_stopped_in_the_test(
     finished_run, video_options, tmp_path, capsys, monkeypatch
