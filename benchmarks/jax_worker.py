@@ -1,4 +1,4 @@
-"""Runs this library's operations and blocks on request, in a process of its own."""
+"""Runs this library's operations and blocks on request, in a separate process."""
 
 import functools
 import importlib.metadata

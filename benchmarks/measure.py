@@ -7,9 +7,9 @@ are preceded by an untimed run, because the previous competitor left its own dat
 
 Memory on CPUs is measured in the same way for all libraries: in a fresh process in which every
 large
-array is mapped separately and returned to the system (MALLOC_MMAP_THRESHOLD_), the high-water mark
-of resident memory during one run, minus the resident memory before it and the outputs. On GPUs, it
-is what torch and XLA report.
+array is mapped separately and returned to the system (MALLOC_MMAP_THRESHOLD_), it is the high-water
+mark of resident memory during one run, minus the resident memory before it and the outputs. On
+GPUs, it is what torch and XLA report.
 """
 
 import dataclasses

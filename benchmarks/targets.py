@@ -70,7 +70,7 @@ def ratio(
     value: Callable[[Record], float | None],
     **case: Any,
 ) -> float | None:
-    """Returns what `above` needs, divided by what `below` needs, in the same case."""
+    """Returns the ratio of the cost of `above` to that of `below`, in the same case."""
     pair = [results.find(competitor, direction, **case) for competitor in (above, below)]
     top, bottom = (None if record is None else value(record) for record in pair)
     return None if top is None or not bottom else top / bottom

@@ -101,7 +101,7 @@ class Config:
     nonlocal_blocks: tuple[str, ...] = ("res2_1",)
     instantiation: Instantiation = "embedded_gaussian"  # Pairwise function.
     preset: Preset = "paper"  # Source whose conventions the non-local blocks follow.
-    steps: int | None = None  # Number of steps. None is 64,000, or 400 for digits.
+    steps: int | None = None  # Number of steps. Defaults to 64,000, or 400 for digits.
     batch_size: int = 128  # Images per step, over all devices.
     learning_rate: float = 0.1  # Peak learning rate.
     # Schedule: "step" divides the learning rate by 10 after one half and three quarters of all
@@ -123,7 +123,7 @@ class Config:
     # Whether each device holds all parameters and the whole optimiser state, or a shard of them.
     placement: Literal["replicated", "sharded"] = "replicated"
     seed: int = 0  # Seed of initial values, order and augmentation.
-    # Steps between evaluations. None is 2,000, or 100 for digits.
+    # Steps between evaluations. Defaults to 2,000, or 100 for digits.
     evaluate_every: int | None = None
     save_every: int = 500  # Steps between checkpoints.
     keep: int = 2  # Number of recent checkpoints to keep, in addition to the best one.

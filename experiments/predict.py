@@ -58,9 +58,9 @@ class Config(Choices):
     top: int = 5  # Number of classes to print.
     clips: int = 10  # Number of clips, evenly spaced in time.
     crops: Crops = "three"  # Crops per clip.
-    size: int | None = None  # Rows and columns of a crop. None is 256, or the recipe's.
+    size: int | None = None  # Rows and columns of a crop. Defaults to 256, or the recipe's.
     views_at_once: int = 3  # Number of views per batch.
-    # File of the picture. None is the name of the video with .png, in the current folder.
+    # File of the picture. Defaults to the name of the video with .png, in the current folder.
     picture: Path | None = None
     # File of an .html page that shows where any position of your choice looks. None writes no page.
     page: Path | None = None

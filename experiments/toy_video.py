@@ -1,4 +1,4 @@
-"""Shows a task that a small network can solve with a non-local block and cannot solve without.
+"""Shows a task that a small network can solve only with a non-local block.
 
     python -m experiments.toy_video                  # the demo: control, embedded Gaussian
     python -m experiments.toy_video --all --seeds 5  # all networks, the table of the README
@@ -79,7 +79,7 @@ class Config:
     task: Literal["same_digit", "moving_pair"] = "same_digit"  # Question about each clip.
     # Networks to train. "control" has a residual block in place of the non-local one.
     networks: tuple[Network, ...] = ("control", "embedded_gaussian")
-    # Trunk of the network. None is c2d for same_digit and i3d for moving_pair.
+    # Trunk of the network. Defaults to c2d for same_digit and i3d for moving_pair.
     kind: TrunkKind | None = None
     preset: Preset = "paper"  # Source whose conventions the non-local block follows.
     seeds: int = 1  # Runs of each network, with seeds 0, 1, ...
@@ -132,7 +132,7 @@ def build(network: Network | None, config: Config, task: Task | None = None) -> 
     Args:
         network: The block to insert. None inserts no block, as in pre-training.
         config: Kind of the trunk, and conventions of the block.
-        task: The task to classify. None is the task of `config`.
+        task: The task to classify. Defaults to the task of `config`.
     """
     task = task or config.task
     block: Any = None

@@ -221,7 +221,7 @@ def _print_reports(
     reports: dict[str, Any],
     console: Console,
 ) -> None:
-    """Prints the metrics beside those of the paper."""
+    """Prints the metrics next to those of the paper."""
     console.print(evaluation.table(reports), highlight=False)
     if recipe.published:
         published = " / ".join(map(str, recipe.published))

@@ -96,11 +96,11 @@ class Config:
     short: ShortVideoRule = "loop"
     # Scale the shorter side so that 1 / length is uniformly distributed, as PySlowFast does.
     inverse: bool = False
-    num_classes: int | None = None  # Number of classes. None is the recipe's.
-    batch_size: int | None = None  # Clips per step, over all devices. None is the recipe's.
-    # Initial learning rate. None is the recipe's, scaled in proportion to the batch size.
+    num_classes: int | None = None  # Number of classes. Defaults to the recipe's.
+    batch_size: int | None = None  # Clips per step, over all devices. Defaults to the recipe's.
+    # Initial learning rate. Defaults to the recipe's, scaled in proportion to the batch size.
     learning_rate: float | None = None
-    # Number of steps. None is the recipe's, scaled so that the number of epochs stays the same.
+    # Number of steps. Defaults to the recipe's, scaled so that the number of epochs stays the same.
     steps: int | None = None
     accumulate: int = 1  # Parts into which a batch is split to save memory; gradients are averaged.
     # Whether BatchNorm computes statistics on each device, as the paper does, or over the whole
@@ -112,9 +112,9 @@ class Config:
     # Whether each device holds all parameters and the whole optimiser state, or a shard of them.
     placement: Literal["replicated", "sharded"] = "replicated"
     seed: int = 0  # Seed of initial values, order, clips and crops.
-    # Steps between evaluations. None is a twentieth of all steps.
+    # Steps between evaluations. Defaults to a twentieth of all steps.
     evaluate_every: int | None = None
-    # Steps between checkpoints. None is a twentieth of all steps, but at most 1,000.
+    # Steps between checkpoints. Defaults to a twentieth of all steps, but at most 1,000.
     save_every: int | None = None
     keep: int = 2  # Number of recent checkpoints to keep, in addition to the best one.
     workers: int = 0  # Processes that decode videos. 0 decodes in threads of the main process.

@@ -1,4 +1,4 @@
-"""Data: what feeds the networks. Each submodule is imported when it is first used."""
+"""Data loading for the networks. Each submodule is imported when it is first used."""
 
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ else:
 
 
 class DataError(Exception):
-    """Data is missing or is not what it should be. The message says what to do."""
+    """Raised when data is missing or invalid. The message says what to do."""
 
 
 class VideoError(DataError):

@@ -60,7 +60,8 @@ def read(
 
     Args:
         source: The list or the folder.
-        num_classes: Number of classes. None is 157 for Charades, and what the list has otherwise.
+        num_classes: Number of classes. Defaults to 157 for Charades, and what the list has
+            otherwise.
         root: Folder that paths are relative to and must lie in. None is the folder of the list, and
             then files may lie anywhere.
         classes: File with the names of all classes, one per line, in the order of their numbers.

@@ -96,7 +96,7 @@ def load(name: Name, split: Split, folder: Path, archive: Archive | None = None)
         name: "cifar10" or "cifar100".
         split: "train" (50,000 images) or "test" (10,000).
         folder: Folder of the data. About 180 MB are written to it.
-        archive: Another archive of the same format; None is the official one.
+        archive: Another archive of the same format; Defaults to the official one.
 
     Raises:
         DataError: The folder has no data and the server cannot be reached, or the archive is not
@@ -180,7 +180,7 @@ def _read(file: Path, archive: Archive) -> Images:
     if wrong := [len(record) for record in records if len(record) != size]:
         raise DataError(
             f"{file} must have records of {size} bytes; one has {wrong[0]}. "
-            "Delete the file to have it made again."
+            "Delete the file to regenerate it."
         )
     table = np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
     planes = table[:, archive.label_bytes :].reshape(-1, CHANNELS, SIDE, SIDE)

@@ -67,7 +67,7 @@ class TrainingClips:
         in_time: Chooses the frames.
         in_space: Chooses the part of the frames.
         seed: Seed of all random numbers.
-        threads: Threads that decode; None is one per core.
+        threads: Threads that decode; Defaults to one per core.
     """
 
     annotations: Annotations
@@ -84,7 +84,7 @@ class TrainingClips:
 
         Args:
             indices: (B,) numbers of the videos.
-            epochs: (B,) epochs, which the random numbers depend on; None is epoch 0.
+            epochs: (B,) epochs, which the random numbers depend on; Defaults to epoch 0.
 
         Returns:
             "inputs" (B, T, size, size, 3), uint8; "labels" (B,) or (B, classes); "record" (B,) and
@@ -137,7 +137,7 @@ class CentreClips:
         in_time: Chooses the frames.
         size: Rows and columns of the crop.
         shorter: Length that the shorter side of a frame is scaled to before cropping.
-        threads: Threads that decode; None is one per core.
+        threads: Threads that decode; Defaults to one per core.
     """
 
     annotations: Annotations

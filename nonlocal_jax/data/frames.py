@@ -1,4 +1,4 @@
-"""Videos stored as one image file per frame, as PySlowFast has Charades."""
+"""Videos stored as one image file per frame, as in PySlowFast's version of Charades."""
 
 import contextlib
 from collections.abc import Sequence

@@ -50,7 +50,7 @@ def write(
         frames: Frames (H, W, 3), uint8, RGB. If H or W is odd, colours are stored in full
             resolution, because H.264 requires it.
         rate: Frames a second.
-        times: Time of each frame in seconds, for a variable frame rate; None is a constant one.
+        times: Time of each frame in seconds, for a variable frame rate; Defaults to a constant one.
         rotation: Degrees counterclockwise by which a player rotates the frames; a multiple of 90.
         options: Options of libx264.
     """
@@ -155,7 +155,7 @@ def make(
     Args:
         folder: Folder for the videos and the lists.
         data_set: Format of the lists: `path label` for "kinetics", Charades' CSV for "charades".
-        numbers: Number of videos of each split; None is 240 for training and 60 for testing.
+        numbers: Number of videos of each split; Defaults to 240 for training and 60 for testing.
         threads: Threads that encode.
 
     Returns:

@@ -1,4 +1,4 @@
-"""From the views of each video to one row of scores, which is kept on disk."""
+"""Combines the scores of each video's views, and stores them on disk."""
 
 import itertools
 import json

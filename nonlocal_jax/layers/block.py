@@ -40,9 +40,9 @@ class NonLocalBlock(nn.Module):
             `nn.GroupNorm`, `nn.LayerNorm`, a `functools.partial` of one of them, or None.
         out_bias: Whether W_z has a bias. None means exactly when no norm follows.
         kernel_init: Initializer of W_z.
-        bias_init: From the fan-in to the initializer of W_z's bias.
+        bias_init: Maps the fan-in to the initializer of W_z's bias.
         zero_init: Whether the block starts as the identity.
-        dtype: Dtype of W_z and the norm. None is that of the input and parameters.
+        dtype: Dtype of W_z and the norm. If None, it is inferred from the input and the parameters.
         param_dtype: Dtype of their parameters.
 
     Source: section 3.3.

@@ -38,11 +38,11 @@ class BlockConventions:
         subsample: Whether keys and values are max pooled.
         pool_order: Whether pooling comes "after" φ and g, or once "before" both.
         use_bias: Whether θ, φ and g have a bias.
-        out_bias: Whether W_z has a bias. None means exactly when no norm follows it.
+        out_bias: Whether W_z has a bias. If None, a bias is used only when no norm follows.
         kernel_init: Initializer of W_θ, W_φ and W_g.
-        bias_init: From the fan-in to the initializer of the biases.
-        out_kernel_init: Initializer of W_z. None is `kernel_init`.
-        w_f_init: Initializer of w_f. None is `kernel_init`.
+        bias_init: Maps the fan-in to the initializer of the biases.
+        out_kernel_init: Initializer of W_z. Defaults to `kernel_init`.
+        w_f_init: Initializer of w_f. Defaults to `kernel_init`.
         initialization: The initialization in words, for the table.
     """
 

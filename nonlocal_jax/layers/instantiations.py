@@ -33,7 +33,7 @@ class NonLocalOperation(nn.Module):
     """What the four instantiations share: embeddings, subsampling, and which positions are summed.
 
     Attributes:
-        inner_features: Channels of θ, φ and g. None is half of the input's, at least 1.
+        inner_features: Channels of θ, φ and g. Defaults to half of the input's, at least 1.
         subsample: Max pooling of the keys and values, never of the queries. True is the paper's: 2
             along every spatial axis (1×2×2 in video) over which the sum runs. A tuple gives the
             window along each position axis. False does not pool.
@@ -48,8 +48,8 @@ class NonLocalOperation(nn.Module):
         kernel_init: Initializer of W_θ, W_φ and W_g, and of w_f unless that has its own.
         bias_init: From the fan-in to the initializer of the biases, because PyTorch's default
             depends on it.
-        dtype: Dtype of the computation. None is that of the input and parameters. Logits and sums
-            stay float32.
+        dtype: Dtype of the computation. If None, it is inferred from the input and the parameters.
+            Logits and sums stay float32.
         param_dtype: Dtype of the parameters.
         implementation: Passed to `nonlocal_jax.ops`.
         axis_name: Under `jax.shard_map` or `jax.pmap`, the mapped axis over whose devices the first
@@ -329,7 +329,7 @@ class Concatenation(NonLocalOperation):
     """f(x_i, x_j) = ReLU(w_f · [θ(x_i), φ(x_j)]), C(x) = N; parameters W_θ, W_φ, W_g, w_f. (Eq. 5)
 
     Attributes:
-        w_f_init: Initializer of w_f, called with the shape (2d, 1). None is `kernel_init`.
+        w_f_init: Initializer of w_f, called with the shape (2d, 1). Defaults to `kernel_init`.
 
     Source: section 3.2. w_f has no bias, as in every published implementation.
 

@@ -1,4 +1,4 @@
-"""Batch normalisation as the references have it, and the affine map that a frozen one is."""
+"""BatchNorm with the constants of the reference implementations, and its frozen form."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -14,7 +14,8 @@ from nonlocal_jax.types import Array, Features
 
 
 class BatchNorm(nn.BatchNorm):
-    """Flax's BatchNorm with the references' constants, whose gradient keeps one array only.
+    """Flax's BatchNorm with the references' constants, that saves only one array for the backward
+    pass.
 
     y = x · s + (β − mean · s) with s = γ / √(var + ε). Flax computes (x − mean) · s + β, which
     keeps x − mean as well as x for the gradient. A training step of I3D R50 with five blocks, on 2
@@ -113,7 +114,7 @@ class Affine(nn.Module):
     Attributes:
         scale_init: Initializer of `scale`.
         bias_init: Initializer of `bias`.
-        dtype: Dtype of the computation. None is that of the input and parameters.
+        dtype: Dtype of the computation. If None, it is inferred from the input and the parameters.
         param_dtype: Dtype of the parameters.
 
     >>> import jax, jax.numpy as jnp
@@ -229,7 +230,7 @@ def fold_batch_norm(scale: Any, bias: Any, mean: Any, var: Any, epsilon: float) 
 
 
 def freeze_batch_norm(variables: Mapping[str, Any], epsilon: float = 1e-5) -> dict[str, Any]:
-    """Replaces every trained BatchNorm by an `Affine` that gives the same answers at test time.
+    """Replaces every trained BatchNorm by an `Affine` that computes the same outputs in evaluation.
 
     Args:
         variables: Variables of a network, with "params" and "batch_stats".

@@ -28,7 +28,7 @@ class Bottleneck(nn.Module):
         groups: Groups of the second convolution.
         norm: Makes a norm.
         zero_init: Whether the scale of the last norm starts at 0.
-        dtype: Dtype of the computation. None is that of the input and parameters.
+        dtype: Dtype of the computation. If None, it is inferred from the input and the parameters.
         param_dtype: Dtype of the parameters.
         axis_name: Mapped axis over whose devices T is split.
     """

@@ -52,7 +52,7 @@ class KernelCost:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """The implementation that runs, and why; printed, a table of the alternatives.
+    """The implementation that runs and the reason. `print` shows a table of all alternatives.
 
     Attributes:
         implementation: The implementation that runs.

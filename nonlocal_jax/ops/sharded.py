@@ -11,8 +11,7 @@ or `jax.pmap`, and take the name of the mapped axis. The communication between d
 | the concatenation | b_j = w_φ·φ_j and values, once | M·(1 + e) |
 
 The two Gaussians take the ring where the keys and values of all devices would be large. It (Liu,
-Zaharia, Abbeel, 2023) combines the responses y_p and log-sum-exps λ_p of the P
-parts:
+Zaharia, Abbeel, 2023) combines the responses y_p and log-sum-exps λ_p of the P parts:
 
     λ = log Σ_p exp(λ_p)        y = Σ_p exp(λ_p − λ) y_p
 

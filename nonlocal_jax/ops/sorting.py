@@ -33,7 +33,7 @@ def argsort(x: Array, sort_bits: int, width: int | None = None) -> Array:
     """Returns the indices that sort unsigned integers of `width` bits in ascending order, stably.
 
     A value and its index are packed into one integer of `sort_bits` bits, which XLA sorts several
-    times faster than pairs or floats. If the value does not fit beside the index, it is sorted
+    times faster than pairs or floats. If the value does not fit next to the index, it is sorted
     digit by digit, starting with the least significant one (a radix sort).
     """
     row_bits = max((x.size - 1).bit_length(), 1)

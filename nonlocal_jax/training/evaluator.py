@@ -99,11 +99,11 @@ class Evaluator:
 
     @property
     def record(self) -> Record:
-        """What a checkpoint keeps of the latest evaluation."""
+        """The latest evaluation, as stored in checkpoints."""
         return {"evaluated": self.step, "metrics": self.metrics}
 
     def restore(self, record: Record) -> None:
-        """Takes over the evaluation that `record` describes."""
+        """Restores the evaluation in `record`."""
         self.step, self.metrics = record["evaluated"], record["metrics"]
 
 

@@ -124,7 +124,7 @@ def mixup(
 
 
 def one_hot(labels: Array, num_classes: int) -> Array:
-    """Converts integer labels (B,) to probabilities (B, classes), which it returns unchanged."""
+    """Converts integer labels (B,) to probabilities (B, classes); leaves those unchanged."""
     return jax.nn.one_hot(labels, num_classes) if labels.ndim == 1 else labels
 
 
@@ -213,7 +213,7 @@ def classification(
 
 
 def _mean(values: Array, mask: Array | None) -> Array:
-    """Averages the values (B,) of the examples that the mask calls real: all without a mask."""
+    """Averages values (B,) over unmasked examples, or over all if `mask` is None."""
     if mask is None:
         return values.mean()
     # A host whose share of the data has run out contributes batches of padding alone.

@@ -46,7 +46,7 @@ class Run:
     def __init__(
         self, folder: Path, config: Mapping[str, Any], may_differ: tuple[str, ...] = ()
     ) -> None:
-        """Touches nothing yet.
+        """Does not access the directory until `with`.
 
         Args:
             folder: Directory of the run, which is created if it does not exist.

@@ -57,7 +57,7 @@ def _identity(batch: Batch, key: PRNGKeyArray | None) -> Batch:
 # Compared by identity: compiled steps are cached by trainer, and a model need not be hashable.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trainer:
-    """What a training step does. Training changes nothing of it.
+    """Immutable configuration of a training step.
 
     Attributes:
         loss: Function that is minimised, such as `classification(model)`; see `Loss`.

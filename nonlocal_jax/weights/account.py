@@ -43,7 +43,7 @@ class LoadReport:
 
     @property
     def summary(self) -> str:
-        """One line that says how much was loaded."""
+        """One-line summary of what was loaded."""
         loaded = [weight for weight in self.weights if weight.source and weight.target]
         initial = [weight for weight in self.weights if not weight.source]
         numbers = sum(math.prod(weight.shape) for weight in loaded)

@@ -46,7 +46,7 @@ def load(
         inflate_flat: Whether 3-D kernels of one frame are inflated too, such as those of a C2D
             network for an I3D.
         example: Shape and dtype of an input, if the model has no attribute `example`.
-        rng: Key for the initial values; None is `jax.random.key(0)`.
+        rng: Key for the initial values; Defaults to `jax.random.key(0)`.
 
     Returns:
         {"params": ..., "batch_stats": ...}, in the structure of `model.init`.

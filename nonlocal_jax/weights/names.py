@@ -124,8 +124,8 @@ class NamingTable:
         epsilon: ε of BatchNorm with which running statistics are folded into affine maps.
         pooled_key: A part of the names of g that only blocks with pooled keys have; None where
             names do not tell.
-        network_options: Options of `video_resnet` that the source's networks have beside their
-            preset.
+        network_options: Options of `video_resnet` that the source's networks have in addition to
+            their preset.
         frozen_group_size: Option `group_size` of the source's networks with frozen norms for clips
             of 32×4 and 128×1.
     """

@@ -136,7 +136,7 @@ def verify(
     Args:
         path: The file or folder, or what `read` returned for it.
         model: The network.
-        shape: Shape of the clip; None is a small one that is large enough for all stages.
+        shape: Shape of the clip; Defaults to a small one that is large enough for all stages.
         seed: Seed of the clip.
         tolerance: The largest difference that is accepted, relative to the largest value.
         **options: Options of `load`.

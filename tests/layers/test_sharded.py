@@ -187,7 +187,7 @@ def pair_of_blocks(**options):
 
 
 def test_a_device_with_nothing_but_padding():
-    """Neither its keys nor its positions in the statistics of BatchNorm count."""
+    """Its keys and positions are ignored, also in the statistics of BatchNorm."""
     x = normal(VIDEO)
     mask = np.ones(VIDEO[:-1], bool)
     mask[:, 2:4] = False  # the frames of the second device

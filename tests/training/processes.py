@@ -1,4 +1,4 @@
-"""Starts runs in processes of their own, and waits for them."""
+"""Starts runs in separate processes, and waits for them."""
 
 import json
 import os

@@ -2,7 +2,8 @@
 
 Decoding starts at the last keyframe before a requested frame. Frames that are not requested and
 that no other frame is predicted from are skipped. On the way, the times of packets and frames are
-compared with the timeline, and `WrongTimesError` is raised where they differ.
+compared with the timeline, and `WrongTimesError` is raised where they differ. `data/video.py`
+catches it, and decodes again with times that are read from the packets or the frames.
 """
 
 import bisect

@@ -1,4 +1,4 @@
-"""Video convolutions, computed as the matrix products and 2-D convolutions that they are."""
+"""3-D convolutions for video, implemented with matrix products and 2-D convolutions."""
 
 from nonlocal_jax.layers.convolution.layer import VideoConv, dot_over_positions, video_conv
 

@@ -1,4 +1,7 @@
-"""The implementations of Eq. 1, one file each. A new one is a file, and a row in `KERNELS`."""
+"""The implementations of Eq.
+
+1, one file each. To add one, write a file and add its `KERNEL` to `KERNELS`.
+"""
 
 from nonlocal_jax.ops.kernels import cudnn, dense, reassociated, sorted_keys, streaming
 from nonlocal_jax.ops.kernels.row import Kernel

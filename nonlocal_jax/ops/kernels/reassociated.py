@@ -51,6 +51,6 @@ KERNEL = Kernel(
     respond=respond,
     cost=cost,
     respond_split=respond_split,
-    # Between devices the communication decides, whichever kernel is faster on one of them.
+    # Across devices, communication dominates, whichever kernel is faster on one device.
     preferred_when_split=True,
 )

@@ -1,7 +1,7 @@
 """What a kernel offers: one row of the table in `kernels/__init__.py`.
 
-A kernel is an equal of Eq. 1: a function of `Operands` that returns the responses of
-`definition.respond`, with the same values and gradients, only faster or in less memory.
+A kernel computes Eq. 1: it maps `Operands` to the same responses and gradients as `definition`
+does, but faster or in less memory.
 """
 
 import dataclasses

@@ -75,7 +75,10 @@ def test_an_offset_costs_no_precision():
 
 @pytest.mark.parametrize("spoil", [np.nan, np.inf])
 def test_a_key_without_a_finite_projection_shows(spoil, operands):
-    """Sorted to one end it could go unnoticed. The definition's response is not finite either."""
+    """A NaN that is sorted to one end might not reach the output.
+
+    The definition's response is not finite either.
+    """
     operands["phi"] = operands["phi"].at[1, 3].set(spoil)
     y, dense = compute("sorted", operands), compute("dense", operands)
     assert not jnp.isfinite(dense[1]).any()

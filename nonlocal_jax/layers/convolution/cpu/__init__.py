@@ -1,6 +1,7 @@
-"""Faster forms of convolutions on CPUs. No other platform computes anything here.
+"""Faster forms of convolutions on CPUs. They are not used on other platforms.
 
-`choose` is the only way in for convolutions, `dot_over_rows` for products over channels.
+The entry points are `choose`, for convolutions without groups that `layer.py` computes on CPUs, and
+`dot_over_rows`, for dense layers.
 """
 
 from nonlocal_jax.layers.convolution.cpu.choice import choose

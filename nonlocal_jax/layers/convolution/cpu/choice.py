@@ -98,7 +98,7 @@ def _choose_tiles(
         and strides == (1, 1, 1)
         and length % tiles[0] == 0
         and min(height, width) >= height_taps
-        # Tiles lose digits, and half precision has none to spare.
+        # Tiling loses precision, which half precision cannot afford.
         and dtype not in (jnp.bfloat16, jnp.float16)
     )
     products = channels * features / (channels + features)

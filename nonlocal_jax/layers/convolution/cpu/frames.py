@@ -24,7 +24,7 @@ def frame_by_frame(x: Array, kernel: Array, strides: Triple, groups: int) -> Arr
     frames = _split_phases(x, window, (rows, columns), space_strides)
     tap_matrices = kernel.reshape(taps, -1, features)
     steps = -(-length // time_stride)
-    # Frames of y beyond both ends take the products that no real frame has a place for, and are
+    # Products that fall outside the clip are accumulated in padding frames of y, and are
     # dropped.
     padding = taps // 2 // time_stride + 1
     y = jnp.zeros((batch, steps + 2 * padding, rows * columns, features), x.dtype)
