@@ -13,8 +13,8 @@ from nonlocal_jax.models import video_resnet
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 SMALL = {
-    "depth": (1, 1, 1, 1),
-    "nonlocal_blocks": {"res3": (0,)},
+    "depth": (1, 1, 2, 1),
+    "nonlocal_blocks": 1,
     "num_classes": 5,
     "dropout": 0.5,
     "width_per_group": 8,
