@@ -8,8 +8,7 @@ import flax.linen as nn
 
 from nonlocal_jax import models
 from nonlocal_jax.layers.presets import PRESETS, Preset
-from nonlocal_jax.models.video_tables import ClipFormat as Clip
-from nonlocal_jax.models.video_tables import Inflation as Kind
+from nonlocal_jax.models.video_tables import ClipFormat, Inflation
 from nonlocal_jax.types import Instantiation
 from nonlocal_jax.weights.entries import NATIVE, naming_tables
 from nonlocal_jax.weights.infer import MNIST, Architecture
@@ -33,11 +32,16 @@ class Choices:
     None takes what the file shows or, failing that, the default.
     """
 
-    clip: Clip | None = None  # frames x stride, for the layout; the default is that of the preset
-    kind: Kind | None = None  # inflate an image network or a C2D to this; an image becomes a C2D
-    instantiation: Instantiation | None = None  # the pairwise function; default embedded_gaussian
-    preset: Preset | None = None  # the conventions; default those of the source of the file
-    fold: bool = False  # fold running statistics of BatchNorm into affine maps
+    # Frames x stride, for the layout. The default is that of the preset.
+    clip: ClipFormat | None = None
+    # Inflate an image network or a C2D to this. By default, an image network becomes a C2D.
+    kind: Inflation | None = None
+    # The pairwise function. Defaults to embedded_gaussian.
+    instantiation: Instantiation | None = None
+    # The conventions. Defaults to those of the source of the file.
+    preset: Preset | None = None
+    # Fold running statistics of BatchNorm into affine maps.
+    fold: bool = False
 
 
 def options(found: Architecture, choices: Choices = Choices()) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def _places(
 
 
 def _block_arguments(
-    found: Architecture, choices: Choices, preset: Preset, clip: Clip
+    found: Architecture, choices: Choices, preset: Preset, clip: ClipFormat
 ) -> dict[str, Any]:
     """Returns the arguments that the non-local blocks need."""
     arguments: dict[str, Any] = {"instantiation": _instantiation(found, choices)}

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 from nonlocal_jax import models
-from nonlocal_jax.models.video_tables import DEPTHS, STAGES
-from nonlocal_jax.models.video_tables import Inflation as Kind
+from nonlocal_jax.models.video_tables import DEPTHS, STAGES, Inflation
 from nonlocal_jax.types import Instantiation
 from nonlocal_jax.weights.entries import Entry, naming_tables, read_names, table_name
 from nonlocal_jax.weights.readers import Checkpoint
 
 MNIST: Final = "non_local_pytorch_mnist"
-KINDS: tuple[Kind, ...] = ("c2d", "i3d_3x1x1", "i3d_3x3x3")
+KINDS: tuple[Inflation, ...] = ("c2d", "i3d_3x1x1", "i3d_3x3x3")
 CONVS = ("conv_a", "conv_b", "conv_c")
 Shapes = Mapping[str, tuple[int, ...]]  # of the leaves, by path without the collection
 
@@ -27,8 +26,8 @@ class Architecture:
         source: The source whose names the file has.
         network: The function of `nonlocal_jax.models` that builds the network.
         blocks: Numbers of residual blocks of res2 to res5.
-        kind: Kind of the kernels. "image" is that of an image network, whose kernels have no time
-            axis.
+        kind: Inflation of the kernels. "image" is that of an image network, whose kernels have no
+            time axis.
         nonlocal_blocks: For each stage, the residual blocks that a non-local block follows.
         instantiation: The pairwise function. None is the embedded Gaussian or the dot product: with
             θ and φ, without w_f.
@@ -45,7 +44,7 @@ class Architecture:
     source: str
     network: Literal["video_resnet", "non_local_pytorch_mnist"]
     blocks: tuple[int, ...] = ()
-    kind: Kind | Literal["image"] = "c2d"
+    kind: Inflation | Literal["image"] = "c2d"
     nonlocal_blocks: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     instantiation: Instantiation | None = None
     subsample: bool | None = None
@@ -164,9 +163,9 @@ def _nonlocal_places(shapes: Shapes, blocks: tuple[int, ...]) -> list[tuple[str,
     return places
 
 
-def _kind(shapes: Shapes, blocks: tuple[int, ...]) -> Kind:
+def _kind(shapes: Shapes, blocks: tuple[int, ...]) -> Inflation:
     """Returns the kind whose kernels have the same sizes in time."""
-    differences: dict[Kind, list[str]] = {}
+    differences: dict[Inflation, list[str]] = {}
     for kind in KINDS:
         frames = _kernel_frames(blocks, kind)
         differences[kind] = [
@@ -183,7 +182,7 @@ def _kind(shapes: Shapes, blocks: tuple[int, ...]) -> Kind:
     return nearest
 
 
-def _kernel_frames(blocks: tuple[int, ...], kind: Kind) -> dict[str, int]:
+def _kernel_frames(blocks: tuple[int, ...], kind: Inflation) -> dict[str, int]:
     """Returns the size in time of each kernel that depends on the kind, by layer."""
     model = models.video_resnet(blocks, kind, 0)  # type: ignore[arg-type]
     frames = {"conv1": model.conv1_frames}
