@@ -22,7 +22,7 @@
 # averages at the end cannot tell. With one non-local block it can, because each
 # position of one digit can attend to the other digit. We train such a network on
 # scanned digits (they come with scikit-learn) and look at its attention. The notebook
-# takes less than a minute on a CPU; more steps give a better network.
+# takes about a minute on a CPU; more steps give a better network.
 
 # %%
 import shutil

@@ -2,8 +2,9 @@
 
 A preset has the conventions of one source for the non-local block, for the video ResNet around it,
 for the colours and frames of its input, and for its files of weights. A new source is one entry
-here. Everything that depends on a source reads it from this table, and `presets_table` prints it
-for the documentation. `nonlocal_jax.layers.conventions` explains the fields.
+here; to read its weights, it also needs a table of names in `weights/sources.py`. Everything that
+depends on a source reads it from this table, and `presets_table` prints it for the documentation.
+`nonlocal_jax.layers.conventions` explains the fields.
 """
 
 import dataclasses
