@@ -33,7 +33,7 @@ from nonlocal_jax import checks, files
 from nonlocal_jax.data import DataError, VideoError, annotations, stand_in
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import cores
-from nonlocal_jax.data.frames import open_frames
+from nonlocal_jax.data.image_frames import open_frames
 from nonlocal_jax.data.lists.formats import plain_path
 from nonlocal_jax.data.toy_video import Split
 from nonlocal_jax.data.transcode import transcode_all

@@ -22,7 +22,7 @@ import numpy as np
 from nonlocal_jax import checks
 from nonlocal_jax.data import DataError, VideoError
 from nonlocal_jax.data.annotations import Annotations, Record
-from nonlocal_jax.data.frames import open_frames
+from nonlocal_jax.data.image_frames import open_frames
 from nonlocal_jax.data.sampling import CROPS, ClipIndices, Crops, InSpace, InTime, crops, whole
 from nonlocal_jax.data.video import Window
 from nonlocal_jax.layers.presets import PRESETS, Preset

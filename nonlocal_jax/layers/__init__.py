@@ -14,7 +14,7 @@ from nonlocal_jax.layers.norm import Affine, BatchNorm, fold_batch_norm, freeze_
 from nonlocal_jax.layers.planning import BlockPlan, plan
 from nonlocal_jax.layers.pooling import max_pool, pool_mask, strided_max_pool
 from nonlocal_jax.layers.residual_ratio import residual_ratios, sow_residual_ratio
-from nonlocal_jax.layers.taps import (
+from nonlocal_jax.layers.response import (
     PairwiseCall,
     SumLayout,
     enclosing_block,

@@ -22,7 +22,7 @@ from nonlocal_jax.layers.instantiations import (
 from nonlocal_jax.layers.norm import BatchNorm, apply_norm
 from nonlocal_jax.layers.presets import PRESETS, Preset, presets_table
 from nonlocal_jax.layers.residual_ratio import sow_residual_ratio
-from nonlocal_jax.layers.taps import enclosing_block
+from nonlocal_jax.layers.response import enclosing_block
 from nonlocal_jax.types import Affinity, Array, Features, Instantiation, PositionMask
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nonlocal_jax.layers.residual_ratio import RESIDUAL_RATIO
-from nonlocal_jax.layers.taps import PairwiseCall, tap
+from nonlocal_jax.layers.response import PairwiseCall, tap
 from nonlocal_jax.types import Array
 
 Path = tuple[str, ...]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from nonlocal_jax import checks, ops
 from nonlocal_jax.layers.convolution import dot_over_positions
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
-from nonlocal_jax.layers.taps import Axes, SumLayout, nonlocal_response
+from nonlocal_jax.layers.response import Axes, SumLayout, nonlocal_response
 from nonlocal_jax.types import Affinity, Array, Embedded, Features, PositionMask, PRNGKeyArray
 
 PoolOrder = Literal["after", "before"]

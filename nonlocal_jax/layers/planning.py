@@ -14,7 +14,7 @@ import numpy as np
 from nonlocal_jax import ops
 from nonlocal_jax.layers.block import NonLocalBlock
 from nonlocal_jax.layers.instantiations import NonLocalOperation
-from nonlocal_jax.layers.taps import PairwiseCall, tap
+from nonlocal_jax.layers.response import PairwiseCall, tap
 from nonlocal_jax.types import Array, Instantiation
 
 Path = tuple[str, ...]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from nonlocal_jax.layers.convolution import VideoConv
 from nonlocal_jax.layers.norm import Affine
-from nonlocal_jax.layers.taps import PairwiseCall, tap
+from nonlocal_jax.layers.response import PairwiseCall, tap
 from nonlocal_jax.types import Array
 
 Norm = nn.BatchNorm | nn.LayerNorm | nn.GroupNorm | Affine

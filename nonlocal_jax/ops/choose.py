@@ -13,7 +13,7 @@ import jax
 
 from nonlocal_jax import checks
 from nonlocal_jax.ops import arguments, kernels, platforms
-from nonlocal_jax.ops.kernels.row import Kernel, Sizes
+from nonlocal_jax.ops.kernels.kernel import Kernel, Sizes
 from nonlocal_jax.types import Array, Instantiation
 
 # "auto", or the name of a kernel. A plain string, so that a new kernel needs no entry here.

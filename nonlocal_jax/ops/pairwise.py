@@ -9,7 +9,7 @@ import jax
 
 from nonlocal_jax.ops import arguments, choose, definition, platforms, sharded
 from nonlocal_jax.ops.choose import Implementation
-from nonlocal_jax.ops.kernels.row import Kernel, Operands
+from nonlocal_jax.ops.kernels.kernel import Kernel, Operands
 from nonlocal_jax.types import (
     Affinity,
     AffinityToAll,

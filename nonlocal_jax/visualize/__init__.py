@@ -10,12 +10,12 @@ Matplotlib is imported when the first picture is drawn.
 from nonlocal_jax.visualize import measures
 from nonlocal_jax.visualize.affinity_map import AffinityMap
 from nonlocal_jax.visualize.charts import query_dependence, time_by_time
-from nonlocal_jax.visualize.frames import from_pixels, to_pixels
 from nonlocal_jax.visualize.geometry import GeometryError, Pixels
 from nonlocal_jax.visualize.maps import NoBlocksError, affinities
 from nonlocal_jax.visualize.movie import animate
 from nonlocal_jax.visualize.page import explore
 from nonlocal_jax.visualize.pictures import arrows, entropy, heatmap, received
+from nonlocal_jax.visualize.scene import from_pixels, to_pixels
 
 __all__ = [
     "AffinityMap",

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from nonlocal_jax import files
 from nonlocal_jax.visualize import measures
 from nonlocal_jax.visualize.affinity_map import AffinityMap
-from nonlocal_jax.visualize.frames import Scene, select_clip
 from nonlocal_jax.visualize.panels import TITLES, WEIGHTS
+from nonlocal_jax.visualize.scene import Scene, select_clip
 
 MAX_BYTES = 12 << 20  # of the affinities in a page, before base64
 LOSSLESS_SIZE = 64  # pixels; larger pictures are stored as JPEG

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nonlocal_jax.visualize.frames import Scene
+from nonlocal_jax.visualize.scene import Scene
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from nonlocal_jax import checks
 from nonlocal_jax.visualize import measures
 from nonlocal_jax.visualize.affinity_map import AffinityMap
-from nonlocal_jax.visualize.frames import Scene, select_clip
 from nonlocal_jax.visualize.panels import (
     NEGATIVE,
     POSITIVE,
@@ -26,6 +25,7 @@ from nonlocal_jax.visualize.panels import (
     colour_bar,
     frame_panels,
 )
+from nonlocal_jax.visualize.scene import Scene, select_clip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from jax import lax
 
 from nonlocal_jax import ops
 from nonlocal_jax.layers import VideoConv
-from nonlocal_jax.layers.taps import PairwiseCall, tap
+from nonlocal_jax.layers.response import PairwiseCall, tap
 from nonlocal_jax.types import Array
 
 

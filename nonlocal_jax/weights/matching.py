@@ -6,10 +6,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from nonlocal_jax.weights.account import LoadedWeight, dims
 from nonlocal_jax.weights.entries import Entry
 from nonlocal_jax.weights.folding import FOLDED
 from nonlocal_jax.weights.inflation import inflate
+from nonlocal_jax.weights.load_report import LoadedWeight, dims
 from nonlocal_jax.weights.names import Weights
 
 Part = Literal["classifier", "nonlocal", "statistics"]

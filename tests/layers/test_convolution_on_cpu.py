@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from nonlocal_jax.layers.convolution import cpu
-from nonlocal_jax.layers.convolution.cpu.frames import frame_by_frame
 from nonlocal_jax.layers.convolution.cpu.products import (
     row_product,
     shifted_products,
     taps_side_by_side,
 )
+from nonlocal_jax.layers.convolution.cpu.stem_gradient import frame_by_frame
 from nonlocal_jax.layers.convolution.cpu.tiles import (
     convolution_in_tiles,
     convolution_of_joined_rows,

@@ -12,7 +12,7 @@ import pytest
 from nonlocal_jax import ops
 from nonlocal_jax.ops import kernels
 from nonlocal_jax.ops.kernels import dense, sorted_keys, streaming
-from nonlocal_jax.ops.kernels.row import Forecast, Kernel
+from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel
 from nonlocal_jax.ops.platforms import host_platform
 
 LIMITS = streaming.LIMITS[host_platform()]

@@ -4,7 +4,7 @@
 """
 
 from nonlocal_jax.ops.kernels import cudnn, dense, reassociated, sorted_keys, streaming
-from nonlocal_jax.ops.kernels.row import Kernel
+from nonlocal_jax.ops.kernels.kernel import Kernel
 
 # The definition comes first; the others are compared with it.
 KERNELS: tuple[Kernel, ...] = (

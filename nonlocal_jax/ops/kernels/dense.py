@@ -3,7 +3,7 @@
 from typing import get_args
 
 from nonlocal_jax.ops import definition
-from nonlocal_jax.ops.kernels.row import Forecast, Kernel, Operands, Sizes
+from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel, Operands, Sizes
 from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.types import Instantiation, Responses
 

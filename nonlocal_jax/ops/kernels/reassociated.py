@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nonlocal_jax.ops.definition import widen
-from nonlocal_jax.ops.kernels.row import Forecast, Kernel, Operands, Sizes
+from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel, Operands, Sizes
 from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.types import Responses
 

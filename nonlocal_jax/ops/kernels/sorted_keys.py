@@ -36,7 +36,7 @@ from jax import lax
 
 from nonlocal_jax.ops import definition, sharded
 from nonlocal_jax.ops.batching import map_samples
-from nonlocal_jax.ops.kernels.row import Forecast, Kernel, Operands, Sizes
+from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel, Operands, Sizes
 from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.ops.sorting import argsort, count_below, ordered_integers, take
 from nonlocal_jax.types import Array, Responses

@@ -25,7 +25,7 @@ from jax import lax
 from nonlocal_jax.ops import sharded
 from nonlocal_jax.ops.batching import map_samples
 from nonlocal_jax.ops.definition import widen
-from nonlocal_jax.ops.kernels.row import Forecast, Kernel, Operands, Sizes
+from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel, Operands, Sizes
 from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.types import Array, Responses
 

@@ -8,12 +8,12 @@ import math
 
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.convolution.cpu.frames import frame_by_frame
 from nonlocal_jax.layers.convolution.cpu.products import (
     row_product,
     shifted_products,
     taps_side_by_side,
 )
+from nonlocal_jax.layers.convolution.cpu.stem_gradient import frame_by_frame
 from nonlocal_jax.layers.convolution.cpu.tiles import convolution_in_tiles
 from nonlocal_jax.layers.convolution.folding import (
     ConvFunction,
