@@ -1,6 +1,6 @@
-"""The implementations of Eq.
+"""The implementations of Eq. 1, one file each.
 
-1, one file each. To add one, write a file and add its `KERNEL` to `KERNELS`.
+To add one, write a file and add its `KERNEL` to `KERNELS`.
 """
 
 from nonlocal_jax.ops.kernels import cudnn, dense, reassociated, sorted_keys, streaming
