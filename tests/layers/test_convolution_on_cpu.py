@@ -1,6 +1,7 @@
 """Convolutions for CPUs: each form equals the sum over taps, and is chosen where it pays."""
 
 import functools
+import math
 
 import chex
 import convolution_oracle as oracle
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from nonlocal_jax.layers.convolution import cpu
+from nonlocal_jax.layers.convolution.cpu.choice import MIN_TILED_MULTIPLY_ADDS
 from nonlocal_jax.layers.convolution.cpu.products import (
     row_product,
     shifted_products,
@@ -78,8 +80,10 @@ def names(lowering):
     )
 
 
-def choice(kernel_size, channels, features, positions, strides=(1, 1, 1), dtype=jnp.float32):
-    x_shape, kernel_shape = (2, *positions, channels), (*kernel_size, channels, features)
+def choice(
+    kernel_size, channels, features, positions, strides=(1, 1, 1), dtype=jnp.float32, batch=2
+):
+    x_shape, kernel_shape = (batch, *positions, channels), (*kernel_size, channels, features)
     return cpu.choose(x_shape, kernel_shape, strides, jnp.dtype(dtype))
 
 
@@ -109,27 +113,31 @@ def test_each_form_is_chosen(kernel_size, channels, features, positions, forward
     ],
 )
 def test_tiles_are_chosen(kernel_size, channels, features, positions, forward, kernel_gradient):
-    chosen = choice(kernel_size, channels, features, positions)
+    multiply_adds = math.prod((*positions, *kernel_size, channels, features))
+    enough = -(-MIN_TILED_MULTIPLY_ADDS // multiply_adds)
+    chosen = choice(kernel_size, channels, features, positions, batch=enough)
     tiles = [("convolution_in_tiles", sizes) for sizes in (forward, kernel_gradient)]
     assert list(names(chosen)) == tiles
     # Equal objects, so that the jit cache finds what was traced.
-    assert choice(kernel_size, channels, features, positions) == chosen
+    assert choice(kernel_size, channels, features, positions, batch=enough) == chosen
+    smaller = choice(kernel_size, channels, features, positions, batch=enough - 1)
+    assert smaller is None or "convolution_in_tiles" not in str(names(smaller))
 
 
 @pytest.mark.parametrize(
-    ("kernel_size", "channels", "positions", "strides", "dtype"),
+    ("kernel_size", "channels", "positions", "strides", "dtype", "batch"),
     [
-        (SPATIAL, 66, (3, 13, 7), (1, 2, 2), jnp.float32),
-        (SPATIAL, 66, (3, 13, 7), (1, 1, 1), jnp.bfloat16),
-        (SPATIAL, 66, (3, 13, 2), (1, 1, 1), jnp.float32),  # smaller than the kernel
-        (SPATIAL, 66, (1, 13, 7), (1, 1, 1), jnp.float32),  # few products
-        (TEMPORAL, 320, (6, 5, 7), (1, 1, 1), jnp.float32),  # the last tile would not be full
-        (TEMPORAL, 320, (4, 5, 7), (2, 1, 1), jnp.float32),
-        (STEM, 66, (8, 13, 7), (1, 1, 1), jnp.float32),
+        (SPATIAL, 66, (3, 13, 7), (1, 2, 2), jnp.float32, 256),
+        (SPATIAL, 66, (3, 13, 7), (1, 1, 1), jnp.bfloat16, 256),
+        (SPATIAL, 66, (3, 13, 2), (1, 1, 1), jnp.float32, 256),  # smaller than the kernel
+        (SPATIAL, 410, (1, 13, 7), (1, 1, 1), jnp.float32, 2),  # few tiles
+        (TEMPORAL, 320, (6, 5, 7), (1, 1, 1), jnp.float32, 64),  # the last tile would not be full
+        (TEMPORAL, 320, (4, 5, 7), (2, 1, 1), jnp.float32, 64),
+        (STEM, 66, (8, 13, 7), (1, 1, 1), jnp.float32, 64),
     ],
 )
-def test_no_tiles_where_they_do_not_pay(kernel_size, channels, positions, strides, dtype):
-    chosen = choice(kernel_size, channels, channels, positions, strides, dtype)
+def test_no_tiles_where_they_do_not_pay(kernel_size, channels, positions, strides, dtype, batch):
+    chosen = choice(kernel_size, channels, channels, positions, strides, dtype, batch)
     assert chosen is None or "convolution_in_tiles" not in str(names(chosen))
 
 
