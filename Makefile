@@ -45,7 +45,7 @@ lock:  ## update requirements.txt
 	uv pip compile --universal --python-version 3.11 --all-extras --custom-compile-command "make lock" --quiet --upgrade pyproject.toml --output-file requirements.txt
 
 clean:  ## remove the environments, caches, and outputs of the experiments
-	rm -rf $(VENV) $(PARITY) .jax_cache runs site
+	rm -rf $(VENV) $(PARITY) runs site
 
 $(READY): requirements.txt pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

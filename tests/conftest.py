@@ -4,7 +4,10 @@ Rank promotion raises, annotations are checked, warnings are errors, and there a
 CPU devices.
 """
 
+import hashlib
 import os
+import platform
+import time
 from pathlib import Path
 
 # Set before JAX starts. Without an accelerator, pmap needs simulated devices.
@@ -13,14 +16,29 @@ os.environ["XLA_FLAGS"] = (
 )
 # With an accelerator, the test processes share its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def cache_folder():
+    """The folder of compiled programs, outside of the clone, so that a new clone finds them.
+
+    JAX's keys tell versions of JAX apart, but not CPUs, which may share a home folder.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    details = Path("/proc/cpuinfo")
+    lines = details.read_text().splitlines() if details.exists() else []
+    features = {line for line in lines if line.startswith(("flags", "Features"))}
+    cpu = repr((platform.machine(), sorted(features)))
+    return home / "nonlocal_jax" / f"compiled-{hashlib.sha256(cpu.encode()).hexdigest()[:12]}"
+
+
 # In the environment, so that processes started by tests use the same cache.
 CACHE = {
-    "jax_compilation_cache_dir": str(Path(__file__).parent.parent / ".jax_cache"),
-    "jax_persistent_cache_min_compile_time_secs": 0.3,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "JAX_COMPILATION_CACHE_DIR": cache_folder(),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.1,
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
 }
 for option, default in CACHE.items():
-    os.environ.setdefault(option.upper(), str(default))
+    os.environ.setdefault(option, str(default))
 
 import jax  # noqa: E402 - reads the environment
 import jaxtyping  # noqa: E402
@@ -29,6 +47,18 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Products of float32 are exact to float32 on accelerators as well.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+CACHE_DAYS = 30
+
+
+def pytest_sessionstart(session):
+    """Deletes what was compiled long ago, once, before the worker processes start."""
+    if hasattr(session.config, "workerinput"):
+        return
+    oldest = time.time() - CACHE_DAYS * 24 * 3600
+    for entry in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):
+        if entry.stat().st_mtime < oldest:
+            entry.unlink()
 
 
 @pytest.fixture
