@@ -127,7 +127,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step(alone, tmp_path):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_one_is_killed_and_the_other_ends(killed, tmp_path):
-    processes, go = start_two_that_wait(tmp_path / "run", "--timeout", "20")
+    processes, go = start_two_that_wait(tmp_path / "run", "--timeout", "10")
     processes[killed].kill()
     go.touch()
     survivor = processes[1 - killed]
