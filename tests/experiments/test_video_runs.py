@@ -44,10 +44,10 @@ def stored_scores(folder):
         return dict(stored)
 
 
-def start(kind, folder, options, *arguments, devices=1):
+def start(kind, folder, options, *arguments, **settings):
     """Starts an experiment in a process."""
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-    return processes.start(flags, folder, *arguments, devices=devices, module=f"experiments.{kind}")
+    return processes.start(flags, folder, *arguments, module=f"experiments.{kind}", **settings)
 
 
 @pytest.mark.networks
@@ -129,7 +129,7 @@ def test_killed_in_an_epoch_and_stopped_in_the_test(
     options = video_options("kinetics")
     # The process must compute what this one does, bit for bit.
     monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-    process = start("kinetics", folder, options, devices=jax.device_count())
+    process = start("kinetics", folder, options, devices=jax.device_count(), killed=True)
     deadline = time.monotonic() + processes.PATIENCE
     # 18 videos, 4 per step: step 9 is within an epoch and follows a save.
     while last_step(folder) < 9:

@@ -18,28 +18,31 @@ def command(options, folder, *arguments, module="training.small_run"):
     return [sys.executable, "-m", module, *options.split(), "--output", str(folder), *arguments]
 
 
-def environment(devices):
-    """The environment of a process with this number of simulated devices."""
+def environment(devices, killed=False):
+    """The environment of a process with this number of simulated devices.
+
+    One that will be killed only reads the compilation cache: it could leave half an entry.
+    """
     return {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(TESTS),
-        # Even what compiles quickly: every process needs the same functions.
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # Otherwise even what compiles quickly is kept: every process needs the same functions.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9" if killed else "0",
     }
 
 
-def start(options, folder, *arguments, devices=1, module="training.small_run"):
-    return start_command(command(options, folder, *arguments, module=module), devices)
+def start(options, folder, *arguments, devices=1, module="training.small_run", killed=False):
+    return start_command(command(options, folder, *arguments, module=module), devices, killed)
 
 
-def start_command(arguments, devices):
+def start_command(arguments, devices, killed=False):
     return subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(devices),
+        env=environment(devices, killed),
     )
 
 

@@ -32,10 +32,10 @@ def go_file(folder):
     return folder.parent / "go"
 
 
-def start(folder, hold_at=HOLD_AT, pause=0.01):
+def start(folder, hold_at=HOLD_AT, pause=0.01, killed=False):
     """Starts a run that waits for the file `go_file` at a batch."""
     options = f"--steps {STEPS} --pause {pause} --hold-at {hold_at}"
-    return processes.start(options, folder, "--hold-until", str(go_file(folder)))
+    return processes.start(options, folder, "--hold-until", str(go_file(folder)), killed=killed)
 
 
 def start_and_finish(folder):
@@ -89,7 +89,7 @@ def kill_often(folder, kills, seed):
         goal = saved_step(folder) + rng.integers(1, 12)
         (folder / "held").unlink(missing_ok=True)
         begun = time.time()
-        process = start(folder)
+        process = start(folder, killed=True)
         log = folder / "metrics.jsonl"
 
         def has_reached_goal(goal=goal, begun=begun, log=log):
@@ -159,7 +159,7 @@ def test_a_second_run_in_the_same_folder_is_refused(undisturbed, run_folder):
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(undisturbed, run_folder):
-    process = start(run_folder, hold_at=12)
+    process = start(run_folder, hold_at=12, killed=True)
     wait_for(lambda: saved_step(run_folder) >= 9 and is_held(run_folder), process)
     process.kill()
     process.communicate()

@@ -34,19 +34,19 @@ def joint_options(process_id, port):
     return ["--distributed", *address.split()]
 
 
-def start_two(folder, *arguments, options=OPTIONS, module="training.small_run"):
+def start_two(folder, *arguments, options=OPTIONS, module="training.small_run", killed=False):
     port = free_port()
+    settings = {"devices": 2, "module": module, "killed": killed}
     return [
-        start(options, folder, *joint_options(i, port), *arguments, devices=2, module=module)
-        for i in range(2)
+        start(options, folder, *joint_options(i, port), *arguments, **settings) for i in range(2)
     ]
 
 
-def start_two_that_wait(folder, *arguments):
+def start_two_that_wait(folder, *arguments, killed=False):
     """Starts two processes that wait at a batch for a file, and waits until they do."""
     go = folder.parent / "go"
     hold = ["--hold-at", "5", "--hold-until", str(go)]
-    processes = start_two(folder, *hold, *arguments)
+    processes = start_two(folder, *hold, *arguments, killed=killed)
     wait_for(lambda: last_step(folder) >= 3, *processes)
     return processes, go
 
@@ -127,7 +127,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step(alone, tmp_path):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_one_is_killed_and_the_other_ends(killed, tmp_path):
-    processes, go = start_two_that_wait(tmp_path / "run", "--timeout", "10")
+    processes, go = start_two_that_wait(tmp_path / "run", "--timeout", "10", killed=True)
     processes[killed].kill()
     go.touch()
     survivor = processes[1 - killed]
