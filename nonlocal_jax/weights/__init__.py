@@ -1,7 +1,7 @@
 """Weights of trained networks: reading, loading, inflating, verifying and writing them."""
 
 from nonlocal_jax.weights.inflation import inflate
-from nonlocal_jax.weights.load_report import LoadedWeight, LoadReport
+from nonlocal_jax.weights.load_reports import LoadedWeight, LoadReport
 from nonlocal_jax.weights.loading import load, load_report
 from nonlocal_jax.weights.readers import Checkpoint, FileFormatError, UnsafeFileError, read
 from nonlocal_jax.weights.saving import export, save

@@ -22,7 +22,7 @@ import tyro
 from nonlocal_jax.weights.build import Choices, build, call, open_questions
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.infer import Architecture, architecture
-from nonlocal_jax.weights.load_report import dims, table
+from nonlocal_jax.weights.load_reports import dims, table
 from nonlocal_jax.weights.loading import load_checkpoint
 from nonlocal_jax.weights.matching import Part
 from nonlocal_jax.weights.names import flatten, unflatten

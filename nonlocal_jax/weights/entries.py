@@ -3,7 +3,7 @@
 import dataclasses
 
 from nonlocal_jax.weights import sources
-from nonlocal_jax.weights.load_report import LoadedWeight
+from nonlocal_jax.weights.load_reports import LoadedWeight
 from nonlocal_jax.weights.names import NamingTable, Weights, variable_path
 from nonlocal_jax.weights.readers import Checkpoint
 

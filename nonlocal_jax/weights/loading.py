@@ -13,7 +13,7 @@ from nonlocal_jax import checks
 from nonlocal_jax.types import PRNGKeyArray
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.folding import fold_entries
-from nonlocal_jax.weights.load_report import LoadedWeight, LoadReport
+from nonlocal_jax.weights.load_reports import LoadedWeight, LoadReport
 from nonlocal_jax.weights.matching import PARTS, Part, match_entry, missing_leaves
 from nonlocal_jax.weights.names import NamingTable, Weights, flatten, unflatten
 from nonlocal_jax.weights.readers import Checkpoint, checkpoint_files

@@ -9,7 +9,7 @@ import numpy as np
 from nonlocal_jax.weights.entries import Entry
 from nonlocal_jax.weights.folding import FOLDED
 from nonlocal_jax.weights.inflation import inflate
-from nonlocal_jax.weights.load_report import LoadedWeight, dims
+from nonlocal_jax.weights.load_reports import LoadedWeight, dims
 from nonlocal_jax.weights.names import Weights
 
 Part = Literal["classifier", "nonlocal", "statistics"]

@@ -13,7 +13,7 @@ import numpy as np
 from nonlocal_jax.models import VideoResNet
 from nonlocal_jax.weights.by_definition import definition_differences, finite_or_infinity
 from nonlocal_jax.weights.entries import read_names, strip_prefix, table_name
-from nonlocal_jax.weights.load_report import LoadedWeight, LoadReport, dims, table
+from nonlocal_jax.weights.load_reports import LoadedWeight, LoadReport, dims, table
 from nonlocal_jax.weights.loading import load_checkpoint
 from nonlocal_jax.weights.names import NamingTable, Weights, flatten, unflatten
 from nonlocal_jax.weights.readers import Checkpoint, checkpoint_files
