@@ -5,7 +5,8 @@ PARITY := .venv-parity
 READY := $(VENV)/.ready
 PARITY_READY := $(PARITY)/.ready
 BROWSER := $(VENV)/.browser
-PIP_FLAGS := --quiet --disable-pip-version-check
+# Python itself compiles what is imported, which is a small part of what is installed.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo quick test test-faults check parity bench docs notebooks lock clean
 
