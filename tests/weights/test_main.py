@@ -223,6 +223,10 @@ def test_verify(run, digits, reads):
     assert line_of(output, "fc2", "256×10")[:4] == ["fc2", "2", "256×10", "0"]
     assert "largest difference, weights: 0" in output
     assert output.endswith("verified, tolerance 0.0001\n")
+    # Rounding alone makes the layers differ from their definitions.
+    code, output, errors = run("verify", digits, "--tolerance", "1e-12")
+    assert (code, errors) == (1, "")
+    assert output.endswith("NOT VERIFIED, tolerance 1e-12\n")
 
 
 @pytest.mark.networks
