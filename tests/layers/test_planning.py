@@ -46,6 +46,7 @@ def test_bytes_are_those_of_the_compiler():
     by_hand = measured_by_hand(block, jax.ShapeDtypeStruct(shape, jnp.float32))
     assert (planned.forward["dense"], planned.backward["dense"]) == by_hand
     assert planned.forward["dense"] > planned.forward["reassociated"]
+    assert planned.backward["dense"] > planned.backward["reassociated"]
     assert planned.seconds > 0
 
 

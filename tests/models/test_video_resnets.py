@@ -112,6 +112,7 @@ def test_sizes_of_the_layouts(preset, clip, shape, pool1, res2, res3):
     [
         (50, "c2d", 24_327_632), (50, "i3d_3x1x1", 28_043_472), (50, "i3d_3x3x3", 33_433_808),
         (101, "c2d", 43_319_760), (101, "i3d_3x1x1", 51_754_192), (101, "i3d_3x3x3", 63_042_768),
+        (152, "c2d", 58_963_408),
     ],
 )  # fmt: skip
 def test_parameters_are_those_of_the_published_networks(depth, kind, parameters):

@@ -119,7 +119,9 @@ def test_an_image_network_has_a_time_axis_of_size_1():
 
 
 class ManyLayers(nn.Module):
-    """Windows of several types, a shortcut, frames in the batch, a gate of means, swapped axes."""
+    """Windows of several types, a causal shortcut, frames in the batch, a gate of means, swapped
+    axes.
+    """
 
     @nn.compact
     def __call__(self, x):
@@ -129,7 +131,8 @@ class ManyLayers(nn.Module):
         frames = nn.gelu(nn.Conv(5, (3, 3), kernel_dilation=2)(frames))
         frames = nn.avg_pool(frames, (2, 2), (1, 1))
         y = frames.reshape(*x.shape[:2], *frames.shape[1:])
-        y = y + nn.Conv(5, (3, 1, 1))(x)[:, :, :-1, 1:]
+        past = jnp.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0)))
+        y = y + nn.Conv(5, (3, 1, 1), padding="VALID")(past)[:, :, :-1, 1:]
         y = jnp.concatenate([y, jnp.flip(y, axis=-1)], axis=-1)
         y = y * nn.sigmoid(nn.Dense(10)(y.mean(axis=(1, 2, 3), keepdims=True)))
         y = jnp.transpose(y, (0, 1, 3, 2, 4))
