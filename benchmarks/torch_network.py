@@ -104,7 +104,7 @@ class NonLocal(nn.Module):
         self.pool = nn.MaxPool3d((1, 2, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Computes x plus the normalized response."""
+        """Computes x plus the normalised response."""
         keys = self.pool(x)
         theta, phi, g = (
             self.get_submodule(f"conv_{n}")(a).flatten(2)

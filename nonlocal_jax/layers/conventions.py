@@ -43,7 +43,7 @@ class BlockConventions:
         bias_init: Maps the fan-in to the initializer of the biases.
         out_kernel_init: Initializer of W_z. Defaults to `kernel_init`.
         w_f_init: Initializer of w_f. Defaults to `kernel_init`.
-        initialization: The initialization in words, for the table.
+        initialisation: The initialisation in words, for the table.
     """
 
     epsilon: float
@@ -57,7 +57,7 @@ class BlockConventions:
     bias_init: Callable[[int], Initializer] = zero_bias
     out_kernel_init: Initializer | None = None
     w_f_init: Initializer | None = None
-    initialization: str = "He"
+    initialisation: str = "He"
 
     # Cached because partials compare by identity: blocks with equal options must compare equal.
     @functools.cached_property

@@ -1,6 +1,6 @@
 """The halo of a window, where the first position axis is split over devices.
 
-A halo is the rows that a device needs from its neighbors.
+A halo is the rows that a device needs from its neighbours.
 """
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from nonlocal_jax.types import Array
 def add_halo(
     x: Array, axis_name: str, leading_rows: int, trailing_rows: int, fill_value: float = 0.0
 ) -> Array:
-    """Adds rows of the neighboring devices to the rows of this device.
+    """Adds rows of the neighbouring devices to the rows of this device.
 
     Args:
         x: (B, n, ...), the n rows of each device of the mapped axis, in the order of the devices.

@@ -75,7 +75,7 @@ PRESETS: dict[Preset, Conventions] = {
             use_bias=True,
             out_bias=True,
             kernel_init=_normal_001,
-            initialization="N(0, 0.01)",
+            initialisation="N(0, 0.01)",
         ),
         backbone=BackboneConventions(
             short_clips=Layout(1, Pool((1, 3, 3), (1, 2, 2)), _POOL2),
@@ -95,7 +95,7 @@ PRESETS: dict[Preset, Conventions] = {
             use_bias=True,
             out_bias=True,
             kernel_init=_he_normal_fan_out,
-            initialization="He, by fan-out",
+            initialisation="He, by fan-out",
         ),
         backbone=BackboneConventions(
             short_clips=_SHORT_CLIPS,
@@ -114,7 +114,7 @@ PRESETS: dict[Preset, Conventions] = {
             out_bias=True,
             kernel_init=_pytorch_default,
             bias_init=_uniform_bias,
-            initialization="PyTorch's default",
+            initialisation="PyTorch's default",
         ),
         backbone=BackboneConventions(short_clips=_SHORT_CLIPS, long_clips=_LONG_CLIPS),
         input=_GREY,
@@ -130,7 +130,7 @@ PRESETS: dict[Preset, Conventions] = {
             kernel_init=_normal_001,
             out_kernel_init=_he_normal_fan_out,
             w_f_init=_he_normal_fan_out,
-            initialization="N(0, 0.01); W_z and w_f He, by fan-out",
+            initialisation="N(0, 0.01); W_z and w_f He, by fan-out",
         ),
         backbone=BackboneConventions(
             short_clips=_SHORT_CLIPS,
@@ -178,7 +178,7 @@ def _block_cells(conventions: Conventions) -> dict[str, str]:
         "softmax scale": "d^-0.5" if block.use_scale else "1",
         "pooling": pooling if block.subsample else "none",
         "biases": _biases(block),
-        "initialisation": block.initialization,
+        "initialisation": block.initialisation,
         "ε of BatchNorm": f"{block.epsilon:.8g}".replace("e-0", "e-"),
     }
 

@@ -34,7 +34,7 @@ class Monitor:
         warn_if_zero: str | None,
         warn_zero_after: int,
     ) -> None:
-        """Initializes the monitor, which does not watch anything yet.
+        """Initialises the monitor, which does not watch anything yet.
 
         Args:
             run: Run whose log takes a row for each step.

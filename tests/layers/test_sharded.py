@@ -83,7 +83,7 @@ def test_equals_one_device(name, shape, options, is_masked):
     mask = np.random.default_rng(2).random(shape[:-1]) < 0.8 if is_masked else None
     block = nl.layers.nonlocal_block(name, **options)
     split_block = nl.layers.nonlocal_block(name, **options, axis_name="positions")
-    # Parameters are initialized outside of the mapped function.
+    # Parameters are initialised outside of the mapped function.
     initialize = jax.jit(lambda key, x: (block.init(key, x), split_block.init(key, x)))
     variables, split_variables = initialize(jax.random.key(3), x)
     chex.assert_trees_all_equal(split_variables, variables)
@@ -110,7 +110,7 @@ def test_equals_one_device(name, shape, options, is_masked):
     ],
     ids=str,
 )
-def test_a_convolution_takes_frames_from_its_neighbors(kernel_size, channels, strides, groups):
+def test_a_convolution_takes_frames_from_its_neighbours(kernel_size, channels, strides, groups):
     x, kernel = convolution_oracle.arrays(kernel_size, channels, 4, groups, (8, 5, 4))
 
     def convolve(x, kernel):
@@ -138,8 +138,8 @@ def test_a_convolution_takes_frames_from_its_neighbors(kernel_size, channels, st
     ],
     ids=str,
 )
-def test_a_pooling_takes_frames_from_its_neighbors(window, strides, padding):
-    x = normal((2, 8, 5, 6, 3)) - 4  # below 0, which a device without a neighbor receives
+def test_a_pooling_takes_frames_from_its_neighbours(window, strides, padding):
+    x = normal((2, 8, 5, 6, 3)) - 4  # below 0, which a device without a neighbour receives
 
     def gradients(axis_name):
         def pool(x):

@@ -69,7 +69,7 @@ class VideoConv(nn.Module):
         shape = (*self.kernel_size, channels // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        # Parameters are initialized outside of `shard_map` and `pmap`, where the axis has no name.
+        # Parameters are initialised outside of `shard_map` and `pmap`, where the axis has no name.
         axis_name = None if self.is_initializing() else self.axis_name
         return video_conv(x, kernel, self.strides, self.groups, axis_name)
 

@@ -60,7 +60,7 @@ def _tile_positions(x: Array, axis: int, tile: int) -> list[Array | None]:
     """Returns the m + 2 inputs that a tile depends on, each for all tiles. None stands for 0."""
     length = x.shape[axis]
     tiles = -(-length // tile)
-    # A tile of zeros on both sides. A single tile has no neighbors, and its zeros are not even
+    # A tile of zeros on both sides. A single tile has no neighbours, and its zeros are not even
     # added.
     margin = 1 if tiles > 1 else 0
     padding = [(0, 0, 0)] * x.ndim
@@ -71,12 +71,12 @@ def _tile_positions(x: Array, axis: int, tile: int) -> list[Array | None]:
 
     positions: list[Array | None] = []
     for offset in range(-1, tile + 1):
-        neighbor, phase = divmod(offset, tile)
+        neighbour, phase = divmod(offset, tile)
         if margin:
-            start = margin + neighbor
+            start = margin + neighbour
             positions.append(lax.slice_in_dim(phases[phase], start, start + tiles, axis=axis))
         else:
-            positions.append(phases[phase] if neighbor == 0 else None)
+            positions.append(phases[phase] if neighbour == 0 else None)
     return positions
 
 
