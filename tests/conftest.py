@@ -19,7 +19,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def cache_folder():
-    """The folder of compiled programs, outside of the clone, so that a new clone finds them.
+    """Returns the folder of compiled programs. It is outside of the clone, so that a new clone
+    finds them.
 
     JAX's keys tell versions of JAX apart, but not CPUs, which may share a home folder.
     """
@@ -56,9 +57,9 @@ def pytest_sessionstart(session):
     if hasattr(session.config, "workerinput"):
         return
     oldest = time.time() - CACHE_DAYS * 24 * 3600
-    for entry in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*-cache"):
+    for entry in cache_folder().glob("*-cache"):  # never in a folder that the user has chosen
         if entry.stat().st_mtime < oldest:
-            entry.unlink()
+            entry.unlink(missing_ok=True)
 
 
 @pytest.fixture

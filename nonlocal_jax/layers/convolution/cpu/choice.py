@@ -29,8 +29,8 @@ BLOCK = 64
 CACHE_BYTES = 4 << 20  # arrays up to this size are still in the cache when they are read again
 # A convolution in tiles takes one to two seconds longer to compile, with its gradients. Those of
 # ResNet-20 on 128 images, with 302 million multiply-adds each, make up for it in 100 training
-# steps; those of ResNet-50 on one clip, with 925 million, in 30; those of the toy videos, with at
-# most 75 million, in more than 1000.
+# steps; those of I3D R50 on one clip, with 925 million, in 30; those of the toy videos, with 75 and
+# 38 million, in 230 and 1300.
 MIN_TILED_MULTIPLY_ADDS = 1 << 28
 
 
