@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "checks": set(),
     "files": set(),
     "lazy": set(),
+    "compiler": set(),
     "ops": {"types"},
     "layers": {"types", "ops"},
     "models": {"types", "ops", "layers"},

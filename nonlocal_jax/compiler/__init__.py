@@ -1,0 +1,1 @@
+"""What XLA's compilers say about a program, for devices that need not be present."""

@@ -1,0 +1,86 @@
+"""Optimised programs are read from XLA's text: what runs, how often, and what it costs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nonlocal_jax.compiler.programs import Collective, Program, cost
+
+# In the form of XLA:TPU's text: a loop of three steps around a product, then a copy and a sum over
+# devices. S(1) is the vector memory.
+TPU_TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+%fused (param_0: bf16[8,16], param_1: bf16[16,32]) -> f32[8,32] {
+  %param_0 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %param_1 = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %convolution.1 = f32[8,32]{1,0:T(8,128)} convolution(%param_0, %param_1), dim_labels=bf_io->bf
+}
+
+%body (arg: (s32[], bf16[8,16], bf16[16,32], f32[8,32])) -> (s32[], bf16[8,16], bf16[16,32], f32[8,32]) {
+  %arg = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
+  %w = bf16[16,32]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%arg), index=2
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  %fusion.1 = f32[8,32]{1,0:T(8,128)} fusion(%x, %w), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+  ROOT %result = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0}) tuple(%next, %x, %w, %fusion.1)
+}
+
+%condition (arg.1: (s32[], bf16[8,16], bf16[16,32], f32[8,32])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %arg.1 = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x.1: bf16[8,16], w.1: bf16[16,32]) -> f32[8,32] {
+  %x.1 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = bf16[16,32]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %start = s32[]{:T(128)} constant(2)
+  %copy.1 = s32[]{:T(128)} copy(%start)
+  %zeros = f32[8,32]{1,0:T(8,128)S(1)} broadcast(%start), dimensions={}
+  %state = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0}) tuple(%copy.1, %x.1, %w.1, %zeros)
+  %while.1 = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0}) while(%state), condition=%condition, body=%body
+  %y = f32[8,32]{1,0:T(8,128)} get-tuple-element(%while.1), index=3
+  %copy.2 = f32[8,32]{0,1:T(8,128)} copy(%y), backend_config={"estimated_cycles":"7"}
+  %sort.1 = f32[8,32]{0,1:T(8,128)} sort(%copy.2), dimensions={0}
+  ROOT %all-reduce.1 = f32[8,32]{0,1:T(8,128)} all-reduce(%sort.1), replica_groups={{0,1}}
+}
+"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def program():
+    return Program(TPU_TEXT)
+
+
+def test_cycles_are_multiplied_by_the_trips_of_loops(program):
+    assert program.cycles_by_kind() == {"products": 3 * 100, "copies": 7}
+    assert program.unestimated() == 1  # the sort
+
+
+def test_flops(program):
+    assert program.flops() == 3 * 2 * 8 * 16 * 32
+
+
+def test_collectives(program):
+    assert program.collectives() == (Collective("all-reduce", 1, 4 * 8 * 32),)
+
+
+def test_traffic_leaves_out_the_vector_memory(program):
+    x_bytes, y_bytes, scalar = 2 * 8 * 16, 4 * 8 * 32, 4
+    each_step = x_bytes + y_bytes + 3 * scalar  # and the counter
+    # The first counter and what fills the zeros, then a copy, a sort and a sum over devices.
+    assert program.traffic() == 3 * each_step + 3 * scalar + 3 * 2 * y_bytes
+
+
+def test_cost_of_a_real_program():
+    x = jnp.ones((16, 16))
+    compiled = jax.jit(lambda x: jax.lax.fori_loop(0, 4, lambda i, y: y @ x, x)).lower(x).compile()
+    report = cost(compiled)
+    assert Program(compiled.as_text()).flops() == 4 * 2 * 16**3
+    assert report.cycles == 0  # XLA:CPU estimates none
+    assert report.arguments == 2 * 4 * 16 * 16
+    assert report.temporary == compiled.memory_analysis().temp_size_in_bytes
