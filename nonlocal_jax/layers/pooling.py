@@ -93,8 +93,17 @@ def strided_max_pool(
                 "window must not be larger than the padded map; "
                 f"got {size} for {x.shape[axis]} + 2·{pad}."
             )
-        if (size, stride, pad) != (1, 1, 0):
+        if (size, stride, pad) == (1, 1, 0):
+            continue
+        if axis == 1:
             x = _max_along_axis(x, axis, size, stride, pad)
+            continue
+        # The frames of a video join the batch, as in the convolution before. Otherwise XLA:TPU
+        # copies its large result to another layout: 16.5 ms instead of 9.3 for the first layer of
+        # I3D R50 with this pooling.
+        frames = x.reshape(-1, *x.shape[2:])
+        pooled = _max_along_axis(frames, axis - 1, size, stride, pad)
+        x = pooled.reshape(*x.shape[:2], *pooled.shape[1:])
     return x
 
 
@@ -182,7 +191,8 @@ def _crop_to_windows(x: Array, window: tuple[int, ...]) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _max_along_axis(x: Array, axis: int, size: int, stride: int, padding: int) -> Array:
-    return functools.reduce(jnp.maximum, _window_members(x, -jnp.inf, axis, size, stride, padding))
+    members = _window_members(x, -jnp.inf, axis, size, stride, padding)
+    return functools.reduce(jnp.maximum, members)
 
 
 @_max_along_axis.defjvp
