@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nonlocal_jax.layers.convolution.folding import Triple
+from nonlocal_jax.ops.batching import map_shards
 from nonlocal_jax.types import Array
 
 
@@ -17,6 +18,14 @@ def frame_by_frame(x: Array, kernel: Array, strides: Triple, groups: int) -> Arr
     A frame takes part in several frames of y, each through another tap. In the transpose by the
     kernel the products are of a frame's patches and frames of ȳ, which are contiguous.
     """
+
+    def convolve(x: Array) -> Array:
+        return _frame_by_frame(x, kernel, strides)
+
+    return map_shards(convolve, x)
+
+
+def _frame_by_frame(x: Array, kernel: Array, strides: Triple) -> Array:
     batch, length, *size, _ = x.shape
     taps, *window, _, features = kernel.shape
     time_stride, *space_strides = strides
