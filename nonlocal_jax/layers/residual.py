@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.ops.platforms import host_platform
+from nonlocal_jax.ops.platforms import by_platform
 from nonlocal_jax.types import Array, Features
 
 
@@ -13,8 +13,8 @@ def relu_of_sum(x: Features, branch: Features, platform: str | None = None) -> F
     Args:
         x: (B, *positions, C).
         branch: The same shape. On CPU a −∞ in it gives NaN.
-        platform: Platform to choose the algorithm for: "cpu", "gpu" or "tpu". None is JAX's default
-            backend.
+        platform: Platform whose algorithm runs: "cpu", "gpu", "tpu" or "rocm". None is the one that
+            the program is lowered for.
 
     Returns:
         (B, *positions, C). As with `jax.nn.relu`, the gradient is 0 where the sum is 0.
@@ -23,9 +23,13 @@ def relu_of_sum(x: Features, branch: Features, platform: str | None = None) -> F
     >>> relu_of_sum(jnp.array([[1.0, 2.0, -3.0]]), jnp.array([[4.0, -5.0, 6.0]]))
     Array([[5., 0., 3.]], dtype=float32)
     """
-    if (platform or host_platform()) == "cpu":
-        return _relu_of_sum_on_cpu(x, branch)
-    return jax.nn.relu(x + branch)
+
+    def compute(is_cpu: bool, x: Array, branch: Array) -> Array:
+        return _relu_of_sum_on_cpu(x, branch) if is_cpu else jax.nn.relu(x + branch)
+
+    if platform is not None:
+        return compute(platform == "cpu", x, branch)
+    return by_platform(lambda name: name == "cpu", compute, x, branch)
 
 
 # XLA on CPU sees ReLU(x + branch) as a function of one array, and computes it again for each of its

@@ -89,7 +89,9 @@ def explain(
         g: The values (..., M, e), likewise.
         masked: Whether there is a `key_mask`.
         implementation: The implementation that is requested.
-        platform: "cpu", "gpu" or "tpu". None means the platform of JAX's default backend.
+        platform: "cpu", "gpu" (NVIDIA's), "rocm" (AMD's) or "tpu". None means that of JAX's default
+            backend. "gpu" stands for a Hopper with cuDNN unless this host has another GPU. What
+            runs is chosen for the platform that a program is lowered for.
 
     Returns:
         The choice, its reason, and the forecast FLOPs and temporary bytes of all implementations.
@@ -111,12 +113,17 @@ def explain(
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (theta, phi, g))
     theta, phi, g = jax.eval_shape(_check_shapes, *shapes)
     sizes = sizes_of(instantiation, theta, phi, g, masked)
-    _, explanation = choose_kernel(sizes, implementation, platform or platforms.host_platform())
+    _, explanation = choose_kernel(sizes, implementation, platform or platforms.default_platform())
     return explanation
 
 
 def choose_kernel(
-    sizes: Sizes, implementation: Implementation, platform: str, split: bool = False
+    sizes: Sizes,
+    implementation: Implementation,
+    platform: str,
+    *,
+    split: bool = False,
+    tracing: bool = False,
 ) -> tuple[Kernel, Explanation]:
     """Returns the kernel that runs for a requested implementation, and the explanation.
 
@@ -125,6 +132,7 @@ def choose_kernel(
         implementation: The name of a kernel, or "auto".
         platform: Name of the platform in `PLATFORMS`.
         split: Whether positions are split over devices.
+        tracing: Whether the kernel is traced on this host, which limits what it can be.
 
     Raises:
         ValueError: If the operation has no such implementation, or it is not available here.
@@ -132,7 +140,7 @@ def choose_kernel(
     rows = kernels_of(sizes.instantiation)
     names = [kernel.name for kernel in rows]
     checks.one_of(f"implementation of {sizes.instantiation}", implementation, ("auto", *names))
-    costs = tuple(_forecast(kernel, sizes, platform) for kernel in rows)
+    costs = tuple(_forecast(kernel, sizes, platform, tracing) for kernel in rows)
     available = [name for name, cost in zip(names, costs, strict=True) if cost.refusal is None]
     if implementation != "auto":
         index = names.index(implementation)
@@ -169,7 +177,9 @@ def sizes_of(
     """Returns the sizes of operands whose keys are split over a number of devices."""
     *batch, n, d = theta.shape
     m, e = devices * phi.shape[-2], g.shape[-1]
-    return Sizes(instantiation, math.prod(batch), n, m, d, e, g.dtype, masked)
+    # A symbolic batch, of `jax.export`, counts as one sample; the choice hardly depends on it.
+    samples = math.prod(size for size in batch if isinstance(size, int))
+    return Sizes(instantiation, samples, n, m, d, e, g.dtype, masked)
 
 
 def _check_shapes(theta: Array, phi: Array, g: Array) -> tuple[Array, Array, Array]:
@@ -177,9 +187,12 @@ def _check_shapes(theta: Array, phi: Array, g: Array) -> tuple[Array, Array, Arr
     return theta, phi, arguments.check_values(g, phi, None)
 
 
-def _forecast(kernel: Kernel, sizes: Sizes, platform: str) -> KernelCost:
+def _forecast(kernel: Kernel, sizes: Sizes, platform: str, tracing: bool) -> KernelCost:
     flops, temporary, seconds = kernel.cost(sizes, platform)
-    return KernelCost(kernel.name, flops, temporary, seconds, kernel.refusal(sizes, platform))
+    refusal = kernel.refusal(sizes, platform)
+    if refusal is None and tracing:
+        refusal = kernel.untraceable(sizes)
+    return KernelCost(kernel.name, flops, temporary, seconds, refusal)
 
 
 def _reason(sizes: Sizes, chosen: KernelCost, dense: KernelCost) -> str:
@@ -187,8 +200,7 @@ def _reason(sizes: Sizes, chosen: KernelCost, dense: KernelCost) -> str:
         return f"an affinity of {sizes.n} × {sizes.m} is small enough"
     speedup = dense.seconds / chosen.seconds
     flops = chosen.flops[1] / dense.flops[1]
-    memory = chosen.temporary[1] / dense.temporary[1]
-    return (
-        f"forecast {speedup:.3g}× as fast as dense; "
-        f"{flops:.3g}× its FLOPs, {memory:.3g}× its temporary memory"
-    )
+    reason = f"forecast {speedup:.3g}× as fast as dense; {flops:.3g}× its FLOPs"
+    if not dense.temporary[1]:
+        return reason
+    return f"{reason}, {chosen.temporary[1] / dense.temporary[1]:.3g}× its temporary memory"

@@ -3,7 +3,7 @@
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -243,15 +243,39 @@ def affinity(
 def _respond(
     operands: Operands, implementation: Implementation, axis_name: str | None
 ) -> Responses:
-    platform = platforms.host_platform()
     instantiation, theta, phi, g, key_mask, _, _ = operands
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     sizes = choose.sizes_of(instantiation, theta, phi, g, key_mask is not None, devices)
-    kernel, _ = choose.choose_kernel(sizes, implementation, platform, split=axis_name is not None)
-    if sizes.batch == 1:
+    if all(isinstance(size, int) and size == 1 for size in theta.shape[:-2]):
         operands = _squeeze_batch(operands)
-    y = _call(kernel, operands, platform, axis_name)
-    return y.reshape(*theta.shape[:-1], g.shape[-1]).astype(g.dtype)
+
+    def choose_kernel(platform: str) -> tuple[Kernel, Any] | _Unavailable:
+        options = {"split": axis_name is not None, "tracing": True}
+        try:
+            kernel, _ = choose.choose_kernel(sizes, implementation, platform, **options)
+        except ValueError as error:
+            return _Unavailable(str(error))
+        return kernel, kernel.settings[platform]
+
+    def compute(choice: tuple[Kernel, Any] | _Unavailable, arrays: dict[str, Any]) -> Responses:
+        if isinstance(choice, _Unavailable):
+            shape = (*arrays["theta"].shape[:-1], g.shape[-1])
+            return platforms.fail_if_lowered(choice.reason, shape, g.dtype)
+        return _call(*choice, operands._replace(**arrays), axis_name)
+
+    choices = {name: choose_kernel(name) for name in platforms.PLATFORMS}
+    if all(isinstance(choice, _Unavailable) for choice in choices.values()):
+        raise ValueError(*choices[platforms.default_platform()])
+    # What is not an array, such as a scale of 1.0, stays a constant of the program.
+    arrays = {name: x for name, x in operands._asdict().items() if isinstance(x, jax.Array)}
+    y = platforms.by_platform(choices.__getitem__, compute, arrays)
+    return y.reshape(*theta.shape[:-1], g.shape[-1])
+
+
+class _Unavailable(NamedTuple):
+    """The requested implementation is not available on a platform, for this reason."""
+
+    reason: str
 
 
 def _squeeze_batch(operands: Operands) -> Operands:
@@ -261,9 +285,12 @@ def _squeeze_batch(operands: Operands) -> Operands:
     return operands._replace(theta=theta, phi=phi, g=g, key_mask=key_mask)
 
 
-def _call(kernel: Kernel, operands: Operands, platform: str, axis_name: str | None) -> Responses:
+def _call(kernel: Kernel, settings: Any, operands: Operands, axis_name: str | None) -> Responses:
+    """Computes the responses in the dtype of g."""
     if axis_name is None:
-        return kernel.respond(operands, platform)
-    if kernel.respond_split is not None:
-        return kernel.respond_split(operands, platform, axis_name)
-    return kernel.respond(operands.gather_keys(axis_name), platform)
+        y = kernel.respond(operands, settings)
+    elif kernel.respond_split is not None:
+        y = kernel.respond_split(operands, settings, axis_name)
+    else:
+        y = kernel.respond(operands.gather_keys(axis_name), settings)
+    return y.astype(operands.g.dtype)

@@ -1,8 +1,24 @@
-"""The platforms that kernels are chosen for, and round figures of their speed."""
+"""The platforms that kernels are chosen for, and round figures of their speed.
 
-from typing import NamedTuple
+What runs is chosen for the platform that a program is lowered for. It is known later than a
+function is traced: `jax.export` and ahead-of-time compilation lower for platforms that the tracing
+host may not have, and for several at once. So code for one platform is a branch of `by_platform`,
+never an `if` on `jax.default_backend()`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax.interpreters import mlir
+
+from nonlocal_jax.types import Array
+
+T = TypeVar("T")
+Choice = TypeVar("Choice")
 
 
 class Platform(NamedTuple):
@@ -25,12 +41,89 @@ class Platform(NamedTuple):
 
 PLATFORMS = {
     "cpu": Platform(1.5e11, 1e10, 8 << 20),  # 2 cores
-    "gpu": Platform(1e14, 2e12, 32 << 20),
-    "tpu": Platform(1e14, 1e12, 32 << 20),
+    "gpu": Platform(1e14, 2e12, 32 << 20),  # NVIDIA's
+    # A v5e, by its compiler's estimates. Passes over an affinity in the vector memory cost as much.
+    "tpu": Platform(1e14, 1e12, 0),
+    "rocm": Platform(1e14, 2e12, 32 << 20),  # AMD's GPUs
 }
+# JAX's names of them where code is lowered; "rocm" and all others take the default branch.
+_LOWERING_NAMES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
 
-def host_platform() -> str:
-    """Returns the name in `PLATFORMS` of JAX's default backend; GPUs of every vendor are "gpu"."""
+def by_platform(choose: Callable[[str], Choice], compute: Callable[..., T], *operands: Any) -> T:
+    """Calls `compute(choice, *operands)` with the choice for the platform that is lowered for.
+
+    Args:
+        choose: Returns the choice for a platform in `PLATFORMS`. Platforms with equal choices share
+            a branch; if all are equal, there is no branch at all.
+        compute: A function of a choice and of trees of arrays. The shapes and dtypes of its result
+            must not depend on the choice.
+        *operands: The trees of arrays.
+
+    Returns:
+        The result of `compute`. A platform that is not in `PLATFORMS` takes the choice of "rocm".
+
+    >>> import jax.numpy as jnp
+    >>> functions = {"cpu": jnp.sin, "gpu": jnp.cos, "tpu": jnp.cos, "rocm": jnp.cos}
+    >>> traced = jax.jit(lambda x: by_platform(functions.get, lambda f, x: f(x), x)).trace(1.0)
+    >>> texts = [traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")]
+    >>> ["cosine" in text for text in texts]
+    [False, True]
+    """
+    default = choose("rocm")
+    branches: dict[str, Callable[..., T]] = {}
+    for platform, name in _LOWERING_NAMES.items():
+        choice = choose(platform)
+        if choice != default:
+            branches[name] = functools.partial(compute, choice)
+    if not branches:
+        return compute(default, *operands)
+    return jax.lax.platform_dependent(
+        *operands, default=functools.partial(compute, default), **branches
+    )
+
+
+def fail_if_lowered(message: str, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Stands for a result that a platform cannot compute.
+
+    It is an error only where it runs or is lowered, so it can be the branch of one platform in a
+    program for another.
+
+    Raises:
+        ValueError: With the message, when it runs or is lowered.
+
+    >>> traced = jax.jit(lambda: fail_if_lowered("not on this platform.", (2,), "float32")).trace()
+    >>> traced.lower()
+    Traceback (most recent call last):
+    ValueError: not on this platform.
+    """
+    return jnp.full(shape, _fail_p.bind(message=message), dtype)
+
+
+_fail_p = jax.extend.core.Primitive("fail_if_lowered")
+
+
+@_fail_p.def_impl
+def _fail(*, message: str) -> Array:
+    raise ValueError(message)
+
+
+@_fail_p.def_abstract_eval
+def _fail_shape(*, message: str) -> jax.core.ShapedArray:
+    return jax.core.ShapedArray((), jnp.float32)
+
+
+def _lower_failure(context: Any, *, message: str) -> Any:
+    raise ValueError(message)
+
+
+mlir.register_lowering(_fail_p, _lower_failure)
+
+
+def default_platform() -> str:
+    """Returns the name in `PLATFORMS` of JAX's default backend, for reports and forecasts."""
     name = jax.default_backend()
-    return name if name in PLATFORMS else "gpu"
+    if name in ("cpu", "tpu"):
+        return name
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return "rocm" if str(capability).startswith("gfx") else "gpu"

@@ -81,12 +81,12 @@ def ring(
         (..., N, e), float32 or wider.
     """
     batch = theta.shape[:-2]
-    theta, phi, g = (widen(x).reshape(-1, *x.shape[-2:]) for x in (theta, phi, g))
+    theta, phi, g = (x.reshape(-1, *x.shape[-2:]) for x in (theta, phi, g))
     if key_mask is None:
         mask = jnp.ones(phi.shape[:-1], bool)
     else:
         mask = key_mask.reshape(-1, key_mask.shape[-1])
-    scale = jnp.asarray(scale, theta.dtype)
+    scale = jnp.asarray(scale, widen(theta).dtype)
     y = _ring(axis_name, respond_to_part, differentiate_part, theta, phi, g, scale, mask)
     return y.reshape(*batch, *y.shape[1:])
 
@@ -115,7 +115,7 @@ def _forward(
     g: Array,
     scale: Array,
     mask: Array,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, tuple[Any, ...]]:
     def respond(part: Any) -> tuple[Array, Array]:
         phi, g, mask = part
         y, lse = respond_to_part(theta, phi, g, scale, mask)
@@ -143,11 +143,14 @@ def _backward(
     axis_name: str,
     respond_to_part: RespondToPart,
     differentiate_part: DifferentiatePart,
-    residuals: tuple[Array, ...],
+    residuals: tuple[Any, ...],
     dy: Array,
 ) -> tuple[Array | None, ...]:
     theta, phi, g, scale, mask, y, lse = residuals
+    scale = jnp.asarray(scale)  # a NumPy scalar, where it was a constant
     mean = jnp.sum(dy * y, axis=-1)
+    # Keys and values travel in their own dtype, sums of gradients in float32 or wider.
+    zeros = [jnp.zeros(x.shape, dy.dtype) for x in (theta, phi, g)]
 
     def add_part(_: Any, state: Any) -> Any:
         (phi, g, mask, dphi, dg), dtheta = state
@@ -158,11 +161,12 @@ def _backward(
         # to.
         return _send_to_next(part, axis_name), dtheta + part_dtheta
 
-    part = (phi, g, mask, jnp.zeros_like(phi), jnp.zeros_like(g))
-    state = (part, jnp.zeros_like(theta))
+    state = ((phi, g, mask, *zeros[1:]), zeros[0])
     part, dtheta = lax.fori_loop(0, lax.axis_size(axis_name), add_part, state)
     _, _, _, dphi, dg = part
-    return scale * dtheta, scale * dphi, dg, jnp.sum(dtheta * theta), None
+    dscale = jnp.sum(dtheta * widen(theta))
+    dtheta, dphi = scale * dtheta, scale * dphi
+    return dtheta.astype(theta.dtype), dphi.astype(phi.dtype), dg.astype(g.dtype), dscale, None
 
 
 _ring.defvjp(_forward, _backward)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from nonlocal_jax import checks
-from nonlocal_jax.ops.platforms import host_platform
+from nonlocal_jax.ops.platforms import by_platform
 from nonlocal_jax.training.losses import Batch, Loss, Metrics
 from nonlocal_jax.types import Array, PRNGKeyArray
 
@@ -206,9 +206,14 @@ def _gradient(
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (parts, keys))
     shapes = jax.eval_shape(differentiate, state.params, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def sum_of_parts(unroll: int, zeros: Tree, parts_and_keys: Tree) -> Tree:
+        return jax.lax.scan(add, zeros, parts_and_keys, unroll=unroll)[0]
+
     # XLA on CPU runs the body of a loop on one core (jaxlib 0.10), so there the loop is unrolled.
-    unroll = count if host_platform() == "cpu" else 1
-    total, _ = jax.lax.scan(add, zeros, (parts, keys), unroll=unroll)
+    total = by_platform(
+        lambda platform: count if platform == "cpu" else 1, sum_of_parts, zeros, (parts, keys)
+    )
     (_, (batch_stats, metrics)), gradient = jax.tree.map(lambda x: x / count, total)
     return gradient, batch_stats, metrics
 

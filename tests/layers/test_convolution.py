@@ -1,5 +1,7 @@
 """Video convolutions equal the sum over their taps, with all derivatives, on every platform."""
 
+import functools
+
 import chex
 import convolution_oracle as oracle
 import jax
@@ -76,6 +78,10 @@ def test_the_folded_form_depends_on_the_kernel(kernel_size, groups, function):
         ("gpu", TEMPORAL, 6, 1, (1, 2, 2)),
         ("gpu", TEMPORAL, 6, 3, (1, 1, 1)),
         ("gpu", CUBE, 6, 1, (2, 1, 2)),
+        ("tpu", FIRST, 3, 1, (2, 2, 2)),  # frames in the lanes
+        ("tpu", FIRST, 3, 1, (1, 2, 1)),
+        ("tpu", TEMPORAL, 6, 1, (2, 1, 2)),
+        ("tpu", CUBE, 6, 3, (1, 2, 1)),
     ],
 )
 def test_equals_the_sum_over_taps_with_its_derivatives(
@@ -91,12 +97,12 @@ def test_equals_the_sum_over_taps_with_its_derivatives(
 
         y, transpose = jax.vjp(convolve, x, kernel)
         tangent = jax.jvp(convolve, (x, kernel), (x_tangent, kernel_tangent))[1]
-        return y, transpose(jnp.sin(y)), tangent
+        return convolve(x, kernel), y, transpose(jnp.sin(y)), tangent
 
     y = oracle.convolution(x, kernel, strides, groups)
     tangent = oracle.convolution(x_tangent, kernel, strides, groups)
     tangent += oracle.convolution(x, kernel_tangent, strides, groups)
-    expected = y, oracle.gradients(x, kernel, np.sin(y), strides, groups), tangent
+    expected = y, y, oracle.gradients(x, kernel, np.sin(y), strides, groups), tangent
     chex.assert_trees_all_close(run(x, kernel), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -131,7 +137,7 @@ def test_equal_convolutions_are_traced_once_however_strides_are_written(monkeypa
         traces.append(args)
         return frame_convolution(*args)
 
-    monkeypatch.setattr(cpu, "choose", lambda *args: Lowering(counted, counted))
+    monkeypatch.setattr(cpu, "choose", lambda *args: Lowering.of(counted))
     first = jax.make_jaxpr(lambda x, kernel: video_conv(x, kernel, (1, 1, 1), platform="cpu"))
     second = jax.make_jaxpr(
         lambda x, kernel: video_conv(
@@ -141,6 +147,18 @@ def test_equal_convolutions_are_traced_once_however_strides_are_written(monkeypa
     first(x, kernel)
     second(x, kernel)
     assert len(traces) == 1
+
+
+def test_a_tpu_infers_many_clips_with_the_convolution_of_xla():
+    x, kernel = oracle.arrays(CUBE, 6, 9, positions=(3, 4, 5))
+    clips = jnp.concatenate([x] * 8)[:8]
+
+    @jax.jit
+    def run(clips, kernel):
+        convolve = functools.partial(video_conv, platform="tpu")
+        return convolve(clips, kernel, (2, 1, 1)), xla(clips, kernel, (2, 1, 1))
+
+    chex.assert_trees_all_close(*run(clips, kernel), rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16():

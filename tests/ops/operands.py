@@ -13,10 +13,8 @@ from nonlocal_jax import ops
 from nonlocal_jax.ops import kernels
 from nonlocal_jax.ops.kernels import dense, sorted_keys, streaming
 from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel
-from nonlocal_jax.ops.platforms import host_platform
+from nonlocal_jax.ops.platforms import PLATFORMS
 
-LIMITS = streaming.LIMITS[host_platform()]
-SETTINGS = sorted_keys.SETTINGS[host_platform()]
 INSTANTIATIONS = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 
 
@@ -76,23 +74,31 @@ def registered(*rows):
         yield
 
 
-def streaming_row(name, **limits):
-    """Returns a row that streams with limits unlike the platform's."""
-    respond = functools.partial(streaming.respond, limits=LIMITS._replace(**limits))
-    return dataclasses.replace(streaming.KERNEL, name=name, respond=respond)
+def streaming_row(name, form):
+    """Returns a row that streams in one form on every platform."""
+    settings = dict.fromkeys(PLATFORMS, form)
+    return dataclasses.replace(streaming.KERNEL, name=name, settings=settings)
 
 
 def sorted_row(name, **settings):
     """Returns a row that sorts with settings unlike the platform's."""
-    respond = functools.partial(sorted_keys.respond, settings=SETTINGS._replace(**settings))
-    return dataclasses.replace(sorted_keys.KERNEL, name=name, respond=respond)
+    all_settings = {
+        platform: default._replace(**settings) for platform, default in sorted_keys.SETTINGS.items()
+    }
+    return dataclasses.replace(sorted_keys.KERNEL, name=name, settings=all_settings)
+
+
+def row_of_platform(kernel, platform):
+    """Returns a row that runs everywhere as the kernel runs on one platform."""
+    settings = dict.fromkeys(PLATFORMS, kernel.settings[platform])
+    return dataclasses.replace(kernel, name=f"{kernel.name}_{platform}", settings=settings)
 
 
 # A new implementation: three times the dot product, for fewer than 512 channels, in a picosecond.
 TOY = Kernel(
     name="toy",
     instantiations=("dot_product",),
-    respond=lambda operands, platform: 3 * dense.respond(operands, platform),
+    respond=lambda operands, settings: 3 * dense.respond(operands, settings),
     cost=lambda sizes, platform: Forecast((1, 2), (3, 4), 1e-12),
     refusal=lambda sizes, platform: None if sizes.d < 512 else "a toy takes few channels",
 )

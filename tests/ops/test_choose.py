@@ -29,6 +29,13 @@ WIDE_VALUES = tuple(shaped(1, 9, size, dtype=jnp.bfloat16) for size in (64, 64, 
         ("dot_product", RES4, "cpu", "dense"),  # 2NM < d(N + M)
         ("concatenation", RES3, "cpu", "sorted"),
         ("concatenation", (shaped(784, 4, 64),) * 3, "cpu", "dense"),
+        # What XLA:TPU estimates the fewest cycles for.
+        ("embedded_gaussian", (shaped(64, 49, 256),) * 3, "tpu", "streaming"),
+        ("embedded_gaussian", RES3, "tpu", "streaming"),
+        ("concatenation", RES3, "tpu", "dense"),
+        ("concatenation", (shaped(8, 12544, 256),) * 3, "tpu", "dense"),
+        ("dot_product", RES3, "tpu", "reassociated"),
+        ("dot_product", RES4, "tpu", "dense"),
     ],
 )
 def test_auto_chooses_by_shape(instantiation, shapes, platform, expected):
@@ -112,3 +119,10 @@ def test_a_new_kernel_is_one_row():
             ops.gaussian(rows, rows, rows, implementation="toy")
     with pytest.raises(ValueError, match=r"must be one of 'auto', 'dense', 'reassociated'; got"):
         ops.dot_product(rows, rows, rows, implementation="toy")
+
+
+def test_a_kernel_is_compared_with_a_dense_one_that_needs_no_memory():
+    rows = shaped(2**21, 256)
+    explanation = ops.explain("concatenation", rows, rows, rows, platform="tpu")
+    assert explanation.implementation == "sorted"
+    assert "temporary" not in explanation.reason

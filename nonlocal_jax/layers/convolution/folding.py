@@ -20,16 +20,23 @@ ConvFunction = Callable[[Array, Array, Triple, int], Array]  # x, kernel, stride
 class Lowering(NamedTuple):
     """The functions that compute one convolution, which is linear in x and linear in the kernel.
 
-    Both compute the same values. They are two because the function whose transpose gives the
+    All compute the same values. They are several because the function whose transpose gives the
     gradient of the kernel fastest is not always the one that gives y fastest.
 
     Attributes:
         forward: Computes y. Its transpose by x is the gradient of x.
         kernel_gradient: Its transpose by the kernel is the gradient of the kernel.
+        inference: Computes y where it is not differentiated.
     """
 
     forward: ConvFunction
     kernel_gradient: ConvFunction
+    inference: ConvFunction
+
+    @classmethod
+    def of(cls, forward: ConvFunction, kernel_gradient: ConvFunction | None = None) -> "Lowering":
+        """Returns the lowering to one function, or to two if the kernel has another gradient."""
+        return cls(forward, kernel_gradient or forward, forward)
 
 
 def fold(kernel_shape: tuple[int, ...], groups: int) -> ConvFunction:

@@ -1,14 +1,14 @@
 """The video convolution: the layer that owns its kernel, and the function that it calls."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nonlocal_jax.layers.convolution import cpu
+from nonlocal_jax.layers.convolution import cpu, tpu
 from nonlocal_jax.layers.convolution.folding import (
     ConvFunction,
     Lowering,
@@ -17,7 +17,7 @@ from nonlocal_jax.layers.convolution.folding import (
     fold_after_halo,
 )
 from nonlocal_jax.layers.halo import add_halo, local_windows
-from nonlocal_jax.ops.platforms import host_platform
+from nonlocal_jax.ops.platforms import by_platform
 from nonlocal_jax.types import Array, Video
 
 
@@ -94,8 +94,8 @@ def video_conv(
         groups: Number of groups. The output channels of a group depend on its input channels only.
         axis_name: Under `jax.shard_map` or `jax.pmap`, the name of the mapped axis over whose
             devices T is split. Devices exchange the frames at the borders of their parts.
-        platform: Platform to choose the algorithm for: "cpu", "gpu" or "tpu". None is JAX's default
-            backend.
+        platform: Platform whose algorithm runs: "cpu", "gpu", "tpu" or "rocm". None is the one that
+            the program is lowered for.
 
     Returns:
         (B, T / stride, H / stride, W / stride, features), rounded up.
@@ -108,12 +108,12 @@ def video_conv(
     Array([2., 3., 2.], dtype=float32)
     """
     strides = (int(strides[0]), int(strides[1]), int(strides[2]))
-    platform = platform or host_platform()
     if axis_name is None:
-        return _convolve(x, kernel, strides, groups, False, platform)
+        return _convolve(x, kernel, _Options(strides, groups, False, platform))
     taps = kernel.shape[0]
     halo = local_windows(x.shape[1], taps, strides[0], taps // 2, axis_name)
-    return _convolve(add_halo(x, axis_name, *halo), kernel, strides, groups, taps > 1, platform)
+    options = _Options(strides, groups, taps > 1, platform)
+    return _convolve(add_halo(x, axis_name, *halo), kernel, options)
 
 
 def dot_over_positions(
@@ -129,61 +129,82 @@ def dot_over_positions(
     positions become the rows of one matrix. Elsewhere the position axes stay, because they may be
     sharded.
     """
-    if (platform or host_platform()) == "cpu":
-        return cpu.dot_over_rows(x, kernel, **options)
-    return lax.dot_general(x, kernel, dimension_numbers, **options)
+
+    def compute(as_rows: bool, x: Array, kernel: Array) -> Array:
+        if as_rows:
+            return cpu.dot_over_rows(x, kernel, **options)
+        return lax.dot_general(x, kernel, dimension_numbers, **options)
+
+    if platform is not None:
+        return compute(platform == "cpu", x, kernel)
+    return by_platform(lambda name: name == "cpu", compute, x, kernel)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
-def _convolve(
-    x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool, platform: str
-) -> Array:
-    lowering = _lowering(x, kernel, strides, groups, has_halo, platform)
-    return _apply(lowering.forward, x, kernel, strides, groups)
+class _Options(NamedTuple):
+    """Static options of a convolution.
+
+    `platform` is None for the one that is lowered for.
+    """
+
+    strides: Triple
+    groups: int
+    has_halo: bool
+    platform: str | None
+    differentiated: bool = False
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _convolve(x: Array, kernel: Array, options: _Options) -> Array:
+    return _apply("forward" if options.differentiated else "inference", options, x, kernel)
 
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
 def _convolve_jvp(
-    strides: Triple,
-    groups: int,
-    has_halo: bool,
-    platform: str,
-    primals: tuple[Array, Array],
-    tangents: tuple[Any, Any],
+    options: _Options, primals: tuple[Array, Array], tangents: tuple[Any, Any]
 ) -> tuple[Array, Array]:
     """Differentiates x and the kernel by different functions, each the fastest for its gradient."""
     x, kernel = primals
     x_tangent, kernel_tangent = tangents
-    lowering = _lowering(x, kernel, strides, groups, has_halo, platform)
-    y = _convolve(x, kernel, strides, groups, has_halo, platform)
+    y = _convolve(x, kernel, options._replace(differentiated=True))
     # Without symbolic zeros the gradient of the first layer would convolve an array of zeros for
     # its input.
     zero = jax.custom_derivatives.SymbolicZero
     terms = []
     if not isinstance(x_tangent, zero):
-        terms.append(_apply(lowering.forward, x_tangent, kernel, strides, groups))
+        terms.append(_apply("forward", options, x_tangent, kernel))
     if not isinstance(kernel_tangent, zero):
-        terms.append(_apply(lowering.kernel_gradient, x, kernel_tangent, strides, groups))
+        terms.append(_apply("kernel_gradient", options, x, kernel_tangent))
     return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
-
-
-def _lowering(
-    x: Array, kernel: Array, strides: Triple, groups: int, has_halo: bool, platform: str
-) -> Lowering:
-    """Chooses how a convolution is computed. This is the only place that does."""
-    if has_halo:
-        function = fold_after_halo(kernel.shape, groups)
-        return Lowering(function, function)
-    if platform == "cpu" and groups == 1:
-        fast = cpu.choose(x.shape, kernel.shape, strides, x.dtype)
-        if fast is not None:
-            return fast
-    function = fold(kernel.shape, groups)
-    return Lowering(function, function)
 
 
 # jit, so that convolutions with equal shapes, dtypes and options are traced once. inline, so that
 # XLA still fuses them with what surrounds them.
-@functools.partial(jax.jit, static_argnums=(0, 3, 4), inline=True)
-def _apply(function: ConvFunction, x: Array, kernel: Array, strides: Triple, groups: int) -> Array:
-    return function(x, kernel, strides, groups)
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _apply(part: str, options: _Options, x: Array, kernel: Array) -> Array:
+    """Computes the convolution by the function that is named `part` in its `Lowering`."""
+
+    def choose(platform: str) -> ConvFunction:
+        lowering = _lowering(x, kernel, options, platform)
+        function: ConvFunction = getattr(lowering, part)
+        return function
+
+    def compute(function: ConvFunction, x: Array, kernel: Array) -> Array:
+        return function(x, kernel, options.strides, options.groups)
+
+    if options.platform is not None:
+        return compute(choose(options.platform), x, kernel)
+    return by_platform(choose, compute, x, kernel)
+
+
+def _lowering(x: Array, kernel: Array, options: _Options, platform: str) -> Lowering:
+    """Chooses how a convolution is computed. This is the only place that does."""
+    groups = options.groups
+    if options.has_halo:
+        return Lowering.of(fold_after_halo(kernel.shape, groups))
+    if platform == "tpu":
+        return tpu.choose(x.shape[0], kernel.shape, groups)
+    if platform == "cpu" and groups == 1:
+        fast = cpu.choose(x.shape, kernel.shape, options.strides, x.dtype)
+        if fast is not None:
+            return fast
+    return Lowering.of(fold(kernel.shape, groups))

@@ -3,6 +3,9 @@
 It is the algorithm of `streaming.py`, fused by cuDNN into one kernel.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +15,7 @@ from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.types import Responses
 
 
-def respond(operands: Operands, platform: str) -> Responses:
+def respond(operands: Operands, settings: None) -> Responses:
     """Computes softmax attention with cuDNN, for operands that `refusal` accepts.
 
     cuDNN receives a mask as a bias (..., N, M), so memory is linear in N + M only without one.
@@ -42,25 +45,45 @@ def respond(operands: Operands, platform: str) -> Responses:
 
 def refusal(sizes: Sizes, platform: str) -> str | None:
     """Returns why cuDNN's attention is not available, or None if it is."""
-    # "9.0" on NVIDIA's GPUs, "gfx942" on AMD's. Other devices have no such attribute; when they ask
-    # about a GPU, a Hopper is assumed.
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    major = str(capability).split(".")[0]
-    if platform != "gpu" or not major.isdigit():
+    if platform != "gpu":
         return f"cuDNN needs an NVIDIA GPU, and the platform is {platform!r}"
+    # "9.0" for a Hopper, which is assumed where this host has no NVIDIA GPU; "gfx942" on AMD's.
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    major = int(capability.split(".")[0]) if capability[0].isdigit() else 9
     if sizes.dtype not in (jnp.float16, jnp.bfloat16):
         return f"cuDNN's attention takes float16 and bfloat16, and the inputs are {sizes.dtype}"
     if sizes.d != sizes.e:
         return (
             f"cuDNN's attention needs values as wide as keys; got {sizes.e} and {sizes.d} channels"
         )
-    max_channels = 256 if int(major) >= 9 else 128
+    if major < 8:
+        return f"cuDNN's attention needs an Ampere or later, 8.0; this GPU is {capability}"
+    max_channels = 256 if major >= 9 else 128
     if sizes.d > max_channels or sizes.d % 8:
         return (
             f"cuDNN's head size must be a multiple of 8 up to {max_channels} on this GPU; "
             f"got {sizes.d} channels"
         )
     return None
+
+
+@functools.cache
+def _untraceable(channels: int, dtype: Any) -> str | None:
+    rows = jax.ShapeDtypeStruct((1, 8, 1, channels), dtype)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        jax.eval_shape(attend, rows, rows, rows)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"JAX on this host cannot trace cuDNN's attention for other machines: {error}"
+    return None
+
+
+def untraceable(sizes: Sizes) -> str | None:
+    """Returns why JAX cannot trace it on this host, or None if it can.
+
+    JAX looks for cuDNN and for a Hopper while it traces (JAX 0.10 to 0.12).
+    """
+    return _untraceable(sizes.d, jnp.dtype(sizes.dtype))
 
 
 def cost(sizes: Sizes, platform: str) -> Forecast:
@@ -81,4 +104,5 @@ KERNEL = Kernel(
     respond=respond,
     cost=cost,
     refusal=refusal,
+    untraceable=untraceable,
 )

@@ -8,7 +8,7 @@ from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.types import Instantiation, Responses
 
 
-def respond(operands: Operands, platform: str) -> Responses:
+def respond(operands: Operands, settings: None) -> Responses:
     """Computes y = (f/C) g."""
     instantiation, theta, phi, g, key_mask, scale, w_f = operands
     affinity = definition.affinity(instantiation, theta, phi, key_mask, scale, w_f)
@@ -20,6 +20,8 @@ def cost(sizes: Sizes, platform: str) -> Forecast:
     # Passes over the affinity in memory, and copies of it that live at once without and with
     # gradients. The softmax reads and writes it most often.
     match sizes.instantiation:
+        case "concatenation" if platform == "tpu":
+            passes, copies = 0, (0, 0)  # XLA:TPU fuses ReLU(a_i + b_j) into the product
         case "concatenation":
             passes, copies = 8, (1, 2)
         case "dot_product":

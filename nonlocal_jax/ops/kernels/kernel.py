@@ -5,12 +5,13 @@ does, but faster or in less memory.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from nonlocal_jax.ops import sharded
+from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.types import (
     Array,
     ConcatenationWeights,
@@ -104,6 +105,14 @@ def available_everywhere(sizes: Sizes, platform: str) -> None:
     """The `refusal` of a kernel that runs everywhere."""
 
 
+def traceable_everywhere(sizes: Sizes) -> None:
+    """The `untraceable` of a kernel that every host can trace."""
+
+
+# The `settings` of a kernel that is the same on every platform.
+NO_SETTINGS: Mapping[str, None] = dict.fromkeys(PLATFORMS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One implementation of Eq. 1.
@@ -111,10 +120,13 @@ class Kernel:
     Attributes:
         name: The name that `implementation=` takes.
         instantiations: The pairwise functions that it implements.
-        respond: Computes the responses (..., N, e) from the operands and the name of a platform in
-            `PLATFORMS`.
-        cost: Forecasts its cost for given sizes on a platform.
+        respond: Computes the responses (..., N, e) from the operands and the settings of the
+            platform that it is lowered for.
+        cost: Forecasts its cost for given sizes on a platform in `PLATFORMS`.
+        settings: What differs between platforms, such as the sizes of tiles, for each platform.
+            Hashable; platforms with equal settings share their code.
         refusal: Returns why it is not available for given sizes on a platform, or None if it is.
+        untraceable: Returns why this host cannot trace it for any platform, or None if it can.
         respond_split: Computes this device's responses where positions are split over the devices
             of a mapped axis, whose name is the third argument. None means that `respond` runs on
             the keys and values gathered from all devices.
@@ -123,8 +135,10 @@ class Kernel:
 
     name: str
     instantiations: tuple[Instantiation, ...]
-    respond: Callable[[Operands, str], Responses]
+    respond: Callable[[Operands, Any], Responses]
     cost: Callable[[Sizes, str], Forecast]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=lambda: NO_SETTINGS)
     refusal: Callable[[Sizes, str], str | None] = available_everywhere
-    respond_split: Callable[[Operands, str, str], Responses] | None = None
+    untraceable: Callable[[Sizes], str | None] = traceable_everywhere
+    respond_split: Callable[[Operands, Any, str], Responses] | None = None
     preferred_when_split: bool = False

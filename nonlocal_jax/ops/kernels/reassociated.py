@@ -11,22 +11,23 @@ import jax.numpy as jnp
 from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel, Operands, Sizes
 from nonlocal_jax.ops.platforms import PLATFORMS
+from nonlocal_jax.ops.products import product
 from nonlocal_jax.types import Responses
 
 
-def respond(operands: Operands, platform: str) -> Responses:
+def respond(operands: Operands, settings: None) -> Responses:
     """Computes θ (φᵀ g / n), in float32 or wider."""
     return _respond(operands, axis_name=None)
 
 
-def respond_split(operands: Operands, platform: str, axis_name: str) -> Responses:
+def respond_split(operands: Operands, settings: None, axis_name: str) -> Responses:
     """Computes θ (φᵀ g / n) with φᵀ g summed over devices: only a d×e matrix is communicated."""
     return _respond(operands, axis_name)
 
 
 def _respond(operands: Operands, axis_name: str | None) -> Responses:
     theta, phi, g, key_mask = operands.theta, operands.phi, operands.g, operands.key_mask
-    key_values = jnp.einsum("...md,...me->...de", widen(phi), widen(g))
+    key_values = product("...md,...me->...de", phi, g)
     n = jnp.asarray(phi.shape[-2], key_values.dtype)
     if key_mask is not None:
         n = jnp.sum(key_mask, axis=-1, dtype=key_values.dtype)[..., None, None]

@@ -9,12 +9,15 @@ import pytest
 from ops.operands import assert_equal_to_dense, call, make_operands, registered, streaming_row
 
 from nonlocal_jax.ops.kernels import streaming
+from nonlocal_jax.ops.softmax_rows import Rows
+from nonlocal_jax.ops.softmax_tiles import Tiles
 
 BATCH, N, M, D, E = 3, 41, 29, 11, 7  # keys wider than values, as in a Gaussian block
 AFFINITY_BYTES = BATCH * N * M * 4
 VARIANTS = (
-    streaming_row("storing", tile_rows=16, tile_numbers=1, stored_bytes=AFFINITY_BYTES),
-    streaming_row("recomputing", tile_rows=16, tile_numbers=1, stored_bytes=AFFINITY_BYTES - 1),
+    streaming_row("storing", Tiles(rows=16, numbers=1, stored_bytes=AFFINITY_BYTES)),
+    streaming_row("recomputing", Tiles(rows=16, numbers=1, stored_bytes=AFFINITY_BYTES - 1)),
+    streaming_row("rows", Rows(numbers=1, least=16)),
 )
 
 
@@ -25,7 +28,7 @@ def variants():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("implementation", ["storing", "recomputing"])
+@pytest.mark.parametrize("implementation", ["storing", "recomputing", "rows"])
 def test_equal_to_dense_whether_or_not_the_affinity_is_stored(implementation, masked):
     operands = make_operands(N, M, D, E, (BATCH,))
     operands["theta"] /= 2
@@ -47,10 +50,10 @@ def test_an_affinity_is_stored_up_to_the_limit():
 
 
 def test_the_default_limit_on_cpu_stores_a_few_megabytes():
-    limits = streaming.LIMITS["cpu"]
-    assert streaming.stores_affinity(16 << 20, limits)
-    assert not streaming.stores_affinity((16 << 20) + 1, limits)
-    assert not streaming.stores_affinity(1, streaming.LIMITS["gpu"])
+    settings = streaming.SETTINGS
+    assert settings["cpu"].stores_affinity(16 << 20)
+    assert not settings["cpu"].stores_affinity((16 << 20) + 1)
+    assert not settings["gpu"].stores_affinity(1)
 
 
 def test_scale_has_a_gradient():
@@ -66,6 +69,6 @@ def test_scale_has_a_gradient():
         return jax.grad(loss)(scale)
 
     expected = gradient(jnp.float32(0.3), "dense")
-    for implementation in ("storing", "recomputing"):
+    for implementation in ("storing", "recomputing", "rows"):
         got = gradient(jnp.float32(0.3), implementation)
         np.testing.assert_allclose(got, expected, rtol=1e-4)

@@ -63,18 +63,18 @@ def choose(
     """
     taps, channels = math.prod(kernel_shape[:3]), kernel_shape[3]
     if taps == 1:
-        return Lowering(row_product, row_product)
+        return Lowering.of(row_product)
     tiles = _choose_tiles(x_shape, kernel_shape, strides, dtype)
     if tiles is not None:
         return tiles
     positions = x_shape[0] * math.prod(_strided(x_shape[1:4], strides))
     side_by_side_bytes = 4 * positions * taps * channels
     if taps <= 27 and channels <= BLOCK and side_by_side_bytes <= CACHE_BYTES:
-        return Lowering(taps_side_by_side, taps_side_by_side)
+        return Lowering.of(taps_side_by_side)
     if kernel_shape[1:3] == (1, 1):
-        return Lowering(temporal_convolution, shifted_products)
+        return Lowering.of(temporal_convolution, shifted_products)
     if channels <= 4:
-        return Lowering(frame_convolution, frame_by_frame)
+        return Lowering.of(frame_convolution, frame_by_frame)
     return None
 
 
@@ -123,7 +123,7 @@ def _choose_tiles(
         kernel_gradient = _tiled_form((1, 4, 4))
         if 4 * math.prod(x_shape) <= 1.5 * CACHE_BYTES:
             forward = kernel_gradient
-    return Lowering(forward, kernel_gradient)
+    return Lowering.of(forward, kernel_gradient)
 
 
 def _tile_sizes(kernel_shape: tuple[int, ...]) -> Triple:

@@ -1,0 +1,76 @@
+"""Layers compute what is the fastest on the platform that they are lowered for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nonlocal_jax.layers import nonlocal_block, video_conv
+from nonlocal_jax.layers.residual import relu_of_sum
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def lowered_text(function, platform, *operands):
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
+
+
+def shaped(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def gradients(function, *operands):
+    return jax.grad(lambda *operands: jnp.sum(jnp.sin(function(*operands))), (0, 1))(*operands)
+
+
+def convolution_ranks(text):
+    """Returns the numbers of spatial axes of the convolutions in a program."""
+    labels = [
+        line.split("dim_numbers = ")[1] for line in text.splitlines() if "dim_numbers" in line
+    ]
+    return {label.split("]")[0].count(",") - 1 for label in labels}
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_convolution(platform, differentiated):
+    """CPUs take products instead, GPUs 2-D convolutions, TPUs their own 3-D ones for inference."""
+    function = functools.partial(gradients, video_conv) if differentiated else video_conv
+    text = lowered_text(function, platform, shaped(8, 4, 8, 8, 4), shaped(1, 3, 3, 4, 4))
+    expected = {"cpu": set(), "tpu": {2 if differentiated else 3}}
+    assert convolution_ranks(text) == expected.get(platform, {2})
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_first_convolution_has_its_frames_in_the_lanes_of_a_tpu(platform):
+    text = lowered_text(video_conv, platform, shaped(2, 4, 16, 16, 3), shaped(5, 7, 7, 3, 4))
+    assert ("dim_numbers = [0, 1, f, b]" in text) == (platform == "tpu")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_end_of_a_residual_block(platform):
+    text = lowered_text(relu_of_sum, platform, shaped(2, 3), shaped(2, 3))
+    assert ("stablehlo.negate" in text) == (platform == "cpu")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_dense_layers_keep_their_position_axes_where_these_may_be_split(platform):
+    block = nonlocal_block("embedded_gaussian", subsample=False)
+    x = shaped(2, 4, 6, 6, 10)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+    text = lowered_text(block.apply, platform, variables, x)
+    assert ("tensor<288x10xf32>, tensor<10x5xf32>" in text) == (platform == "cpu")
+
+
+def test_a_block_is_exported_for_all_platforms_with_a_symbolic_batch():
+    block = nonlocal_block("concatenation", zero_init=False)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 6, 6, 10)), jnp.float32)
+    variables = jax.jit(block.init)(jax.random.key(0), x)
+    (batch,) = jax.export.symbolic_shape("b")
+    symbolic = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    function = jax.jit(block.apply)
+    exported = jax.export.export(function, platforms=PLATFORMS)(variables, symbolic)
+    y = jax.export.deserialize(exported.serialize()).call(variables, x)
+    np.testing.assert_allclose(y, function(variables, x), rtol=1e-5, atol=1e-6)
