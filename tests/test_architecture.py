@@ -14,7 +14,7 @@ import nonlocal_jax
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nonlocal_jax"
-EVERYWHERE = {"checks", "files", "lazy"}  # small modules that every part may import
+EVERYWHERE = {"checks", "files", "lazy", "path_options"}  # small modules that every part may import
 
 # What each part may import from the rest of the package.
 MAY_IMPORT = {
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "files": set(),
     "lazy": set(),
     "compiler": set(),
+    "path_options": set(),
     "ops": {"types"},
     "layers": {"types", "ops"},
     "models": {"types", "ops", "layers"},
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "training": {"types", "ops"},
 }
 HEAVY = (
+    "fsspec",
     "tensorflow",
     "tensorflow_datasets",
     "torch",

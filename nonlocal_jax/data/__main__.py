@@ -34,9 +34,11 @@ from nonlocal_jax.data import DataError, VideoError, annotations, stand_in
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import cores
 from nonlocal_jax.data.image_frames import open_frames
-from nonlocal_jax.data.lists.formats import plain_path
+from nonlocal_jax.data.lists.formats import lies_in, plain_path
 from nonlocal_jax.data.toy_video import Split
 from nonlocal_jax.data.transcode import transcode_all
+from nonlocal_jax.files import AnyPath, RemotePath
+from nonlocal_jax.path_options import AnyPathOption, LocalPathOption
 
 MAX_PROBLEMS = 20  # unreadable videos to print
 
@@ -45,12 +47,12 @@ MAX_PROBLEMS = 20  # unreadable videos to print
 class ListOptions:
     """How a list is read."""
 
-    list: Annotated[Path, tyro.conf.Positional]  # the list, or the folder
+    list: Annotated[AnyPathOption, tyro.conf.Positional]  # the list, or the folder
     # folder that paths are relative to and must lie in; by default the folder of the list
-    root: Path | None = None
+    root: AnyPathOption | None = None
     # number of classes; by default 157 for Charades, and what the list has otherwise
     num_classes: int | None = None
-    classes: Path | None = None  # file with the names of the classes, one per line
+    classes: AnyPathOption | None = None  # file with the names of the classes, one per line
     # leave out lines whose file is missing or was named before, instead of stopping
     leave_out: bool = False
     threads: int = dataclasses.field(default_factory=cores)  # videos to read at a time
@@ -84,8 +86,8 @@ class Index:
     The names of the classes are written to classes.txt in the same folder.
     """
 
-    folder: Annotated[Path, tyro.conf.Positional]  # folder with the class folders
-    out: Path | None = None  # the list; by default FOLDER/list.txt
+    folder: Annotated[AnyPathOption, tyro.conf.Positional]  # folder with the class folders
+    out: AnyPathOption | None = None  # the list; by default FOLDER/list.txt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class Transcode(ListOptions):
     """Copy the videos of a list as H.264, and write the list of the copies."""
 
     # folder for the copies, which keep their relative paths
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[LocalPathOption, tyro.conf.Positional]
     shorter: int = 256  # length of the shorter side in pixels
     # largest distance of keyframes in frames; with fewer, clips read faster and files are larger
     keyframes: int = 32
@@ -110,7 +112,7 @@ class Transcode(ListOptions):
 class StandIn:
     """Make H.264 files of moving digits in 6 classes, one of them damaged, and their lists."""
 
-    folder: Annotated[Path, tyro.conf.Positional]  # folder to write to
+    folder: Annotated[LocalPathOption, tyro.conf.Positional]  # folder to write to
     kind: stand_in.DataSet = "kinetics"  # format of the lists
     train: int = stand_in.NUMBERS["train"]  # number of videos for training
     test: int = stand_in.NUMBERS["test"]  # number of videos for testing
@@ -274,15 +276,16 @@ def _transcode(command: Transcode) -> int:
     return 1 if failed else 0
 
 
-def _check_targets(command: Transcode, targets: dict[Path, Path]) -> None:
+def _check_targets(command: Transcode, targets: dict[AnyPath, Path]) -> None:
     """Raises an error if a copy would replace the list, an original, or another copy."""
-    sources: dict[Path, Path] = {}
+    sources: dict[Path, AnyPath] = {}
     for source, target in targets.items():
         if target in sources:
             raise ValueError(f"{sources[target]} and {source} would have the same copy, {target}.")
         sources[target] = source
     # The real paths, since a folder of copies may be a link to that of the originals.
-    originals = {os.path.realpath(path) for path in (*targets, command.list)}
+    inputs = (*targets, command.list)
+    originals = {os.path.realpath(path) for path in inputs if isinstance(path, Path)}
     for target in (*sources, command.out / command.list.name):
         if os.path.realpath(target) in originals:
             raise ValueError(
@@ -290,13 +293,19 @@ def _check_targets(command: Transcode, targets: dict[Path, Path]) -> None:
             )
 
 
-def _relative_target(path: Path, root: Path) -> Path:
-    base = root if path.is_relative_to(root) else Path(path.anchor)
-    return path.relative_to(base).with_suffix(".mp4")
+def _relative_target(path: Any, root: AnyPath) -> Path:
+    base = root
+    if not lies_in(path, root):
+        is_remote = isinstance(path, RemotePath)
+        base = RemotePath(f"{path.protocol}://") if is_remote else Path(path.anchor)
+    return Path(path.relative_to(base)).with_suffix(".mp4")
 
 
 def _write_list(
-    command: Transcode, videos: Annotations, targets: dict[Path, Path], failed: dict[Path, str]
+    command: Transcode,
+    videos: Annotations,
+    targets: dict[AnyPath, Path],
+    failed: dict[AnyPath, str],
 ) -> None:
     """Writes the list of the copies.
 
@@ -307,7 +316,8 @@ def _write_list(
         return
     target_list = command.out / command.list.name
     if videos.format in ("kinetics", "charades"):
-        shutil.copyfile(command.list, target_list)
+        with files.local_copy(command.list) as local_list:
+            shutil.copyfile(local_list, target_list)
         return
     lines = [
         f"{targets[record.path].relative_to(command.out)} {record.labels[0]}\n"

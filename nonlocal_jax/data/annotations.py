@@ -10,23 +10,23 @@ The format is recognised by the first line, or by the list being a folder:
 | `original_vido_id video_id frame_id path labels` | one frame per line, Charades in PySlowFast |
 | a folder | `FOLDER/class name/video.mp4`, a folder of videos for each class |
 
-Every line is checked before anything is decoded, and errors name the line by its number.
+Lists, folders and videos may be remote, such as gs://bucket/train.csv; a local list may name remote
+videos. Every line is checked before anything is decoded, and errors name the line by its number.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from nonlocal_jax.data import DataError
 from nonlocal_jax.data.lists.formats import (
     Folders,
     LineError,
     ParsedList,
-    is_file,
     plain_path,
     read_lines,
     recognise,
 )
 from nonlocal_jax.data.lists.records import Action, Annotations, ListFormat, Record
+from nonlocal_jax.files import AnyPath, PathLike, as_path
 
 VIDEO_SUFFIXES = (
     ".mp4",
@@ -49,11 +49,11 @@ __all__ = ["Action", "Annotations", "ListFormat", "Record", "index", "read", "re
 
 
 def read(
-    source: Path,
+    source: PathLike,
     *,
     num_classes: int | None = None,
-    root: Path | None = None,
-    classes: Path | None = None,
+    root: PathLike | None = None,
+    classes: PathLike | None = None,
     leave_out: bool = False,
 ) -> Annotations:
     r"""Reads a list of videos, or a folder with a folder of videos for each class.
@@ -73,18 +73,20 @@ def read(
         DataError: The list is missing, or lines cannot be used. The first of them are named.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / "a.mp4").write_bytes(b""), (folder / "list.txt").write_text("a.mp4 3\n")
     >>> read(folder / "list.txt").records[0].labels
     (3,)
     """
+    source = as_path(source)
     names = read_classes(classes) if classes else ()
     if source.is_dir():
         return index(source, num_classes=num_classes, names=names)
     lines = read_lines(source)
     if not lines:
         raise DataError(f"{source} must have a line for each video; it is empty.")
-    folders = Folders(plain_path(source.parent), plain_path(root) if root else None)
+    folders = Folders(plain_path(source.parent), plain_path(as_path(root)) if root else None)
     parsed = recognise(source, lines, folders, names)
     num_classes = num_classes or parsed.num_classes
     if parsed.names and num_classes is not None and len(parsed.names) != num_classes:
@@ -92,7 +94,7 @@ def read(
             f"{source} must have {num_classes} classes; {len(parsed.names)} are named. "
             "Pass a file that names all classes."
         )
-    records, left_out = _parse_rows(source, parsed, num_classes, leave_out)
+    records, left_out = _parse_rows(source, parsed, folders, num_classes, leave_out)
     if num_classes is None:
         num_classes = 1 + max((max(record.labels, default=0) for record in records), default=0)
     if parsed.names and len(parsed.names) != num_classes:
@@ -106,7 +108,11 @@ def read(
 
 
 def _parse_rows(
-    source: Path, parsed: ParsedList, num_classes: int | None, leave_out: bool
+    source: AnyPath,
+    parsed: ParsedList,
+    folders: Folders,
+    num_classes: int | None,
+    leave_out: bool,
 ) -> tuple[list[Record], list[str]]:
     """Parses and checks every row.
 
@@ -114,7 +120,7 @@ def _parse_rows(
         The records, and why each line that was left out cannot be used.
     """
     records: list[Record] = []
-    line_of_path: dict[Path, int] = {}
+    line_of_path: dict[AnyPath, int] = {}
     errors: list[str] = []
     left_out: list[str] = []
     for line, row in parsed.rows:
@@ -123,7 +129,7 @@ def _parse_rows(
             _check_labels(record, num_classes)
             _check_path(record, line_of_path)
             line_of_path[record.path] = line
-            _check_file(record)
+            _check_file(record, folders)
             records.append(record)
         except LineError as error:
             is_tolerated = leave_out and error.can_be_left_out
@@ -145,19 +151,19 @@ def _check_labels(record: Record, num_classes: int | None) -> None:
             raise LineError(f"labels must be {bound}; got {label}")
 
 
-def _check_path(record: Record, line_of_path: dict[Path, int]) -> None:
+def _check_path(record: Record, line_of_path: dict[AnyPath, int]) -> None:
     if record.path in line_of_path:
         first_line = line_of_path[record.path]
         raise LineError(f"{record.path} is on line {first_line} too", can_be_left_out=True)
 
 
-def _check_file(record: Record) -> None:
+def _check_file(record: Record, folders: Folders) -> None:
     file = record.frames[0] if record.frames else record.path
-    if not is_file(file):
+    if not folders.has(file):
         raise LineError(f"there is no file {file}", can_be_left_out=True)
 
 
-def _summary(source: Path, errors: Sequence[str]) -> str:
+def _summary(source: AnyPath, errors: Sequence[str]) -> str:
     lines = [f"{source} has {len(errors):,} line(s) that cannot be used:", *errors[:MAX_PROBLEMS]]
     if len(errors) > MAX_PROBLEMS:
         lines.append(f"and {len(errors) - MAX_PROBLEMS:,} more")
@@ -165,7 +171,7 @@ def _summary(source: Path, errors: Sequence[str]) -> str:
 
 
 def index(
-    folder: Path, *, num_classes: int | None = None, names: Sequence[str] = ()
+    folder: PathLike, *, num_classes: int | None = None, names: Sequence[str] = ()
 ) -> Annotations:
     """Lists the videos in a folder that has a folder of videos for each class.
 
@@ -177,7 +183,8 @@ def index(
     Raises:
         DataError: No inner folder has a video, or one has a name that is not in `names`.
     """
-    videos: dict[str, list[Path]] = {}
+    folder = as_path(folder)
+    videos: dict[str, list[AnyPath]] = {}
     for inner in sorted(inner for inner in folder.iterdir() if inner.is_dir()):
         files = [file for file in inner.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES]
         if files:
@@ -200,13 +207,13 @@ def index(
     return Annotations(records, len(names), names=names, format="folder")
 
 
-def read_classes(file: Path) -> tuple[str, ...]:
+def read_classes(file: PathLike) -> tuple[str, ...]:
     """Reads the names of classes, one per line.
 
     Raises:
         DataError: The file cannot be read, names a class twice, or names none.
     """
-    names = tuple(line.strip() for line in read_lines(file) if line.strip())
+    names = tuple(line.strip() for line in read_lines(as_path(file)) if line.strip())
     if len(set(names)) < len(names) or not names:
         raise DataError(
             f"{file} must name each class once, one per line; "

@@ -13,13 +13,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from nonlocal_jax import checks
+from nonlocal_jax import checks, files
 from nonlocal_jax.data import DataError, VideoError
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.image_frames import open_frames
@@ -266,7 +265,11 @@ class Watch:
     """
 
     def __init__(
-        self, records: int, share: float, say: Callable[[str], None], file: Path | None = None
+        self,
+        records: int,
+        share: float,
+        say: Callable[[str], None],
+        file: files.AnyPath | None = None,
     ) -> None:
         """Reads the failures that an earlier start of the run recorded.
 
@@ -310,8 +313,7 @@ class Watch:
         self.failed[record] = failure
         self.say(f"{len(self.failed):,} of {self.records:,} videos cannot be read: {failure}")
         if self.file is not None:
-            with self.file.open("a") as log:
-                log.write(json.dumps({RECORD: record, FAILURE: failure}) + "\n")
+            files.append_line(self.file, json.dumps({RECORD: record, FAILURE: failure}))
 
 
 def _empty_clips(count: int, in_time: InTime, size: int) -> np.ndarray:

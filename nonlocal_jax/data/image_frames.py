@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from nonlocal_jax.data import VideoError
 from nonlocal_jax.data.annotations import Record
 from nonlocal_jax.data.video import Crop, Video
+from nonlocal_jax.files import AnyPath
 
 RATE = 24.0  # frames a second of the images that are published with Charades
 
@@ -19,7 +19,7 @@ class ImageFrames:
 
     rate = RATE
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[AnyPath]) -> None:
         """Stores the file names; files are opened when they are read."""
         self.files = files
 

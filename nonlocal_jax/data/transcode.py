@@ -19,7 +19,7 @@ from nonlocal_jax.data.video import Video
 
 
 def transcode(
-    source: Path, target: Path, *, shorter: int = 256, keyframes: int = 32, crf: int = 18
+    source: files.AnyPath, target: Path, *, shorter: int = 256, keyframes: int = 32, crf: int = 18
 ) -> None:
     """Copies a video as H.264 in MP4, without sound.
 
@@ -84,8 +84,8 @@ def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> No
 
 
 def transcode_all(
-    pairs: Sequence[tuple[Path, Path]], threads: int, **options: int
-) -> Iterator[tuple[Path, VideoError | OSError | None]]:
+    pairs: Sequence[tuple[files.AnyPath, Path]], threads: int, **options: int
+) -> Iterator[tuple[files.AnyPath, VideoError | OSError | None]]:
     """Copies many videos in parallel. Copies that exist are kept.
 
     Args:
@@ -111,7 +111,7 @@ def transcode_all(
             pool.shutdown(cancel_futures=True)
 
 
-def _transcode_if_missing(source: Path, target: Path, options: dict[str, int]) -> None:
+def _transcode_if_missing(source: files.AnyPath, target: Path, options: dict[str, int]) -> None:
     if not target.exists():
         transcode(source, target, **options)
 

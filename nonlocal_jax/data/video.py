@@ -11,14 +11,14 @@ they are wrong or look wrong, the next slower method is used; the slowest decode
 does not grow with the length of the video, apart from a few numbers per frame.
 
 Files are not trusted: only the formats in `nonlocal_jax.data.decode.container.FORMATS` are opened,
-only with the protocol `file`, and only if a frame has at most `MAX_FRAME_PIXELS` pixels.
+only with the protocol `file`, and only if a frame has at most `MAX_FRAME_PIXELS` pixels. Remote
+files, such as gs://bucket/video.mp4, are fetched as a whole before they are decoded.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ from nonlocal_jax.data.decode.conversion import (
     ffmpeg_message,
 )
 from nonlocal_jax.data.decode.timeline import Timeline, WrongTimesError
+from nonlocal_jax.files import PathLike, as_path
 
 MAX_READ_BYTES = 1 << 32  # an hour of 112×112 pixels at 30 frames a second
 # Frames to decode before converting them. Interleaving the two frame by frame thrashes the cache.
@@ -50,6 +51,7 @@ class Video:
     """A video file, opened by `with`.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from nonlocal_jax.data import stand_in
     >>> file = Path(tempfile.mkdtemp()) / "up.mp4"
     >>> stand_in.write(file, np.zeros((7, 48, 64, 3), np.uint8), rate=25)
@@ -60,7 +62,7 @@ class Video:
 
     def __init__(
         self,
-        path: Path,
+        path: PathLike,
         *,
         threads: int = 1,
         max_frame_pixels: int = MAX_FRAME_PIXELS,
@@ -75,7 +77,7 @@ class Video:
             max_frame_pixels: Frames with more pixels raise an error, before and after scaling.
             max_read_bytes: `read` raises an error if its result would be larger.
         """
-        self.path = path
+        self.path = as_path(path)
         self._threads = threads
         self._max_frame_pixels, self._max_read_bytes = max_frame_pixels, max_read_bytes
         self._timeline: Timeline | None = None

@@ -14,11 +14,12 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from nonlocal_jax.files import RemotePath
+from nonlocal_jax.path_options import AnyPathOption
 from nonlocal_jax.weights.build import Choices, build, call, open_questions
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.infer import Architecture, architecture
@@ -40,8 +41,8 @@ Names = Literal[
     "non_local_pytorch",
     "non_local_pytorch (first version)",
 ]
-InputFile = Annotated[Path, tyro.conf.arg(metavar="FILE")]
-OutputFile = Annotated[Path, tyro.conf.arg(metavar="OUT")]
+InputFile = Annotated[AnyPathOption, tyro.conf.arg(metavar="FILE")]
+OutputFile = Annotated[AnyPathOption, tyro.conf.arg(metavar="OUT")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ def _convert(command: Convert) -> int:
     if command.out.exists() and not (command.overwrite and command.out.is_file()):
         raise FileExistsError(f"{command.out} exists already; --overwrite replaces a file.")
     folder = command.out.parent
-    if not folder.is_dir():
+    if not isinstance(folder, RemotePath) and not folder.is_dir():  # stores make folders
         raise FileNotFoundError(
             f"{folder} is not a folder; {command.out.name} cannot be written there."
         )

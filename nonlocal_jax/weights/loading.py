@@ -1,6 +1,5 @@
 """Loading a file of trained weights into a network, with an account of every weight."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nonlocal_jax import checks
+from nonlocal_jax.files import PathLike
 from nonlocal_jax.types import PRNGKeyArray
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.folding import fold_entries
@@ -20,7 +20,7 @@ from nonlocal_jax.weights.readers import Checkpoint, checkpoint_files
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: PathLike,
     model: nn.Module,
     *,
     initialise: Sequence[Part] = (),
@@ -38,7 +38,7 @@ def load(
     these are folded.
 
     Args:
-        path: The file or folder.
+        path: The file or folder, local or remote, such as gs://bucket/file.
         model: The network. Its depth, kind and places of blocks must be those of the file.
         initialise: The parts that keep their initial values where the file has none that fit:
             "classifier" (for another number of classes), "nonlocal" (for files of a network without
@@ -80,7 +80,7 @@ def load(
     return variables
 
 
-def load_report(path: str | os.PathLike[str], model: nn.Module, **options: Any) -> LoadReport:
+def load_report(path: PathLike, model: nn.Module, **options: Any) -> LoadReport:
     """Reports what `load` does with every entry of a file and every leaf of a network.
 
     Args:
@@ -98,7 +98,7 @@ def load_report(path: str | os.PathLike[str], model: nn.Module, **options: Any) 
 
 
 def load_with_report(
-    path: str | os.PathLike[str], model: nn.Module, **options: Any
+    path: PathLike, model: nn.Module, **options: Any
 ) -> tuple[dict[str, Any], LoadReport]:
     """Returns the results of `load` and of `load_report`, reading the file once."""
     return load_checkpoint(checkpoint_files.read(path), model, **options)

@@ -1,6 +1,5 @@
 """Writing variables to files, with native names or with those of another source."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,11 @@ from nonlocal_jax.weights.entries import NATIVE, naming_tables
 from nonlocal_jax.weights.names import Weights, flatten
 
 
-def save(path: str | os.PathLike[str], variables: Mapping[str, Any], names: str = NATIVE) -> None:
+def save(path: files.PathLike, variables: Mapping[str, Any], names: str = NATIVE) -> None:
     """Writes variables to a `.safetensors` file, atomically.
 
     Args:
-        path: The file to create or replace.
+        path: The file to create or replace, local or remote, such as gs://bucket/file.safetensors.
         variables: Variables as `model.init` returns them.
         names: "nonlocal_jax" for paths such as "params/res2_0/conv_a/kernel"; or the source whose
             names and shapes the file gets: "slowfast", "mmaction2", "pytorchvideo", "torchvision"

@@ -1,12 +1,13 @@
 """Opening a video file, and reading its packets from the start or from a keyframe."""
 
+import io
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from nonlocal_jax.data import VideoError
 from nonlocal_jax.data.decode.conversion import check_size, ffmpeg_message
+from nonlocal_jax.files import AnyPath, RemotePath
 
 # Demuxers that may open a file. FFmpeg has others that follow URLs and paths found in the file
 # (HLS, concat), which an untrusted file must not be able to ask for.
@@ -24,6 +25,9 @@ FORMATS = (
     "jpeg_pipe",
     "png_pipe",
 )
+# A remote file is fetched as a whole: for the few MB of a clip, one request is faster than the many
+# that FFmpeg's seeking would make, and no request can fail while it decodes.
+MAX_REMOTE_BYTES = 1 << 30
 
 
 class Container:
@@ -34,7 +38,7 @@ class Container:
         stream: The video stream, an `av.VideoStream`. Reopening the file replaces it.
     """
 
-    def __init__(self, path: Path, threads: int, max_pixels: int) -> None:
+    def __init__(self, path: AnyPath, threads: int, max_pixels: int) -> None:
         """Opens the file.
 
         Args:
@@ -43,19 +47,30 @@ class Container:
             max_pixels: Largest number of pixels that a frame may have.
 
         Raises:
-            VideoError: The file is missing or empty, its format is not one of `FORMATS`, or it has
-                no video stream that can be decoded.
+            VideoError: The file is missing or empty, its format is not one of `FORMATS`, it has no
+                video stream that can be decoded, or it is remote and larger than
+                `MAX_REMOTE_BYTES`.
         """
         self.path = path
         self._threads, self._max_pixels = threads, max_pixels
         try:
             if not path.is_file():
                 raise VideoError(f"{path}: there is no such file.")
-            if not path.stat().st_size:
+            size = path.stat().st_size
+            if not size:
                 raise VideoError(f"{path}: the file is empty.")
+            self._content = self._fetch(path, size) if isinstance(path, RemotePath) else None
         except OSError as error:
             raise VideoError(f"{path}: cannot be opened ({ffmpeg_message(error)}).") from error
         self._open()
+
+    def _fetch(self, path: RemotePath, size: int) -> bytes:
+        if size > MAX_REMOTE_BYTES:
+            raise VideoError(
+                f"{path}: a remote video may have up to {MAX_REMOTE_BYTES:,} bytes; "
+                f"got {size:,}. Copy it to this machine, or cut it."
+            )
+        return path.read_bytes()
 
     def _open(self) -> None:
         import av
@@ -66,7 +81,8 @@ class Container:
         if int(av.__version__.split(".")[0]) < 19:
             lenient = {"metadata_errors": "replace"}
         try:
-            self._file = av.open(f"file:{self.path}", options=options, **lenient)
+            source = f"file:{self.path}" if self._content is None else io.BytesIO(self._content)
+            self._file = av.open(source, "r", options=options, **lenient)
         except (av.FFmpegError, ValueError) as error:
             reason = ffmpeg_message(error)
             raise VideoError(f"{self.path}: not a video that can be read ({reason}).") from error

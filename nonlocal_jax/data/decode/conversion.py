@@ -5,12 +5,12 @@ FFmpeg's filters do the work, on the part of the frame that is asked for.
 
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nonlocal_jax.data import VideoError
+from nonlocal_jax.files import AnyPath
 
 MAX_FRAME_PIXELS = 1 << 26  # 8192 × 8192; a small file can claim frames that fill the memory
 QUARTER_TURN = 90  # degrees
@@ -43,7 +43,9 @@ Crop = Callable[[int, int], Window]  # from height and width of a frame as it is
 class Converter:
     """Converts decoded frames to RGB pixels. Filters are built once for each kind of frame."""
 
-    def __init__(self, path: Path, crop: Crop | None, max_pixels: int = MAX_FRAME_PIXELS) -> None:
+    def __init__(
+        self, path: AnyPath, crop: Crop | None, max_pixels: int = MAX_FRAME_PIXELS
+    ) -> None:
         """Sets up nothing until the first frame is converted.
 
         Args:
@@ -180,7 +182,7 @@ def quarter_turns(frame: Any) -> int:
     return round(frame.rotation / QUARTER_TURN) % 4
 
 
-def check_size(path: Path, width: int, height: int, max_pixels: int = MAX_FRAME_PIXELS) -> None:
+def check_size(path: AnyPath, width: int, height: int, max_pixels: int = MAX_FRAME_PIXELS) -> None:
     """Raises a `VideoError` if frames are too large."""
     if width * height > max_pixels:
         raise VideoError(

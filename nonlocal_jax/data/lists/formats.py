@@ -5,6 +5,7 @@ files exist, is checked in `nonlocal_jax.data.annotations`.
 """
 
 import csv
+import dataclasses
 import functools
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from nonlocal_jax.data import DataError
 from nonlocal_jax.data.lists.records import Action, ListFormat, Record
+from nonlocal_jax.files import WITHOUT_FOLDERS, AnyPath, RemotePath, as_path
 
 # A column, or the first word of the header, that only this format has.
 KINETICS_COLUMN, CHARADES_COLUMN, FRAME_LIST_START = "youtube_id", "actions", "original_vido_id"
@@ -38,18 +40,21 @@ class LineError(Exception):
         self.can_be_left_out = can_be_left_out
 
 
-class Folders(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Folders:
     """Where the paths of a list are looked up.
 
     Attributes:
         list_folder: Folder of the list, which paths are relative to unless there is a root.
         root: Folder that paths are relative to and must lie in; None allows any place.
+        listings: Names of the files in the remote folders that were looked into so far.
     """
 
-    list_folder: Path
-    root: Path | None
+    list_folder: AnyPath
+    root: AnyPath | None
+    listings: dict[RemotePath, frozenset[str]] = dataclasses.field(default_factory=dict)
 
-    def file(self, name: str) -> Path:
+    def file(self, name: str) -> AnyPath:
         """Returns the file that a path in the list names.
 
         Raises:
@@ -57,10 +62,41 @@ class Folders(NamedTuple):
         """
         if "\0" in name or not name:
             raise LineError(f"{name!r} is not a path")
-        file = plain_path((self.root or self.list_folder) / name)
-        if self.root is not None and not file.is_relative_to(self.root):
+        folder = self.root or self.list_folder
+        if "://" in name or Path(name).is_absolute():
+            try:
+                file = plain_path(as_path(name))
+            except (ValueError, ImportError) as error:
+                raise LineError(str(error).removesuffix(".")) from error
+        else:
+            file = plain_path(folder / name)
+        if self.root is not None and not lies_in(file, self.root):
             raise LineError(f"{name} lies outside the root {self.root}")
         return file
+
+    def has(self, file: AnyPath) -> bool:
+        """Whether a file exists. A name that is too long, or a closed folder, is no error.
+
+        A remote folder is listed once: a list of Kinetics would ask for 240,000 files one by one.
+        """
+        if isinstance(file, Path):
+            return is_file(file)
+        if file.protocol in WITHOUT_FOLDERS:
+            return file.is_file()
+        folder = file.parent
+        if folder not in self.listings:
+            try:
+                self.listings[folder] = frozenset(entry.name for entry in folder.iterdir())
+            except FileNotFoundError:
+                self.listings[folder] = frozenset()
+        return file.name in self.listings[folder]
+
+
+def lies_in(file: AnyPath, folder: AnyPath) -> bool:
+    """Whether a file is in a folder; a local one is never in a remote one."""
+    if isinstance(file, RemotePath):
+        return isinstance(folder, RemotePath) and file.is_relative_to(folder)
+    return isinstance(folder, Path) and file.is_relative_to(folder)
 
 
 class ParsedList(NamedTuple):
@@ -82,7 +118,7 @@ class ParsedList(NamedTuple):
 
 
 def recognise(
-    source: Path, lines: Sequence[str], folders: Folders, names: tuple[str, ...]
+    source: AnyPath, lines: Sequence[str], folders: Folders, names: tuple[str, ...]
 ) -> ParsedList:
     """Finds out the format of a list by its first line.
 
@@ -134,11 +170,11 @@ def _kinetics_record(
     class_folders = ("", f"{label}/", f"{label.replace(' ', '_')}/")
     candidates = [f"{folder}{stem}.mp4" for folder in class_folders for stem in (trimmed, name)]
     files = [folders.file(candidate) for candidate in candidates]
-    existing = [file for file in files if is_file(file)]
+    existing = [file for file in files if folders.has(file)]
     return Record((existing or files)[0], (numbers[comparable_name(label)],), number)
 
 
-def _class_names(source: Path, lines: Sequence[str]) -> tuple[str, ...]:
+def _class_names(source: AnyPath, lines: Sequence[str]) -> tuple[str, ...]:
     """Returns the sorted names of the classes in a list of Kinetics."""
     names = {row.get("label") or "" for _, row in _csv_rows(source, lines)} - {""}
     if not names:
@@ -202,7 +238,7 @@ def _frame_list_record(
     )
 
 
-def _csv_rows(source: Path, lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
+def _csv_rows(source: AnyPath, lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
     reader = csv.DictReader(lines)
     try:
         for row in reader:
@@ -212,7 +248,7 @@ def _csv_rows(source: Path, lines: Sequence[str]) -> Iterator[tuple[int, dict[st
         raise DataError(f"{source}: line {line} cannot be read as CSV: {error}.") from error
 
 
-def read_lines(source: Path) -> list[str]:
+def read_lines(source: AnyPath) -> list[str]:
     """Reads the lines of a text file.
 
     Raises:
@@ -230,8 +266,10 @@ def read_lines(source: Path) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def plain_path(path: Path) -> Path:
+def plain_path(path: AnyPath) -> AnyPath:
     """Makes a path absolute and removes `..`. Links are kept, since data sets are often links."""
+    if isinstance(path, RemotePath):
+        return path
     return Path(os.path.normpath(path.absolute()))
 
 

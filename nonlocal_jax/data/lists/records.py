@@ -1,8 +1,9 @@
 """What a list of videos contains, whatever its format."""
 
 import dataclasses
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from nonlocal_jax.files import AnyPath
 
 ListFormat = Literal["paths", "kinetics", "charades", "frames", "folder"]
 
@@ -26,7 +27,7 @@ class Record:
     """One video of a list.
 
     Attributes:
-        path: The file. For a video that is a list of frames, its name.
+        path: The file, an `AnyPath`. For a video that is a list of frames, its name.
         labels: Classes of the whole video, ascending.
         line: Line of the list, from 1; 0 in a folder.
         actions: When each class occurs, if the list says so.
@@ -34,11 +35,11 @@ class Record:
         frame_labels: Classes of each of these frames.
     """
 
-    path: Path
+    path: Any
     labels: tuple[int, ...]
     line: int = 0
     actions: tuple[Action, ...] = ()
-    frames: tuple[Path, ...] = ()
+    frames: tuple[AnyPath, ...] = ()
     frame_labels: tuple[tuple[int, ...], ...] = ()
 
 

@@ -1,18 +1,18 @@
 """Reading a file of weights in any supported format, recognised by its content."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from nonlocal_jax import files
+from nonlocal_jax.files import AnyPath, PathLike
 from nonlocal_jax.weights.readers.caffe2_pickles import is_pickle, read_caffe2
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 from nonlocal_jax.weights.readers.orbax_folders import read_orbax
 from nonlocal_jax.weights.readers.safetensors_files import is_safetensors, read_safetensors
 from nonlocal_jax.weights.readers.torch_files import is_torch, read_torch
-from nonlocal_jax.weights.readers.values import Contents
+from nonlocal_jax.weights.readers.values import Contents, check_size
 
 Format = Literal["caffe2", "torch", "safetensors", "orbax"]
 
@@ -32,6 +32,7 @@ FOREIGN_FORMATS = {
     b"\x89hdf\r\n": "HDF5",
     b"\x93numpy": "a NumPy .npy file",
 }
+HEAD_BYTES = 1024  # from which the format is recognised
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,18 @@ class Checkpoint:
         ignored: Every other entry of the file, with the reason why it is ignored.
     """
 
-    path: Path
+    path: AnyPath
     format: Format
     arrays: dict[str, np.ndarray]
     ignored: dict[str, str]
 
 
-def read(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Checkpoint:
+def read(path: PathLike, *, max_bytes: int = 8 << 30) -> Checkpoint:
     """Reads the weights in a file without executing anything that the file asks for.
 
     Args:
         path: A pickle of Caffe2, a file of `torch.save`, a safetensors file, or a folder that Orbax
-            wrote.
+            wrote. A remote file, such as gs://bucket/file, is copied to a temporary local one.
         max_bytes: Limit of what the weights may take in memory.
 
     Returns:
@@ -76,7 +77,7 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Checkpoin
     >>> checkpoint.format, checkpoint.arrays["conv1_w"].shape, checkpoint.ignored
     ('caffe2', (2, 3), {'lr': 'training state'})
     """
-    path = Path(path)
+    path = files.as_path(path)
     try:
         file_format, (arrays, ignored) = _read(path, max_bytes)
         if not arrays:
@@ -89,23 +90,32 @@ def read(path: str | os.PathLike[str], *, max_bytes: int = 8 << 30) -> Checkpoin
     return Checkpoint(path, file_format, arrays, ignored)
 
 
-def _read(path: Path, max_bytes: int) -> tuple[Format, Contents]:
+def _read(path: AnyPath, max_bytes: int) -> tuple[Format, Contents]:
     """Recognises the format by the first bytes, and reads the file."""
     if path.is_dir():
         return "orbax", read_orbax(path, max_bytes)
-    size = path.stat().st_size
+    path.stat()  # raises an error if there is nothing
     if not path.is_file():
         raise FileFormatError(f"it is neither a file nor a folder. {SUPPORTED}")
-    with path.open("rb") as file:
-        head = file.read(1024)
-        file.seek(0)
+    head = _read_head(path)
+    if not (is_torch(head) or is_safetensors(head) or is_pickle(head)):
+        raise FileFormatError(f"it {_appearance(head)}. {SUPPORTED}")
+    if isinstance(path, files.RemotePath):
+        check_size(path.stat().st_size, max_bytes, "the remote file")
+    with files.local_copy(path) as local, local.open("rb") as file:
+        size = local.stat().st_size
         if is_torch(head):
             return "torch", read_torch(file, size, max_bytes)
         if is_safetensors(head):
-            return "safetensors", read_safetensors(path, head, size, max_bytes)
-        if is_pickle(head):
-            return "caffe2", read_caffe2(file, size, max_bytes)
-    raise FileFormatError(f"it {_appearance(head)}. {SUPPORTED}")
+            return "safetensors", read_safetensors(local, head, size, max_bytes)
+        return "caffe2", read_caffe2(file, size, max_bytes)
+
+
+def _read_head(path: AnyPath) -> bytes:
+    if isinstance(path, files.RemotePath):
+        return path.read_bytes(HEAD_BYTES)
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
 
 
 def _appearance(head: bytes) -> str:

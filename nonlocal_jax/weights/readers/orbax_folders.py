@@ -1,22 +1,29 @@
 """Folders of Orbax: those of its checkpointers, and of its manager, one level down."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nonlocal_jax.files import AnyPath, RemotePath
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 from nonlocal_jax.weights.readers.values import Contents, check_size, ignored_reason
 
+ORBAX_PROTOCOLS = ("gs",)  # at which Orbax 0.11 to 0.12 reads and writes arrays
 
-def read_orbax(path: Path, max_bytes: int) -> Contents:
+
+def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
     """Reads the arrays of a checkpoint onto the host, whatever devices they were on.
 
     Args:
         path: The folder.
         max_bytes: Limit of what the arrays may take in memory.
     """
+    if isinstance(path, RemotePath) and path.protocol not in ORBAX_PROTOCOLS:
+        raise FileFormatError(
+            f"Orbax reads local folders and gs:// only, not {path.protocol}://. "
+            "Copy the folder to this machine."
+        )
     candidates = (path, path / "default")
     folders = [folder for folder in candidates if (folder / "_METADATA").is_file()]
     if not folders:
@@ -26,7 +33,7 @@ def read_orbax(path: Path, max_bytes: int) -> Contents:
             f"it holds {names}. Pass a file, or the folder of one step."
         )
     try:
-        return _restore(folders[0].absolute(), max_bytes)
+        return _restore(str(folders[0].absolute()), max_bytes)
     except (FileFormatError, UnsafeFileError):
         raise
     except Exception as error:  # Orbax, TensorStore and JSON do not declare what they raise
@@ -35,7 +42,7 @@ def read_orbax(path: Path, max_bytes: int) -> Contents:
         ) from error
 
 
-def _restore(folder: Path, max_bytes: int) -> Contents:
+def _restore(folder: str, max_bytes: int) -> Contents:
     import jax
     import orbax.checkpoint as ocp  # type: ignore[import-untyped]
 
