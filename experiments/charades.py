@@ -30,6 +30,7 @@ from experiments import kinetics
 from experiments.shared import video_experiment
 from experiments.shared.recipes import Config as VideoConfig
 from experiments.shared.recipes import Recipe
+from nonlocal_jax.path_options import AnyPathOption
 
 # The mean over 6 classes makes gradients small, hence the large learning rate.
 TOY = dataclasses.replace(kinetics.TOY, learning_rate=0.2, multi_label=True)
@@ -63,7 +64,7 @@ class Config(VideoConfig):
     """Trains and tests video networks on Charades, or on toy videos that it makes itself."""
 
     recipe: str = "toy_mp4"  # Name of the recipe. --list-recipes prints all.
-    output: Path = Path("runs/charades")  # Folder of the run.
+    output: AnyPathOption = Path("runs/charades")  # Folder of the run.
 
 
 def main(config: Config) -> dict[str, Any] | None:

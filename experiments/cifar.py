@@ -38,8 +38,10 @@ from nonlocal_jax import checks, training
 from nonlocal_jax.data import DataError, augment, cifar
 from nonlocal_jax.data.images import Images, load_digits
 from nonlocal_jax.data.pipeline import evaluation_batches, training_batches
+from nonlocal_jax.files import AnyPath
 from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.models.cifar_resnets import STAGES, CifarResNet
+from nonlocal_jax.path_options import AnyPathOption, LocalPathOption
 from nonlocal_jax.types import Instantiation
 
 Dataset = Literal["digits", "cifar10", "cifar100"]
@@ -93,7 +95,8 @@ class Config:
 
     # Data set. "digits" are scikit-learn's 1,797 scans of 8×8 pixels, much easier than CIFAR.
     dataset: Dataset = "digits"
-    data_dir: Path = Path("data")  # Folder of the CIFAR archive, which is downloaded if missing.
+    # Local folder of the CIFAR archive, which is downloaded if missing.
+    data_dir: LocalPathOption = Path("data")
     # SHA-256 of an archive of your own in the official format, to use instead of the official one.
     archive_sha256: str | None = None
     depth: int = 20  # Number of layers, 6n + 2.
@@ -138,7 +141,7 @@ class Config:
     profile: int = 0  # Number of steps to profile, into <output>/profile.
     # Print the model, its blocks, parameters, multiply-adds, memory and sharding, then stop.
     dry_run: bool = False
-    output: Path = Path("runs/cifar")  # Folder of the run.
+    output: AnyPathOption = Path("runs/cifar")  # Folder of the run.
 
     def __post_init__(self) -> None:
         checks.at_least("batch_size", self.batch_size, 1)
@@ -320,7 +323,7 @@ def main(config: Config) -> training.Result | None:
     return result
 
 
-def report(config: Config, folder: Path, result: training.Result) -> None:
+def report(config: Config, folder: AnyPath, result: training.Result) -> None:
     """Writes the results and the learning curves of a finished run."""
     name = "scikit-learn's digits (not CIFAR)" if config.dataset == "digits" else config.dataset
     results.record(folder, config.dataset, command("cifar"), result)

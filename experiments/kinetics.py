@@ -44,6 +44,7 @@ import tyro
 from experiments.shared import video_experiment
 from experiments.shared.recipes import Config as VideoConfig
 from experiments.shared.recipes import Recipe
+from nonlocal_jax.path_options import AnyPathOption
 
 IMAGENET = "ImageNet ResNet"
 TOY = Recipe(
@@ -146,7 +147,7 @@ class Config(VideoConfig):
     """Trains and tests video networks on Kinetics-400, or on toy videos that it makes itself."""
 
     recipe: str = "toy_mp4"  # Name of the recipe. --list-recipes prints all.
-    output: Path = Path("runs/kinetics")  # Folder of the run.
+    output: AnyPathOption = Path("runs/kinetics")  # Folder of the run.
 
 
 def main(config: Config) -> dict[str, Any] | None:

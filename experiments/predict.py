@@ -26,6 +26,7 @@ from rich.table import Table
 
 import nonlocal_jax as nl
 from experiments import charades, kinetics
+from experiments.shared import results
 from experiments.shared.building import build
 from experiments.shared.command_line import exit_on
 from experiments.shared.recipes import clip_sampling
@@ -35,7 +36,9 @@ from nonlocal_jax.data import DataError, annotations
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, Views, normalise
 from nonlocal_jax.data.sampling import Crops, InTime
+from nonlocal_jax.files import AnyPath
 from nonlocal_jax.layers.presets import Preset
+from nonlocal_jax.path_options import AnyPathOption
 from nonlocal_jax.weights import read
 from nonlocal_jax.weights.build import Choices, call, options
 from nonlocal_jax.weights.build import build as build_architecture
@@ -47,23 +50,23 @@ from nonlocal_jax.weights.loading import load_checkpoint
 class Config(Choices):
     """Predicts the classes of a video, and shows where the network looked."""
 
-    file: Annotated[Path, tyro.conf.Positional]  # The video.
-    weights: Path  # Weights of the network, in any format nonlocal_jax.weights reads.
+    file: Annotated[AnyPathOption, tyro.conf.Positional]  # The video.
+    weights: AnyPathOption  # Weights of the network, in any format nonlocal_jax.weights reads.
     data: Literal["kinetics", "charades"] = "kinetics"  # Single-label or multi-label classes.
     # Recipe of experiments.kinetics or experiments.charades that the weights were trained with.
     # None infers the network from the weights.
     recipe: str | None = None
     # File with the class names, one per line. None prints class numbers.
-    classes: Path | None = None
+    classes: AnyPathOption | None = None
     top: int = 5  # Number of classes to print.
     clips: int = 10  # Number of clips, evenly spaced in time.
     crops: Crops = "three"  # Crops per clip.
     size: int | None = None  # Rows and columns of a crop. Defaults to 256, or the recipe's.
     views_at_once: int = 3  # Number of views per batch.
     # File of the picture. Defaults to the name of the video with .png, in the current folder.
-    picture: Path | None = None
+    picture: AnyPathOption | None = None
     # File of an .html page that shows where any position of your choice looks. None writes no page.
-    page: Path | None = None
+    page: AnyPathOption | None = None
 
     def __post_init__(self) -> None:
         for name in ("top", "clips", "views_at_once"):
@@ -128,7 +131,7 @@ def inferred_network(config: Config) -> Network:
     return Network(model, variables, InTime(frames, stride), config.size or 256, chosen["preset"])
 
 
-def check_format(picture: Path) -> None:
+def check_format(picture: AnyPath) -> None:
     """Checks that matplotlib can write a picture with this suffix."""
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -137,7 +140,7 @@ def check_format(picture: Path) -> None:
         raise DataError(f"--picture must end in one of {', '.join(formats)}; got {picture.name}.")
 
 
-def load(config: Config, picture: Path) -> tuple[Network, Views, tuple[str, ...]]:
+def load(config: Config, picture: AnyPath) -> tuple[Network, Views, tuple[str, ...]]:
     """Loads the network, the views of the video and the class names, and checks all options.
 
     Raises:
@@ -147,7 +150,7 @@ def load(config: Config, picture: Path) -> tuple[Network, Views, tuple[str, ...]
         with exit_on(DataError, ValueError):
             check_format(picture)
             for flag, file in (("--picture", picture), ("--page", config.page)):
-                if file is not None and not file.parent.is_dir():
+                if isinstance(file, Path) and not file.parent.is_dir():
                     raise DataError(
                         f"{flag} must be in an existing folder; there is no {file.parent}."
                     )
@@ -182,7 +185,7 @@ def predict(config: Config, loaded: Network, views: Views) -> np.ndarray:
     return evaluation.combine(scores[:-1], "max" if multi_label else "mean")
 
 
-def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: Path, title: str) -> None:
+def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: AnyPath, title: str) -> None:
     """Draws how much attention each position receives, and where the most attended one looks."""
     import matplotlib
 
@@ -199,7 +202,7 @@ def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: Path, title: s
     nl.visualize.received(block, clip, axes=top.subplots(1, frames, squeeze=False)[0])
     nl.visualize.arrows(block, clip, query, axes=bottom.subplots(1, frames, squeeze=False)[0])
     figure.suptitle(title)
-    figure.savefig(file, dpi=110)
+    results.save_figure(figure, file)
     plt.close(figure)
 
 
@@ -207,7 +210,7 @@ def show_attention(
     config: Config,
     loaded: Network,
     clip: np.ndarray,
-    picture: Path,
+    picture: AnyPath,
     best: tuple[str, float],
     console: Console,
 ) -> None:

@@ -15,14 +15,15 @@ from rich.console import Console
 
 from experiments.shared import results
 from experiments.shared.command_line import exit_on
+from nonlocal_jax.path_options import AnyPathOption
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Compares finished runs in a table and a picture of their learning curves."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # Folders of the runs.
-    output: Path = Path("runs/report")  # Folder for results.md and curves.png.
+    runs: Annotated[tuple[AnyPathOption, ...], tyro.conf.Positional]  # Folders of the runs.
+    output: AnyPathOption = Path("runs/report")  # Folder for results.md and curves.png.
 
     def __post_init__(self) -> None:
         if not self.runs:

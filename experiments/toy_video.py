@@ -54,6 +54,7 @@ from nonlocal_jax.data.toy_video import (
 )
 from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.models.toy_video import LocalBlock, ToyVideoNet, TrunkKind
+from nonlocal_jax.path_options import AnyPathOption, LocalPathOption
 from nonlocal_jax.types import Instantiation
 
 Network = Literal["control"] | Instantiation
@@ -99,9 +100,9 @@ class Config:
     evaluate_every: int = 200
     test_clips: int = 4096  # Test clips for the final accuracy.
     # Folder for results.json, results.md, toy_video.png, and a subfolder for each run.
-    output: Path = Path("runs/toy_video")
+    output: AnyPathOption = Path("runs/toy_video")
     # With --all: file in which the results table is updated between its two marks.
-    readme: Path = Path("README.md")
+    readme: LocalPathOption = Path("README.md")
 
     def __post_init__(self) -> None:
         checks.at_least("seeds", self.seeds, 1)

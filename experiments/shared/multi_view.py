@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from nonlocal_jax.data import DataError, VideoError, stand_in
 from nonlocal_jax.data.annotations import Annotations
 from nonlocal_jax.data.clips import TestingClips, cores, normalise, video_labels
 from nonlocal_jax.data.pipeline import read_ahead
+from nonlocal_jax.files import AnyPath
 from nonlocal_jax.training.stop import EXIT_CODE, StopSignals
 
 READERS = 16  # Most videos decoded at the same time. The frames of each wait in memory.
@@ -32,7 +32,7 @@ def test(
     config: Config,
     recipe: Recipe,
     kind: stand_in.DataSet,
-    output: Path,
+    output: AnyPath,
     videos: Annotations,
     variables: Mapping[str, Any],
     console: Console,
@@ -196,7 +196,7 @@ def _make_reports(
 def _write_reports(
     recipe: Recipe,
     kind: stand_in.DataSet,
-    folder: Path,
+    folder: AnyPath,
     stored: evaluation.ScoreFolder,
     reports: dict[str, Any],
 ) -> None:
@@ -216,7 +216,7 @@ def _write_reports(
 
 def _print_reports(
     recipe: Recipe,
-    folder: Path,
+    folder: AnyPath,
     stored: evaluation.ScoreFolder,
     reports: dict[str, Any],
     console: Console,

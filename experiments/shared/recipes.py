@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from nonlocal_jax import checks
@@ -10,6 +9,7 @@ from nonlocal_jax.data.sampling import Crops, InTime, SamplingRule, ShortVideoRu
 from nonlocal_jax.evaluation import Combination
 from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.models.video_tables import Inflation
+from nonlocal_jax.path_options import AnyPathOption
 from nonlocal_jax.types import Instantiation
 
 
@@ -67,18 +67,19 @@ class Config:
     """Options of `experiments.kinetics` and `experiments.charades`."""
 
     # List of training videos, or a folder with one subfolder per class.
-    train_list: Path | None = None
-    val_list: Path | None = None  # List of test videos, in the same formats.
+    train_list: AnyPathOption | None = None
+    val_list: AnyPathOption | None = None  # List of test videos, in the same formats.
     # Folder that contains the videos and that paths in the lists are relative to. None is the
     # folder of each list.
-    root: Path | None = None
+    root: AnyPathOption | None = None
     # File with the class names, one per line, in the order of their numbers.
-    classes: Path | None = None
+    classes: AnyPathOption | None = None
     # Skip videos that are missing or listed twice, instead of stopping with an error.
     leave_out: bool = False
     # Share of the videos that may be unreadable. Above it the run stops and names them.
     unreadable: float = 0.01
-    init: Path | None = None  # Weights to start from, in any format nonlocal_jax.weights reads.
+    # Weights to start from, in any format nonlocal_jax.weights reads.
+    init: AnyPathOption | None = None
     # Conventions of the non-local blocks and the poolings. Choose those of the source of the
     # weights.
     preset: Preset = "paper"

@@ -1,17 +1,18 @@
 """Result files of runs, tables that compare them, and pictures."""
 
+import io
 import json
 import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from nonlocal_jax import files, training
+from nonlocal_jax.files import AnyPath
 
 HEADER = ("run", "data", "parameters", "seeds", "accuracy, %", "steps", "training time, s")
 
@@ -25,7 +26,7 @@ def hardware() -> str:
     return f"{name}, Python {platform.python_version()}, JAX {jax.__version__}"
 
 
-def record(folder: Path, data: str, command: str, result: training.Result) -> None:
+def record(folder: AnyPath, data: str, command: str, result: training.Result) -> None:
     """Writes `results.json`: everything needed to cite a finished run."""
     row = {
         "command": command,
@@ -39,7 +40,7 @@ def record(folder: Path, data: str, command: str, result: training.Result) -> No
     files.write_text(folder / "results.json", json.dumps(row, indent=2) + "\n")
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: AnyPath) -> dict[str, Any]:
     """Reads the results of a finished run, with its configuration and its folder.
 
     Raises:
@@ -56,7 +57,7 @@ def read(folder: Path) -> dict[str, Any]:
     return {**results, "config": config, "folder": folder}
 
 
-def read_log(folder: Path, kind: str) -> list[dict[str, Any]]:
+def read_log(folder: AnyPath, kind: str) -> list[dict[str, Any]]:
     """Reads the logged rows of one kind, "train" or "evaluation".
 
     Raises:
@@ -114,7 +115,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(folders: Sequence[Path], file: Path, title: str = "") -> None:
+def draw_curves(folders: Sequence[AnyPath], file: AnyPath, title: str = "") -> None:
     """Draws loss and accuracy by step, in training (thin lines) and on held-out data (markers)."""
     import matplotlib
 
@@ -137,8 +138,15 @@ def draw_curves(folders: Sequence[Path], file: Path, title: str = "") -> None:
     axes[0].set_yscale("log")
     axes[1].legend(loc="lower right", frameon=False)
     figure.suptitle(title)
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file)
     plt.close(figure)
+
+
+def save_figure(figure: Any, file: AnyPath) -> None:
+    """Writes a figure of matplotlib in the format that the suffix of the file names."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=file.suffix[1:], dpi=110)
+    file.write_bytes(picture.getvalue())
 
 
 def _smoothed(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
@@ -150,7 +158,7 @@ def _smoothed(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int]
     return steps, means
 
 
-def draw_confusion(report: Mapping[str, Any], file: Path) -> None:
+def draw_confusion(report: Mapping[str, Any], file: AnyPath) -> None:
     """Draws the confusion matrix of a test, each row as shares of the videos of a class."""
     import matplotlib
 
@@ -170,5 +178,5 @@ def draw_confusion(report: Mapping[str, Any], file: Path) -> None:
         ax.set_xticks(range(len(names)), names, rotation=90)
         ax.set_yticks(range(len(names)), names)
     figure.colorbar(image, label="share of the videos of a class")
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file)
     plt.close(figure)

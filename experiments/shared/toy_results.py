@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import nonlocal_jax as nl
-from experiments.shared.results import hardware, percent
+from experiments.shared.results import hardware, percent, save_figure
+from nonlocal_jax.files import AnyPath
 
 HEADER = ("task", "network", "parameters", "FLOPs per clip", "test accuracy, %")
 README_MARKS = ("<!-- toy_video: begin -->", "<!-- toy_video: end -->")
@@ -93,7 +94,7 @@ def draw(
     task: str,
     curves: Mapping[Any, Sequence[Curve]],
     examples: Sequence[Example],
-    file: Path,
+    file: AnyPath,
 ) -> None:
     """Draws learning curves, and where a position on a digit looks in a few test clips.
 
@@ -114,7 +115,7 @@ def draw(
     _draw_curves(panels[0].subplots(), task, curves)
     for panel, example in zip(panels[1:], examples, strict=True):
         _draw_arrows(panel, example)
-    figure.savefig(file, dpi=110)
+    save_figure(figure, file)
     plt.close(figure)
 
 

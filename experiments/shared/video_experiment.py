@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,10 +16,15 @@ from nonlocal_jax import training
 from nonlocal_jax.data import DataError, annotations, stand_in
 from nonlocal_jax.data.annotations import Annotations
 from nonlocal_jax.data.clips import cores
+from nonlocal_jax.files import AnyPath, RemotePath
 
 
 def run(
-    config: Config, recipes: Mapping[str, Recipe], name: str, kind: stand_in.DataSet, output: Path
+    config: Config,
+    recipes: Mapping[str, Recipe],
+    name: str,
+    kind: stand_in.DataSet,
+    output: AnyPath,
 ) -> dict[str, Any] | None:
     """Trains and tests one recipe.
 
@@ -84,7 +88,7 @@ def _check_initial_weights(config: Config, recipe: Recipe, name: str, console: C
 
 
 def read_lists(
-    config: Config, recipe: Recipe, kind: stand_in.DataSet, folder: Path
+    config: Config, recipe: Recipe, kind: stand_in.DataSet, folder: AnyPath
 ) -> tuple[Annotations, Annotations]:
     """Reads the lists of training and test videos.
 
@@ -97,10 +101,16 @@ def read_lists(
         folder: Folder of the run, in which videos are made.
 
     Raises:
-        DataError: A list is missing, wrong, or of the other kind.
+        DataError: A list is missing, wrong, or of the other kind; or videos would be made in a
+            remote folder.
     """
     train_list, val_list, classes = config.train_list, config.val_list, config.classes
     if not recipe.depth and train_list is None and val_list is None:
+        if isinstance(folder, RemotePath):
+            raise DataError(
+                "--output must be a local folder where the recipe makes its own videos; "
+                f"got {folder}. Or pass --train-list and --val-list."
+            )
         lists = stand_in.make(folder / "videos", kind, threads=cores())
         train_list, val_list = lists["train"], lists["test"]
         classes = folder / "videos" / "classes.txt"

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from nonlocal_jax.data.annotations import Annotations
 from nonlocal_jax.data.clips import CentreClips, TrainingClips, Watch, cores
 from nonlocal_jax.data.pipeline import evaluation_batches, training_batches
 from nonlocal_jax.data.sampling import InSpace
+from nonlocal_jax.files import AnyPath
 from nonlocal_jax.weights.loading import load_with_report
 
 # Options that may change between two starts of a run.
@@ -88,7 +88,7 @@ def train(
     config: Config,
     recipe: Recipe,
     kind: stand_in.DataSet,
-    output: Path,
+    output: AnyPath,
     lists: tuple[Annotations, Annotations],
     console: Console,
 ) -> Mapping[str, Any]:
@@ -165,7 +165,7 @@ def _pipelines(
     recipe: Recipe,
     lists: tuple[Annotations, Annotations],
     rows: Any,
-    folder: Path,
+    folder: AnyPath,
     console: Console,
 ) -> tuple[Callable[[int], Iterator[Batch]], Callable[[], Iterator[Batch]]]:
     """Makes the batches of training, from any step on, and those of evaluation.

@@ -1,11 +1,11 @@
 """Combines the scores of each video's views, and stores them on disk."""
 
+import io
 import itertools
 import json
 import time
 import zipfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -62,6 +62,7 @@ class ScoreFolder:
     Scores are written atomically to a new file at most every `every` seconds.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> folder = Path(tempfile.mkdtemp())
     >>> scores = ScoreFolder(folder)
     >>> scores.add(3, {"views": np.array([0.25, 0.75])})
@@ -72,29 +73,32 @@ class ScoreFolder:
     ([3], array([0.25, 0.75]), {5: '5.mp4: the file is empty.'})
     """
 
-    def __init__(self, folder: Path, writer: str = "0", every: float = 30.0) -> None:
+    def __init__(self, folder: files.PathLike, writer: str = "0", every: float = 30.0) -> None:
         """Reads the scores that are in the folder.
 
         Args:
-            folder: The folder. It is created if it does not exist.
+            folder: The folder, local or remote. It is created if it does not exist.
             writer: Name of this process, if several write to the folder.
             every: Seconds between writes.
 
         Raises:
             ValueError: A file in the folder has no scores or is damaged.
         """
+        folder = files.as_path(folder)
         self.folder, self.writer, self.every = folder, writer, every
         self.found: dict[int, dict[str, np.ndarray]] = {}
         self.failures: dict[int, str] = {}
         self._unwritten: list[int] = []
         self._last_write = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        for part in sorted(folder.glob("*.npz")):
+        parts: list[files.AnyPath] = sorted(folder.glob("*.npz"), key=lambda part: part.name)
+        for part in parts:
             self._read_part(part)
 
-    def _read_part(self, part: Path) -> None:
+    def _read_part(self, part: files.AnyPath) -> None:
         try:
-            with part.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            content = io.BytesIO(part.read_bytes())
+            with np.load(content, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             videos = arrays.pop("videos").tolist()
             failures = json.loads(str(arrays.pop("failures")))

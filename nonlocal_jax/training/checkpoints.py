@@ -6,7 +6,8 @@
 
 Orbax writes into a temporary directory and renames it when everything is there, so a process killed
 in between leaves no partial checkpoint. It does not notice a byte that changes on the disk
-afterwards; the digests do.
+afterwards; the digests do. At gs://, where nothing can be renamed, Orbax writes the file
+`commit_success.txt` last instead, and ignores a checkpoint without it.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +23,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from nonlocal_jax import checks
+from nonlocal_jax import checks, files
 from nonlocal_jax.training.digests import digests
 
 Tree = Any
 logger = logging.getLogger(__name__)
+REMOTE_PROTOCOLS = ("gs://",)  # that Orbax writes arrays to
 
 
 class CheckpointError(Exception):
@@ -64,27 +65,34 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, keep: int = 2, best: str | None = None, mode: str = "max"
+        self, folder: files.PathLike, keep: int = 2, best: str | None = None, mode: str = "max"
     ) -> None:
         """Opens a directory, which is created if it does not exist.
 
         Args:
-            folder: Directory of the checkpoints.
+            folder: Directory of the checkpoints, local or at gs://.
             keep: Number of latest checkpoints that are kept.
             best: Metric whose best checkpoint is kept as well; None keeps none.
             mode: Whether the "max" or the "min" of that metric is best.
 
         Raises:
             ValueError: If a number or the mode is out of range.
+            CheckpointError: If the directory is remote and not at gs://.
             OSError: If the directory cannot be written.
         """
         checks.at_least("keep", keep, 1)
         checks.one_of("mode", mode, ("max", "min"))
-        self.folder = folder.absolute()
+        self.folder = files.as_path(folder).absolute()
+        is_remote = isinstance(self.folder, files.RemotePath)
+        if is_remote and not str(self.folder).startswith(REMOTE_PROTOCOLS):
+            raise CheckpointError(
+                "checkpoints must be in a local directory or at gs://, where Orbax writes arrays; "
+                f"got {self.folder}."
+            )
         # Orbax warns at a save without the metric: a state that was not evaluated has the worst.
         self._worst = {} if best is None else {best: -math.inf if mode == "max" else math.inf}
         self._manager = ocp.CheckpointManager(
-            self.folder,
+            str(self.folder),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_preservation_policy(keep, best, mode),
                 cleanup_tmp_directories=True,
@@ -219,12 +227,13 @@ class Checkpoints:
     def _move_aside(self, step: int) -> None:
         multihost_utils.sync_global_devices(f"all processes have read step {step}")
         if jax.process_index() == 0:
-            free = self.folder / f"corrupt-{step}"
+            folder = self._manager.directory
+            free = folder / f"corrupt-{step}"
             number = 0
             while free.exists():
                 number += 1
-                free = self.folder / f"corrupt-{step}-{number}"
-            (self.folder / str(step)).rename(free)
+                free = folder / f"corrupt-{step}-{number}"
+            (folder / str(step)).rename(free)
         multihost_utils.sync_global_devices(f"step {step} is moved aside")
         self._manager.reload()
 

@@ -149,6 +149,7 @@ def fit(
                 bar.say(f"resumed at step {step}: {run.folder}")
             loop = _Loop(trainer, options, run, mesh, evaluator, checkpoints, bar, clock, stop)
             state = loop.train(state, step, shardings, data)
+    run.upload()
     return Result(state, evaluator.metrics, clock.seconds)
 
 
@@ -201,7 +202,7 @@ class _Loop:
             self.options.warn_if_zero,
             self.options.warn_zero_after,
         )
-        profiler = Profiler(self.run.folder / "profile", step, self.options.profile)
+        profiler = Profiler(self.run.growing / "profile", step, self.options.profile)
         with contextlib.closing(profiler):
             self.clock.start()
             while step < self.options.steps:
@@ -257,6 +258,7 @@ class _Loop:
 
     def _save(self, state: TrainState, step: int) -> None:
         self.bar.doing("saving")
+        self.run.upload()  # first, so that the log has every step of the checkpoint
         record = {"seconds": self.clock.seconds, **self.evaluator.record}
         metrics = self.evaluator.metrics if self.evaluator.step == step else {}
         self.checkpoints.save(step, state, record, metrics or None)

@@ -6,9 +6,15 @@ events.out.*     the same for TensorBoard
 checkpoints/     see `nonlocal_jax.training.checkpoints`
 nonfinite/       the batch at which the loss or the gradient stopped being finite
 profile/         for TensorBoard's profiler, or https://ui.perfetto.dev
+
+The directory may be remote, such as gs://bucket/run. Object stores can neither append nor lock. So
+the log, TensorBoard's events and the profile are written to a temporary local directory, which is
+copied before every checkpoint and at the end; and nothing keeps two runs out of one directory.
 """
 
 import json
+import logging
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +28,8 @@ from filelock import FileLock, Timeout
 from nonlocal_jax import files
 from nonlocal_jax.training.distributed import broadcast_message
 
+logger = logging.getLogger(__name__)
+
 
 class RunError(Exception):
     """A directory cannot be used for this run; the message says why."""
@@ -32,6 +40,8 @@ class Run:
 
     Attributes:
         folder: Absolute path of the directory.
+        growing: Where files that grow are written, once the directory is entered: `folder`, or a
+            temporary local directory if that is remote.
         config: Configuration, as JSON holds it.
         writes: Whether this process writes the log: process 0 does.
 
@@ -44,7 +54,7 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], may_differ: tuple[str, ...] = ()
+        self, folder: files.PathLike, config: Mapping[str, Any], may_differ: tuple[str, ...] = ()
     ) -> None:
         """Does not access the directory until `with`.
 
@@ -53,11 +63,16 @@ class Run:
             config: Configuration. What JSON cannot hold is stored as a string.
             may_differ: Names of the configuration that may change from one start to the next.
         """
-        self.folder = folder.absolute()
+        self.folder = files.as_path(folder).absolute()
+        self.growing: Path
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._uploaded: dict[Path, tuple[int, int]] = {}  # size and time of what was copied
+        self._lock = None
+        if isinstance(self.folder, Path):
+            self._lock = FileLock(self.folder / ".lock", timeout=0)
         self.config = json.loads(json.dumps(config, default=str))
         self.may_differ = may_differ
         self.writes = jax.process_index() == 0
-        self._lock = FileLock(self.folder / ".lock", timeout=0)
         self._log_file: Any = None
         self._events: Any = None
 
@@ -72,13 +87,19 @@ class Run:
         problem = broadcast_message(self._acquire() if self.writes else None)
         if problem:
             raise RunError(problem)
+        if isinstance(self.folder, Path):
+            self.growing = self.folder
+        else:
+            self._temporary = tempfile.TemporaryDirectory(prefix="run-")
+            self.growing = Path(self._temporary.name)
         return self
 
     def _acquire(self) -> str | None:
         """Locks and checks the directory; returns what is wrong, if anything."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            if self._lock is not None:
+                self._lock.acquire()
             self._check_config()
         except Timeout:
             return (
@@ -89,7 +110,7 @@ class Run:
             reason = error.strerror or error
             return f"{self.folder} must be a directory that can be written: {reason}."
         except RunError as error:
-            self._lock.release()
+            self._release()
             return str(error)
         return None
 
@@ -102,8 +123,43 @@ class Run:
         for file in (self._log_file, self._events):
             if file is not None:
                 file.close()
+        if self._temporary is not None:
+            try:
+                self.upload()
+            except RunError as upload_error:
+                if error is None:
+                    raise
+                logger.warning("%s", upload_error)  # what ended the run is the error to report
+            finally:
+                self._temporary.cleanup()
         if self.writes:
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
             self._lock.release()
+
+    def upload(self) -> None:
+        """Copies the files that grow to a remote directory. Does nothing if it is local.
+
+        Raises:
+            RunError: If a file cannot be written.
+        """
+        if isinstance(self.folder, Path):
+            return
+        if self._events is not None:
+            self._events.flush()
+        for file in sorted(self.growing.rglob("*")):
+            status = file.stat()
+            version = status.st_size, status.st_mtime_ns
+            if not file.is_file() or self._uploaded.get(file) == version:
+                continue
+            target = self.folder / file.relative_to(self.growing).as_posix()
+            try:
+                target.upload(file)
+            except OSError as error:
+                raise RunError(f"{target} cannot be written: {error.strerror}.") from error
+            self._uploaded[file] = version
 
     def _check_config(self) -> None:
         file = self.folder / "config.json"
@@ -131,13 +187,13 @@ class Run:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        file = self.folder / "metrics.jsonl"
-        if file.exists():
-            lines = file.read_text(errors="replace").splitlines()
+        stored, file = self.folder / "metrics.jsonl", self.growing / "metrics.jsonl"
+        if stored.exists():
+            lines = stored.read_text(errors="replace").splitlines()
             kept = [line + "\n" for line in lines if _step_of_row(line) <= step]
             files.write_text(file, "".join(kept))
         self._log_file = file.open("a")
-        self._events = EventFileWriter(str(self.folder))
+        self._events = EventFileWriter(str(self.growing))
         # This event makes TensorBoard drop the points that it has of later steps.
         restart = SessionLog(status=SessionLog.START)
         self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=restart))
@@ -174,7 +230,7 @@ class Run:
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=points))
         self._events.add_event(event)
 
-    def keep_batch(self, step: int, batch: Any, values: Mapping[str, float]) -> Path:
+    def keep_batch(self, step: int, batch: Any, values: Mapping[str, float]) -> files.AnyPath:
         """Saves the batch, or this process's rows of it, whose step was not finite.
 
         Args:
@@ -191,7 +247,8 @@ class Run:
             jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
         }
-        np.savez(file, **arrays)
+        with files.atomic_write(file) as partial, partial.open("wb") as stream:
+            np.savez(stream, **arrays)
         row = {"step": step, **{name: str(value) for name, value in values.items()}}
         file.with_suffix(".json").write_text(json.dumps(row) + "\n")
         return file

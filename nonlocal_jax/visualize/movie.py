@@ -20,20 +20,20 @@ def animate(
     affinity: AffinityMap,
     clip: Any,
     queries: Any,
-    file: Path | str,
+    file: files.PathLike,
     *,
     top: int = 20,
     sample: int = 0,
     seconds: float = 0.5,
-) -> Path:
+) -> files.AnyPath:
     """Writes a movie of `arrows` from one position after another, such as a track through the clip.
 
     Args:
         affinity: A map that `affinities` returned.
         clip: The input of the network.
         queries: (Q, axes), positions of the map in the order in which they are shown.
-        file: Path that ends in .gif (written by Pillow) or .mp4 (PyAV, H.264). It is replaced
-            atomically.
+        file: Path, local or remote, that ends in .gif (written by Pillow) or .mp4 (PyAV, H.264).
+            It is replaced atomically.
         top: Number of arrows.
         sample: Index of the clip in the batch.
         seconds: Time for which each position is shown.
@@ -47,10 +47,10 @@ def animate(
             before anything is written.
         IndexError: A query outside the map.
     """
-    file, queries = Path(file), np.atleast_2d(np.asarray(queries))
+    file, queries = files.as_path(file), np.atleast_2d(np.asarray(queries))
     if file.suffix not in (".gif", ".mp4"):
         raise ValueError(f"file must end in .gif or .mp4; got {file.name!r}.")
-    if not file.parent.is_dir():
+    if isinstance(file, Path) and not file.parent.is_dir():
         raise ValueError(f"file must be in an existing directory; {file.parent} does not exist.")
     if not 0.01 <= seconds <= 60:
         raise ValueError(f"seconds must be between 0.01 and 60; got {seconds}.")

@@ -34,7 +34,7 @@ class Page:
         height: Height of the page in a notebook, in pixels.
     """
 
-    file: Path
+    file: files.AnyPath
     height: int = 720
 
     def _repr_html_(self) -> str:
@@ -46,7 +46,7 @@ class Page:
 def explore(
     maps: Mapping[str, AffinityMap] | AffinityMap,
     clip: Any,
-    file: Path | str = "explore.html",
+    file: files.PathLike = "explore.html",
     *,
     sample: int = 0,
     query: tuple[int, ...] | None = None,
@@ -64,7 +64,7 @@ def explore(
         maps: The maps that `affinities` returned, or one of them. The page uses the names of the
             mapping, so maps of two networks can be compared.
         clip: The input of the network, (B, T, H, W, C), or one clip (T, H, W, C); images without T.
-        file: Path of the page. It is replaced atomically.
+        file: Path of the page, local or remote. It is replaced atomically.
         sample: Index of the clip in the batch.
         query: Position of the first block that is selected at first; None for the middle.
         title: Title of the page.
@@ -120,10 +120,10 @@ def explore(
     return Page(file)
 
 
-def _checked_path(file: Path | str) -> Path:
-    file = Path(file)
+def _checked_path(file: files.PathLike) -> files.AnyPath:
+    file = files.as_path(file)
     folder = file.absolute().parent
-    if not folder.is_dir():
+    if isinstance(folder, Path) and not folder.is_dir():
         raise ValueError(f"file must be in an existing directory; {folder} does not exist.")
     if file.is_dir():
         raise ValueError(f"file must not be a directory; got {file}.")
