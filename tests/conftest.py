@@ -41,6 +41,7 @@ CACHE = {
 for option, default in CACHE.items():
     os.environ.setdefault(option, str(default))
 
+import fsspec  # noqa: E402
 import jax  # noqa: E402 - reads the environment
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
@@ -70,3 +71,41 @@ def as_users_see_it():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """An empty remote folder, in the memory of this process."""
+    from nonlocal_jax.files import RemotePath  # not earlier than the hook that checks annotations
+
+    folder = RemotePath(f"memory://{tmp_path.name}")
+    yield folder
+    if folder.exists():
+        fsspec.filesystem("memory").rm(str(folder), recursive=True)
+
+
+@pytest.fixture
+def copied(remote):
+    """Copies a local folder to the remote one."""
+
+    def copy(folder):
+        for file in folder.rglob("*"):
+            if file.is_file():
+                (remote / file.relative_to(folder).as_posix()).upload(file)
+        return remote
+
+    return copy
+
+
+class Unreachable(fsspec.AbstractFileSystem):
+    """A file system without a connection, whose errors are its own."""
+
+    protocol = "unreachable"
+
+    def info(self, *arguments, **options):
+        raise RuntimeError("no connection")
+
+    ls = cat_file = get_file = put_file = pipe_file = makedirs = info
+
+
+fsspec.register_implementation("unreachable", Unreachable, clobber=True)

@@ -123,6 +123,7 @@ class Run:
         for file in (self._log_file, self._events):
             if file is not None:
                 file.close()
+        self._events = None  # a closed one cannot be flushed
         if self._temporary is not None:
             try:
                 self.upload()
