@@ -65,3 +65,19 @@ def test_damaged_files_of_scores(tmp_path):
     part.unlink()
     with pytest.raises(ValueError, match=r"x.npz must be a file of scores"):
         evaluation.ScoreFolder(tmp_path)
+
+
+def test_scores_of_a_remote_folder(remote):
+    stored = evaluation.ScoreFolder(str(remote / "scores"), "0")
+    assert stored.found == {}
+    stored.add(4, {"views": np.array([0.25, 0.75])})
+    stored.write()
+    other = evaluation.ScoreFolder(remote / "scores", "1")  # of another process, which sees them
+    other.fail(5, "5.mp4: is no video")
+    other.write()
+    together = evaluation.ScoreFolder(remote / "scores", "all")
+    np.testing.assert_array_equal(together.found[4]["views"], [0.25, 0.75])
+    assert together.failures == {5: "5.mp4: is no video"}
+    (remote / "scores/0.npz").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"{remote}/scores/0.npz must be a file of scores"):
+        evaluation.ScoreFolder(remote / "scores")
