@@ -27,6 +27,9 @@ from nonlocal_jax.data.video import Window
 from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.types import Array
 
+# Threads per core for remote videos, since a thread that waits for a file decodes nothing. Measured
+# on 2 cores with files that were delayed by 100 ms: 38 clips a second with 4 threads, 13 with 1.
+REMOTE_THREADS = 4
 ATTEMPTS = 10  # records to try for one example, one after the other, before giving up
 # Entries of a batch: the number of the requested record, and why it could not be read ("" if it
 # could).
@@ -66,7 +69,8 @@ class TrainingClips:
         in_time: Chooses the frames.
         in_space: Chooses the part of the frames.
         seed: Seed of all random numbers.
-        threads: Threads that decode; Defaults to one per core.
+        threads: Threads that decode; Defaults to one per core. Remote videos are read by
+            `REMOTE_THREADS` times as many.
     """
 
     annotations: Annotations
@@ -95,7 +99,7 @@ class TrainingClips:
         epochs = np.zeros(len(indices), int) if epochs is None else epochs
         inputs = _empty_clips(len(indices), self.in_time, self.in_space.size)
         read_clip = functools.partial(self._read_clip, inputs)
-        results = _pool(self.threads).map(
+        results = _pool(self.threads, self.annotations).map(
             read_clip, range(len(indices)), indices.tolist(), epochs.tolist()
         )
         labels, failures = zip(*results, strict=True)
@@ -136,7 +140,8 @@ class CentreClips:
         in_time: Chooses the frames.
         size: Rows and columns of the crop.
         shorter: Length that the shorter side of a frame is scaled to before cropping.
-        threads: Threads that decode; Defaults to one per core.
+        threads: Threads that decode; Defaults to one per core. Remote videos are read by
+            `REMOTE_THREADS` times as many.
     """
 
     annotations: Annotations
@@ -161,7 +166,11 @@ class CentreClips:
         """
         inputs = _empty_clips(len(indices), self.in_time, self.size)
         read_clip = functools.partial(self._read_clip, inputs)
-        failures = list(_pool(self.threads).map(read_clip, range(len(indices)), indices.tolist()))
+        failures = list(
+            _pool(self.threads, self.annotations).map(
+                read_clip, range(len(indices)), indices.tolist()
+            )
+        )
         records = [self.annotations.records[index] for index in indices]
         labels = np.stack([video_labels(self.annotations, record) for record in records])
         mask = np.array([not failure for failure in failures])
@@ -352,9 +361,14 @@ def _label_array(annotations: Annotations, labels: Iterable[int]) -> np.ndarray:
     return array
 
 
+def _pool(threads: int | None, annotations: Annotations) -> ThreadPoolExecutor:
+    is_remote = isinstance(annotations.records[0].path, files.RemotePath)
+    return _threads((threads or cores()) * (REMOTE_THREADS if is_remote else 1))
+
+
 @functools.cache
-def _pool(threads: int | None) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads or cores(), thread_name_prefix="decode")
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="decode")
 
 
 def cores() -> int:

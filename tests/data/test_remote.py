@@ -1,6 +1,7 @@
 """Lists and videos at remote paths are read like local ones."""
 
 import json
+import threading
 
 import fsspec
 import numpy as np
@@ -9,7 +10,7 @@ from data.files import FILES, scene
 
 from nonlocal_jax.data import DataError, VideoError, annotations, stand_in
 from nonlocal_jax.data.__main__ import main
-from nonlocal_jax.data.clips import CentreClips, TrainingClips, Watch
+from nonlocal_jax.data.clips import REMOTE_THREADS, CentreClips, TrainingClips, Watch
 from nonlocal_jax.data.decode import container
 from nonlocal_jax.data.image_frames import ImageFrames
 from nonlocal_jax.data.lists.formats import FRAME_LIST_HEADER
@@ -216,6 +217,24 @@ def test_clips_of_remote_videos(tmp_path, copied):
         assert list(batch["failure"]) == ["", "", ""]
         np.testing.assert_array_equal(batch["inputs"], expected["inputs"])
         np.testing.assert_array_equal(batch["labels"], expected["labels"])
+
+
+def test_remote_videos_are_fetched_by_more_threads_than_cores(tmp_path, copied, monkeypatch):
+    """All threads of the readers meet while they fetch, which fewer threads could not."""
+    stand_in.write(tmp_path / "a.mp4", scene(4, 48, 64))
+    remote = copied(tmp_path)
+    count = 2 * REMOTE_THREADS
+    meeting = threading.Barrier(count, timeout=60)
+    original = RemotePath.read_bytes
+
+    def read_bytes(self, end=None):
+        meeting.wait()
+        return original(self, end)
+
+    monkeypatch.setattr(RemotePath, "read_bytes", read_bytes)
+    videos = annotations.Annotations((annotations.Record(remote / "a.mp4", (0,)),), 1)
+    reader = TrainingClips(videos, InTime(2, 1), InSpace(32, (36, 44)), threads=2)
+    assert list(reader.read(np.zeros(count, int))["failure"]) == [""] * count
 
 
 def test_unreadable_videos_are_logged(remote):
