@@ -6,6 +6,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from nonlocal_jax import files
@@ -115,6 +116,24 @@ def test_files_and_folders(remote):
         remote / f"a/{name}" for name in ("b.txt", "c", "d")
     ]
     assert list((remote / "a").glob("*.txt")) == [file]
+
+
+def test_a_folder_is_listed_as_it_is_now(remote, monkeypatch):
+    """Other hosts write to the same folders, so a listing that a file system keeps is old."""
+    kept = {}
+    file_system = fsspec.filesystem("memory")
+    original = file_system.ls
+
+    def ls(path, **options):
+        if path not in kept:
+            kept[path] = original(path, **options)
+        return kept[path]
+
+    monkeypatch.setattr(file_system, "ls", ls)
+    monkeypatch.setattr(file_system, "invalidate_cache", lambda path: kept.pop(path, None))
+    for name in ("a", "b"):
+        (remote / name).write_text("")
+        assert remote / name in list(remote.iterdir())
 
 
 def test_errors_name_the_path(remote):

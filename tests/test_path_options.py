@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import tyro
 
 from experiments import charades, cifar, kinetics, predict, report, toy_video
+from nonlocal_jax import files
 from nonlocal_jax.data import __main__ as data_commands
 from nonlocal_jax.files import RemotePath
 from nonlocal_jax.weights import __main__ as weight_commands
@@ -61,6 +63,14 @@ def test_a_url_is_refused(config, words, capsys):
     with pytest.raises(SystemExit):
         tyro.cli(config, args=[*words, URL])
     assert f"must be local; got {URL}." in capsys.readouterr().err
+
+
+def test_a_missing_package_is_reported(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    files._check_protocol.cache_clear()
+    with pytest.raises(SystemExit):
+        tyro.cli(kinetics.Config, args=["--output", "gs://bucket"])
+    assert "pip install gcsfs." in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_wrong_url_is_reported(capsys):

@@ -16,6 +16,9 @@ def test_a_list_has_the_same_digest_wherever_it_lies(lists, copied):
     remote = copied(local_list.parent)
     digest = digest_of_list(annotations.read(local_list))
     assert digest_of_list(annotations.read(remote / local_list.name)) == digest
+    mixed = remote / "mixed.txt"
+    mixed.write_text(f"{remote}/test0000.mp4 0\n{local_list.parent}/test0001.mp4 0\n")
+    assert digest_of_list(annotations.read(mixed)) != digest
     moved = annotations.read(remote / local_list.name)
     moved.records[2].path.write_bytes(b"other content")
     assert digest_of_list(moved) != digest

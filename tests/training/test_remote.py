@@ -7,11 +7,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training.networks import make_batches, make_trainer
 from training.processes import PATIENCE, TESTS
 
+from nonlocal_jax import training
 from nonlocal_jax.files import RemotePath
 from nonlocal_jax.training import CheckpointError, Run, RunError
 from nonlocal_jax.training.checkpoints import Checkpoints
@@ -47,7 +50,7 @@ def test_each_step_is_once_in_the_log_however_the_run_ended(remote, tmp_path):
     assert json.loads((remote / "config.json").read_text()) == CONFIG
 
 
-def test_what_grows_is_copied_when_asked(remote, monkeypatch):
+def test_what_grows_is_copied_when_asked(remote, monkeypatch, tmp_path):
     uploads = []
     original = RemotePath.upload
 
@@ -69,7 +72,12 @@ def test_what_grows_is_copied_when_asked(remote, monkeypatch):
         run.upload()
         assert uploads == []  # nothing has grown
         run.log(2, "train", {"loss": 1.0})
-    assert uploads == ["events", "metrics"]
+        run.upload()
+        assert uploads == ["events", "metrics"]
+        # The writer of events flushes its first event by itself.
+        assert events(remote, tmp_path) == [(1, 1.0), (2, 1.0)]
+        run.log(3, "train", {"loss": 1.0})
+    assert len(rows(remote)) == 3
 
 
 def test_a_local_run_copies_nothing(tmp_path):
@@ -129,6 +137,31 @@ def test_a_batch_that_is_not_finite(remote, tmp_path):
         np.testing.assert_array_equal(stored["inputs"], batch["inputs"])
         np.testing.assert_array_equal(stored["nested/labels"], batch["nested"]["labels"])
     assert json.loads(file.with_suffix(".json").read_text()) == {"step": 7, "loss": "nan"}
+
+
+def test_the_log_is_copied_before_each_checkpoint(tmp_path, monkeypatch):
+    """After a kill, the log then has every step of the checkpoint from which the run resumes."""
+    calls = []
+    original = Checkpoints.save
+
+    def save(self, step, *arguments):
+        calls.append(step)
+        original(self, step, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(Run, "upload", lambda self: calls.append("upload"))
+    batches = list(make_batches(5))
+    options = training.Options(4, save_every=2, best=None)
+    with Run(tmp_path, CONFIG) as run:
+        training.fit(
+            make_trainer(),
+            options,
+            run,
+            training.make_mesh(),
+            lambda step: iter(batches[step:]),
+            key=jax.random.key(0),
+        )
+        assert calls == ["upload", 2, "upload", 4, "upload"]
 
 
 def test_checkpoints_where_orbax_cannot_write(remote):
