@@ -38,6 +38,23 @@ def test_predict(options, tmp_path, capsys):
     assert "6 views" in capsys.readouterr().out
 
 
+@pytest.mark.networks
+def test_predict_remote_files(options, remote):
+    expected = predict.main(
+        predict.Config(**options, picture=options["weights"].with_name("a.png"))
+    )
+    for name in ("file", "weights", "classes"):
+        (remote / options[name].name).upload(options[name])
+        options = {**options, name: remote / options[name].name}
+    files = {"picture": remote / "new/looked.png", "page": remote / "new/looked.html"}
+    assert predict.main(predict.Config(**options, **files)) == expected
+    assert (remote / "new/looked.png").read_bytes().startswith(b"\x89PNG")
+    assert f"test0003.mp4: {expected[0][0]}" in (remote / "new/looked.html").read_text()
+    missing = {**options, "weights": remote / "none.pth"}
+    with pytest.raises(SystemExit, match=rf"error: {remote}/none.pth: No such file or directory\."):
+        predict.main(predict.Config(**missing, **files))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
