@@ -17,6 +17,7 @@ from nonlocal_jax.data.clips import TrainingClips, cores
 from nonlocal_jax.data.pipeline import training_batches
 from nonlocal_jax.data.sampling import InSpace, InTime
 from nonlocal_jax.data.video import Video, Window
+from nonlocal_jax.files import AnyPath
 
 BATCH = 8
 TIME_SAMPLING, SPACE_SAMPLING, SEED = InTime(32, 2), InSpace(), 0
@@ -26,7 +27,7 @@ FRAMES, RATE, HEIGHT, WIDTH = 300, 30.0, 256, 340
 class ClipRequest(NamedTuple):
     """Which frames and which window of a file to read."""
 
-    file: Path
+    file: AnyPath
     frames: np.ndarray
     window: Window
 

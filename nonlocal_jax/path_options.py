@@ -9,7 +9,8 @@ from typing import Annotated, Any, TypeAlias
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from nonlocal_jax.files import AnyPath, PathLike, RemotePath, as_local_path, as_path
+from nonlocal_jax.files import AnyPath, PathLike, as_local_path, as_path
+from nonlocal_jax.remote_paths import RemotePath
 
 
 def _path_option(convert: Callable[[PathLike], Any]) -> PrimitiveConstructorSpec[Any]:
@@ -17,7 +18,7 @@ def _path_option(convert: Callable[[PathLike], Any]) -> PrimitiveConstructorSpec
         try:
             return convert(words[0])
         except ImportError as error:
-            raise ValueError(str(error)) from error  # which tyro reports as a wrong option
+            raise ValueError(str(error)) from error  # tyro reports it as an invalid option
 
     return PrimitiveConstructorSpec(
         nargs=1,

@@ -76,7 +76,8 @@ def as_users_see_it():
 @pytest.fixture
 def remote(tmp_path):
     """An empty remote folder, in the memory of this process."""
-    from nonlocal_jax.files import RemotePath  # not earlier than the hook that checks annotations
+    # Not imported earlier than the hook that checks annotations.
+    from nonlocal_jax.remote_paths import RemotePath
 
     folder = RemotePath(f"memory://{tmp_path.name}")
     yield folder

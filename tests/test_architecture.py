@@ -14,7 +14,8 @@ import nonlocal_jax
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nonlocal_jax"
-EVERYWHERE = {"checks", "files", "lazy", "path_options"}  # small modules that every part may import
+# Small modules that every part may import.
+EVERYWHERE = {"checks", "files", "lazy", "path_options", "remote_paths"}
 
 # What each part may import from the rest of the package.
 MAY_IMPORT = {
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "lazy": set(),
     "compiler": set(),
     "path_options": set(),
+    "remote_paths": set(),
     "ops": {"types"},
     "layers": {"types", "ops"},
     "models": {"types", "ops", "layers"},

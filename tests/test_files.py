@@ -9,8 +9,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from nonlocal_jax import files
-from nonlocal_jax.files import RemotePath, as_local_path, as_path
+from nonlocal_jax import files, remote_paths
+from nonlocal_jax.files import as_local_path, as_path
+from nonlocal_jax.remote_paths import RemotePath
 
 
 def test_local_paths_stay_what_they_are(tmp_path):
@@ -28,11 +29,17 @@ def test_a_url_is_remote():
     assert as_path(path) is path
 
 
-@pytest.mark.parametrize("location", [Path("gs://bucket/a"), "gs:/bucket/a", Path("s3:/b//c")])
-def test_a_url_that_lost_a_slash(location):
-    with pytest.raises(
-        ValueError, match=r"must have two slashes, as in '(gs://bucket/a|s3://b/c)'"
-    ):
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        (Path("gs://bucket/a"), "gs://bucket/a"),
+        ("gs:/bucket/a", "gs://bucket/a"),
+        (Path("s3:/b//c"), "s3://b/c"),
+        (Path("file:///tmp/a"), "file:///tmp/a"),
+    ],
+)
+def test_a_url_that_lost_a_slash(location, expected):
+    with pytest.raises(ValueError, match=rf"two slashes after the colon, as in '{expected}'"):
         as_path(location)
 
 
@@ -45,7 +52,7 @@ def test_an_unknown_protocol(url):
 @pytest.mark.parametrize(("url", "package"), [("gs://b/a", "gcsfs"), ("s3://b/a", "s3fs")])
 def test_a_missing_package(url, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    files._check_protocol.cache_clear()
+    remote_paths._check_protocol.cache_clear()
     protocol = url.split(":")[0]
     message = (
         rf"start with {protocol}:// require the package {package}, .*: pip install {package}\."
@@ -116,6 +123,9 @@ def test_files_and_folders(remote):
         remote / f"a/{name}" for name in ("b.txt", "c", "d")
     ]
     assert list((remote / "a").glob("*.txt")) == [file]
+    (remote / "a").mkdir()
+    with pytest.raises(FileExistsError, match=f"File exists: '{remote}/a'"):
+        (remote / "a").mkdir(exist_ok=False)
 
 
 def test_a_folder_is_listed_as_it_is_now(remote, monkeypatch):

@@ -9,9 +9,9 @@ import pytest
 import tyro
 
 from experiments import charades, cifar, kinetics, predict, report, toy_video
-from nonlocal_jax import files
+from nonlocal_jax import remote_paths
 from nonlocal_jax.data import __main__ as data_commands
-from nonlocal_jax.files import RemotePath
+from nonlocal_jax.remote_paths import RemotePath
 from nonlocal_jax.weights import __main__ as weight_commands
 
 URL = "memory://bucket/a"
@@ -67,7 +67,7 @@ def test_a_url_is_refused(config, words, capsys):
 
 def test_a_missing_package_is_reported(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    files._check_protocol.cache_clear()
+    remote_paths._check_protocol.cache_clear()
     with pytest.raises(SystemExit):
         tyro.cli(kinetics.Config, args=["--output", "gs://bucket"])
     assert "pip install gcsfs." in " ".join(capsys.readouterr().err.split())

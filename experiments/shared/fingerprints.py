@@ -16,7 +16,8 @@ import numpy as np
 from experiments.shared.recipes import Config, Recipe
 from nonlocal_jax import evaluation
 from nonlocal_jax.data.annotations import Annotations
-from nonlocal_jax.files import AnyPath, RemotePath
+from nonlocal_jax.files import AnyPath
+from nonlocal_jax.remote_paths import RemotePath
 
 RECIPE_FIELDS = (
     "depth",
@@ -58,18 +59,18 @@ def digest_of_list(videos: Annotations) -> str:
     all files share.
     """
     files = [file for record in videos.records for file in (record.frames or (record.path,))]
-    common_folder = os.path.commonpath([_place(file).parent for file in files])
+    common_folder = os.path.commonpath([_as_local(file).parent for file in files])
     sha = hashlib.sha256()
     for record in videos.records:
         paths = record.frames or (record.path,)
-        names = [os.path.relpath(_place(file), common_folder) for file in paths]
+        names = [os.path.relpath(_as_local(file), common_folder) for file in paths]
         size = paths[0].stat().st_size if paths[0].exists() else None
         sha.update(repr((names, size, record.labels, record.actions, record.frame_labels)).encode())
     return sha.hexdigest()
 
 
-def _place(file: AnyPath) -> Path:
-    """Returns a path of which relative ones can be made; remote files lie below their protocol."""
+def _as_local(file: AnyPath) -> Path:
+    """Returns a local path for `os.path.relpath`: /protocol/bucket/file for a remote file."""
     if isinstance(file, RemotePath):
         return Path(f"/{file.protocol}/{str(file).partition('://')[2]}")
     return file

@@ -16,7 +16,8 @@ from nonlocal_jax import training
 from nonlocal_jax.data import DataError, annotations, stand_in
 from nonlocal_jax.data.annotations import Annotations
 from nonlocal_jax.data.clips import cores
-from nonlocal_jax.files import AnyPath, RemotePath
+from nonlocal_jax.files import AnyPath
+from nonlocal_jax.remote_paths import RemotePath
 
 
 def run(

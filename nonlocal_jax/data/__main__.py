@@ -37,8 +37,9 @@ from nonlocal_jax.data.image_frames import open_frames
 from nonlocal_jax.data.lists.formats import lies_in, plain_path
 from nonlocal_jax.data.toy_video import Split
 from nonlocal_jax.data.transcode import transcode_all
-from nonlocal_jax.files import AnyPath, RemotePath
+from nonlocal_jax.files import AnyPath
 from nonlocal_jax.path_options import AnyPathOption, LocalPathOption
+from nonlocal_jax.remote_paths import RemotePath
 
 MAX_PROBLEMS = 20  # unreadable videos to print
 
@@ -226,7 +227,7 @@ def _index(command: Index) -> int:
     if list_file.exists():
         raise ValueError(f"{list_file} exists already; choose another with --out.")
     names_file = list_file.with_name("classes.txt")
-    folder = command.folder.absolute()
+    folder: Any = command.folder.absolute()  # of the same kind as the path of every record
     lines = [
         f"{record.path.absolute().relative_to(folder)} {record.labels[0]}\n"
         for record in videos.records
@@ -294,6 +295,7 @@ def _check_targets(command: Transcode, targets: dict[AnyPath, Path]) -> None:
 
 
 def _relative_target(path: Any, root: AnyPath) -> Path:
+    """Returns the path of a copy below the root, or below / or the protocol if it lies outside."""
     base = root
     if not lies_in(path, root):
         is_remote = isinstance(path, RemotePath)

@@ -25,6 +25,7 @@ from nonlocal_jax.data.image_frames import open_frames
 from nonlocal_jax.data.sampling import CROPS, ClipIndices, Crops, InSpace, InTime, crops, whole
 from nonlocal_jax.data.video import Window
 from nonlocal_jax.layers.presets import PRESETS, Preset
+from nonlocal_jax.remote_paths import RemotePath
 from nonlocal_jax.types import Array
 
 # Threads per core for remote videos, since a thread that waits for a file decodes nothing. Measured
@@ -362,7 +363,7 @@ def _label_array(annotations: Annotations, labels: Iterable[int]) -> np.ndarray:
 
 
 def _pool(threads: int | None, annotations: Annotations) -> ThreadPoolExecutor:
-    is_remote = isinstance(annotations.records[0].path, files.RemotePath)
+    is_remote = isinstance(annotations.records[0].path, RemotePath)
     return _threads((threads or cores()) * (REMOTE_THREADS if is_remote else 1))
 
 

@@ -24,11 +24,11 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from nonlocal_jax import checks, files
+from nonlocal_jax.remote_paths import orbax_can_use
 from nonlocal_jax.training.digests import digests
 
 Tree = Any
 logger = logging.getLogger(__name__)
-REMOTE_PROTOCOLS = ("gs://",)  # that Orbax writes arrays to
 
 
 class CheckpointError(Exception):
@@ -83,8 +83,7 @@ class Checkpoints:
         checks.at_least("keep", keep, 1)
         checks.one_of("mode", mode, ("max", "min"))
         self.folder = files.as_path(folder).absolute()
-        is_remote = isinstance(self.folder, files.RemotePath)
-        if is_remote and not str(self.folder).startswith(REMOTE_PROTOCOLS):
+        if not orbax_can_use(self.folder):
             raise CheckpointError(
                 "checkpoints must be in a local directory or at gs://, where Orbax writes arrays; "
                 f"got {self.folder}."

@@ -7,9 +7,9 @@ checkpoints/     see `nonlocal_jax.training.checkpoints`
 nonfinite/       the batch at which the loss or the gradient stopped being finite
 profile/         for TensorBoard's profiler, or https://ui.perfetto.dev
 
-The directory may be remote, such as gs://bucket/run. Object stores can neither append nor lock. So
+The directory may be remote, such as gs://bucket/run. Object stores can neither append nor lock, so
 the log, TensorBoard's events and the profile are written to a temporary local directory, which is
-copied before every checkpoint and at the end; and nothing keeps two runs out of one directory.
+copied before every checkpoint and at the end. Nothing keeps two runs out of one remote directory.
 """
 
 import json
@@ -40,8 +40,8 @@ class Run:
 
     Attributes:
         folder: Absolute path of the directory.
-        growing: Where files that grow are written, once the directory is entered: `folder`, or a
-            temporary local directory if that is remote.
+        growing: Directory of the files that grow, set by `with`: `folder`, or a temporary local
+            directory if that is remote.
         config: Configuration, as JSON holds it.
         writes: Whether this process writes the log: process 0 does.
 
@@ -141,7 +141,7 @@ class Run:
             self._lock.release()
 
     def upload(self) -> None:
-        """Copies the files that grow to a remote directory. Does nothing if it is local.
+        """Copies the files that grow to a remote directory; does nothing if it is local.
 
         Raises:
             RunError: If a file cannot be written.
@@ -149,7 +149,7 @@ class Run:
         if isinstance(self.folder, Path):
             return
         if self._events is not None:
-            self._events.flush()
+            self._events.flush()  # waits for the thread that writes them
         for file in sorted(self.growing.rglob("*")):
             status = file.stat()
             version = status.st_size, status.st_mtime_ns

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from nonlocal_jax.files import RemotePath
 from nonlocal_jax.path_options import AnyPathOption
+from nonlocal_jax.remote_paths import RemotePath
 from nonlocal_jax.weights.build import Choices, build, call, open_questions
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.infer import Architecture, architecture

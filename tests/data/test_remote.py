@@ -16,7 +16,7 @@ from nonlocal_jax.data.image_frames import ImageFrames
 from nonlocal_jax.data.lists.formats import FRAME_LIST_HEADER
 from nonlocal_jax.data.sampling import InSpace, InTime
 from nonlocal_jax.data.video import Video
-from nonlocal_jax.files import RemotePath
+from nonlocal_jax.remote_paths import RemotePath
 
 OFFICIAL = """label,youtube_id,time_start,time_end,split
 abseiling,x1,5,15,train

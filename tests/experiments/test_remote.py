@@ -7,7 +7,7 @@ import pytest
 from experiments import kinetics, report
 from experiments.shared.fingerprints import digest_of_list
 from nonlocal_jax.data import annotations
-from nonlocal_jax.files import RemotePath
+from nonlocal_jax.remote_paths import RemotePath
 
 
 def test_a_list_has_the_same_digest_wherever_it_lies(lists, copied):

@@ -66,7 +66,7 @@ def test_wrong_paths(remote):
     with pytest.raises(ValueError, match="got nosuch://"):
         read("nosuch://bucket/a.bin")
     (remote / "orbax/_METADATA").write_text("{}")
-    with pytest.raises(FileFormatError, match=r"Orbax reads local folders and gs:// only, not mem"):
+    with pytest.raises(FileFormatError, match=r"Orbax reads local folders and gs:// only; got mem"):
         read(remote / "orbax")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from nonlocal_jax.data import VideoError
 from nonlocal_jax.data.decode.conversion import check_size, ffmpeg_message
-from nonlocal_jax.files import AnyPath, RemotePath
+from nonlocal_jax.files import AnyPath
+from nonlocal_jax.remote_paths import RemotePath
 
 # Demuxers that may open a file. FFmpeg has others that follow URLs and paths found in the file
 # (HLS, concat), which an untrusted file must not be able to ask for.

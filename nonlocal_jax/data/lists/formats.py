@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from nonlocal_jax.data import DataError
 from nonlocal_jax.data.lists.records import Action, ListFormat, Record
-from nonlocal_jax.files import WITHOUT_FOLDERS, AnyPath, RemotePath, as_path
+from nonlocal_jax.files import AnyPath, as_path
+from nonlocal_jax.remote_paths import WITHOUT_FOLDERS, RemotePath
 
 # A column, or the first word of the header, that only this format has.
 KINETICS_COLUMN, CHARADES_COLUMN, FRAME_LIST_START = "youtube_id", "actions", "original_vido_id"
@@ -47,7 +48,7 @@ class Folders:
     Attributes:
         list_folder: Folder of the list, which paths are relative to unless there is a root.
         root: Folder that paths are relative to and must lie in; None allows any place.
-        listings: Names of the files in the remote folders that were looked into so far.
+        listings: Names of the entries of each remote folder that was listed so far.
     """
 
     list_folder: AnyPath
@@ -75,9 +76,9 @@ class Folders:
         return file
 
     def has(self, file: AnyPath) -> bool:
-        """Whether a file exists. A name that is too long, or a closed folder, is no error.
+        """Whether a file exists. A name that is too long, or a closed folder, is not an error.
 
-        A remote folder is listed once: a list of Kinetics would ask for 240,000 files one by one.
+        A remote folder is listed once, since a list of Kinetics has 240,000 files.
         """
         if isinstance(file, Path):
             return is_file(file)

@@ -1,7 +1,7 @@
 """What a list of videos contains, whatever its format."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from nonlocal_jax.files import AnyPath
 
@@ -27,7 +27,7 @@ class Record:
     """One video of a list.
 
     Attributes:
-        path: The file, an `AnyPath`. For a video that is a list of frames, its name.
+        path: The file. For a video that is a list of frames, its name.
         labels: Classes of the whole video, ascending.
         line: Line of the list, from 1; 0 in a folder.
         actions: When each class occurs, if the list says so.
@@ -35,7 +35,7 @@ class Record:
         frame_labels: Classes of each of these frames.
     """
 
-    path: Any
+    path: AnyPath
     labels: tuple[int, ...]
     line: int = 0
     actions: tuple[Action, ...] = ()

@@ -7,6 +7,7 @@ import numpy as np
 
 from nonlocal_jax import files
 from nonlocal_jax.files import AnyPath, PathLike
+from nonlocal_jax.remote_paths import RemotePath
 from nonlocal_jax.weights.readers.caffe2_pickles import is_pickle, read_caffe2
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 from nonlocal_jax.weights.readers.orbax_folders import read_orbax
@@ -100,7 +101,7 @@ def _read(path: AnyPath, max_bytes: int) -> tuple[Format, Contents]:
     head = _read_head(path)
     if not (is_torch(head) or is_safetensors(head) or is_pickle(head)):
         raise FileFormatError(f"it {_appearance(head)}. {SUPPORTED}")
-    if isinstance(path, files.RemotePath):
+    if isinstance(path, RemotePath):
         check_size(path.stat().st_size, max_bytes, "the remote file")
     with files.local_copy(path) as local, local.open("rb") as file:
         size = local.stat().st_size
@@ -112,7 +113,7 @@ def _read(path: AnyPath, max_bytes: int) -> tuple[Format, Contents]:
 
 
 def _read_head(path: AnyPath) -> bytes:
-    if isinstance(path, files.RemotePath):
+    if isinstance(path, RemotePath):
         return path.read_bytes(HEAD_BYTES)
     with path.open("rb") as file:
         return file.read(HEAD_BYTES)

@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from nonlocal_jax.files import AnyPath, RemotePath
+from nonlocal_jax.files import AnyPath
+from nonlocal_jax.remote_paths import orbax_can_use
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 from nonlocal_jax.weights.readers.values import Contents, check_size, ignored_reason
-
-ORBAX_PROTOCOLS = ("gs",)  # at which Orbax 0.11 to 0.12 reads and writes arrays
 
 
 def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
@@ -19,9 +18,9 @@ def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
         path: The folder.
         max_bytes: Limit of what the arrays may take in memory.
     """
-    if isinstance(path, RemotePath) and path.protocol not in ORBAX_PROTOCOLS:
+    if not orbax_can_use(path):
         raise FileFormatError(
-            f"Orbax reads local folders and gs:// only, not {path.protocol}://. "
+            f"Orbax reads local folders and gs:// only; got {path}. "
             "Copy the folder to this machine."
         )
     candidates = (path, path / "default")
