@@ -57,8 +57,11 @@ def _follow(jaxpr: Any, inputs: Sequence[Tracked], mark: str, marked: list[Any])
         inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         primitive = equation.primitive.name
         results: Sequence[Tracked]
+        if equation.params.get("branches_platforms"):  # of `platform_dependent`: all are equal
+            inner, operands = equation.params["branches"][-1], operands[1:]
+            results = _follow(inner.jaxpr, operands, mark, marked)
         # A loop or a branch applies its jaxpr more than once or not at all: it has no rule.
-        if inner is not None and primitive not in ("scan", "while", "cond"):
+        elif inner is not None and primitive not in ("scan", "while", "cond"):
             results = _follow(getattr(inner, "jaxpr", inner), operands, mark, marked)
         elif any(map(_is_tracked, operands)):
             results = [_apply_rule(equation, operands)] * len(equation.outvars)
