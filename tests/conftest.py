@@ -51,6 +51,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 CACHE_DAYS = 30
+# Run by hand: it changes the environment, and requires packages that the tests do without.
+collect_ignore = ["training/object_store.py"]
 
 
 def pytest_sessionstart(session):

@@ -74,7 +74,8 @@ def test_flags_named_in_the_pages_exist(monkeypatch, capsys):
         (page.stem, command)
         for page in PAGES
         for command in re.findall(
-            r"python -m ((?:experiments|nonlocal_jax)\.[^`#\"'\n]*)", page.read_text()
+            r"python -m ((?:experiments|nonlocal_jax)\.[^`#\"'\n]*)",
+            page.read_text().replace("\\\n", " "),  # commands of several lines
         )
     }
     assert len(commands) > 10
