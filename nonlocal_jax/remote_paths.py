@@ -51,8 +51,8 @@ class RemotePath:
 
     >>> folder = RemotePath("memory://bucket/videos")
     >>> file = folder / "../lists/train.txt"
-    >>> file, file.name, file.parent
-    (RemotePath('memory://bucket/lists/train.txt'), 'train.txt', RemotePath('memory://bucket/lists'))
+    >>> file, file.name, file.parent.name
+    (RemotePath('memory://bucket/lists/train.txt'), 'train.txt', 'lists')
     >>> file.write_text("a.mp4 3")
     >>> file.read_text(), file.stat().st_size, [path.name for path in file.parent.iterdir()]
     ('a.mp4 3', 7, ['train.txt'])

@@ -113,7 +113,8 @@ class Cost:
         cycles: Estimated cycles; 0 where the compiler estimates none.
         cycles_by_kind: The same by kind of instruction: "products" (with all that is fused into
             them), "reductions", "copies" (nothing but a change of layout), "elementwise".
-        unestimated: Number of executed sorts, gathers, scatters and custom calls without estimate.
+        unestimated: Number of executed sorts, gathers, scatters and Pallas kernels, which have no
+            estimate.
         traffic: Bytes read from and written to the device's main memory.
         temporary: Peak bytes besides arguments and results.
         arguments: Bytes of arguments and results.
@@ -208,7 +209,7 @@ class Program:
         return {kind: cycles for kind, cycles in total.items() if cycles}
 
     def unestimated(self) -> int:
-        """Counts the executions of what takes time but has no estimate."""
+        """Counts the executions of sorts, gathers, scatters and Pallas kernels without estimate."""
         return sum(
             times
             for instruction, times in self.executed()

@@ -75,7 +75,9 @@ class Rows(NamedTuple):
         lse = jnp.zeros(theta.shape[:2], jnp.promote_types(theta.dtype, jnp.float32))
 
         def add_part(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
-            return _set_part(results, respond(_part(theta, i, part)), i * part)
+            parts = respond(_part(theta, i, part))
+            y, lse = (_set_part(*pair, i * part) for pair in zip(results, parts, strict=True))
+            return y, lse
 
         y, lse = lax.fori_loop(0, theta.shape[1] // part, add_part, (y, lse))
         return y[:, :n], lse[:, :n]
@@ -103,8 +105,7 @@ class Rows(NamedTuple):
         def add_part(i: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dtheta, dphi, dg = gradients
             part_dtheta, part_dphi, part_dg = differentiate(*(_part(x, i, part) for x in queries))
-            (dtheta,) = _set_part((dtheta,), (part_dtheta,), i * part)
-            return dtheta, dphi + part_dphi, dg + part_dg
+            return _set_part(dtheta, part_dtheta, i * part), dphi + part_dphi, dg + part_dg
 
         dtype = jnp.promote_types(theta.dtype, jnp.float32)
         zeros = (jnp.zeros(x.shape, dtype) for x in (queries[0], phi, g))
@@ -164,9 +165,8 @@ def _part(x: Array, i: Array, size: int) -> Array:
     return lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
 
 
-def _set_part(whole: tuple[Array, ...], parts: tuple[Array, ...], start: Array) -> Any:
-    update = partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-    return tuple(update(x, part.astype(x.dtype)) for x, part in zip(whole, parts, strict=True))
+def _set_part(x: Array, part: Array, start: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis=1)
 
 
 def _pad_queries(x: Array, multiple: int) -> Array:

@@ -14,23 +14,23 @@ HloModule jit_f, is_scheduled=true
 %fused (param_0: bf16[8,16], param_1: bf16[16,32]) -> f32[8,32] {
   %param_0 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
   %param_1 = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %convolution.1 = f32[8,32]{1,0:T(8,128)} convolution(%param_0, %param_1), dim_labels=bf_io->bf
+  ROOT %convolution.1 = f32[8,32]{1,0:T(8,128)} convolution(%param_0, %param_1),dim_labels=bf_io->bf
 }
 
-%body (arg: (s32[], bf16[8,16], bf16[16,32], f32[8,32])) -> (s32[], bf16[8,16], bf16[16,32], f32[8,32]) {
-  %arg = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0:T(8,128)}) parameter(0)
+%body (arg: STATE) -> STATE {
+  %arg = STATE parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
   %x = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
   %w = bf16[16,32]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%arg), index=2
   %one = s32[]{:T(128)} constant(1)
   %next = s32[]{:T(128)} add(%i, %one)
-  %fusion.1 = f32[8,32]{1,0:T(8,128)} fusion(%x, %w), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
-  ROOT %result = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0}) tuple(%next, %x, %w, %fusion.1)
+  %fusion.1 = f32[8,32]{1,0:T(8,128)} fusion(%x, %w), calls=%fused,config={"estimated_cycles":"100"}
+  ROOT %result = STATE tuple(%next, %x, %w, %fusion.1)
 }
 
-%condition (arg.1: (s32[], bf16[8,16], bf16[16,32], f32[8,32])) -> pred[] {
+%condition (arg.1: STATE) -> pred[] {
   %limit = s32[]{:T(128)} constant(5)
-  %arg.1 = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0:T(8,128)}) parameter(0)
+  %arg.1 = STATE parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
 }
@@ -41,14 +41,14 @@ ENTRY %main (x.1: bf16[8,16], w.1: bf16[16,32]) -> f32[8,32] {
   %start = s32[]{:T(128)} constant(2)
   %copy.1 = s32[]{:T(128)} copy(%start)
   %zeros = f32[8,32]{1,0:T(8,128)S(1)} broadcast(%start), dimensions={}
-  %state = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0}) tuple(%copy.1, %x.1, %w.1, %zeros)
-  %while.1 = (s32[]{:T(128)}, bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0}) while(%state), condition=%condition, body=%body
+  %state = STATE tuple(%copy.1, %x.1, %w.1, %zeros)
+  %while.1 = STATE while(%state), condition=%condition, body=%body
   %y = f32[8,32]{1,0:T(8,128)} get-tuple-element(%while.1), index=3
   %copy.2 = f32[8,32]{0,1:T(8,128)} copy(%y), backend_config={"estimated_cycles":"7"}
   %sort.1 = f32[8,32]{0,1:T(8,128)} sort(%copy.2), dimensions={0}
   ROOT %all-reduce.1 = f32[8,32]{0,1:T(8,128)} all-reduce(%sort.1), replica_groups={{0,1}}
 }
-"""  # noqa: E501
+""".replace("STATE", "(s32[], bf16[8,16]{1,0}, bf16[16,32]{1,0}, f32[8,32]{1,0})")
 
 
 @pytest.fixture(scope="module")

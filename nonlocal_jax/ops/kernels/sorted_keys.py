@@ -52,7 +52,7 @@ class Settings(NamedTuple):
         sort_bits: Bits of the integers that are sorted. TPUs have no integers of 64 bits.
         lookup_numbers: Numbers of the rows that the gradients of a and b look up at once.
         lookup_seconds: Time of looking up one row, besides its traffic. On a TPU v5e XLA estimates
-            6.9 ms for the response of 8 samples of 3136 × 784, which looks up 0.25 million rows.
+            7.0 ms for the response of 8 samples of 3136 × 784, which looks up 0.25 million rows.
         sequential: Whether samples are computed one after the other, because batched sorts and
             gathers are slow on CPU.
     """
