@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.ops.products import product
 from nonlocal_jax.types import (
     Affinity,
     AffinityToAll,
@@ -65,7 +64,7 @@ def embedded_gaussian(
     theta: Queries, phi: Keys, scale: float | Array, key_mask: KeyMask | None
 ) -> Affinity:
     """Eq. 3: f = exp(scale · θ_i·φ_j), C = Σ_j f, so f/C is a softmax over the keys."""
-    logits = scale * product("...nd,...md->...nm", theta, phi)
+    logits = scale * jnp.einsum("...nd,...md->...nm", widen(theta), widen(phi))
     if key_mask is not None:
         logits = jnp.where(key_mask[..., None, :], logits, -jnp.inf)
     # f/C stays the same when a constant is subtracted from all logits of a query. With the largest
@@ -78,7 +77,7 @@ def embedded_gaussian(
 
 def dot_product(theta: Queries, phi: Keys, key_mask: KeyMask | None) -> Affinity:
     """Eq. 4: f = θ_i·φ_j, C = N, the number of keys that are summed."""
-    f = product("...nd,...md->...nm", theta, phi)
+    f = jnp.einsum("...nd,...md->...nm", widen(theta), widen(phi))
     return _divide_by_key_count(f, key_mask)
 
 

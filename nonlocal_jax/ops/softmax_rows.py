@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.ops.products import product
 from nonlocal_jax.types import Array
 
@@ -153,9 +154,11 @@ def _differentiate(
     if mask is not None:
         p = jnp.where(mask[:, None], p, 0)
     s = p * (product("bne,bme->bnm", dy, g) - mean[..., None])
+    # θ̄ sums terms of both signs that nearly cancel, so their factors stay wide.
+    dtheta = jnp.einsum("bnm,bmd->bnd", s, widen(phi))
     p, s = p.astype(g.dtype), s.astype(theta.dtype)
     return (
-        product("bnm,bmd->bnd", s, phi),
+        dtheta,
         product("bnm,bnd->bmd", s, theta),
         product("bnm,bne->bme", p, dy),
     )

@@ -43,6 +43,11 @@ def test_convolution(platform, differentiated):
     assert convolution_ranks(text) == expected.get(platform, {2})
 
 
+def test_a_tpu_infers_few_clips_with_folded_convolutions():
+    text = lowered_text(video_conv, "tpu", shaped(7, 4, 8, 8, 4), shaped(1, 3, 3, 4, 4))
+    assert convolution_ranks(text) == {2}
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_first_convolution_has_its_frames_in_the_lanes_of_a_tpu(platform):
     text = lowered_text(video_conv, platform, shaped(2, 4, 16, 16, 3), shaped(5, 7, 7, 3, 4))

@@ -43,16 +43,15 @@ def test_concatenation_sorts_where_sorting_is_fast(platform):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_products_of_half_precision_are_not_widened(platform):
+def test_products_of_half_precision_are_not_widened_but_one(platform):
     operands = jax.eval_shape(lambda: make_operands(N, M, D, E, (BATCH,), jnp.bfloat16))
     function = functools.partial(gradients, "embedded_gaussian", "streaming")
     text = lowered_text(function, platform, operands)
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) >= 5  # logits, ȳ g, and three gradients; the response itself is not needed
-    for line in products:
-        inputs = line.rsplit(" : ", 1)[1].split("->")[0]
-        assert "bf16" in inputs
-        assert "f32" not in inputs
+    inputs = [line.rsplit(" : ", 1)[1].split("->")[0] for line in products]
+    # One product is wide, that for θ̄, whose terms nearly cancel.
+    assert ["f32" in types for types in inputs].count(True) == 1
 
 
 @pytest.mark.parametrize("instantiation", INSTANTIATIONS)

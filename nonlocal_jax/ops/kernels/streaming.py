@@ -107,17 +107,17 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     if form.stores_affinity(_affinity_bytes(theta, phi)):
         y, *kept = softmax_tiles.respond_and_store(theta, phi, g, scale, mask)
-        y = y.astype(g.dtype)
     else:
-        y, *kept = form.respond(theta, phi, g, scale, mask, g.dtype)
-    return y, (theta, phi, g, scale, mask, y, *kept)
+        y, *kept = form.respond(theta, phi, g, scale, mask, widen(g).dtype)
+    # The gradient subtracts ȳ·y from ȳ·g, so it keeps y as it is before rounding.
+    return y.astype(g.dtype), (theta, phi, g, scale, mask, y, *kept)
 
 
 def _backward(form: Form, residuals: tuple[Any, ...], dy: Array) -> tuple[Array | None, ...]:
     theta, phi, g, scale, mask, y, *kept = residuals
     scale = jnp.asarray(scale)  # a NumPy scalar, where it was a constant
     # Σ_j p_ij ȳ_i·g_j, since Σ_j p_ij g_j = y_i
-    mean = jnp.sum(widen(dy) * widen(y), axis=-1)
+    mean = jnp.sum(widen(dy) * y, axis=-1)
     if form.stores_affinity(_affinity_bytes(theta, phi)):
         gradients = softmax_tiles.differentiate_stored(theta, phi, g, dy, mean, *kept)
     else:
