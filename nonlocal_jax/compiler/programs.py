@@ -2,10 +2,9 @@
 
 XLA:TPU writes an estimate of the cycles of each fusion, convolution and copy into its optimised
 program. Their sum, with the bodies of loops multiplied by their trip counts, is a lower bound of
-the program's time: sorts, gathers, loop control and Pallas kernels have no estimate, and neither
-has traffic that overlaps with computation. It is deterministic, so it can be compared between two
-programs for the same chip. XLA's programs for other platforms have no estimates, only memory and
-collectives.
+the program's time: sorts, gathers, reductions of windows, loop control, collectives and Pallas
+kernels have no estimate. It is deterministic, so it can be compared between two programs for the
+same chip. XLA's programs for other platforms have no estimates, only memory and collectives.
 """
 
 import collections
@@ -15,11 +14,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-# Bits of the dtypes in XLA's text.
-_BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
-    "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128,
-}  # fmt: skip
+from nonlocal_jax.compiler import hlo
+from nonlocal_jax.compiler.hlo import Instruction
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -31,7 +28,8 @@ COLLECTIVES = (
 )
 _PRODUCTS = {"convolution", "dot"}
 _REDUCTIONS = {"reduce", "reduce-window", "select-and-scatter"}
-_LOOKUPS = {"gather", "scatter", "sort"}
+# Have no estimate.
+_UNESTIMATED = {"gather", "reduce-window", "scatter", "select-and-scatter", "sort"}
 _LAYOUT = {"copy", "transpose", "bitcast", "parameter", "tuple", "get-tuple-element", "reshape"}
 _CONTROL = {"while", "call", "conditional"}
 # Neither read nor write memory.
@@ -46,48 +44,10 @@ _FREE = {
     "replica-id",
     "tuple",
 }
-_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computations)=\{?([^,}]+)")
 _INDEX = re.compile(r"index=(\d+)")
 _LHS_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([^}]*)\}")
-_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One instruction of an optimised program.
-
-    Attributes:
-        name: Its name in the text.
-        opcode: Its operation, such as "fusion".
-        result: The text of its result's type.
-        operands: Names of its operands; the number of a parameter, the value of a constant.
-        attributes: The text after the operands.
-        is_root: Whether it is the result of its computation.
-    """
-
-    name: str
-    opcode: str
-    result: str
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
-
-    @property
-    def cycles(self) -> int:
-        """The compiler's estimate; 0 if it has none."""
-        match = _CYCLES.search(self.attributes)
-        return int(match[1]) if match else 0
-
-    @property
-    def called(self) -> list[str]:
-        """Names of the computations that it calls."""
-        names = ",".join(match[1] for match in _CALLED.finditer(self.attributes))
-        return [name.strip().lstrip("%") for name in names.split(",") if name.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +73,9 @@ class Cost:
         cycles: Estimated cycles; 0 where the compiler estimates none.
         cycles_by_kind: The same by kind of instruction: "products" (with all that is fused into
             them), "reductions", "copies" (nothing but a change of layout), "elementwise".
-        unestimated: Number of executed sorts, gathers, scatters and Pallas kernels, which have no
-            estimate.
+        unestimated: Number of executed sorts, gathers, scatters, reductions of windows and Pallas
+            kernels, which have no estimate.
+        flops: FLOPs of the products, a multiply-add as 2.
         traffic: Bytes read from and written to the device's main memory.
         temporary: Peak bytes besides arguments and results.
         arguments: Bytes of arguments and results.
@@ -124,6 +85,7 @@ class Cost:
     cycles: int
     cycles_by_kind: dict[str, int]
     unestimated: int
+    flops: int
     traffic: int
     temporary: int
     arguments: int
@@ -155,7 +117,7 @@ class Program:
                         self.entry = match[2]
             elif line.startswith("}"):
                 current = None
-            elif instruction := _parse_instruction(line):
+            elif instruction := hlo.parse(line):
                 current[instruction.name] = instruction
 
     def executed(self) -> Iterator[tuple[Instruction, int]]:
@@ -209,12 +171,12 @@ class Program:
         return {kind: cycles for kind, cycles in total.items() if cycles}
 
     def unestimated(self) -> int:
-        """Counts the executions of sorts, gathers, scatters and Pallas kernels without estimate."""
+        """Counts the executions of instructions such as sorts that have no estimate."""
         return sum(
             times
             for instruction, times in self.executed()
             if not instruction.cycles
-            and (instruction.opcode in _LOOKUPS or "tpu_custom_call" in instruction.attributes)
+            and (instruction.opcode in _UNESTIMATED or "tpu_custom_call" in instruction.attributes)
         )
 
     def kind(self, instruction: Instruction) -> str:
@@ -251,18 +213,15 @@ class Program:
             return sum(self._flops(i, fused) for i in self.computations[fused].values())
         if instruction.opcode not in _PRODUCTS:
             return 0
-        left, right = (
-            _sizes(operand) for operand in self._operand_types(instruction, computation)[:2]
+        left, right, *_ = self._operand_types(instruction, computation)
+        if instruction.opcode == "convolution":
+            return 2 * hlo.multiplications(instruction, left, right)
+        contracted = _LHS_CONTRACTED.search(instruction.attributes)
+        axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
+        sizes = hlo.sizes(left)
+        return (
+            2 * math.prod(hlo.sizes(instruction.result)) * math.prod(sizes[axis] for axis in axes)
         )
-        results = math.prod(_sizes(instruction.result))
-        if instruction.opcode == "dot":
-            contracted = _LHS_CONTRACTED.search(instruction.attributes)
-            axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
-            return 2 * results * math.prod(left[axis] for axis in axes)
-        # Each result sums over the taps and the input channels of the kernel.
-        _, kernel_labels, _ = _parse_labels(instruction.attributes)
-        summed = (n for n, label in zip(right, kernel_labels, strict=True) if label != "o")
-        return 2 * results * math.prod(summed)
 
     def collectives(self) -> tuple[Collective, ...]:
         """Sums the collectives that run, by opcode."""
@@ -272,7 +231,7 @@ class Program:
             opcode = instruction.opcode.removesuffix("-start")
             if opcode in COLLECTIVES:
                 operands = self._operand_types(instruction, computation)
-                operand_bytes = sum(map(_bytes_of_type, operands))
+                operand_bytes = sum(map(hlo.bytes_of_type, operands))
                 counts[opcode] += times
                 sizes[opcode] += times * _bytes_of_results(instruction, operand_bytes)
         return tuple(Collective(opcode, counts[opcode], sizes[opcode]) for opcode in sorted(counts))
@@ -297,17 +256,17 @@ class Program:
             return 0
         if instruction.opcode.endswith("-done"):
             return 0
-        sizes = [_bytes_in_memory(instruction.result)]
+        sizes = [hlo.bytes_in_memory(instruction.result)]
         results = self._operand_types(instruction, computation)
         if instruction.opcode == "dynamic-update-slice":
-            return 2 * _bytes_in_memory(results[1])
+            return 2 * hlo.bytes_in_memory(results[1])
         if instruction.opcode in ("dynamic-slice", "slice"):
             return 2 * sizes[0]
         if instruction.opcode.endswith("-start"):  # its result names the operand as well
-            return 2 * sum(map(_bytes_in_memory, results))
+            return 2 * sum(map(hlo.bytes_in_memory, results))
         if instruction.opcode == "fusion":
             return self._traffic_of_fusion(instruction, results)
-        return sum(sizes) + sum(map(_bytes_in_memory, results))
+        return sum(sizes) + sum(map(hlo.bytes_in_memory, results))
 
     def _traffic_of_fusion(self, fusion: Instruction, operands: Sequence[str]) -> int:
         fused = self.computations[fusion.called[0]]
@@ -319,12 +278,14 @@ class Program:
         for instruction in fused.values():
             if instruction.opcode != "parameter":
                 continue
-            in_memory = _bytes_in_memory(operands[int(instruction.operands[0])])
+            in_memory = hlo.bytes_in_memory(operands[int(instruction.operands[0])])
             total += min(in_memory, _bytes_read(instruction, users))
         root = next(inner for inner in fused.values() if inner.is_root)
-        results = [root] if root.opcode != "tuple" else [fused[name] for name in root.operands]
-        for result, shape in zip(results, _top_level_shapes(fusion.result), strict=True):
-            total += min(_bytes_in_memory(shape), _bytes_written(result, fused))
+        results = [root], [fusion.result]
+        if root.opcode == "tuple":
+            results = [fused[name] for name in root.operands], hlo.split_types(fusion.result)
+        for result, result_type in zip(*results, strict=True):
+            total += min(hlo.bytes_in_memory(result_type), _bytes_written(result, fused))
         return total
 
 
@@ -337,6 +298,7 @@ def cost(compiled: Any) -> Cost:
         cycles=sum(cycles.values()),
         cycles_by_kind=cycles,
         unestimated=program.unestimated(),
+        flops=program.flops(),
         traffic=program.traffic(),
         temporary=memory.temp_size_in_bytes,
         arguments=arguments - memory.alias_size_in_bytes,
@@ -357,93 +319,25 @@ def _bytes_read(parameter: Instruction, users: Mapping[str, list[Instruction]]) 
     total = 0
     for user in users[parameter.name]:
         if user.opcode in ("dynamic-slice", "slice"):
-            total += _bytes_of_type(user.result)
+            total += hlo.bytes_of_type(user.result)
         elif user.opcode == "bitcast":
             total += _bytes_read(user, users)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter.name:
-            return _bytes_of_type(parameter.result)
+            return hlo.bytes_of_type(parameter.result)
     return total
 
 
 def _bytes_written(result: Instruction, fused: Mapping[str, Instruction]) -> int:
     """Returns the bytes of a fusion's result that the fusion writes."""
     if result.opcode == "dynamic-update-slice":
-        return _bytes_of_type(fused[result.operands[1]].result)
+        return hlo.bytes_of_type(fused[result.operands[1]].result)
     if result.opcode == "bitcast" and result.operands[0] in fused:
         return _bytes_written(fused[result.operands[0]], fused)
-    return _bytes_of_type(result.result)
-
-
-def _parse_instruction(line: str) -> Instruction | None:
-    match = _INSTRUCTION.match(line)
-    if match is None:
-        return None
-    text = line[match.end() :]
-    end = _end_of_type(text)
-    result, text = text[:end], text[end + 1 :]
-    opcode, _, text = text.partition("(")
-    end = _matching_parenthesis(text)
-    operands = tuple(re.findall(r"%([\w.\-]+)", text[:end]))
-    if opcode in ("parameter", "constant"):
-        operands = (text[:end],)
-    return Instruction(match[2], opcode, result, operands, text[end + 1 :], bool(match[1]))
-
-
-def _end_of_type(text: str) -> int:
-    if text.startswith("("):
-        return 1 + _matching_parenthesis(text[1:]) + 1
-    return text.index(" ")
-
-
-def _matching_parenthesis(text: str) -> int:
-    """Returns the index of the parenthesis that closes one before the text."""
-    depth = 1
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return match.start()
-    raise ValueError(f"a parenthesis must be closed; got {text[:80]!r}.")
-
-
-def _sizes(result: str) -> list[int]:
-    """Returns the sizes of the axes of an array's type."""
-    match = _SHAPE.search(result)
-    return [int(size) for size in match[2].split(",") if size] if match else []
-
-
-def _parse_labels(attributes: str) -> tuple[str, str, str]:
-    """Returns the letters of the axes of a convolution's input, kernel and result."""
-    match = _LABELS.search(attributes)
-    if match is None:
-        raise ValueError(f"a convolution must have dim_labels; got {attributes[:80]!r}.")
-    return match[1], match[2], match[3]
-
-
-def _top_level_shapes(result: str) -> list[str]:
-    """Splits the type of a tuple of arrays into the types of the arrays."""
-    return [match[0] for match in _SHAPE.finditer(result)]
+    return hlo.bytes_of_type(result.result)
 
 
 def _bytes_of_results(instruction: Instruction, operands: int) -> int:
     """Returns the bytes of a collective's results, given those of its operands."""
-    total = _bytes_of_type(instruction.result)
+    total = hlo.bytes_of_type(instruction.result)
     # The result of an asynchronous start may name the operands too.
     return total - operands if instruction.opcode.endswith("-start") and total > operands else total
-
-
-def _bytes(dtype: str, sizes: str) -> int:
-    return math.prod(map(int, filter(None, sizes.split(",")))) * _BITS.get(dtype, 0) // 8
-
-
-def _bytes_of_type(result: str) -> int:
-    """Returns the bytes of all arrays of a type."""
-    return sum(_bytes(dtype, sizes) for dtype, sizes, _ in _SHAPE.findall(result))
-
-
-def _bytes_in_memory(result: str) -> int:
-    """Returns the bytes of the arrays of a type that are in the main memory."""
-    return sum(
-        _bytes(dtype, sizes)
-        for dtype, sizes, layout in _SHAPE.findall(result)
-        if not re.search(r"S\([1-9]", layout)
-    )
