@@ -5,7 +5,8 @@
     python -m experiments.cifar --dataset cifar10 --nonlocal-blocks  # the baseline without blocks
     python -m experiments.cifar --dataset cifar100 --depth 56 --instantiation dot_product
 
-A run that was stopped continues with the same command. `--dry-run` prints what would be trained.
+A run that was stopped continues with the same command. `--dry-run` prints what would be trained,
+and with `--topology v5e:4x4` what a step needs on a slice of TPUs that is not at hand.
 
 Recipe (He, Zhang, Ren, Sun, CVPR 2016, section 4.2): SGD with momentum 0.9 (here Nesterov's),
 weight decay 1e-4, batches of 128, 64,000 steps, learning rate 0.1, divided by 10 at 32,000 and at
@@ -32,7 +33,7 @@ import tyro
 from rich.console import Console
 
 import nonlocal_jax as nl
-from experiments.shared import results
+from experiments.shared import previews, results
 from experiments.shared.command_line import TRAINING_ERRORS, command, exit_on, settings
 from nonlocal_jax import checks, training
 from nonlocal_jax.data import DataError, augment, cifar
@@ -141,10 +142,13 @@ class Config:
     profile: int = 0  # Number of steps to profile, into <output>/profile.
     # Print the model, its blocks, parameters, multiply-adds, memory and sharding, then stop.
     dry_run: bool = False
+    # With --dry-run: compile for this slice of TPUs, such as v5e:4x4, which need not be at hand.
+    topology: str | None = None
     output: AnyPathOption = Path("runs/cifar")  # Folder of the run.
 
     def __post_init__(self) -> None:
         checks.at_least("batch_size", self.batch_size, 1)
+        previews.check(self.dry_run, self.topology)
         if not 0 <= self.mixup < math.inf:
             raise ValueError(f"mixup must be at least 0 and finite; got {self.mixup}.")
         self.places()
@@ -278,16 +282,27 @@ def loop_options(config: Config) -> training.Options:
 def main(config: Config) -> training.Result | None:
     """Trains a network, or describes what would be trained."""
     hint = " Or train on --dataset digits, which comes with scikit-learn."
-    with exit_on(ValueError), exit_on(DataError, hint=hint):
+    with exit_on(ValueError, ImportError), exit_on(DataError, hint=hint):
         if config.distributed:
             training.initialize(
                 config.coordinator, config.processes, config.process_id, timeout=config.timeout
             )
         train, test = load(config)
         trainer = make_trainer(config, train.num_classes)
+        options = loop_options(config)
+        if config.dry_run:
+            shape = config.batch_size, *train.images.shape[1:]
+            batch = {
+                "inputs": jax.ShapeDtypeStruct(shape, train.images.dtype),
+                "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+                "position": jax.ShapeDtypeStruct(shape[:1], jnp.uint32),
+            }
+            mesh = previews.make_mesh(config.topology)
+            model = build(config, train.num_classes)
+            previews.preview(trainer, options, mesh, model, batch)
+            return None
         mesh = training.make_mesh()
         rows = training.local_rows(config.batch_size, mesh)
-        options = loop_options(config)
 
     def data(step: int) -> Iterator[Mapping[str, Any]]:
         return training_batches(
@@ -302,13 +317,7 @@ def main(config: Config) -> training.Result | None:
     def evaluation() -> Iterator[Mapping[str, Any]]:
         return evaluation_batches(test, config.batch_size, rows=rows)
 
-    if config.dry_run:
-        model = build(config, train.num_classes)
-        shape = (config.batch_size, *train.images.shape[1:])
-        print(nl.models.cost(model, shape), *nl.plan(shape, model), sep="\n")
-        print(training.dry_run(trainer, options, mesh, next(data(0))))
-        return None
-    run_settings = settings(config, excluded=("dry_run",))
+    run_settings = settings(config, excluded=("dry_run", "topology"))
     console, key = Console(), jax.random.key(config.seed)
     with (
         exit_on(*TRAINING_ERRORS),

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nonlocal_jax as nl
-from experiments.shared import results, toy_results
+from experiments.shared import previews, results, toy_results
 from experiments.shared.command_line import TRAINING_ERRORS, command, exit_on, settings
 from experiments.shared.toy_results import Example, TrainedNetwork
 from nonlocal_jax import checks, files, training
@@ -70,7 +70,16 @@ PRETRAINING: dict[Task, tuple[Task, ...]] = {
     "moving_pair": ("single_digit", "moving_digit"),
 }
 # Options that do not change how a single network is trained.
-SHARED_OPTIONS = ("networks", "seeds", "all", "test_clips", "output", "readme")
+SHARED_OPTIONS = (
+    "networks",
+    "seeds",
+    "all",
+    "test_clips",
+    "output",
+    "readme",
+    "dry_run",
+    "topology",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +112,13 @@ class Config:
     output: AnyPathOption = Path("runs/toy_video")
     # With --all: file in which the results table is updated between its two marks.
     readme: LocalPathOption = Path("README.md")
+    # Print the networks, their blocks, parameters, multiply-adds, memory and sharding, then stop.
+    dry_run: bool = False
+    # With --dry-run: compile for this slice of TPUs, such as v5e:2x2, which need not be at hand.
+    topology: str | None = None
 
     def __post_init__(self) -> None:
+        previews.check(self.dry_run, self.topology)
         checks.at_least("seeds", self.seeds, 1)
         checks.at_least("pretrain_steps", self.pretrain_steps, 1)
         checks.at_least("pretrain_batch_size", self.pretrain_batch_size, 1)
@@ -407,12 +421,34 @@ def task_configs(config: Config) -> Iterator[Config]:
     yield dataclasses.replace(moving, networks=networks, seeds=min(config.seeds, 3))
 
 
+def dry_run(config: Config) -> None:
+    """Prints what training each network on clips would need, without training it."""
+    scans = load_scans("train")
+    for task_config in task_configs(config):
+        task = task_config.task
+        for network in task_config.networks:
+            with exit_on(ValueError, ImportError):
+                trainer, steps, batch_size = make_trainer(network, task_config, task)
+                batches = training_batches(
+                    task, scans, batch_size, task_config.scene, jax.random.key(0), 0
+                )
+                batch = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(batches)
+                )
+                print(f"{task}, {network}")
+                mesh, model = previews.make_mesh(config.topology), build(network, task_config)
+                previews.preview(trainer, training.Options(steps), mesh, model, batch)
+
+
 def main(config: Config) -> list[dict[str, Any]]:
     """Trains all networks, and writes the table and the pictures.
 
     Returns:
-        The rows of the table.
+        The rows of the table; none for --dry-run.
     """
+    if config.dry_run:
+        dry_run(config)
+        return []
     check(config)
     scans: dict[str, Scans] = {"train": load_scans("train"), "test": load_scans("test")}
     console = Console()

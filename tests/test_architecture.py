@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "data": {"types", "ops", "layers"},  # of the layers only `presets`, as tested below
     "visualize": {"types", "ops", "layers"},
     "evaluation": {"types", "ops"},
-    "training": {"types", "ops"},
+    "training": {"types", "ops", "compiler"},
 }
 HEAVY = (
     "fsspec",

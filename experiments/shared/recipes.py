@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from experiments.shared import previews
 from nonlocal_jax import checks
 from nonlocal_jax.data.sampling import Crops, InTime, SamplingRule, ShortVideoRule
 from nonlocal_jax.evaluation import Combination
@@ -136,6 +137,8 @@ class Config:
     timeout: int = 120  # Seconds to wait for other processes.
     # Print the model, its blocks, parameters, multiply-adds, memory and sharding, then stop.
     dry_run: bool = False
+    # With --dry-run: compile for this slice of TPUs, such as v5e:4x4, which need not be at hand.
+    topology: str | None = None
     list_recipes: bool = False  # Print the table of recipes, then stop.
 
     def __post_init__(self) -> None:
@@ -143,6 +146,7 @@ class Config:
         for name in (*optional, "clips", "views_at_once"):
             if getattr(self, name) is not None:
                 checks.at_least(name, getattr(self, name), 1)
+        previews.check(self.dry_run, self.topology)
         if not 0 <= self.unreadable <= 1:
             raise ValueError(f"unreadable must be a share from 0 to 1; got {self.unreadable}.")
         if self.test_only and self.init is None:

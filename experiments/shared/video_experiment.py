@@ -50,13 +50,13 @@ def run(
     recipe = recipes[name]
     recipe = dataclasses.replace(recipe, num_classes=config.num_classes or recipe.num_classes)
     console = Console()
-    with exit_on(DataError, ValueError, OSError, *TRAINING_ERRORS):
+    with exit_on(DataError, ValueError, OSError, ImportError, *TRAINING_ERRORS):
         if config.distributed:
             training.initialize(
                 config.coordinator, config.processes, config.process_id, timeout=config.timeout
             )
         if config.dry_run:
-            print(dry_run(config, recipe))
+            dry_run(config, recipe)
             return None
         _check_initial_weights(config, recipe, name, console)
         lists = read_lists(config, recipe, kind, output)

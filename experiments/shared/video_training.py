@@ -1,16 +1,17 @@
 """Training on a list of videos."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 import nonlocal_jax as nl
-from experiments.shared import results
+from experiments.shared import previews, results
 from experiments.shared.building import Batch, build, make_trainer
 from experiments.shared.command_line import command, settings
 from experiments.shared.fingerprints import digest_of_list
@@ -154,7 +155,7 @@ def _run_settings(config: Config, lists: tuple[Annotations, Annotations]) -> dic
     """Returns what must not change when a run is resumed. The lists may move, but not change."""
     train_videos, val_videos = map(digest_of_list, lists)
     return {
-        **settings(config, excluded=("dry_run", "list_recipes")),
+        **settings(config, excluded=("dry_run", "topology", "list_recipes")),
         "train_videos": train_videos,
         "val_videos": val_videos,
     }
@@ -205,27 +206,41 @@ def _pipelines(
     return data, evaluation
 
 
-def dry_run(config: Config, recipe: Recipe) -> str:
-    """Describes the training of a recipe without running it, using clips of zeros.
+def dry_run(config: Config, recipe: Recipe) -> None:
+    """Prints what training a recipe would need, without running it.
 
-    Returns:
-        Layers with parameters and multiply-adds, the plan of each block, and memory and sharding of
-        the training step.
+    Without --batch-size, the batch is the least multiple of the recipe's that splits over the
+    devices.
+
+    Args:
+        config: Options of the experiment.
+        recipe: What to train, before it is scaled to the batch size.
+
+    Raises:
+        ImportError, ValueError: As `previews.make_mesh` and `preview` do.
     """
+    mesh = previews.make_mesh(config.topology)
+    clips = math.lcm(recipe.batch_size, mesh.shape["data"])
+    if config.batch_size is None and clips != recipe.batch_size:
+        print(
+            f"the batch of {recipe.batch_size} clips cannot be split over {mesh.size} devices: "
+            f"{clips} are taken. --batch-size sets another."
+        )
+        config = dataclasses.replace(config, batch_size=clips)
     recipe = scaled(config, recipe)
-    trainer, mesh = make_trainer(config, recipe, recipe.num_classes), training.make_mesh()
-    rows = len(training.local_rows(recipe.batch_size, mesh))
-    shape = (rows, recipe.frames, recipe.size, recipe.size, 3)
-    labels = np.zeros(rows, np.int32)
+    clips = recipe.batch_size
+    labels = jax.ShapeDtypeStruct((clips,), jnp.int32)
     if recipe.multi_label:
-        labels = np.zeros((rows, recipe.num_classes), np.float32)
+        labels = jax.ShapeDtypeStruct((clips, recipe.num_classes), jnp.float32)
     batch = {
-        "inputs": np.zeros(shape, np.uint8),
+        "inputs": jax.ShapeDtypeStruct((clips, recipe.frames, *2 * [recipe.size], 3), jnp.uint8),
         "labels": labels,
-        "position": np.arange(rows, dtype=np.uint32),
+        "position": jax.ShapeDtypeStruct((clips,), jnp.uint32),
     }
-    options = training.Options(recipe.steps, placement=config.placement)
-    model = build(config, recipe, recipe.num_classes)
-    plans = map(str, nl.plan(shape, model))
-    step = training.dry_run(trainer, options, mesh, batch)
-    return "\n".join([str(nl.models.cost(model, shape)), *plans, step])
+    previews.preview(
+        make_trainer(config, recipe, recipe.num_classes),
+        training.Options(recipe.steps, placement=config.placement),
+        mesh,
+        build(config, recipe, recipe.num_classes),
+        batch,
+    )

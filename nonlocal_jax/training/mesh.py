@@ -112,10 +112,7 @@ def put(batch: Batch, mesh: Mesh, split: Tree | None = None) -> Tree:
         x = np.asarray(x)
         if not is_split or parts == 1:
             return jax.make_array_from_process_local_data(sharding, x)
-        if x.shape[1] % parts:
-            raise ValueError(
-                f"the positions of an example must split over {parts} devices; got {x.shape[1]}."
-            )
+        _check_positions(x.shape[1], mesh)
         # The local rows alone do not tell how many examples all processes have together.
         examples = jax.make_array_from_process_local_data(sharding, np.arange(len(x))).shape[0]
         split_sharding = NamedSharding(mesh, EXAMPLES_AND_POSITIONS)
@@ -127,6 +124,30 @@ def put(batch: Batch, mesh: Mesh, split: Tree | None = None) -> Tree:
     return jax.tree.map(place, batch, split)
 
 
+def shapes(batch: Batch, mesh: Mesh, split: Tree | None = None) -> Tree:
+    """Returns the shapes and the shardings of the global arrays that `put` makes.
+
+    Args:
+        batch: Tree of arrays, or of their shapes and dtypes, of all processes together.
+        mesh: Mesh of `make_mesh`. Its devices need not exist on this machine.
+        split: As for `put`.
+
+    Raises:
+        ValueError: If examples or positions cannot be split evenly over the mesh.
+    """
+
+    def shape(x: Any, is_split: bool) -> jax.ShapeDtypeStruct:
+        _check_examples(x.shape[0], mesh)
+        if is_split:
+            _check_positions(x.shape[1], mesh)
+        spec = EXAMPLES_AND_POSITIONS if is_split else EXAMPLES
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    if split is None:
+        split = jax.tree.map(lambda _: False, batch)
+    return jax.tree.map(shape, batch, split)
+
+
 def local_rows(batch_size: int, mesh: Mesh) -> range:
     """Returns the rows of a global batch that this process holds.
 
@@ -136,9 +157,21 @@ def local_rows(batch_size: int, mesh: Mesh) -> range:
     >>> local_rows(8, make_mesh())
     range(0, 8)
     """
-    parts = mesh.shape["data"]
-    if batch_size < 1 or batch_size % parts:
-        raise ValueError(f"the batch must split over {parts} devices; got {batch_size} examples.")
+    _check_examples(batch_size, mesh)
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     bounds = [index[0].indices(batch_size)[:2] for index in indices if index is not None]
     return range(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def _check_examples(examples: int, mesh: Mesh) -> None:
+    parts = mesh.shape["data"]
+    if examples < 1 or examples % parts:
+        raise ValueError(f"the batch must split over {parts} devices; got {examples} examples.")
+
+
+def _check_positions(positions: int, mesh: Mesh) -> None:
+    parts = mesh.shape["positions"]
+    if positions % parts:
+        raise ValueError(
+            f"the positions of an example must split over {parts} devices; got {positions}."
+        )

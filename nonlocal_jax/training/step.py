@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import flax
@@ -258,7 +258,7 @@ def evaluation_step(trainer: Trainer, variables: Mapping[str, Any], batch: Batch
 
 
 def pmap_step(
-    trainer: Trainer, axis_name: str = "data"
+    trainer: Trainer, axis_name: str = "data", devices: Sequence[jax.Device] | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the training step under `jax.pmap`.
 
@@ -268,6 +268,8 @@ def pmap_step(
         trainer: What to do. Its `batch_norm` counts as "device" unless the model's norms average
             over `axis_name` themselves.
         axis_name: Name of the mapped axis.
+        devices: Devices to run on, or those of `nonlocal_jax.compiler.topologies.devices`, for
+            which it can be lowered and compiled without having them. None takes all.
 
     Returns:
         A function of a state replicated by `flax.jax_utils.replicate`, which is donated, and of a
@@ -291,4 +293,4 @@ def pmap_step(
     True
     """
     step = functools.partial(train_step, trainer, axis_name=axis_name)
-    return jax.pmap(step, axis_name, donate_argnums=0)
+    return jax.pmap(step, axis_name, devices=devices, donate_argnums=0)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 import nonlocal_jax as nl
-from experiments import charades, kinetics
+from experiments import charades, cifar, kinetics, toy_video
 from experiments.shared import building, fingerprints, recipes, video_training
 from nonlocal_jax import training
 from nonlocal_jax.data import annotations
@@ -134,20 +136,54 @@ def test_list_of_recipes(capsys):
     assert row in capsys.readouterr().out
 
 
-def test_dry_run(capsys, monkeypatch):
-    """Without the training step, whose dry run is tested with the training package."""
+@pytest.fixture
+def dry_runs(monkeypatch):
+    """Replaces the training step's dry run, which is tested with the training package."""
     calls = []
-    monkeypatch.setattr(
-        training, "dry_run", lambda *arguments: calls.append(arguments) or "compiled"
-    )
+
+    def dry_run(*arguments):
+        calls.append(arguments)
+        yield "compiled"
+
+    monkeypatch.setattr(training, "dry_run", dry_run)
+    return calls
+
+
+def test_dry_run(capsys, dry_runs):
     charades.main(charades.Config(dry_run=True, batch_size=8))
     printed = capsys.readouterr().out
     assert "block" in printed
     assert "compiled" in printed
-    ((_, options, _, batch),) = calls
+    ((_, options, _, batch),) = dry_runs
     assert options.steps == 1400
     assert batch["inputs"].shape == (8, 8, 32, 32, 3)
     assert batch["labels"].shape == (8, 6)
+
+
+def test_dry_run_takes_a_batch_that_splits(capsys, dry_runs, monkeypatch):
+    devices = np.resize(jax.devices(), (24, 1))
+    mesh = types.SimpleNamespace(size=24, shape={"data": 24, "positions": 1}, devices=devices)
+    monkeypatch.setattr(training, "make_mesh", lambda devices: mesh)
+    kinetics.main(kinetics.Config(dry_run=True))
+    assert "16 clips cannot be split over 24 devices: 48 are taken" in capsys.readouterr().out
+    ((_, options, _, batch),) = dry_runs
+    assert batch["inputs"].shape[0] == 48
+    assert options.steps == 700 * 16 // 48
+
+
+def test_topology_without_a_dry_run():
+    for config in (kinetics.Config, cifar.Config, toy_video.Config):
+        with pytest.raises(ValueError, match="--topology must come with --dry-run; got v5e:2x2"):
+            config(topology="v5e:2x2")
+
+
+def test_dry_run_without_libtpu(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "libtpu" else find_spec(name)
+    )
+    with pytest.raises(SystemExit, match=r"for v5e:2x2 requires libtpu, .*: pip install 'jax\[tpu"):
+        kinetics.main(kinetics.Config(dry_run=True, topology="v5e:2x2"))
 
 
 def test_scores_are_stored_by_everything_they_depend_on(lists):

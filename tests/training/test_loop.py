@@ -287,7 +287,8 @@ def test_bad_options(options, message):
 
 def test_dry_run_says_what_a_step_needs():
     batch = next(make_batches(1))
-    text = training.dry_run(averaging_trainer(), OPTIONS, training.make_mesh(), batch)
+    lines = training.dry_run(averaging_trainer(), OPTIONS, training.make_mesh(), batch)
+    text = "\n".join(lines)
     params = jax.tree.leaves(initial_variables(Small())["params"])
     assert f"parameters: {sum(leaf.size for leaf in params)}" in text
     assert "inputs float32 (16, 8, 2)" in text
