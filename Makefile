@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 PARITY := .venv-parity
+TPU := .venv-tpu
 READY := $(VENV)/.ready
 PARITY_READY := $(PARITY)/.ready
+TPU_READY := $(TPU)/.ready
 BROWSER := $(VENV)/.browser
 # Python itself compiles what is imported, which is a small part of what is installed.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo quick test test-faults check parity bench docs notebooks lock clean
+.PHONY: demo quick test test-faults check parity tpu bench docs notebooks lock clean
 
 demo: $(READY)  ## train a control and a non-local network on toy videos, offline, in about 3 minutes on 2 cores
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
@@ -31,6 +33,10 @@ check: $(READY)  ## check formatting, lint and types
 parity: $(PARITY_READY)  ## compare with the peers, in torch, in a separate environment
 	$(PARITY)/bin/python -m pytest tests/parity
 
+tpu: $(TPU_READY)  ## compile a few programs for TPUs, without one, and check what their compiler says, in about 3 minutes
+	$(TPU)/bin/python -m pytest -n 1 tests/tpu
+	$(TPU)/bin/python -m benchmarks.tpu --small
+
 bench: $(PARITY_READY)  ## measure speed, memory and precision against the peers, in about an hour on 2 cores
 	$(PARITY)/bin/python -m benchmarks.video
 	$(PARITY)/bin/python -m benchmarks.training
@@ -46,7 +52,7 @@ lock:  ## update requirements.txt
 	uv pip compile --universal --python-version 3.11 --all-extras --custom-compile-command "make lock" --quiet --upgrade pyproject.toml --output-file requirements.txt
 
 clean:  ## remove the environments, caches, and outputs of the experiments
-	rm -rf $(VENV) $(PARITY) runs site
+	rm -rf $(VENV) $(PARITY) $(TPU) runs site
 
 $(READY): requirements.txt pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -68,4 +74,11 @@ $(PARITY_READY): requirements.txt requirements-parity.txt requirements-parity-pe
 	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --requirement requirements.txt --requirement requirements-parity.txt
 	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --no-deps --requirement requirements-parity-peers.txt
 	$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --no-deps --editable .
+	@touch $@
+
+# libtpu has an environment of its own, because JAX looks for a TPU wherever it is installed.
+$(TPU_READY): requirements.txt requirements-tpu.txt pyproject.toml Makefile
+	$(PYTHON) -m venv --clear $(TPU)
+	$(TPU)/bin/python -m pip install $(PIP_FLAGS) --requirement requirements.txt --requirement requirements-tpu.txt
+	$(TPU)/bin/python -m pip install $(PIP_FLAGS) --no-deps --editable .
 	@touch $@

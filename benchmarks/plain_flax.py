@@ -5,8 +5,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 import nonlocal_jax as nl
+from nonlocal_jax.layers.conventions import ClipFormat, Pool, Triple
+from nonlocal_jax.layers.presets import PRESETS, Preset
+from nonlocal_jax.models.video_tables import layout_of
 
 STAGES = (
     ("res2", 64, (3, 3, 3)),
@@ -18,38 +22,49 @@ BLOCKS = {("res3", 1), ("res3", 3), ("res4", 1), ("res4", 3), ("res4", 5)}
 
 
 class PlainI3D(nn.Module):
-    """I3D R50 8×8 with five non-local blocks.
+    """I3D R50 with five non-local blocks.
 
     Its variables equal those of `models.video_resnet`.
+
+    Attributes:
+        clip: Format of the clips.
+        preset: Source of the poolings and of the blocks' conventions.
+        num_classes: Number of classes.
+        dtype: Dtype of the computation.
     """
 
+    clip: ClipFormat = "8x8"
+    preset: Preset = "slowfast"
     num_classes: int = 400
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Any, *, train: bool = False) -> jax.Array:
         """Computes logits of clips (B, T, H, W, 3)."""
-        norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5
-        )
-        x = nn.relu(norm(name="conv1_norm")(_conv(64, (5, 7, 7), 2, "conv1")(x)))
-        x = nn.max_pool(x, (1, 3, 3), (1, 2, 2), ((0, 0), (1, 1), (1, 1)))
+        norm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, dtype=self.dtype)
+        trained_norm = functools.partial(norm, use_running_average=not train)
+        conv = functools.partial(_conv, dtype=self.dtype)
+        layout = layout_of(self.clip, PRESETS[self.preset].backbone)
+        strides = (layout.conv1_stride, 2, 2)
+        x = nn.relu(trained_norm(name="conv1_norm")(conv(64, (5, 7, 7), strides, "conv1")(x)))
+        x = _max_pool(x, layout.pool1)
         for stage, width, taps in STAGES:
             for i, frames in enumerate(taps):
-                x = _PlainBlock(
-                    width, frames, 2 if stage != "res2" and i == 0 else 1, norm, name=f"{stage}_{i}"
-                )(x)
+                stride = 2 if stage != "res2" and i == 0 else 1
+                x = _PlainBlock(width, frames, stride, trained_norm, conv, name=f"{stage}_{i}")(x)
                 if (stage, i) in BLOCKS:
                     block = nl.layers.nonlocal_block(
                         "embedded_gaussian",
-                        "slowfast",
+                        self.preset,
                         implementation="dense",
-                        norm=functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5),
+                        norm=norm,
+                        dtype=self.dtype,
                         name=f"nonlocal_{stage}_{i}",
                     )
                     x = block(x, train=train)
             if stage == "res2":
-                x = nn.max_pool(x, (2, 1, 1), (2, 1, 1))
-        return nn.Dense(self.num_classes, name="head")(x.mean((1, 2, 3)))
+                x = _max_pool(x, layout.pool2)
+        return nn.Dense(self.num_classes, name="head")(x.mean((1, 2, 3), jnp.float32))
 
 
 class _PlainBlock(nn.Module):
@@ -57,23 +72,28 @@ class _PlainBlock(nn.Module):
     frames: int
     stride: int
     norm: Any
+    conv: Any
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        y = nn.relu(
-            self.norm(name="norm_a")(_conv(self.width, (self.frames, 1, 1), 1, "conv_a")(x))
+        strides = (1, self.stride, self.stride)
+        y = self.conv(self.width, (self.frames, 1, 1), (1, 1, 1), "conv_a")(x)
+        y = self.conv(self.width, (1, 3, 3), strides, "conv_b")(
+            nn.relu(self.norm(name="norm_a")(y))
         )
-        y = nn.relu(
-            self.norm(name="norm_b")(_conv(self.width, (1, 3, 3), self.stride, "conv_b")(y))
-        )
-        y = self.norm(name="norm_c")(_conv(4 * self.width, (1, 1, 1), 1, "conv_c")(y))
+        y = nn.relu(self.norm(name="norm_b")(y))
+        y = self.norm(name="norm_c")(self.conv(4 * self.width, (1, 1, 1), (1, 1, 1), "conv_c")(y))
         if x.shape[-1] != y.shape[-1]:
-            x = self.norm(name="shortcut_norm")(
-                _conv(4 * self.width, (1, 1, 1), self.stride, "shortcut")(x)
-            )
+            x = self.conv(4 * self.width, (1, 1, 1), strides, "shortcut")(x)
+            x = self.norm(name="shortcut_norm")(x)
         return nn.relu(x + y)
 
 
-def _conv(features: int, taps: tuple[int, int, int], stride: int, name: str) -> nn.Conv:
+def _conv(features: int, taps: Triple, strides: Triple, name: str, dtype: Any) -> nn.Conv:
     padding = [(size // 2, size // 2) for size in taps]
-    return nn.Conv(features, taps, (1, stride, stride), padding, use_bias=False, name=name)
+    return nn.Conv(features, taps, strides, padding, use_bias=False, dtype=dtype, name=name)
+
+
+def _max_pool(x: Any, pool: Pool) -> Any:
+    padding = [(size, size) for size in pool.padding]
+    return nn.max_pool(x, pool.window, pool.strides, padding)

@@ -1,0 +1,1 @@
+"""Compiles operations, blocks and networks for TPUs, and reads what their compiler estimates."""

@@ -1,0 +1,69 @@
+"""On slices of TPUs, each chip computes its own examples only, and sums alone are exchanged."""
+
+import functools
+
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from tpu import thin
+
+from nonlocal_jax import training
+from nonlocal_jax.compiler import programs, topologies
+from nonlocal_jax.training.capacity import compile_step, state_shapes
+from nonlocal_jax.training.mesh import shapes
+
+EXAMPLES = 2  # on each chip
+
+
+def mesh_of(topology):
+    return training.make_mesh(devices=topologies.devices(topology))
+
+
+@functools.cache
+def training_cost(topology, batch_norm):
+    mesh, trainer = mesh_of(topology), thin.trainer(batch_norm)
+    return programs.cost(
+        compile_step(trainer, mesh, "replicated", thin.batch(EXAMPLES * mesh.size))
+    )
+
+
+@functools.cache
+def inference_cost(topology):
+    mesh, batch = mesh_of(topology), thin.batch(EXAMPLES)
+    variables = state_shapes(thin.trainer(), batch).variables
+    replicated = NamedSharding(mesh, PartitionSpec())
+    inputs = shapes(thin.batch(EXAMPLES * mesh.size), mesh)["inputs"]
+    function = jax.jit(thin.Thin().apply, in_shardings=(replicated, inputs.sharding))
+    return programs.cost(function.lower(variables, inputs).compile())
+
+
+def check_share(split, alone):
+    assert split.flops == pytest.approx(alone.flops, rel=0.05)
+    assert split.traffic == pytest.approx(alone.traffic, rel=0.05)
+
+
+@pytest.mark.parametrize("batch_norm", ["global", "device"])
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5e:16x16"])
+def test_training_step(topology, batch_norm):
+    split = training_cost(topology, batch_norm)
+    check_share(split, training_cost("v5e:1x1", batch_norm))
+    assert {collective.opcode for collective in split.collectives} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16"])
+def test_inference(topology):
+    split = inference_cost(topology)
+    check_share(split, inference_cost("v5e:1x1"))
+    assert not split.collectives
+
+
+def test_pmap():
+    devices = topologies.devices("v5e:2x2")
+    trainer, batch = thin.trainer(), thin.batch(EXAMPLES)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((len(devices), *x.shape), x.dtype),
+        (state_shapes(trainer, batch), batch),
+    )
+    step = training.pmap_step(trainer, devices=devices)
+    cost = programs.cost(step.lower(*arguments).compile())
+    assert cost.flops == pytest.approx(training_cost("v5e:1x1", "device").flops, rel=0.05)
