@@ -54,6 +54,7 @@ _CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations|called_computa
 _INDEX = re.compile(r"index=(\d+)")
 _LHS_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 
 
@@ -176,6 +177,8 @@ class Program:
 
     def _trips(self, loop: Instruction, computation: str) -> int:
         """Returns the iterations of a loop that counts up to a constant, as JAX's do, or 1."""
+        if known := _TRIPS.search(loop.attributes):  # on GPUs, whose conditions are fused
+            return int(known[1])
         match = _CONDITION.search(loop.attributes)
         if match is None:
             return 1
