@@ -1,12 +1,12 @@
 """An NVIDIA H100 that XLA compiles for on a host that has none.
 
-Needs JAX_PLATFORMS=cpu and JAX's plugin for CUDA, of JAX's own version:
+Needs JAX_PLATFORMS=cpu before JAX is imported, and JAX's plugin for CUDA, of JAX's own version:
 
     pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 
 The compiled program has its text and its memory, but no estimate of time, and it cannot run. XLA
-chooses algorithms by running them, which it cannot do here either: convolutions have no workspace,
-and a product in cuBLAS has one of 32 MiB, of which the program shares one.
+chooses algorithms by running them, which it cannot do here either: convolutions count without a
+workspace, and products in cuBLAS share one of 4 MiB.
 """
 
 from typing import Any
