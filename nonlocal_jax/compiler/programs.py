@@ -47,6 +47,7 @@ _FREE = {
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INDEX = re.compile(r"index=(\d+)")
 _LHS_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 
 
@@ -138,6 +139,8 @@ class Program:
 
     def _trips(self, loop: Instruction, computation: str) -> int:
         """Returns the iterations of a loop that counts up to a constant, as JAX's do, or 1."""
+        if known := _TRIPS.search(loop.attributes):  # on GPUs, whose conditions are fused
+            return int(known[1])
         match = _CONDITION.search(loop.attributes)
         if match is None:
             return 1

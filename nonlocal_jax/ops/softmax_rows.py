@@ -30,11 +30,35 @@ class Rows(NamedTuple):
             0.02 ms instead of 0.24 of a forward pass of 0.38 (8 samples of 3136 × 784): the
             exponential is fused into the product.
         least: Number of queries that are computed at once however many keys there are.
+        alignment: Number of which the queries that are computed at once are a multiple.
+        leaves_small: Whether an affinity for which parts save no memory is left to the definition.
     """
 
     numbers: int
     sums_by_product: bool = False
     least: int = 128
+    alignment: int = 16
+    leaves_small: bool = False
+
+    def leaves_to_definition(self, n: int, m: int, channels: int) -> bool:
+        """Whether the definition computes an affinity of n queries and m keys.
+
+        It does where the affinity is at most two parts, or small beside the operands: the sums of
+        gradients over parts, in float32, would then take more memory than the affinity.
+
+        Args:
+            n: Number of queries of a sample.
+            m: Number of keys of a sample.
+            channels: Channels of a key and of a value together.
+
+        >>> rows = Rows(numbers=1 << 19, leaves_small=True)
+        >>> rows.leaves_to_definition(784, 196, 1024), rows.leaves_to_definition(3136, 784, 512)
+        (True, False)
+        """
+        if not self.leaves_small:
+            return False
+        small = max(2 * self.numbers, (n + m) * channels // 2)
+        return n * m <= small or self.queries_at_once(n, m) == n
 
     def stores_affinity(self, affinity_bytes: int) -> bool:
         """The affinity is never stored: reading it costs more than computing it again."""
@@ -47,8 +71,8 @@ class Rows(NamedTuple):
     def queries_at_once(self, n: int, m: int) -> int:
         """Returns how many of n queries are computed at once.
 
-        It is a divisor of n if possible, and a multiple of 128, which fills the lanes of a TPU, or
-        else of 16.
+        It is a divisor of n if possible, and a multiple of 128, which fills the lanes of a TPU and
+        the tiles of a GPU's products, or else of `alignment`.
 
         >>> Rows(numbers=13 << 18).queries_at_once(12544, 12544)
         256
@@ -57,10 +81,10 @@ class Rows(NamedTuple):
         if n <= most:
             return n
         fewest = -(-n // most)
-        for multiple, parts in itertools.product((128, 16), range(fewest, 2 * fewest)):
+        for multiple, parts in itertools.product((128, self.alignment), range(fewest, 2 * fewest)):
             if n % (multiple * parts) == 0:
                 return n // parts
-        return -(-n // (16 * fewest)) * 16
+        return -(-n // (self.alignment * fewest)) * self.alignment
 
     def respond(
         self, theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None, dtype: Any

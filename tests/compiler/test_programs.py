@@ -61,6 +61,12 @@ def test_cycles_are_multiplied_by_the_trips_of_loops(program):
     assert program.unestimated() == 1  # the sort
 
 
+def test_trips_that_the_compiler_states_need_no_condition():
+    stated = 'condition=%fused, backend_config={"known_trip_count":{"n":"3"}}'
+    program = Program(TPU_TEXT.replace("condition=%condition", stated))
+    assert program.flops() == 3 * 2 * 8 * 16 * 32
+
+
 def test_flops(program):
     assert program.flops() == 3 * 2 * 8 * 16 * 32
 

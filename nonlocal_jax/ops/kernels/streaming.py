@@ -9,7 +9,8 @@ A part of the affinity is in memory at a time. The gradient keeps θ, φ, g, y a
 
 (Milakov and Gimelshein 2018; Dao et al. 2022.) It takes any N, M, d and e, and memory for
 O((N + M)(d + e)) numbers and one part: a tile of a sample on CPU, some rows of all samples on
-accelerators. On CPU, an affinity of a few megabytes is stored for the gradient instead.
+accelerators. On CPU, an affinity of a few megabytes is stored for the gradient instead. On GPUs, an
+affinity for which parts would not save memory is left to the definition.
 """
 
 from functools import partial
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 
 from nonlocal_jax.ops import sharded, softmax_tiles
 from nonlocal_jax.ops.definition import widen
+from nonlocal_jax.ops.kernels import dense
 from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel, Operands, Sizes
 from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.ops.softmax_rows import Rows
@@ -28,11 +30,14 @@ from nonlocal_jax.types import Array, Responses
 
 Form = Tiles | Rows
 
+# On an H100, the logits of 8 samples fill a third of the cache, and 128 rows one tile of a product.
+# Tensor cores read 16 bytes, 8 rows in half precision.
+GPU_ROWS = Rows(numbers=1 << 19, alignment=8, leaves_small=True)
 # On TPU v5e, the rows of 8 samples fill about half of the vector memory.
 SETTINGS: dict[str, Form] = {
     "cpu": Tiles(),
-    "gpu": Rows(numbers=1 << 19),
-    "rocm": Rows(numbers=1 << 19),
+    "gpu": GPU_ROWS,
+    "rocm": GPU_ROWS,
     "tpu": Rows(numbers=13 << 18, sums_by_product=True),
 }
 
@@ -47,6 +52,9 @@ def respond(operands: Operands, form: Form) -> Responses:
     Returns:
         (..., N, e) in the dtype of g.
     """
+    (n, d), (m, e) = operands.theta.shape[-2:], operands.g.shape[-2:]
+    if form.leaves_to_definition(n, m, d + e):
+        return _definition(operands)
     theta, phi, g = (
         x.reshape(-1, *x.shape[-2:]) for x in (operands.theta, operands.phi, operands.g)
     )
@@ -84,6 +92,8 @@ def cost(sizes: Sizes, platform: str) -> Forecast:
     """Forecasts the products over all pairs; the gradient may compute the logits once more."""
     _, batch, n, m, d, e, _, _ = sizes
     pairs, item_bytes, form = sizes.pairs, sizes.item_bytes, SETTINGS[platform]
+    if form.leaves_to_definition(n, m, d + e):
+        return dense.cost(sizes, platform)
     stored = form.stores_affinity(pairs * item_bytes)
     products_of_keys = 3 if stored else 4
     flops = (2 * pairs * (d + e), 2 * pairs * (products_of_keys * d + 3 * e))
@@ -91,7 +101,27 @@ def cost(sizes: Sizes, platform: str) -> Forecast:
     rows_bytes = batch * (n * (d + e) + m * (d + e)) * item_bytes
     affinity_bytes = 2 * (pairs * item_bytes if stored else tile_bytes)
     temporary = (tile_bytes + batch * n * item_bytes, affinity_bytes + rows_bytes)
+    if platform in ("gpu", "rocm"):
+        # XLA:GPU keeps logits and exponentials at once, and in the gradient three such arrays. The
+        # sums over parts are the results themselves unless those are in half precision.
+        exponentials = tile_bytes // item_bytes * jnp.dtype(sizes.dtype).itemsize
+        sums = rows_bytes if exponentials < tile_bytes else 0
+        temporary = (tile_bytes + exponentials, 3 * tile_bytes + sums)
     return Forecast(flops, temporary, PLATFORMS[platform].seconds(sum(flops), moved=0))
+
+
+def _definition(operands: Operands) -> Responses:
+    """Computes the definition, and its affinity again for the gradient.
+
+    As `by_platform` is a conditional, what it kept would be allocated on other platforms as well.
+    Within one program XLA merges the two affinities.
+    """
+
+    def respond(theta: Array, phi: Array, g: Array) -> Responses:
+        return dense.respond(operands._replace(theta=theta, phi=phi, g=g), None)
+
+    recomputing = jax.checkpoint(respond, prevent_cse=False)
+    return recomputing(operands.theta, operands.phi, operands.g)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from ops.operands import assert_equal_to_dense, call, make_operands, registered, streaming_row
 
-from nonlocal_jax.ops.kernels import streaming
+from nonlocal_jax.ops.kernels import dense, streaming
+from nonlocal_jax.ops.kernels.kernel import Sizes
 from nonlocal_jax.ops.softmax_rows import Rows
 from nonlocal_jax.ops.softmax_tiles import Tiles
 
@@ -18,6 +19,8 @@ VARIANTS = (
     streaming_row("storing", Tiles(rows=16, numbers=1, stored_bytes=AFFINITY_BYTES)),
     streaming_row("recomputing", Tiles(rows=16, numbers=1, stored_bytes=AFFINITY_BYTES - 1)),
     streaming_row("rows", Rows(numbers=1, least=16)),
+    streaming_row("rows_of_8", Rows(numbers=1, least=8, alignment=8)),
+    streaming_row("left_to_definition", Rows(numbers=N * M, leaves_small=True)),
 )
 
 
@@ -28,7 +31,9 @@ def variants():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("implementation", ["storing", "recomputing", "rows"])
+@pytest.mark.parametrize(
+    "implementation", ["storing", "recomputing", "rows", "rows_of_8", "left_to_definition"]
+)
 def test_equal_to_dense_whether_or_not_the_affinity_is_stored(implementation, masked):
     operands = make_operands(N, M, D, E, (BATCH,))
     operands["theta"] /= 2
@@ -47,6 +52,8 @@ def test_an_affinity_is_stored_up_to_the_limit():
 
     assert (BATCH, M, N) in residual_shapes("storing")
     assert (BATCH, M, N) not in residual_shapes("recomputing")
+    assert (BATCH, N, M) not in residual_shapes("left_to_definition")
+    assert (BATCH, N, M) in residual_shapes("dense")
 
 
 def test_the_default_limit_on_cpu_stores_a_few_megabytes():
@@ -54,6 +61,45 @@ def test_the_default_limit_on_cpu_stores_a_few_megabytes():
     assert settings["cpu"].stores_affinity(16 << 20)
     assert not settings["cpu"].stores_affinity((16 << 20) + 1)
     assert not settings["gpu"].stores_affinity(1)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "channels", "left"),
+    [
+        (784, 196, 1024, True),
+        (1024, 1024, 128, True),  # in two parts
+        (128, 40000, 512, True),  # at once
+        (3136, 784, 512, False),
+        (12544, 12544, 512, False),
+        (12544, 96, 512, True),  # the responses are larger than the affinity
+    ],
+)
+def test_gpus_leave_small_affinities_to_the_definition(n, m, channels, left):
+    assert streaming.SETTINGS["gpu"].leaves_to_definition(n, m, channels) == left
+    for platform in ("cpu", "tpu"):
+        assert not streaming.SETTINGS[platform].leaves_to_definition(n, m, channels)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "n", "m", "expected"),
+    [
+        (8, 4200, 4200, 120),
+        (16, 4200, 4200, 128),  # 16 does not divide 4200, so it is padded
+        (8, 3136, 784, 448),
+        (8, 12544, 12544, 128),
+        (8, 37, 12544, 37),
+        (8, 1201, 1201, 408),
+    ],
+)
+def test_queries_at_once(alignment, n, m, expected):
+    assert Rows(numbers=1 << 19, alignment=alignment).queries_at_once(n, m) == expected
+
+
+def test_the_forecast_is_the_definitions_where_it_computes():
+    small = Sizes("gaussian", 8, 784, 196, 512, 512, jnp.bfloat16, masked=False)
+    large = small._replace(n=12544, m=12544)
+    assert streaming.cost(small, "gpu") == dense.cost(small, "gpu")
+    assert streaming.cost(large, "gpu").temporary[1] < dense.cost(large, "gpu").temporary[1] / 4
 
 
 def test_scale_has_a_gradient():
@@ -69,6 +115,6 @@ def test_scale_has_a_gradient():
         return jax.grad(loss)(scale)
 
     expected = gradient(jnp.float32(0.3), "dense")
-    for implementation in ("storing", "recomputing", "rows"):
+    for implementation in ("storing", "recomputing", "rows", "left_to_definition"):
         got = gradient(jnp.float32(0.3), implementation)
         np.testing.assert_allclose(got, expected, rtol=1e-4)
