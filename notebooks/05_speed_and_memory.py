@@ -64,6 +64,7 @@ for name in ("embedded_gaussian", "dot_product", "concatenation"):
 # - **streaming** processes the keys in tiles and keeps a running sum and maximum of
 #   each row; its gradient recomputes the tiles.
 # - **cudnn** is NVIDIA's fused kernel for half precision.
+# - **flash** is a fused kernel for TPUs, which `auto` never takes.
 # - **reassociated** is $\theta (\phi^T g) / M$: a $d \times e$ matrix instead of an
 #   $N \times M$ matrix.
 # - **sorted** sorts the keys of the concatenation by $b_j = w_\phi \cdot \phi_j$. The

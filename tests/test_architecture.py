@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "training": {"types", "ops", "compiler"},
 }
 HEAVY = (
+    "jax.experimental.pallas",
     "fsspec",
     "tensorflow",
     "tensorflow_datasets",

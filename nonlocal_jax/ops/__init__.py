@@ -10,11 +10,13 @@ is computed. All implementations agree with the definition (`ops/definition.py`)
 | "dense" | all | N·M·(d + e) | N·M |
 | "streaming" | the two Gaussians | N·M·(d + e) | (N + M)·(d + e) |
 | "cudnn" | the two Gaussians, half precision, NVIDIA GPUs | N·M·(d + e) | (N + M)·(d + e) |
+| "flash" | the two Gaussians, on request, TPUs | N·M·(d + e) | (N + M)·(d + e) |
 | "reassociated" | the dot product | (N + M)·d·e | d·e |
 | "sorted" | the concatenation | (N + M)·(log M + e) | (N + M)·e |
 
-"auto" takes the one that is forecast to be the fastest; `explain` shows which that is, and why. All
-have gradients. Forward-mode differentiation (`jax.jvp`) requires "dense" or "reassociated". With
+"auto" takes the one that is forecast to be the fastest; `explain` shows which that is, and why. It
+never takes "flash", a Pallas kernel of JAX's, because its time on a TPU is not known. All have
+gradients. Forward-mode differentiation (`jax.jvp`) requires "dense" or "reassociated". With
 `axis_name`, positions are split over devices (`ops/sharded.py`).
 """
 

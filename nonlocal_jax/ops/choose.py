@@ -30,7 +30,7 @@ class KernelCost:
         flops: FLOPs of the response, and of the response with all gradients.
         temporary: Peak bytes of temporaries, without and with gradients.
         seconds: Forecast time of both together, on a platform as in `PLATFORMS`.
-        refusal: Why it is not available; None if it is.
+        refusal: Why it is not available, or why "auto" never takes it; None otherwise.
     """
 
     implementation: Implementation
@@ -141,6 +141,8 @@ def choose_kernel(
     names = [kernel.name for kernel in rows]
     checks.one_of(f"implementation of {sizes.instantiation}", implementation, ("auto", *names))
     costs = tuple(_forecast(kernel, sizes, platform, tracing) for kernel in rows)
+    if implementation == "auto":
+        costs = tuple(map(_refuse_unrequested, rows, costs))
     available = [name for name, cost in zip(names, costs, strict=True) if cost.refusal is None]
     if implementation != "auto":
         index = names.index(implementation)
@@ -193,6 +195,12 @@ def _forecast(kernel: Kernel, sizes: Sizes, platform: str, tracing: bool) -> Ker
     if refusal is None and tracing:
         refusal = kernel.untraceable(sizes)
     return KernelCost(kernel.name, flops, temporary, seconds, refusal)
+
+
+def _refuse_unrequested(kernel: Kernel, cost: KernelCost) -> KernelCost:
+    if cost.refusal is not None or kernel.only_on_request is None:
+        return cost
+    return dataclasses.replace(cost, refusal=f"only on request: {kernel.only_on_request}")
 
 
 def _reason(sizes: Sizes, chosen: KernelCost, dense: KernelCost) -> str:

@@ -83,7 +83,7 @@ def by_platform(choose: Callable[[str], Choice], compute: Callable[..., T], *ope
     )
 
 
-def fail_if_lowered(message: str, shape: tuple[int, ...], dtype: Any) -> Array:
+def fail_if_lowered(message: str, shape: tuple[Any, ...], dtype: Any) -> Array:
     """Stands for a result that a platform cannot compute.
 
     It is an error only where it runs or is lowered, so it can be the branch of one platform in a

@@ -1,5 +1,7 @@
 """Which implementation is chosen, how the choice is explained, and how a new one is added."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,8 @@ RES3 = (shaped(1, 3136, 256), shaped(1, 784, 256), shaped(1, 784, 256))
 RES4 = (shaped(1, 784, 512), shaped(1, 196, 512), shaped(1, 196, 512))
 HEAD_512 = (shaped(1, 9, 512, dtype=jnp.bfloat16),) * 3
 WIDE_VALUES = tuple(shaped(1, 9, size, dtype=jnp.bfloat16) for size in (64, 64, 32))
+HALF = (shaped(1, 9, 64, dtype=jnp.float16),) * 3
+VERY_WIDE = (shaped(1, 9, 1025),) * 3
 
 
 @pytest.mark.parametrize(
@@ -78,10 +82,26 @@ BAD_REQUESTS = {
         lambda: ops.explain("gaussian", *WIDE_VALUES, implementation="cudnn", platform="gpu"),
         r"values as wide as keys; got 32 and 64 channels",
     ),
+    "flash on CPU": (
+        lambda: ops.explain("gaussian", *RES3, implementation="flash", platform="cpu"),
+        r"'flash' is not available here: JAX's Pallas kernel needs a TPU.*'cpu'\. Available:",
+    ),
+    "flash in float16": (
+        lambda: ops.explain("gaussian", *HALF, implementation="flash", platform="tpu"),
+        r"takes bfloat16 and float32, and the inputs are float16",
+    ),
+    "flash with many channels": (
+        lambda: ops.explain("gaussian", *VERY_WIDE, implementation="flash", platform="tpu"),
+        r"memory for 1024 channels of float32; got 1025",
+    ),
+    "cuDNN on TPU": (
+        lambda: ops.explain("gaussian", *RES3, implementation="cudnn", platform="tpu"),
+        r"Available: 'auto', 'dense', 'streaming', 'flash'",
+    ),
     "implementation of another operation": (
         lambda: ops.explain("gaussian", *RES3, implementation="sorted"),
-        r"implementation of gaussian must be one of 'auto', 'dense', 'streaming', 'cudnn'; "
-        r"got 'sorted'",
+        r"implementation of gaussian must be one of 'auto', 'dense', 'streaming', 'cudnn', "
+        r"'flash'; got 'sorted'",
     ),
     "platform": (
         lambda: ops.explain("gaussian", *RES3, platform="npu"),
@@ -119,6 +139,19 @@ def test_a_new_kernel_is_one_row():
             ops.gaussian(rows, rows, rows, implementation="toy")
     with pytest.raises(ValueError, match=r"must be one of 'auto', 'dense', 'reassociated'; got"):
         ops.dot_product(rows, rows, rows, implementation="toy")
+
+
+def test_auto_never_takes_what_is_only_on_request():
+    toy = dataclasses.replace(TOY, only_on_request="it is a toy")
+    with registered(toy):
+        explanation = ops.explain("dot_product", *RES4, platform="cpu")
+        small = ops.explain("dot_product", *(shaped(1, 9, 64),) * 3)
+        requested = ops.explain("dot_product", *(shaped(1, 9, 64),) * 3, implementation="toy")
+    assert "a toy takes few channels" in str(explanation)
+    assert small.implementation == "dense"
+    assert "\ntoy          only on request: it is a toy" in str(small)
+    assert requested.implementation == "toy"
+    assert "only on request" not in str(requested)
 
 
 def test_a_kernel_is_compared_with_a_dense_one_that_needs_no_memory():

@@ -3,7 +3,7 @@
 To add one, write a file and add its `KERNEL` to `KERNELS`.
 """
 
-from nonlocal_jax.ops.kernels import cudnn, dense, reassociated, sorted_keys, streaming
+from nonlocal_jax.ops.kernels import cudnn, dense, flash, reassociated, sorted_keys, streaming
 from nonlocal_jax.ops.kernels.kernel import Kernel
 
 # The definition comes first; the others are compared with it.
@@ -11,6 +11,7 @@ KERNELS: tuple[Kernel, ...] = (
     dense.KERNEL,
     streaming.KERNEL,
     cudnn.KERNEL,
+    flash.KERNEL,
     reassociated.KERNEL,
     sorted_keys.KERNEL,
 )

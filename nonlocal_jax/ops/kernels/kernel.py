@@ -131,6 +131,7 @@ class Kernel:
             of a mapped axis, whose name is the third argument. None means that `respond` runs on
             the keys and values gathered from all devices.
         preferred_when_split: Whether "auto" takes this kernel whenever positions are split.
+        only_on_request: Why "auto" never takes this kernel; None if it may.
     """
 
     name: str
@@ -142,3 +143,4 @@ class Kernel:
     untraceable: Callable[[Sizes], str | None] = traceable_everywhere
     respond_split: Callable[[Operands, Any, str], Responses] | None = None
     preferred_when_split: bool = False
+    only_on_request: str | None = None
