@@ -287,6 +287,7 @@ def main(config: Config) -> training.Result | None:
             training.initialize(
                 config.coordinator, config.processes, config.process_id, timeout=config.timeout
             )
+        mesh = previews.make_mesh(config.topology)
         train, test = load(config)
         trainer = make_trainer(config, train.num_classes)
         options = loop_options(config)
@@ -297,11 +298,9 @@ def main(config: Config) -> training.Result | None:
                 "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
                 "position": jax.ShapeDtypeStruct(shape[:1], jnp.uint32),
             }
-            mesh = previews.make_mesh(config.topology)
             model = build(config, train.num_classes)
             previews.preview(trainer, options, mesh, model, batch)
             return None
-        mesh = training.make_mesh()
         rows = training.local_rows(config.batch_size, mesh)
 
     def data(step: int) -> Iterator[Mapping[str, Any]]:

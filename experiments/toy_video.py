@@ -423,11 +423,12 @@ def task_configs(config: Config) -> Iterator[Config]:
 
 def dry_run(config: Config) -> None:
     """Prints what training each network on clips would need, without training it."""
-    scans = load_scans("train")
-    for task_config in task_configs(config):
-        task = task_config.task
-        for network in task_config.networks:
-            with exit_on(ValueError, ImportError):
+    with exit_on(ValueError, ImportError):
+        mesh = previews.make_mesh(config.topology)
+        scans = load_scans("train")
+        for task_config in task_configs(config):
+            task = task_config.task
+            for network in task_config.networks:
                 trainer, steps, batch_size = make_trainer(network, task_config, task)
                 batches = training_batches(
                     task, scans, batch_size, task_config.scene, jax.random.key(0), 0
@@ -436,7 +437,7 @@ def dry_run(config: Config) -> None:
                     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(batches)
                 )
                 print(f"{task}, {network}")
-                mesh, model = previews.make_mesh(config.topology), build(network, task_config)
+                model = build(network, task_config)
                 previews.preview(trainer, training.Options(steps), mesh, model, batch)
 
 

@@ -76,8 +76,8 @@ def largest_batch(
     placement: Placement,
     batch: Batch,
     *,
-    fixed: float,
-    used: float,
+    fixed: int,
+    used: int,
     memory: float,
 ) -> int:
     """Finds the largest batch whose step fits, given that the step of `batch` does.

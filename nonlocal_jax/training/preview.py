@@ -140,7 +140,7 @@ def _speed_lines(cost: Cost, chip: Chip, examples: int) -> Iterator[str]:
 
 
 def _does_not_fit(
-    needed: float | None, chip: Chip | None, mesh: Mesh, batch: Batch, fixed: float
+    needed: float | None, chip: Chip | None, mesh: Mesh, batch: Batch, fixed: int
 ) -> str:
     examples, parts = batch_size(batch), mesh.shape["data"]
     message = f"a step must fit into the memory of each device; got a batch of {examples:,}"
