@@ -82,7 +82,7 @@ def test_the_folded_form_depends_on_the_kernel(kernel_size, groups, function):
         ("gpu", CUBE, 6, 1, (2, 1, 2)),
         ("tpu", FIRST, 3, 1, (2, 2, 2)),  # frames in the lanes
         ("tpu", FIRST, 3, 1, (1, 2, 1)),
-        ("tpu", TEMPORAL, 6, 1, (2, 1, 2)),  # positions as the batch
+        ("tpu", TEMPORAL, 6, 1, (2, 1, 2)),  # columns as the batch
         ("tpu", TEMPORAL, 6, 3, (1, 1, 1)),
         ("tpu", CUBE, 6, 3, (1, 2, 1)),
     ],
