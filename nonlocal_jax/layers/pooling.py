@@ -142,7 +142,7 @@ def _max_over_windows(x: Array, window: tuple[int, ...], platform: str | None) -
         return x
 
     def compute(is_tpu: bool, x: Array) -> Array:
-        return _max_axis_by_axis(x, window) if is_tpu else _maximum(x, window)
+        return _maximum_on_tpu(x, window) if is_tpu else _maximum(x, window)
 
     if platform is not None:
         return compute(platform == "tpu", x)
@@ -158,16 +158,28 @@ def _check_window(positions: tuple[int, ...], window: tuple[int, ...]) -> None:
         )
 
 
-def _max_axis_by_axis(x: Array, window: tuple[int, ...]) -> Array:
-    """Computes the maximum of each window along one axis after the other, the last one first.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _maximum_on_tpu(x: Array, window: tuple[int, ...]) -> Array:
+    return _maximum(x, window)
 
-    On TPUs the gradient takes a quarter of the time of that of `_maximum`: 0.11 ms instead of 0.52
-    for 4 clips of 4×28×28 with 256 channels in windows of 2×2.
+
+@_maximum_on_tpu.defjvp
+def _maximum_on_tpu_jvp(
+    window: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    """Takes the derivative along one axis after the other, the last one first.
+
+    This takes 0.18 ms for 4 clips of 4×28×28 with 256 channels in windows of 2×2, and that of
+    `_maximum` 0.52.
     """
-    for axis, size in reversed(list(enumerate(window, start=1))):
-        if size > 1:
-            x = _max_along_axis(x, axis, size, size, 0)
-    return x
+
+    def axis_by_axis(x: Array) -> Array:
+        for axis, size in reversed(list(enumerate(window, start=1))):
+            if size > 1:
+                x = _max_along_axis(x, axis, size, size, 0)
+        return x
+
+    return jax.jvp(axis_by_axis, primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

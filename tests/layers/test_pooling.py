@@ -49,7 +49,7 @@ def test_equals_reduce_window(positions, window):
 @pytest.mark.parametrize(
     ("positions", "window"), [((7,), (2,)), ((5, 7, 11), (1, 2, 2)), ((4, 6, 2), (2, 3, 2))]
 )
-def test_axis_by_axis_equals_reduce_window(positions, window):
+def test_on_tpus_equals_reduce_window(positions, window):
     assert_equal_with_gradients(
         normal((2, *positions, 3)),
         lambda x: max_pool(x, window, platform="tpu"),
