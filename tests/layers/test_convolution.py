@@ -5,10 +5,12 @@ import functools
 import chex
 import convolution_oracle as oracle
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nonlocal_jax.compiler.programs import Program
 from nonlocal_jax.layers import video_conv
 from nonlocal_jax.layers.convolution import VideoConv, cpu, dot_over_positions
 from nonlocal_jax.layers.convolution.folding import (
@@ -80,7 +82,8 @@ def test_the_folded_form_depends_on_the_kernel(kernel_size, groups, function):
         ("gpu", CUBE, 6, 1, (2, 1, 2)),
         ("tpu", FIRST, 3, 1, (2, 2, 2)),  # frames in the lanes
         ("tpu", FIRST, 3, 1, (1, 2, 1)),
-        ("tpu", TEMPORAL, 6, 1, (2, 1, 2)),
+        ("tpu", TEMPORAL, 6, 1, (2, 1, 2)),  # columns as the batch
+        ("tpu", TEMPORAL, 6, 3, (1, 1, 1)),
         ("tpu", CUBE, 6, 3, (1, 2, 1)),
     ],
 )
@@ -159,6 +162,34 @@ def test_a_tpu_infers_many_clips_with_the_convolution_of_xla():
         return convolve(clips, kernel, (2, 1, 1)), xla(clips, kernel, (2, 1, 1))
 
     chex.assert_trees_all_close(*run(clips, kernel), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
+@pytest.mark.parametrize(("kernel_size", "channels"), [(TEMPORAL, 6), (FIRST, 3)])
+def test_a_tpu_gathers_no_clips(kernel_size, channels):
+    x, kernel = oracle.arrays(kernel_size, channels, 9, positions=(4, 5, 7))
+    clips = jnp.concatenate([x] * 4)[:4]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    clips = jax.device_put(clips, jax.NamedSharding(mesh, jax.P("data")))
+    kernel = jax.device_put(kernel, jax.NamedSharding(mesh, jax.P()))
+
+    def loss(clips, kernel):
+        return jnp.sum(jnp.sin(video_conv(clips, kernel, (2, 1, 1), platform="tpu")))
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(clips, kernel).compile()
+    collectives = Program(gradients.as_text()).collectives()
+    assert {collective.opcode for collective in collectives} == {"all-reduce"}
+
+
+@pytest.mark.usefixtures("as_users_see_it")  # a symbolic number is no int
+def test_a_tpu_takes_any_number_of_clips():
+    x, kernel = oracle.arrays(TEMPORAL, 6, 9, positions=(4, 5, 7))
+    shape = jax.export.symbolic_shape("b, 4, 5, 7, 6")
+    convolve = jax.jit(lambda x, kernel: video_conv(x, kernel, (2, 1, 1), platform="tpu"))
+    clips = jax.ShapeDtypeStruct(shape, jnp.float32)
+    exported = jax.export.export(convolve)(clips, jax.ShapeDtypeStruct(kernel.shape, jnp.float32))
+    expected = oracle.convolution(x, kernel, (2, 1, 1))
+    chex.assert_trees_all_close(exported.call(x, kernel), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16():

@@ -46,21 +46,41 @@ def test_equals_reduce_window(positions, window):
     )
 
 
-def test_on_ties_the_first_maximum_has_the_gradient():
+@pytest.mark.parametrize(
+    ("positions", "window"), [((7,), (2,)), ((5, 7, 11), (1, 2, 2)), ((4, 6, 2), (2, 3, 2))]
+)
+def test_on_tpus_equals_reduce_window(positions, window):
+    assert_equal_with_gradients(
+        normal((2, *positions, 3)),
+        lambda x: max_pool(x, window, platform="tpu"),
+        lambda x: nn.max_pool(x, window, strides=window),
+    )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_on_ties_the_first_maximum_has_the_gradient(platform):
     """As in PyTorch. Rectified features have many ties."""
+
+    def pool(x):
+        return max_pool(x, (2, 2), platform=platform)
+
     x = jnp.array([[[0.0, 0, 2], [0, 0, 2], [1, 1, 0], [1, 1, 0]]])[..., None]
-    gradient = jax.grad(lambda x: max_pool(x, (2, 2)).sum())(x)
+    gradient = jax.grad(lambda x: pool(x).sum())(x)
     expected = jnp.array([[1.0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]])
     chex.assert_trees_all_equal(gradient[0, ..., 0], expected)
     direction = jnp.arange(12.0).reshape(x.shape)
-    tangent = jax.jvp(lambda x: max_pool(x, (2, 2)), (x,), (direction,))[1]
+    tangent = jax.jvp(pool, (x,), (direction,))[1]
     chex.assert_trees_all_equal(tangent[0, ..., 0], jnp.array([[0.0], [6]]))
 
 
-def test_a_window_of_padding_is_zero_and_has_no_gradient():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_window_of_padding_is_zero_and_has_no_gradient(platform):
+    def pooled_sum(x):
+        return max_pool(x, (2,), mask, platform).sum()
+
     x = -jnp.ones((1, 4, 1))
     mask = jnp.array([[True, False, False, False]])
-    pooled, gradient = jax.value_and_grad(lambda x: max_pool(x, (2,), mask).sum())(x)
+    pooled, gradient = jax.value_and_grad(pooled_sum)(x)
     assert pooled == -1.0
     chex.assert_trees_all_equal(gradient[0, :, 0], jnp.array([1.0, 0, 0, 0]))
 
