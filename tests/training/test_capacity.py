@@ -42,6 +42,6 @@ def test_largest_batch(compile_for, limit, accumulate, found, tried):
     trainer = Trainer(lambda *arguments: None, optax.sgd(0.1), accumulate=accumulate)
     mesh = make_mesh(devices=jax.devices()[:4])
     batch = {"inputs": jnp.zeros((4, 3))}
-    sizes = {"fixed": 20, "used": 30, "memory": 300}
+    sizes = {"fixed": 20, "used": 30, "memory": 300.0}
     assert capacity.largest_batch(trainer, mesh, "replicated", batch, **sizes) == found
     assert calls == tried

@@ -24,7 +24,7 @@ def choose(batch: int, kernel_shape: tuple[int, ...], groups: int) -> Lowering:
     |---|--:|--:|
     | inference of 1 clip | 3.9 ms | 4.7 ms |
     | of 2 clips | 6.1 ms | 9.3 ms |
-    | of 8 clips | 17.7 ms | 14.5 ms |
+    | of 8 clips | 18 ms | 14.5 ms |
     | training step with 4 clips | 36.6 ms | 96 ms |
     """
     if groups == 1 and kernel_shape[0] > 1 and kernel_shape[3] <= MAX_FEW_CHANNELS:
