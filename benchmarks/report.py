@@ -19,6 +19,8 @@ from benchmarks.targets import (
     targets,
     temporary,
 )
+from benchmarks.tpu import records as tpu_records
+from benchmarks.tpu import report as tpu_report
 
 Format = Callable[[Record], str]
 HEAD = """\
@@ -91,6 +93,8 @@ def write(folder: Path, readme: Path, project: Path) -> None:
         video_results = folder / "video" / path.name
         if video_results.exists():
             parts.append(workload_report.video(json.loads(video_results.read_text())))
+    if compiled := tpu_records.read(folder / "compiled" / "tpu.json"):
+        parts.append(tpu_report.markdown(compiled))
     readme.write_text("\n".join(parts))
     begin, end = EXCERPT_MARKS
     text = project.read_text() if project.is_file() else ""
