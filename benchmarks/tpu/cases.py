@@ -75,11 +75,14 @@ def list_cases() -> list[Case]:
 
 def is_small(case: Case) -> bool:
     """Whether the case is one of the few that are compiled with every change."""
-    if case.topology.split(":")[0] != "v5e":
+    if case.topology not in ("v5e:1x1", "v5e:2x2"):
         return False
     if case.section == "operation":
-        return case.size == (3136, 784, 256)
-    return (case.section == "block" and case.size == (784, 196, 512)) or case.subject == "cifar"
+        subjects, size = ("embedded_gaussian", "concatenation"), (3136, 784, 256)
+        return case.subject in subjects and case.size == size
+    if case.section == "block":
+        return case.subject == "embedded_gaussian" and case.size == (784, 196, 512)
+    return case.subject == "cifar"
 
 
 def _operations_and_blocks() -> Iterator[Case]:
