@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from nonlocal_jax.compiler import hlo
 from nonlocal_jax.compiler.programs import Collective, Program, cost
 
 # In the form of XLA:TPU's text: a loop of three steps around a product, then a copy and a sum over
@@ -90,3 +91,39 @@ def test_cost_of_a_real_program():
     assert report.cycles == 0  # XLA:CPU estimates none
     assert report.arguments == 2 * 4 * 16 * 16
     assert report.temporary == compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_products_of_batches_count_one_tap_for_each_result():
+    """XLA:TPU writes 8 products of 16×32 and 32×64 as one dilated convolution over the samples."""
+    line = (
+        "  %c = f32[8,16,64]{2,1,0} convolution(%a, %b), "
+        "window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf"
+    )
+    flops = 2 * hlo.multiplications(hlo.parse(line), "bf16[8,16,32]{2,1,0}", "bf16[8,32,64]{2,1,0}")
+    assert flops == 8 * 2 * 16 * 32 * 64
+
+
+def test_taps_on_padding_are_left_out():
+    line = (
+        "  %c = f32[1,4,1]{2,1,0} convolution(%a, %b), window={size=3 pad=1_1}, "
+        "dim_labels=b0f_0io->b0f"
+    )
+    assert hlo.multiplications(hlo.parse(line), "f32[1,4,1]", "f32[3,1,1]") == 2 + 3 + 3 + 2
+
+
+def test_traffic_of_a_fused_reduction_of_two_arrays():
+    text = """\
+%fused (param_0: f32[8,4]) -> (f32[8], s32[8]) {
+  %param_0 = f32[8,4]{1,0} parameter(0)
+  %iota = s32[8,4]{1,0} iota(), iota_dimension=1
+  %low = f32[] constant(0)
+  %zero = s32[] constant(0)
+  ROOT %reduce = (f32[8]{0}, s32[8]{0}) reduce(%param_0, %iota, %low, %zero), dimensions={1}
+}
+
+ENTRY %main (x: f32[8,4]) -> (f32[8], s32[8]) {
+  %x = f32[8,4]{1,0} parameter(0)
+  ROOT %fusion = (f32[8]{0}, s32[8]{0}) fusion(%x), kind=kLoop, calls=%fused
+}
+"""
+    assert Program(text).traffic() == 4 * 8 * 4 + 2 * 4 * 8
