@@ -28,6 +28,8 @@ class BatchNorm(nn.BatchNorm):
         use_fast_variance: Whether the variance is computed as E[x²] − mean², which is faster but
             loses as many digits as mean² has more than the variance. The default is E[(x − mean)²],
             as in PyTorch: responses of a softmax over many positions vary little around their mean.
+        paired: Whether two columns of x lie side by side in its channels, as in
+            `layers.paired_columns`.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.array([[1.0], [3.0]])
@@ -40,6 +42,7 @@ class BatchNorm(nn.BatchNorm):
     momentum: float = 0.9
     epsilon: float = 1e-5
     use_fast_variance: bool = False
+    paired: bool = False
 
     @nn.compact
     def __call__(
@@ -48,19 +51,21 @@ class BatchNorm(nn.BatchNorm):
         """Normalises each channel.
 
         Args:
-            x: (..., C).
+            x: (..., C); paired, (..., 2C).
             use_running_average: Whether to use the running statistics instead of the batch's.
             mask: Boolean, of the shape of x or broadcastable to it. False entries do not count.
 
         Raises:
-            ValueError: If `axis` is not the last.
+            ValueError: If `axis` is not the last, or paired columns have a mask.
         """
         if self.axis != -1:
             raise ValueError(f"axis must be -1, channels last; got {self.axis}.")
+        if self.paired and mask is not None:
+            raise ValueError("mask must be None for paired columns; got one.")
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        channels = (x.shape[-1],)
+        channels = (x.shape[-1] // (2 if self.paired else 1),)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
         if use_running_average:
@@ -79,23 +84,28 @@ class BatchNorm(nn.BatchNorm):
         if self.use_bias:
             beta = self.param("bias", self.bias_init, channels, self.param_dtype)
             shift = shift + beta.astype(jnp.float32)
-        leading_axes = range(x.ndim - 1)
-        scale, shift = (jnp.expand_dims(a, leading_axes) for a in (scale, shift))
-        y = widen(x) * scale + shift
+        y = widen(x) * self._for_each_column(scale, x) + self._for_each_column(shift, x)
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
 
     def _batch_statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
         """Mean and biased variance of each channel, over all devices of `axis_name`."""
         x = widen(x)
-        axes = tuple(range(x.ndim - 1))
         mean = self._mean(x, mask)
         if self.use_fast_variance:
             var = self._mean(jax.lax.square(x), mask) - jax.lax.square(mean)
             return mean, jnp.maximum(var, 0)
-        centred = x - jnp.expand_dims(mean, axes)
+        centred = x - self._for_each_column(mean, x)
         return mean, self._mean(jax.lax.square(centred), mask)
 
+    def _for_each_column(self, vector: Array, x: Array) -> Array:
+        """Gives a vector of C numbers the rank of x and, if x is paired, its 2C channels."""
+        return jnp.expand_dims(jnp.tile(vector, 2) if self.paired else vector, range(x.ndim - 1))
+
     def _mean(self, x: Array, mask: Array | None) -> Array:
+        mean = self._mean_of_last_axis(x, mask)
+        return mean.reshape(2, -1).mean(axis=0) if self.paired else mean
+
+    def _mean_of_last_axis(self, x: Array, mask: Array | None) -> Array:
         axes = tuple(range(x.ndim - 1))
         if self.axis_name is None or self.is_initializing():
             return jnp.mean(x, axes, where=mask)

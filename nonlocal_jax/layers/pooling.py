@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -101,16 +102,14 @@ def strided_max_pool(
                 "window must not be larger than the padded map; "
                 f"got {size} for {x.shape[axis]} + 2·{pad}."
             )
-        if (size, stride, pad) == (1, 1, 0):
-            continue
         if axis == 1:
-            x = _max_along_axis(x, axis, size, stride, pad)
+            x = max_along_axis(x, axis, size, stride, pad)
             continue
         # The frames of a video join the batch, as in the convolution before. Otherwise XLA:TPU
         # copies its large result to another layout: 16.5 ms instead of 9.3 for the first layer of
         # I3D R50 with this pooling.
         frames = x.reshape(-1, *x.shape[2:])
-        pooled = _max_along_axis(frames, axis - 1, size, stride, pad)
+        pooled = max_along_axis(frames, axis - 1, size, stride, pad)
         x = pooled.reshape(*x.shape[:2], *pooled.shape[1:])
     return x
 
@@ -176,7 +175,7 @@ def _maximum_on_tpu_jvp(
     def axis_by_axis(x: Array) -> Array:
         for axis, size in reversed(list(enumerate(window, start=1))):
             if size > 1:
-                x = _max_along_axis(x, axis, size, size, 0)
+                x = max_along_axis(x, axis, size, size, 0)
         return x
 
     return jax.jvp(axis_by_axis, primals, tangents)
@@ -233,20 +232,36 @@ def _crop_to_windows(x: Array, window: tuple[int, ...]) -> Array:
     return x[:, *(slice(length // size * size) for length, size in axes)]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
-def _max_along_axis(x: Array, axis: int, size: int, stride: int, padding: int) -> Array:
-    members = _window_members(x, -jnp.inf, axis, size, stride, padding)
-    return functools.reduce(jnp.maximum, members)
+def max_along_axis(x: Array, axis: int, size: int, stride: int, padding: int) -> Array:
+    """Computes the maximum of windows along one axis, which may overlap."""
+    if (size, stride, padding) == (1, 1, 0):
+        return x
+    members = functools.partial(
+        _window_members, axis=axis, size=size, stride=stride, padding=padding
+    )
+    return first_maximum(members, x)
 
 
-@_max_along_axis.defjvp
-def _max_along_axis_jvp(
-    axis: int, size: int, stride: int, padding: int, primals: tuple[Array], tangents: tuple[Array]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def first_maximum(members_of: Callable[[Array, float], list[Array]], x: Array) -> Array:
+    """Computes the maximum over windows of x, whose gradient goes to the first on ties.
+
+    Args:
+        members_of: Returns the members of all windows, one array for each place in a window, given
+            x and the value of positions beyond its borders. It must be linear if that value is 0.
+        x: Any array.
+    """
+    return functools.reduce(jnp.maximum, members_of(x, -jnp.inf))
+
+
+@first_maximum.defjvp
+def _first_maximum_jvp(
+    members_of: Callable[[Array, float], list[Array]],
+    primals: tuple[Array],
+    tangents: tuple[Array],
 ) -> tuple[Array, Array]:
-    """Takes the derivative of the first maximum of each window along one axis."""
-    maximum = _max_along_axis(*primals, axis, size, stride, padding)
-    members = _window_members(*primals, -jnp.inf, axis, size, stride, padding)
-    member_tangents = _window_members(*tangents, 0.0, axis, size, stride, padding)
+    maximum = first_maximum(members_of, *primals)
+    members, member_tangents = members_of(*primals, -jnp.inf), members_of(*tangents, 0.0)
     # From the last member to the first, so that an earlier maximum overrides a later one. The last
     # needs no comparison: it stays only where no other member is the maximum.
     derivative = member_tangents[-1]

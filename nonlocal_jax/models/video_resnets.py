@@ -14,7 +14,8 @@ from nonlocal_jax import checks
 from nonlocal_jax.layers import VideoConv, strided_max_pool
 from nonlocal_jax.layers.block import nonlocal_block
 from nonlocal_jax.layers.conventions import Layout
-from nonlocal_jax.layers.norm import Affine, apply_norm
+from nonlocal_jax.layers.norm import Affine, BatchNorm, apply_norm
+from nonlocal_jax.layers.paired_columns import max_pool_of_paired
 from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.models import video_tables
 from nonlocal_jax.models.bottleneck import Bottleneck, StrideAt
@@ -136,15 +137,28 @@ class VideoResNet(nn.Module):
             "param_dtype": self.param_dtype,
             "axis_name": axis_name,
         }
-        kernel_size, strides = (self.conv1_frames, 7, 7), (self.layout.conv1_stride, 2, 2)
-        x: Any = VideoConv(64, kernel_size, strides, name="conv1", **options)(clip)
-        x = nn.relu(apply_norm(self.norm, x, train=train, name="conv1_norm", **options))
-        x = self._sow_output("pool1", strided_max_pool(x, *self.layout.pool1, axis_name))
+        x: Any = self._sow_output("pool1", self._first_layer(clip, train, options))
         for stage in range(len(STAGES)):
             x = self._stage(stage, x, train, options)
             if stage == 0:
                 x = self._sow_output("pool2", strided_max_pool(x, *self.layout.pool2, axis_name))
         return self._head(x, train, axis_name)
+
+    def _first_layer(self, clip: Array, train: bool, options: dict[str, Any]) -> Array:
+        kernel_size, strides = (self.conv1_frames, 7, 7), (self.layout.conv1_stride, 2, 2)
+        paired = train and self._can_pair_columns(clip)
+        x = VideoConv(64, kernel_size, strides, name="conv1", paired=paired, **options)(clip)
+        norm_options = options | ({"paired": True} if paired else {})
+        x = apply_norm(self.norm, x, train=train, name="conv1_norm", **norm_options)
+        if paired:
+            return max_pool_of_paired(nn.relu(x), *self.layout.pool1)
+        return strided_max_pool(nn.relu(x), *self.layout.pool1, options["axis_name"])
+
+    def _can_pair_columns(self, clip: Array) -> bool:
+        """Whether conv1 can have paired columns, which only make training faster."""
+        norm = self.norm.func if isinstance(self.norm, functools.partial) else self.norm
+        is_ours = isinstance(norm, type) and issubclass(norm, BatchNorm)
+        return is_ours and self.axis_name is None and clip.shape[3] % 4 == 0
 
     def _stage(self, stage: int, x: Array, train: bool, options: dict[str, Any]) -> Array:
         name, width = STAGES[stage], 2**stage

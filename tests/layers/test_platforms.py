@@ -38,19 +38,20 @@ def convolution_ranks(text):
 def test_convolution(platform, differentiated):
     """CPUs take products instead, GPUs 2-D convolutions, TPUs their own 3-D ones for inference."""
     function = functools.partial(gradients, video_conv) if differentiated else video_conv
-    text = lowered_text(function, platform, shaped(8, 4, 8, 8, 4), shaped(1, 3, 3, 4, 4))
+    text = lowered_text(function, platform, shaped(8, 4, 8, 8, 5), shaped(1, 3, 3, 5, 4))
     expected = {"cpu": set(), "tpu": {2 if differentiated else 3}}
     assert convolution_ranks(text) == expected.get(platform, {2})
 
 
 def test_a_tpu_infers_few_clips_with_folded_convolutions():
-    text = lowered_text(video_conv, "tpu", shaped(7, 4, 8, 8, 4), shaped(1, 3, 3, 4, 4))
+    text = lowered_text(video_conv, "tpu", shaped(7, 4, 8, 8, 5), shaped(1, 3, 3, 5, 4))
     assert convolution_ranks(text) == {2}
 
 
+@pytest.mark.parametrize("taps", [1, 5])
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_first_convolution_has_its_frames_in_the_lanes_of_a_tpu(platform):
-    text = lowered_text(video_conv, platform, shaped(2, 4, 16, 16, 3), shaped(5, 7, 7, 3, 4))
+def test_first_convolution_has_its_frames_in_the_lanes_of_a_tpu(platform, taps):
+    text = lowered_text(video_conv, platform, shaped(8, 4, 16, 16, 3), shaped(taps, 7, 7, 3, 4))
     assert ("dim_numbers = [0, 1, f, b]" in text) == (platform == "tpu")
 
 

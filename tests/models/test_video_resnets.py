@@ -389,3 +389,35 @@ def test_bad_options(options, message):
 def test_unknown_options(options, name):
     with pytest.raises(TypeError, match=name):
         small(**options)
+
+
+def paired_training_step(columns):
+    """Returns a training step of clips with some columns, its parameters, and its program."""
+    model = small(kind="i3d_3x1x1", depth=(1, 1, 1, 1), nonlocal_blocks=0, dropout=0.0)
+    clip = jnp.asarray(normal((2, 4, 32, columns, 3)))
+    variables = random_variables(model, model.example)
+
+    def step(params):
+        def loss(params):
+            inputs = {**variables, "params": params}
+            logits, updated = model.apply(inputs, clip, train=True, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(logits)), updated
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return step, variables["params"], str(jax.make_jaxpr(step)(variables["params"]))
+
+
+@pytest.mark.networks
+def test_training_with_paired_columns_changes_nothing(monkeypatch):
+    step, params, program = paired_training_step(columns=32)
+    assert "f32[2,4,16,8,128]" in program
+    found = jax.jit(step)(params)
+    monkeypatch.setattr(nl.models.VideoResNet, "_can_pair_columns", lambda self, clip: False)
+    expected = jax.jit(lambda params: step(params))(params)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_odd_number_of_columns_after_conv1_makes_no_pairs():
+    _, _, program = paired_training_step(columns=30)
+    assert "f32[2,4,16,15,64]" in program

@@ -17,6 +17,7 @@ from nonlocal_jax.layers.convolution.folding import (
     fold_after_halo,
 )
 from nonlocal_jax.layers.halo import add_halo, local_windows
+from nonlocal_jax.layers.paired_columns import pair
 from nonlocal_jax.ops.platforms import by_platform
 from nonlocal_jax.types import Array, Video
 
@@ -34,6 +35,7 @@ class VideoConv(nn.Module):
         dtype: Dtype of the computation. None infers it from the input and the parameters.
         param_dtype: Dtype of the kernel, which has shape (*kernel_size, C / groups, features).
         axis_name: Name of the mapped axis over whose devices T is split.
+        paired: Whether columns lie side by side in pairs, as in `layers.paired_columns`.
 
     >>> import jax, jax.numpy as jnp
     >>> conv = VideoConv(7, kernel_size=(1, 3, 3), strides=(1, 2, 2))
@@ -50,13 +52,15 @@ class VideoConv(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     axis_name: str | None = None
+    paired: bool = False
 
     @nn.compact
     def __call__(self, x: Video) -> Array:
         """Convolves x (B, T, H, W, C).
 
         Returns:
-            (B, T / stride, H / stride, W / stride, features), rounded up.
+            (B, T / stride, H / stride, W / stride, features), rounded up; paired, half the columns
+            and twice the features.
         """
         if not all(size % 2 for size in self.kernel_size):
             raise ValueError(f"kernel_size must be odd along every axis; got {self.kernel_size}.")
@@ -71,7 +75,7 @@ class VideoConv(nn.Module):
         x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
         # Parameters are initialised outside of `shard_map` and `pmap`, where the axis has no name.
         axis_name = None if self.is_initializing() else self.axis_name
-        return video_conv(x, kernel, self.strides, self.groups, axis_name)
+        return video_conv(x, kernel, self.strides, self.groups, axis_name, paired=self.paired)
 
 
 def video_conv(
@@ -81,6 +85,7 @@ def video_conv(
     groups: int = 1,
     axis_name: str | None = None,
     platform: str | None = None,
+    paired: bool = False,
 ) -> Array:
     """Computes y[p] = Σ_tap x[strides · p + tap] W[tap], where x is 0 beyond its borders.
 
@@ -96,9 +101,12 @@ def video_conv(
             devices T is split. Devices exchange the frames at the borders of their parts.
         platform: Platform whose algorithm runs: "cpu", "gpu", "tpu" or "rocm". None is the one that
             the program is lowered for.
+        paired: Whether columns lie side by side in pairs, as in `layers.paired_columns`. Their
+            number must be even.
 
     Returns:
-        (B, T / stride, H / stride, W / stride, features), rounded up.
+        (B, T / stride, H / stride, W / stride, features), rounded up; paired, half the columns and
+        twice the features.
 
     Raises:
         ValueError: If T is split and the stride does not divide the frames that each device holds.
@@ -109,10 +117,10 @@ def video_conv(
     """
     strides = (int(strides[0]), int(strides[1]), int(strides[2]))
     if axis_name is None:
-        return _convolve(x, kernel, _Options(strides, groups, False, platform))
+        return _convolve(x, kernel, _Options(strides, groups, False, platform, paired))
     taps = kernel.shape[0]
     halo = local_windows(x.shape[1], taps, strides[0], taps // 2, axis_name)
-    options = _Options(strides, groups, taps > 1, platform)
+    options = _Options(strides, groups, taps > 1, platform, paired)
     return _convolve(add_halo(x, axis_name, *halo), kernel, options)
 
 
@@ -150,6 +158,7 @@ class _Options(NamedTuple):
     groups: int
     has_halo: bool
     platform: str | None
+    paired: bool
     differentiated: bool = False
 
 
@@ -198,6 +207,11 @@ def _apply(part: str, options: _Options, x: Array, kernel: Array) -> Array:
 
 def _lowering(x: Array, kernel: Array, options: _Options, platform: str) -> Lowering:
     """Chooses how a convolution is computed. This is the only place that does."""
+    lowering = _lowering_of_unpaired(x, kernel, options, platform)
+    return Lowering(*map(_to_pairs, lowering)) if options.paired else lowering
+
+
+def _lowering_of_unpaired(x: Array, kernel: Array, options: _Options, platform: str) -> Lowering:
     groups = options.groups
     if options.has_halo:
         return Lowering.of(fold_after_halo(kernel.shape, groups))
@@ -208,3 +222,10 @@ def _lowering(x: Array, kernel: Array, options: _Options, platform: str) -> Lowe
         if fast is not None:
             return fast
     return Lowering.of(fold(kernel.shape, groups))
+
+
+@functools.cache  # so that equal functions become equal choices
+def _to_pairs(function: ConvFunction) -> ConvFunction:
+    if function is tpu.frames_in_lanes:
+        return tpu.frames_in_lanes_to_pairs
+    return lambda *arguments: pair(function(*arguments))

