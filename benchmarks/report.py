@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import plot, workload_report
+from benchmarks import gpu_short, plot, workload_report
 from benchmarks.cases import GROWTH_WIDTH, INSTANTIATIONS, MMCV_CONCATENATION, Competitor, Section
 from benchmarks.cases import NETWORK as NETWORK_CASE
 from benchmarks.compiled import records as compiled_records
@@ -76,7 +76,7 @@ def write(folder: Path, readme: Path, project: Path) -> None:
     Raises:
         FileNotFoundError: If there are no results.
     """
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(path for path in folder.glob("*.json") if path.name != gpu_short.PATH.name)
     if not paths:
         raise FileNotFoundError(
             f"{folder} must hold results such as cpu.json; run `python -m benchmarks` first."
