@@ -11,7 +11,7 @@ from benchmarks.cases import Case, Job
 
 OPERATION = Case("operation", "embedded_gaussian", 7, 5, 3, "", batch=2)
 BLOCK = Case("block", "embedded_gaussian", 16, 4, 5, "", (1, 4, 4), 2)
-CLIPS = Case("network", "embedded_gaussian", 3136, 784, 256, "", (8, 16, 16), batch=2)
+CLIPS = Case("network", "embedded_gaussian", 3136, 784, 256, "", (4, 32, 32), batch=2)
 
 
 def logits(competitor, direction, dtype="bfloat16", runs=1):
@@ -49,7 +49,10 @@ def test_networks_in_mixed_precision(competitor, shallow):
     (expected,) = logits("torch contiguous", "forward", "float32")
     (y,) = logits(competitor, "forward")
     error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
-    assert 0 < error < 0.03
-    first, second = logits(competitor, "both", runs=2)
+    assert 1e-4 < error < 0.03  # about 6e-7 in float32
+
+
+def test_a_compiled_network_trains_in_mixed_precision(shallow):
+    first, second = logits("torch compiled", "both", runs=2)
     assert first.shape == second.shape == (2, 400)
     assert not np.allclose(first, second)  # the step has moved the weights
