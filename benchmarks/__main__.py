@@ -4,9 +4,10 @@
     python -m benchmarks --quick           # only the smallest sizes, into runs/benchmarks
     python -m benchmarks --only block/dot  # cases whose name contains this
     python -m benchmarks --report-only     # rewrites the report from the JSON
+    python -m benchmarks --gpu-short       # tests, and the essential rows on a GPU in bfloat16
 
 Results go to results/<backend>.json, results/growth.png and README.md in this directory. `--only`
-keeps the results of other cases.
+keeps the results of other cases. `--gpu-short` writes results/gpu-short.json; see `gpu_short.py`.
 
 Requires torch and mmcv-lite: `make bench` creates an environment that has them. On 2 CPU cores this
 takes about 40 minutes, during which the machine should be idle. mmcv's concatenation takes 15 GB.
@@ -28,7 +29,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from benchmarks import machine, report
+from benchmarks import gpu_short, machine, report
 from benchmarks.cases import Case, has_smallest_size, list_cases
 from benchmarks.measure import Workers, measure
 from benchmarks.records import Results
@@ -48,14 +49,19 @@ class Config:
     quick: bool = False
     # Measure nothing, and write the report from existing results.
     report_only: bool = False
+    # Measure the essential rows on one NVIDIA GPU, and nothing else.
+    gpu_short: bool = False
+    # Seconds after which `gpu_short` starts no row.
+    budget: float = 400.0
     # File that receives three lines of the report, between its marks.
     readme: Path = Path("README.md")
     # Seconds of timing per case; slow competitors may take longer.
     seconds: float = 8.0
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise ValueError(f"seconds must be positive; got {self.seconds}.")
+        for name in ("seconds", "budget"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
 
     @property
     def folder(self) -> Path:
@@ -76,6 +82,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Measures, then writes the report."""
+    if config.gpu_short:
+        gpu_short.main(config.budget, config.only)
+        return
     results = config.folder / "results"
     if not config.report_only:
         run(config, results)

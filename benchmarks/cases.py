@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from nonlocal_jax.layers.conventions import ClipFormat
 from nonlocal_jax.types import Instantiation
 
 Section = Literal["operation", "block", "growth", "network"]
@@ -15,12 +16,15 @@ Direction = Literal["forward", "both"]  # "both": the response and every gradien
 Competitor = Literal[
     "auto",
     "dense",
+    "cudnn",
     "copy",
     "plain",
     "torch pairs",
     "torch sdpa",
+    "torch cudnn",
     "torch contiguous",
     "torch channels_last",
+    "torch compiled",
     "mmcv contiguous",
     "mmcv channels_last",
 ]
@@ -30,12 +34,15 @@ INSTANTIATIONS: tuple[Instantiation, ...] = get_args(Instantiation)
 LIBRARY: dict[Competitor, Literal["jax", "torch"]] = {
     "auto": "jax",
     "dense": "jax",
+    "cudnn": "jax",
     "copy": "jax",
     "plain": "jax",
     "torch pairs": "torch",
     "torch sdpa": "torch",
+    "torch cudnn": "torch",
     "torch contiguous": "torch",
     "torch channels_last": "torch",
+    "torch compiled": "torch",
     "mmcv contiguous": "torch",
     "mmcv channels_last": "torch",
 }
@@ -60,6 +67,7 @@ class Case:
         d: Channels of θ, φ and g. A block has 2d, as do the queries and keys of its Gaussian.
         where: Where in a network this size occurs.
         positions: (T, H, W) of a block, or of the clips of a network.
+        batch: Number of samples.
     """
 
     section: Section
@@ -69,6 +77,12 @@ class Case:
     d: int
     where: str
     positions: tuple[int, ...] = ()
+    batch: int = 1
+
+    @property
+    def clip(self) -> ClipFormat:
+        """Format of the clips of a network."""
+        return "32x2" if self.positions[0] == 32 else "8x8"
 
     @property
     def name(self) -> str:
@@ -117,6 +131,7 @@ NETWORK = Case(
     256,
     "I3D R50, 5 blocks, 2 clips of 8×224×224",
     (8, 224, 224),
+    batch=2,
 )
 
 
@@ -182,9 +197,10 @@ def _every_direction(*names: Competitor) -> list[tuple[Competitor, Direction]]:
 
 
 def inputs(case: Case) -> list[Floats]:
-    """Returns θ (1, N, d), φ (1, M, d), g (1, M, d) and, for the concatenation, w_f (2d,).
+    """Returns θ (B, N, d), φ (B, M, d), g (B, M, d) and, for the concatenation, w_f (2d,).
 
-    Logits are roughly N(0, 1), so that a softmax over them is neither uniform nor one-hot.
+    All samples are equal. Logits are roughly N(0, 1), so that a softmax over them is neither
+    uniform nor one-hot.
     """
     random = np.random.default_rng(0)
     theta, phi = (
@@ -192,21 +208,23 @@ def inputs(case: Case) -> list[Floats]:
         for rows in (case.n, case.m)
     )
     arrays = [theta, phi, random.standard_normal((1, case.m, case.d), np.float32)]
+    arrays = [np.repeat(array, case.batch, axis=0) for array in arrays]
     if case.instantiation == "concatenation":
         arrays.append(random.standard_normal(2 * case.d, np.float32) * case.d**-0.5)
     return [array.astype(np.float32) for array in arrays]
 
 
 def cotangent(case: Case) -> Floats:
-    """Returns a cotangent of the response (1, N, d), or of a block's output (1, T, H, W, 2d)."""
+    """Returns a cotangent of the response (B, N, d), or of a block's output (B, T, H, W, 2d)."""
     shape = (1, *case.positions, 2 * case.d) if case.section == "block" else (1, case.n, case.d)
-    return np.random.default_rng(1).standard_normal(shape, np.float32)
+    sample = np.random.default_rng(1).standard_normal(shape, np.float32)
+    return np.repeat(sample, case.batch, axis=0)
 
 
 def features(case: Case) -> Floats:
-    """Returns the input of a block, (1, T, H, W, 2d)."""
+    """Returns the input of a block, (B, T, H, W, 2d)."""
     x = np.random.default_rng(2).standard_normal((1, *case.positions, 2 * case.d), np.float32)
-    return x * np.float32((2 * case.d) ** -0.25)
+    return np.repeat(x * np.float32((2 * case.d) ** -0.25), case.batch, axis=0)
 
 
 def weights(case: Case) -> dict[str, Floats]:
@@ -231,8 +249,9 @@ def weights(case: Case) -> dict[str, Floats]:
 
 
 def clips(case: Case) -> Floats:
-    """Returns the input of a network, (2, T, H, W, 3)."""
-    return np.random.default_rng(4).standard_normal((2, *case.positions, 3), np.float32)
+    """Returns the input of a network, (B, T, H, W, 3)."""
+    shape = case.batch, *case.positions, 3
+    return np.random.default_rng(4).standard_normal(shape, np.float32)
 
 
 def network_weight(name: str, shape: tuple[int, ...]) -> Floats:

@@ -1,7 +1,6 @@
 """Runs this library's operations and blocks on request, in a separate process."""
 
 import functools
-import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,15 @@ import numpy as np
 import nonlocal_jax as nl
 from benchmarks import cases, network
 from benchmarks.cases import Case, Floats, Job
+from benchmarks.machine import installed_versions
 from benchmarks.worker import serve
+
+# The packages that bring CUDA to JAX.
+CUDA = [
+    package.format(major)
+    for package in ("jax-cuda{}-plugin", "nvidia-cudnn-cu{}")
+    for major in (12, 13)
+]
 
 
 class Jax:
@@ -25,7 +32,10 @@ class Jax:
         if job.case.section == "network":
             return network.prepare(job)
         function, arguments = build(job)
-        return lambda: jax.tree.leaves(jax.block_until_ready(function(*arguments)))
+        return lambda: jax.tree.leaves(function(*arguments))
+
+    def wait(self, outputs: Sequence[Any]) -> None:
+        jax.block_until_ready(outputs)
 
     def facts(self, job: Job) -> dict[str, Any]:
         if job.case.section == "network":
@@ -50,11 +60,10 @@ class Jax:
         return np.asarray(output.astype(jnp.float32))
 
     def versions(self) -> dict[str, str]:
-        names = {
-            name: importlib.metadata.version(name)
-            for name in ("jax", "jaxlib", "flax", "optax", "numpy")
-        }
-        return names if self.backend == "cpu" else names | {"device": jax.devices()[0].device_kind}
+        names = installed_versions(("jax", "jaxlib", "flax", "optax", "numpy"))
+        if self.backend == "cpu":
+            return names
+        return names | installed_versions(CUDA) | {"device": jax.devices()[0].device_kind}
 
 
 def chosen(job: Job) -> str | None:

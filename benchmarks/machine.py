@@ -1,22 +1,30 @@
 """Describes the machine that the results come from."""
 
+import contextlib
+import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.measure import Workers
 
 
-def describe(workers: Workers, command: str) -> dict[str, Any]:
-    """Returns backend, versions, hardware, commit, date and command."""
-    jax, torch = workers.get("jax").ask("describe"), workers.get("torch").ask("describe")
+def describe(
+    workers: Workers, command: str, libraries: Sequence[Literal["jax", "torch"]] = ("jax", "torch")
+) -> dict[str, Any]:
+    """Returns backends, versions, hardware, commit, date and command."""
+    versions, backends = {"python": platform.python_version()}, {}
+    for library in libraries:
+        answer = workers.get(library).ask("describe")
+        backends["backend" if library == "jax" else "torch backend"] = answer["backend"]
+        versions |= answer["versions"]
     return {
-        "backend": jax["backend"],
-        "torch backend": torch["backend"],
-        "versions": {"python": platform.python_version()} | jax["versions"] | torch["versions"],
+        **backends,
+        "versions": versions,
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -26,6 +34,15 @@ def describe(workers: Workers, command: str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def cpu_model() -> str:

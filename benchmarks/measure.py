@@ -93,7 +93,8 @@ class Worker:
 class Workers:
     """One process per library for timing, started when first needed and restarted after it dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        self._environment = environment
         self._workers: dict[str, Worker] = {}
 
     def ask(self, request: str, job: Job, **options: Any) -> dict[str, Any]:
@@ -107,7 +108,7 @@ class Workers:
 
     def get(self, library: Literal["jax", "torch"]) -> Worker:
         if library not in self._workers:
-            self._workers[library] = Worker(library)
+            self._workers[library] = Worker(library, self._environment)
         return self._workers[library]
 
     def forget(self) -> None:
@@ -126,7 +127,7 @@ def measure(
     jobs = [Job(case, *pair) for pair in cases.competitors(case, _free_bytes())]
     date = datetime.now(UTC).isoformat(timespec="seconds")
     records = {job: Record.empty(case, job.competitor, job.direction, date) for job in jobs}
-    first_runs = _time(records, workers, budget)
+    first_runs = time_jobs(records, workers, budget)
     workers.forget()
     advance(0.4)
     for competitor in dict.fromkeys(job.competitor for job in jobs):
@@ -142,7 +143,7 @@ def measure(
     return list(records.values())
 
 
-def _time(records: dict[Job, Record], workers: Workers, budget: float) -> dict[Job, float]:
+def time_jobs(records: dict[Job, Record], workers: Workers, budget: float) -> dict[Job, float]:
     """Fills in the seconds. Returns those of the first runs, which include compilation."""
     first: dict[Job, float] = {}
     samples: dict[Job, list[float]] = {}
@@ -194,8 +195,9 @@ def plan(estimates: dict[Job, float], budget: float) -> dict[Job, int]:
 
 
 def _first_run_suffices(job: Job, seconds: float) -> bool:
-    """Whether the first run is a valid sample: torch compiles nothing."""
-    return LIBRARY[job.competitor] == "torch" and seconds > SLOWEST
+    """Whether the first run is a valid sample: outside of networks, torch compiles nothing."""
+    is_compiled = LIBRARY[job.competitor] == "jax" or job.case.section == "network"
+    return seconds > SLOWEST and not is_compiled
 
 
 def _measure_memory(records: dict[Job, Record], first_runs: dict[Job, float]) -> None:

@@ -11,7 +11,7 @@ import optax
 
 import nonlocal_jax as nl
 from benchmarks import cases
-from benchmarks.cases import Job
+from benchmarks.cases import Case, Job
 from benchmarks.plain_flax import PlainI3D
 from nonlocal_jax.weights.names import flatten, unflatten
 from nonlocal_jax.weights.sources import SLOWFAST
@@ -29,9 +29,9 @@ def prepare(job: Job) -> Callable[[], Sequence[Any]]:
 
     def run() -> Sequence[Any]:
         if job.direction == "forward":
-            return [jax.block_until_ready(compiled(*state, clips))]
+            return [compiled(*state, clips)]
         *state[:], logits = compiled(*state, clips)
-        return [jax.block_until_ready(logits)]
+        return [logits]
 
     return run
 
@@ -50,7 +50,9 @@ def function(job: Job) -> Any:
 
     In training, the variables and the optimizer state are donated.
     """
-    model = _model() if job.competitor == "auto" else PlainI3D()
+    model = _model(job.case, job.dtype)
+    if job.competitor == "plain":
+        model = PlainI3D(job.case.clip, dtype=jnp.dtype(job.dtype))
     if job.direction == "forward":
         return jax.jit(model.apply)
 
@@ -78,8 +80,11 @@ def function(job: Job) -> Any:
 
 
 def weights() -> dict[str, Any]:
-    """Returns the weights that all competitors share, under this library's names."""
-    model = _model()
+    """Returns the weights that all competitors share, under this library's names.
+
+    They do not depend on the format of the clips.
+    """
+    model = _model(cases.NETWORK, "float32")
     leaves = {}
     for path, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0), model.example)).items():
         found = SLOWFAST.source_name(path.split("/", 1)[1])
@@ -90,5 +95,7 @@ def weights() -> dict[str, Any]:
     return unflatten(leaves)
 
 
-def _model() -> nn.Module:
-    return nl.models.video_resnet(50, "i3d_3x1x1", 5, "8x8", "slowfast", dropout=0.0)
+def _model(case: Case, dtype: str) -> nn.Module:
+    return nl.models.video_resnet(
+        50, "i3d_3x1x1", 5, case.clip, "slowfast", dropout=0.0, dtype=jnp.dtype(dtype)
+    )

@@ -5,9 +5,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import plot, workload_report
+from benchmarks import gpu_short, plot, workload_report
 from benchmarks.cases import GROWTH_WIDTH, INSTANTIATIONS, MMCV_CONCATENATION, Competitor, Section
 from benchmarks.cases import NETWORK as NETWORK_CASE
+from benchmarks.compiled import records as compiled_records
+from benchmarks.compiled import report as compiled_report
 from benchmarks.formats import megabytes, milliseconds, number, table, target_cells
 from benchmarks.records import Record, Results
 from benchmarks.targets import (
@@ -19,8 +21,6 @@ from benchmarks.targets import (
     targets,
     temporary,
 )
-from benchmarks.tpu import records as tpu_records
-from benchmarks.tpu import report as tpu_report
 
 Format = Callable[[Record], str]
 HEAD = """\
@@ -76,7 +76,7 @@ def write(folder: Path, readme: Path, project: Path) -> None:
     Raises:
         FileNotFoundError: If there are no results.
     """
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(path for path in folder.glob("*.json") if path.name != gpu_short.PATH.name)
     if not paths:
         raise FileNotFoundError(
             f"{folder} must hold results such as cpu.json; run `python -m benchmarks` first."
@@ -93,8 +93,8 @@ def write(folder: Path, readme: Path, project: Path) -> None:
         video_results = folder / "video" / path.name
         if video_results.exists():
             parts.append(workload_report.video(json.loads(video_results.read_text())))
-    if compiled := tpu_records.read(folder / "compiled" / "tpu.json"):
-        parts.append(tpu_report.markdown(compiled))
+    if compiled := compiled_records.read_all(folder / "compiled"):
+        parts.append(compiled_report.markdown(compiled))
     readme.write_text("\n".join(parts))
     begin, end = EXCERPT_MARKS
     text = project.read_text() if project.is_file() else ""

@@ -5,11 +5,12 @@ names, so its published weights load into this module directly. Channels come fi
 W).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 # Which residual blocks of an I3D have kernels inflated in time.
@@ -91,11 +92,15 @@ class ResidualBlock(nn.Module):
 
 
 class NonLocal(nn.Module):
-    """The non-local block with explicit pairs, whose keys and values are pooled by 1×2×2."""
+    """The non-local block, whose keys and values are pooled by 1×2×2.
 
-    def __init__(self, channels: int, instantiation: str) -> None:
+    Its pairs are explicit, or with `sdpa` those of scaled_dot_product_attention.
+    """
+
+    def __init__(self, channels: int, instantiation: str, sdpa: bool = False) -> None:
         super().__init__()
         self.instantiation = instantiation
+        self.sdpa = sdpa
         inner = channels // 2
         for name in ("theta", "phi", "g"):
             self.add_module(f"conv_{name}", nn.Conv3d(channels, inner, 1))
@@ -110,6 +115,11 @@ class NonLocal(nn.Module):
             self.get_submodule(f"conv_{n}")(a).flatten(2)
             for n, a in (("theta", x), ("phi", keys), ("g", keys))
         )
+        if self.sdpa:
+            # (B, 1, N, d), with the same scale as below by default
+            heads = (a.transpose(1, 2)[:, None] for a in (theta, phi, g))
+            y = functional.scaled_dot_product_attention(*heads)[:, 0].transpose(1, 2)
+            return x + self.bn(self.conv_out(y.unflatten(2, x.shape[2:])))
         pairs = theta.transpose(1, 2) @ phi
         if self.instantiation == "embedded_gaussian":
             pairs = torch.softmax(pairs * theta.shape[1] ** -0.5, -1)
@@ -135,7 +145,7 @@ class VideoResNet(nn.Module):
     """C2D or I3D, with non-local blocks after the given residual blocks.
 
     The arguments are those of `nonlocal_jax.models.video_resnet`. `pool_padding` is 1 in PySlowFast
-    and 0 in Caffe2.
+    and 0 in Caffe2. `sdpa` is that of `NonLocal`, for the embedded Gaussian.
     """
 
     def __init__(
@@ -143,12 +153,13 @@ class VideoResNet(nn.Module):
         depth: int = 50,
         kind: str = "i3d_3x1x1",
         clip: str = "8x8",
-        nonlocal_blocks: dict[str, Sequence[int]] | None = None,
+        nonlocal_blocks: Mapping[str, Sequence[int]] | None = None,
         instantiation: str = "embedded_gaussian",
         num_classes: int = 400,
         pool_padding: int = 1,
         width: int = 64,
         groups: int = 1,
+        sdpa: bool = False,
     ) -> None:
         super().__init__()
         first = 2 if clip == "32x2" else 1
@@ -168,7 +179,7 @@ class VideoResNet(nn.Module):
                 )
                 channels = features
                 if i in (nonlocal_blocks or {}).get(name, ()):
-                    s.add_module(f"pathway0_nonlocal{i}", NonLocal(channels, instantiation))
+                    s.add_module(f"pathway0_nonlocal{i}", NonLocal(channels, instantiation, sdpa))
             self.add_module(f"s{stage}", s)
             inner, features = 2 * inner, 2 * features
         self.head = Head(channels, num_classes)

@@ -1,7 +1,6 @@
 """Runs the same operations and blocks in PyTorch, and mmcv-lite's blocks, on request."""
 
 import functools
-import importlib.metadata
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,14 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import cases
 from benchmarks.cases import Case, Floats, Job
+from benchmarks.machine import installed_versions
 from benchmarks.torch_network import VideoResNet
 from benchmarks.worker import serve
 from nonlocal_jax.types import Instantiation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NONLOCAL_BLOCKS = {"res3": (1, 3), "res4": (1, 3, 5)}
 
 
 class Torch:
@@ -30,10 +32,14 @@ class Torch:
         function, inputs = build(job)
         if job.direction == "forward":
             return lambda: _run_forward(function, inputs)
-        cotangent = _tensor(cases.cotangent(job.case))
+        cotangent = _tensor(cases.cotangent(job.case), job)
         if job.competitor.startswith("mmcv"):
             cotangent = _channels_second(cotangent, job)
         return lambda: _forward_and_backward(function, inputs, cotangent)
+
+    def wait(self, outputs: Sequence[Any]) -> None:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
     def facts(self, job: Job) -> dict[str, Any]:
         return {}
@@ -50,15 +56,16 @@ class Torch:
         return array
 
     def versions(self) -> dict[str, str]:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "mmcv-lite")}
+        versions = installed_versions(("torch", "mmcv-lite"))
+        if DEVICE == "cuda":
+            versions["CUDA of torch"] = str(torch.version.cuda)
+            versions["cuDNN of torch"] = str(torch.backends.cudnn.version())
         return versions | {"torch threads": str(torch.get_num_threads())}
 
 
 def _run_forward(function: Callable[..., Any], inputs: Sequence[Any]) -> Sequence[Any]:
     with torch.inference_mode():
-        y = function(*inputs)
-    _wait()
-    return [y]
+        return [function(*inputs)]
 
 
 def _forward_and_backward(
@@ -66,30 +73,27 @@ def _forward_and_backward(
 ) -> Sequence[Any]:
     y = function(*inputs)
     gradients = torch.autograd.grad(y, inputs, cotangent)
-    _wait()
     return [y.detach(), *gradients]
-
-
-def _wait() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def build(job: Job) -> tuple[Callable[..., Any], list[Any]]:
     """Returns the function of a job and the tensors that it is differentiated by."""
-    case, train, sdpa = job.case, job.direction == "both", job.competitor == "torch sdpa"
+    case, train = job.case, job.direction == "both"
+    sdpa = job.competitor in ("torch sdpa", "torch cudnn")
     if job.competitor.startswith("mmcv"):
         return _mmcv_block(job, train)
     if case.section == "block":
-        w = {name: _tensor(array) for name, array in cases.weights(case).items()}
+        w = {name: _tensor(array, job) for name, array in cases.weights(case).items()}
         statistics = w.pop("mean"), w.pop("var")
-        tensors = [_tensor(cases.features(case)), *w.values()]
+        tensors = [_tensor(cases.features(case), job), *w.values()]
 
         def function(x: Any, *values: Any) -> Any:
             return block(case, sdpa, x, dict(zip(w, values, strict=True)), statistics, train)
     else:
-        tensors = [_tensor(array) for array in cases.inputs(case)]
+        tensors = [_tensor(array, job) for array in cases.inputs(case)]
         function = functools.partial(respond, case.instantiation, sdpa)
+    if job.competitor == "torch cudnn":
+        function = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(function)
     return function, [tensor.requires_grad_(train) for tensor in tensors]
 
 
@@ -173,7 +177,7 @@ def _mmcv_block(job: Job, train: bool) -> tuple[Callable[..., Any], list[Any]]:
     for parameter in module.parameters():
         if parameter.ndim == 5:  # the concatenation's w_f is a 2-D convolution
             parameter.data = parameter.data.contiguous(memory_format=_memory_format(job))
-    x = _channels_second(_tensor(cases.features(case)), job).requires_grad_(train)
+    x = _channels_second(_tensor(cases.features(case), job), job).requires_grad_(train)
     parameters = list(module.parameters())
     return lambda x, *_: module(x), [x, *parameters] if train else [x]
 
@@ -196,8 +200,12 @@ def _mmcv_state(case: Case) -> dict[str, Any]:
 
 
 def _network(job: Job) -> Callable[[], Sequence[Any]]:
-    """Prepares a run: the logits of a batch of clips, or those of one more training step."""
-    model = VideoResNet(nonlocal_blocks={"res3": (1, 3), "res4": (1, 3, 5)})
+    """Prepares a run: the logits of a batch of clips, or those of one more training step.
+
+    In bfloat16 by automatic mixed precision.
+    """
+    sdpa = job.competitor in ("torch sdpa", "torch compiled")
+    model = VideoResNet(clip=job.case.clip, nonlocal_blocks=NONLOCAL_BLOCKS, sdpa=sdpa)
     state = {
         name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()
     }
@@ -207,18 +215,28 @@ def _network(job: Job) -> Callable[[], Sequence[Any]]:
     }
     model.load_state_dict(shared, strict=False)
     model = model.to(DEVICE, memory_format=_memory_format(job)).train(job.direction == "both")
-    clips = _channels_second(_tensor(cases.clips(job.case)), job)
+    forward = torch.compile(model) if job.competitor == "torch compiled" else model
+    clips = _channels_second(torch.from_numpy(cases.clips(job.case)).to(DEVICE), job)
+    mixed = torch.autocast(DEVICE, torch.bfloat16, enabled=job.dtype == "bfloat16")
     if job.direction == "forward":
-        return lambda: _run_forward(model, [clips])
-    optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
+
+        def infer() -> Sequence[Any]:
+            with mixed:
+                return _run_forward(forward, [clips])
+
+        return infer
+    optimiser = torch.optim.SGD(
+        model.parameters(), 0.01, momentum=0.9, nesterov=True, fused=DEVICE == "cuda"
+    )
     labels = torch.arange(len(clips), device=DEVICE)
 
     def step() -> Sequence[Any]:
         optimiser.zero_grad()
-        logits = model(clips)
-        functional.cross_entropy(logits, labels).backward()
+        with mixed:
+            logits = forward(clips)
+            loss = functional.cross_entropy(logits, labels)
+        loss.backward()
         optimiser.step()
-        _wait()
         return [logits.detach()]
 
     return step
@@ -226,9 +244,7 @@ def _network(job: Job) -> Callable[[], Sequence[Any]]:
 
 def _memory_format(job: Job) -> Any:
     return (
-        torch.channels_last_3d
-        if job.competitor.endswith("channels_last")
-        else torch.contiguous_format
+        torch.contiguous_format if job.competitor.endswith("contiguous") else torch.channels_last_3d
     )
 
 
@@ -236,10 +252,11 @@ def _channels_second(x: Any, job: Job) -> Any:
     return x.permute(0, 4, 1, 2, 3).contiguous(memory_format=_memory_format(job))
 
 
-def _tensor(array: Floats) -> Any:
-    return torch.from_numpy(array).to(DEVICE)
+def _tensor(array: Floats, job: Job) -> Any:
+    return torch.from_numpy(array).to(DEVICE, getattr(torch, job.dtype))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(os.cpu_count() or 1)
+    torch.backends.cudnn.benchmark = True  # chooses the fastest convolutions in the first run
     serve(Torch())

@@ -14,7 +14,6 @@ the rounds.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import shlex
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks.machine import cpu_model, git_commit
+from benchmarks.machine import cpu_model, git_commit, installed_versions
 from benchmarks.video_worker import BATCH, FRAMES, HEIGHT, RATE, WIDTH
 from nonlocal_jax import files
 from nonlocal_jax.data import stand_in
@@ -205,11 +204,7 @@ def main(config: Config) -> None:
                 "rounds": rounds,
             }
         peaks = memory(folder)
-    versions = {
-        package: importlib.metadata.version(package)
-        for package in ("av", "grain", "opencv-python", "torchcodec")
-        if _is_installed(package)
-    }
+    versions = installed_versions(("av", "grain", "opencv-python", "torchcodec"))
     record = {
         "environment": {
             "backend": "cpu",
@@ -231,14 +226,6 @@ def main(config: Config) -> None:
         for encoding, measured in results.items()
     }
     print(json.dumps({"missing": missing, "encodings": shown, "peak_megabytes": peaks}, indent=1))
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ class Library(Protocol):
     backend: str  # "cpu", "gpu" or "tpu"
 
     def prepare(self, job: Job) -> Callable[[], Sequence[Any]]:
-        """Prepares a job. Returns the run, which blocks until its outputs are ready."""
+        """Prepares a job. Returns the run, whose outputs may not be ready yet."""
+
+    def wait(self, outputs: Sequence[Any]) -> None:
+        """Blocks until the outputs of a run are ready."""
 
     def facts(self, job: Job) -> dict[str, Any]:
         """Returns what the library reports about a job, such as temporary bytes."""
@@ -69,14 +72,14 @@ def _answer(
     job = _job(request["job"])
     if action == "prepare":
         runs[job] = library.prepare(job)
-        return {"seconds": _seconds(runs[job], 1) if request["warm"] else None}
+        return {"seconds": _seconds(library, runs[job], 1) if request["warm"] else None}
     if action == "time":
         if request["again"]:
-            runs[job]()
-        return {"seconds": _seconds(runs[job], request["calls"])}
+            library.wait(runs[job]())
+        return {"seconds": _seconds(library, runs[job], request["calls"])}
     if action == "peak":
         peak = (
-            _resident_peak(runs[job])
+            _resident_peak(library, runs[job])
             if library.backend == "cpu"
             else library.device_peak(runs[job])
         )
@@ -90,15 +93,21 @@ def _job(fields: dict[str, Any]) -> Job:
     return Job(**fields | {"case": Case(**case | {"positions": tuple(case["positions"])})})
 
 
-def _seconds(run: Callable[[], Sequence[Any]], calls: int) -> float:
-    """Returns the seconds of one call, as the mean of several."""
+def _seconds(library: Library, run: Callable[[], Sequence[Any]], calls: int) -> float:
+    """Returns the seconds of one call, as the mean of several.
+
+    An accelerator starts the next call without waiting for the previous one, so that launching it
+    costs no time unless that takes longer than the call.
+    """
     start = time.perf_counter()
-    for _ in range(calls):
-        run()
+    for call in range(calls):
+        outputs = run()
+        if library.backend == "cpu" or call == calls - 1:
+            library.wait(outputs)
     return (time.perf_counter() - start) / calls
 
 
-def _resident_peak(run: Callable[[], Sequence[Any]]) -> int | None:
+def _resident_peak(library: Library, run: Callable[[], Sequence[Any]]) -> int | None:
     """Returns the rise of resident memory, minus the outputs; None where it is not reported."""
     if not CLEAR_REFS.exists():
         return None
@@ -106,6 +115,7 @@ def _resident_peak(run: Callable[[], Sequence[Any]]) -> int | None:
     CLEAR_REFS.write_text("5")  # resets the high-water mark
     resident = _status("VmRSS")
     outputs = run()
+    library.wait(outputs)
     return max(_status("VmHWM") - resident - sum(output.nbytes for output in outputs), 0)
 
 

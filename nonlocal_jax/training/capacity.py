@@ -41,7 +41,14 @@ def resize(batch: Batch, examples: int) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype), batch)
 
 
-def compile_step(trainer: Trainer, mesh: Mesh, placement: Placement, batch: Batch) -> Any:
+def compile_step(
+    trainer: Trainer,
+    mesh: Mesh,
+    placement: Placement,
+    batch: Batch,
+    *,
+    compiler_options: dict[str, Any] | None = None,
+) -> Any:
     """Compiles the training step for the devices of a mesh.
 
     Args:
@@ -49,6 +56,7 @@ def compile_step(trainer: Trainer, mesh: Mesh, placement: Placement, batch: Batc
         mesh: The devices.
         placement: Where the state lies.
         batch: A batch of all processes together, or the shapes and dtypes of its arrays.
+        compiler_options: Options of XLA, such as `compiler.gpu.COMPILER_OPTIONS`.
 
     Returns:
         The `jax.stages.Compiled`.
@@ -61,7 +69,7 @@ def compile_step(trainer: Trainer, mesh: Mesh, placement: Placement, batch: Batc
     step = sharded_step(trainer, mesh, state_sharding(mesh, state, placement))
     lowered = step.lower(state, shapes(batch, mesh, trainer.split_over_positions(batch)))
     try:
-        return lowered.compile()
+        return lowered.compile(compiler_options=compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -71,6 +71,7 @@ def test_the_folded_form_depends_on_the_kernel(kernel_size, groups, function):
     assert fold((*kernel_size, 6, 9), groups) is function
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("platform", "kernel_size", "channels", "groups", "strides"),
     [

@@ -104,6 +104,7 @@ def test_gradients_equal_finite_differences_of_the_oracle(instantiation, impleme
     np.testing.assert_allclose(slope, expected, rtol=1e-6)
 
 
+@pytest.mark.gpu
 @parametrize_path
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11)])
 def test_half_precision_rounds_only_the_result(instantiation, implementation, dtype, tolerance):
@@ -115,6 +116,7 @@ def test_half_precision_rounds_only_the_result(instantiation, implementation, dt
     np.testing.assert_allclose(y, expected, rtol=1.01 * tolerance, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_sums_many_keys_in_float32(dtype):
     """Of 4,099 equal keys, a running sum in float16 stops growing at 2,048, in bfloat16 at 256."""
@@ -129,6 +131,7 @@ def test_half_precision_sums_many_keys_in_float32(dtype):
         np.testing.assert_allclose(np.asarray(y, np.float32), 1.0, rtol=2**-8)
 
 
+@pytest.mark.gpu
 def test_float16_logits_do_not_overflow():
     """The logit θ·φ = 90,000 exceeds float16's largest number, 65,504; its softmax does not."""
     theta = jnp.full((1, 1), 300.0, jnp.float16)

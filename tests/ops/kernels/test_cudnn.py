@@ -7,7 +7,10 @@ import pytest
 
 from nonlocal_jax import ops
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
 
 
 @pytest.mark.parametrize("masked", [False, True])

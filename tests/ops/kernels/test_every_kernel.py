@@ -83,6 +83,7 @@ def test_equal_to_dense_in_many_parts(instantiation, implementation, n, m, maske
     assert_equal_to_dense(instantiation, implementation, operands, mask)
 
 
+@pytest.mark.gpu
 @parametrize_kernel
 def test_equal_to_dense_at_the_sizes_of_a_network(instantiation, implementation):
     """Several tiles and blocks of the sizes that are used."""
@@ -106,6 +107,7 @@ def relative_error(y, expected):
     return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.gpu
 @parametrize_kernel
 @pytest.mark.parametrize(("dtype", "factor"), [(jnp.float32, 2.0), (jnp.bfloat16, 1.5)])
 def test_errors_against_float64_are_those_of_dense(instantiation, implementation, dtype, factor):
@@ -122,6 +124,7 @@ def test_errors_against_float64_are_those_of_dense(instantiation, implementation
         assert relative_error(fast[name], expected[name]) <= limit, name
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("instantiation", "implementation"), FAST)
 def test_memory_grows_with_positions_rather_than_pairs(instantiation, implementation):
     """At 4,096 × 4,096 the affinity would be 64 MiB; even the gradient stays far below."""

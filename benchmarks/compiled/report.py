@@ -1,18 +1,28 @@
-"""The part of the report about TPUs: aims, tables and a picture."""
+"""The part of the report about what is compiled only: aims, tables and a picture."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.cases import SIZES
+from benchmarks.compiled import records as record_files
+from benchmarks.compiled.cases import (
+    ATTENTION,
+    H100,
+    NETWORKS,
+    OURS,
+    PLAIN,
+    SINGLE,
+    Platform,
+    explanation,
+)
+from benchmarks.compiled.records import Record
 from benchmarks.formats import number, table, target_cells
 from benchmarks.targets import DIRECTIONS, OPERATIONS, Target
-from benchmarks.tpu.cases import ATTENTION, NETWORKS, OURS, PLAIN, SINGLE, explanation
-from benchmarks.tpu.records import Record
 from nonlocal_jax.compiler.topologies import CHIPS
 from nonlocal_jax.types import Instantiation
 
@@ -21,7 +31,7 @@ PICTURE = Path("results") / "compiled" / "roofline.png"
 CHIP = SINGLE[0]  # the chip of the aims
 KINDS = ("products", "elementwise", "reductions", "copies")
 HEAD = """\
-## On TPUs, by their compiler
+## On TPUs and an H100, by their compilers
 
 `make tpu` creates an environment with libtpu, and `python -m benchmarks.tpu` compiles everything
 for TPUs on a machine that has none. **These are the compiler's estimates and not measurements**: no
@@ -32,11 +42,17 @@ Collectives, sorts, gathers and Pallas kernels have no estimate, so a time is a 
 programs with sorts, gathers or Pallas kernels. The **roofline** is the least time that the chip's
 peak rate of products and its memory's bandwidth allow: that of the FLOPs, or of reading the
 arguments and writing the results once. Memory is what a program needs besides arguments and
-results. All is bfloat16."""
+results. All is bfloat16.
+
+`python -m benchmarks.gpu` compiles for an NVIDIA H100 on a machine that has no GPU. XLA estimates
+no times for GPUs, so these programs have memory only. It counts convolutions without a workspace,
+because it chooses their algorithms by running them. cuDNN's attention, which "auto" takes on an
+H100 for Gaussians of up to 256 channels in half precision, cannot be compiled without one; networks
+are compiled with what "auto" takes instead."""
 OPERATION_NOTE = """\
-8 samples on a v5e. The implementation that "auto" takes is bold. *attention* is
-`jax.nn.dot_product_attention`. Two numbers are those of the response, and of the response with
-every gradient."""
+8 samples on a v5e, and the memory that they need on an H100. The implementation that "auto" takes
+is bold, and so is its memory on an H100. *attention* is `jax.nn.dot_product_attention`. Two numbers
+are those of the response, and of the response with every gradient."""
 BLOCK_NOTE = (
     "The same for a whole block with the default conventions, in evaluation and in training."
 )
@@ -47,11 +63,11 @@ Networks with five non-local blocks; inference of 8 clips on one chip, and train
 pairs. CIFAR's ResNet has one block."""
 
 
-def write(records: Records, folder: Path) -> None:
+def write(folder: Path) -> None:
     """Writes the picture, and the report of all benchmarks with this part in it."""
     from benchmarks import report
 
-    draw(records, folder / PICTURE)
+    draw(record_files.read_all(folder / "results" / "compiled"), folder / PICTURE)
     report.write(folder / "results", folder / "README.md", folder.parent / "README.md")
 
 
@@ -61,16 +77,16 @@ def markdown(records: Records) -> str:
     parts = [
         HEAD.format(clocks=clocks),
         _origin(records),
-        "### Aims on TPUs",
+        "### Aims by the compilers",
         table(("", "by the compiler", "aim", "met"), [*map(target_cells, targets(records))], 1),
-        "### Networks on TPUs",
+        "### Networks by the compilers",
         NETWORK_NOTE,
         _networks(records),
         f"![Estimated time against the roofline]({PICTURE.as_posix()})",
-        "### Operations on TPUs",
+        "### Operations by the compilers",
         OPERATION_NOTE,
         _implementations(records, "operation"),
-        "### Blocks on TPUs",
+        "### Blocks by the compilers",
         BLOCK_NOTE,
         _implementations(records, "block"),
         "### Chips",
@@ -83,6 +99,8 @@ def markdown(records: Records) -> str:
 
 def line(record: Record) -> str:
     """Describes one program in a line."""
+    if not record.cycles_by_kind:
+        return f"{record.name}: {record.temporary / 1e6:,.1f} MB"
     mark = "+" if record.unestimated else ""
     return (
         f"{record.name}: {1e3 * record.seconds:,.3f}{mark} ms, roofline "
@@ -92,7 +110,7 @@ def line(record: Record) -> str:
 
 
 def targets(records: Records) -> list[Target]:
-    """Returns the aims, and whether they are met. All are those of a v5e."""
+    """Returns the aims, and whether they are met: those of a v5e, then those of an H100."""
     inference = _find(records, CHIP, "inference", "i3d_32x2", OURS)
     training = _find(records, "v5e:4x4", "training", "i3d_32x2", OURS)
     found = [
@@ -116,27 +134,50 @@ def targets(records: Records) -> list[Target]:
         claim = f"{OPERATIONS[name]}, every {section}: auto's time over the best estimated one's"
         bound = 1.05 if name == "concatenation" else 1.1
         found.append(Target(claim, worst, bound, is_minimum=False))
+    block, operation = (3136, 784, 256), (12544, 12544, 256)
     for direction, words in DIRECTIONS.items():
-        for section, size, claim, value, bound in (
-            ("block", (3136, 784, 256), "block, 3136/784, {}: streaming's time", _seconds, 1.0),
-            (
-                "operation",
-                (12544, 12544, 256),
-                "12544/12544, {}: streaming's memory",
-                _temporary,
-                0.25,
-            ),
-        ):
-            streaming, dense = (
-                _find(records, CHIP, section, "embedded_gaussian", name, direction, size)
-                for name in ("streaming", "dense")
-            )
-            claim = f"embedded gaussian {claim.format(words)} over dense's"
-            measured = None
-            if streaming and dense and value(dense):
-                measured = value(streaming) / value(dense)
-            found.append(Target(claim, measured, bound, is_minimum=False))
+        softmax = "embedded_gaussian", direction
+        measured = _streaming_over_dense(records, CHIP, "block", *softmax, block, _seconds)
+        claim = f"embedded gaussian block, 3136/784, {words}: streaming's time over dense's"
+        found.append(Target(claim, measured, 1.0, is_minimum=False))
+        measured = _streaming_over_dense(records, CHIP, "operation", *softmax, operation)
+        claim = f"embedded gaussian 12544/12544, {words}: streaming's memory over dense's"
+        found.append(Target(claim, measured, 0.25, is_minimum=False))
+    for direction, words in DIRECTIONS.items():
+        softmax = "embedded_gaussian", direction
+        measured = _streaming_over_dense(records, H100, "operation", *softmax, operation)
+        claim = f"H100: embedded gaussian 12544/12544, {words}: streaming's memory over dense's"
+        found.append(Target(claim, measured, 0.25, is_minimum=False))
+    ratios = [
+        _streaming_over_dense(records, H100, "operation", name, direction, size)
+        for name, direction, size in itertools.product(OPERATIONS, DIRECTIONS, SIZES)
+    ]
+    worst = max((ratio for ratio in ratios if ratio is not None), default=None)
+    claim = "H100: every operation, size and direction: streaming's memory over dense's"
+    found.append(Target(claim, worst, 1.0, is_minimum=False))
     return found
+
+
+def _temporary(record: Record) -> float:
+    return float(record.temporary)
+
+
+def _streaming_over_dense(
+    records: Records,
+    topology: str,
+    section: str,
+    subject: str,
+    direction: str,
+    size: tuple[int, ...],
+    value: Callable[[Record], float] = _temporary,
+) -> float | None:
+    streaming, dense = (
+        _find(records, topology, section, subject, name, direction, size)
+        for name in ("streaming", "dense")
+    )
+    if streaming is None or dense is None or not value(dense):
+        return None
+    return value(streaming) / value(dense)
 
 
 def _at_most(
@@ -152,10 +193,6 @@ def _milliseconds(record: Record) -> float:
 
 def _seconds(record: Record) -> float:
     return record.seconds
-
-
-def _temporary(record: Record) -> float:
-    return float(record.temporary)
 
 
 def _collectives(record: Record) -> float:
@@ -185,11 +222,12 @@ def _find(
 def _choices(records: Records, section: str, name: str) -> Iterator[tuple[Record, list[Record]]]:
     """Yields what "auto" takes, and all implementations, of every size, direction and chip.
 
-    Implementations with instructions that have no estimate are left out.
+    Programs without an estimate, or with instructions that have none, are left out.
     """
     groups: dict[tuple[object, ...], list[Record]] = {}
     for record in records.values():
-        is_choice = record.competitor != ATTENTION and not (record.failure or record.unestimated)
+        is_estimated = record.cycles_by_kind and not (record.failure or record.unestimated)
+        is_choice = is_estimated and record.competitor != ATTENTION
         if is_choice and (record.section, record.subject) == (section, name):
             key = record.topology, str(record.size), record.direction
             groups.setdefault(key, []).append(record)
@@ -202,7 +240,8 @@ def _choices(records: Records, section: str, name: str) -> Iterator[tuple[Record
 def _auto(record: Record) -> str:
     assert record.size is not None
     n, m, d = record.size
-    return explanation(cast(Instantiation, record.subject), (n, m, d)).implementation
+    name = cast(Instantiation, record.subject)
+    return explanation(name, (n, m, d), record.case.platform).implementation
 
 
 def _origin(records: Records) -> str:
@@ -211,26 +250,17 @@ def _origin(records: Records) -> str:
 
 def _networks(records: Records) -> str:
     rows = []
-    for record in records.values():
+    for record in sorted(records.values(), key=lambda record: (record.subject, record.section)):
         if record.section not in ("inference", "training") or record.failure:
             continue
-        parts = " · ".join(number(record.share(kind), 100) for kind in KINDS)
-        collectives = ", ".join(
-            f"{count} {kind}, {number(size, 1e-6)} MB"
-            for kind, (count, size) in record.collectives.items()
-        )
         rows.append(
             [
                 f"{NETWORKS[record.subject]}, {record.section}",
                 f"{record.batch:,} on {record.topology}",
                 record.competitor,
-                number(record.seconds, 1e3),
-                number(record.roofline, 1e3),
-                f"{record.flops / record.chip.flops / record.seconds:.0%}",
-                parts,
-                number(record.traffic, 1e-9),
+                *(_estimates(record) if record.cycles_by_kind else "–" * 5),
                 number(record.temporary, 1e-6),
-                collectives or "none",
+                _collective_words(record),
             ]
         )
     head = [
@@ -248,30 +278,75 @@ def _networks(records: Records) -> str:
     return table(head, rows, 3) if rows else ""
 
 
+def _estimates(record: Record) -> list[str]:
+    return [
+        number(record.seconds, 1e3),
+        number(record.roofline, 1e3),
+        f"{record.flops / record.chip.flops / record.seconds:.0%}",
+        " · ".join(number(record.share(kind), 100) for kind in KINDS),
+        number(record.traffic, 1e-9),
+    ]
+
+
+def _collective_words(record: Record) -> str:
+    words = (
+        f"{count} {kind}, {number(size, 1e-6)} MB"
+        for kind, (count, size) in record.collectives.items()
+    )
+    return ", ".join(words) or "none"
+
+
 def _implementations(records: Records, section: str) -> str:
     rows = []
     for name, size in itertools.product(OPERATIONS, SIZES):
-        found: dict[str, list[Record]] = {}
-        for record in records.values():
-            what = record.topology, record.section, record.subject, record.size
-            if what == (CHIP, section, name, list(size)):
-                found.setdefault(record.competitor, []).append(record)
-        for competitor, pair in found.items():
-            pair.sort(key=lambda record: record.direction != "forward")
-            is_auto = competitor == explanation(name, size).implementation
+        on_chip, on_gpu = (_pairs(records, t, section, name, size) for t in (CHIP, H100))
+        auto_on_chip, auto_on_gpu = (
+            explanation(name, size, platform).implementation for platform in get_args(Platform)
+        )
+        for competitor in sorted(on_chip | on_gpu):
+            pair, gpu_pair = on_chip.get(competitor, []), on_gpu.get(competitor, [])
+            gpu_memory = _cell(gpu_pair, lambda record: number(record.temporary, 1e-6))
             rows.append(
                 [
                     OPERATIONS[name],
                     " / ".join(map(str, size)),
-                    f"**{competitor}**" if is_auto else competitor,
-                    " · ".join(map(_time, pair)),
-                    " · ".join(number(record.roofline, 1e3) for record in pair),
-                    " · ".join("–" if r.failure else number(r.temporary, 1e-6) for r in pair),
-                    " · ".join("–" if r.failure else number(r.traffic, 1e-6) for r in pair),
+                    f"**{competitor}**" if competitor == auto_on_chip else competitor,
+                    _cell(pair, _time),
+                    _cell(pair, lambda record: number(record.roofline, 1e3)),
+                    _cell(pair, lambda record: number(record.temporary, 1e-6)),
+                    f"**{gpu_memory}**" if competitor == auto_on_gpu else gpu_memory,
+                    _cell(pair, lambda record: number(record.traffic, 1e-6)),
                 ]
             )
-    head = ["", "N / M / d", "", "ms", "roofline, ms", "memory, MB", "traffic, MB"]
+    head = [
+        "",
+        "N / M / d",
+        "",
+        "ms",
+        "roofline, ms",
+        "memory, MB",
+        "on an H100, MB",
+        "traffic, MB",
+    ]
     return table(head, rows, 3) if rows else ""
+
+
+def _pairs(
+    records: Records, topology: str, section: str, name: str, size: tuple[int, ...]
+) -> dict[str, list[Record]]:
+    """Returns the records of each competitor, the response before the gradients."""
+    found: dict[str, list[Record]] = {}
+    for record in records.values():
+        what = record.topology, record.section, record.subject, record.size
+        if what == (topology, section, name, list(size)):
+            found.setdefault(record.competitor, []).append(record)
+    for pair in found.values():
+        pair.sort(key=lambda record: record.direction != "forward")
+    return found
+
+
+def _cell(pair: list[Record], show: Callable[[Record], str]) -> str:
+    return " · ".join("–" if record.failure else show(record) for record in pair) or "–"
 
 
 def _time(record: Record) -> str:
@@ -283,7 +358,7 @@ def _time(record: Record) -> str:
 def _chips(records: Records) -> str:
     rows = []
     for name, size in itertools.product(OPERATIONS, SIZES):
-        auto = explanation(name, size).implementation
+        auto = explanation(name, size, "tpu").implementation
         cells = []
         for topology in SINGLE:
             pair = [

@@ -13,10 +13,12 @@ from benchmarks.cases import INSTANTIATIONS, POSITIONS, SIZES, Direction
 from nonlocal_jax.layers.conventions import ClipFormat
 from nonlocal_jax.types import Instantiation
 
+Platform = Literal["tpu", "gpu"]
 Section = Literal["operation", "block", "inference", "training"]
 Size = tuple[int, int, int]  # N, M, d
 
 BATCH = 8  # samples of operations, blocks and inference
+H100 = "h100"  # the topology of a single GPU
 # One chip of each kind, and slices of 16, on which a training step has 64 clips.
 SINGLE = ("v5e:1x1", "v4:1x1x1", "v5p:1x1x1", "v6e:1x1")
 SIXTEEN = ("v5e:4x4", "v4:2x2x4", "v5p:2x2x4", "v6e:4x4")
@@ -52,6 +54,10 @@ class Case:
     direction: Direction
 
     @property
+    def platform(self) -> Platform:
+        return "gpu" if self.topology == H100 else "tpu"
+
+    @property
     def name(self) -> str:
         size = "/".join(map(str, self.size)) + "/" if self.size else ""
         return (
@@ -67,15 +73,15 @@ class Case:
         return 1
 
 
-def list_cases() -> list[Case]:
-    """Returns every case, small ones first."""
-    cases = [*_operations_and_blocks(), *_networks()]
-    return sorted(cases, key=lambda case: case.weight)
+def list_cases(platform: Platform) -> list[Case]:
+    """Returns every case of a platform, small ones first."""
+    networks = _networks_on_tpus() if platform == "tpu" else _networks_on_a_gpu()
+    return sorted([*_operations_and_blocks(platform), *networks], key=lambda case: case.weight)
 
 
 def is_small(case: Case) -> bool:
     """Whether the case is one of the few that are compiled with every change."""
-    if case.topology not in ("v5e:1x1", "v5e:2x2"):
+    if case.topology not in ("v5e:1x1", "v5e:2x2", H100):
         return False
     if case.section == "operation":
         subjects, size = ("embedded_gaussian", "concatenation"), (3136, 784, 256)
@@ -85,12 +91,13 @@ def is_small(case: Case) -> bool:
     return case.subject == "cifar"
 
 
-def _operations_and_blocks() -> Iterator[Case]:
+def _operations_and_blocks(platform: Platform) -> Iterator[Case]:
+    topologies = SINGLE if platform == "tpu" else (H100,)
     directions: tuple[Direction, ...] = ("forward", "both")
     for topology, size, name, direction in itertools.product(
-        SINGLE, SIZES, INSTANTIATIONS, directions
+        topologies, SIZES, INSTANTIATIONS, directions
     ):
-        names = implementations(name, size)
+        names = implementations(name, size, platform)
         for competitor in names + ([ATTENTION] if name == "embedded_gaussian" else []):
             yield Case(topology, "operation", name, size, BATCH, competitor, direction)
         if size[0] in POSITIONS and size[0] < 12544:
@@ -98,7 +105,7 @@ def _operations_and_blocks() -> Iterator[Case]:
                 yield Case(topology, "block", name, size, BATCH, competitor, direction)
 
 
-def _networks() -> Iterator[Case]:
+def _networks_on_tpus() -> Iterator[Case]:
     for network, competitor in itertools.product(CLIPS, (OURS, PLAIN)):
         for topology in SINGLE if network == "i3d_32x2" else SINGLE[:1]:
             yield Case(topology, "inference", network, None, BATCH, competitor, "forward")
@@ -108,17 +115,29 @@ def _networks() -> Iterator[Case]:
     yield Case("v5e:2x2", "training", "cifar", None, 512, OURS, "both")
 
 
-def implementations(instantiation: Instantiation, size: Size) -> list[str]:
-    """Returns the implementations of an operation that TPUs have."""
+def _networks_on_a_gpu() -> Iterator[Case]:
+    """Yields the same networks, with as many samples in a training step as a TPU has."""
+    for network, competitor in itertools.product(CLIPS, (OURS, PLAIN)):
+        yield Case(H100, "inference", network, None, BATCH, competitor, "forward")
+        yield Case(H100, "training", network, None, 4, competitor, "both")
+    yield Case(H100, "training", "cifar", None, 128, OURS, "both")
+
+
+def implementations(instantiation: Instantiation, size: Size, platform: Platform) -> list[str]:
+    """Returns the implementations of an operation that a platform has.
+
+    cuDNN's attention is left out: without a GPU, JAX cannot trace it for 256 channels.
+    """
     # If "auto" is not asked for, those that it never takes are available too.
-    costs = explanation(instantiation, size, "dense").costs
-    return [cost.implementation for cost in costs if cost.refusal is None]
+    costs = explanation(instantiation, size, platform, "dense").costs
+    names = [cost.implementation for cost in costs if cost.refusal is None]
+    return [name for name in names if name != "cudnn"]
 
 
 def explanation(
-    instantiation: Instantiation, size: Size, implementation: str = "auto"
+    instantiation: Instantiation, size: Size, platform: Platform, implementation: str = "auto"
 ) -> nl.ops.Explanation:
-    """Returns what runs on TPUs, and the alternatives."""
+    """Returns what runs on a platform, and the alternatives."""
     n, m, d = size
     rows = (jax.ShapeDtypeStruct((BATCH, count, d), jnp.bfloat16) for count in (n, m, m))
-    return nl.ops.explain(instantiation, *rows, implementation=implementation, platform="tpu")
+    return nl.ops.explain(instantiation, *rows, implementation=implementation, platform=platform)

@@ -11,10 +11,10 @@ from jax.sharding import SingleDeviceSharding
 
 import nonlocal_jax as nl
 from benchmarks.cases import POSITIONS
+from benchmarks.compiled.cases import ATTENTION, CLIPS, OURS, Case
 from benchmarks.plain_flax import PlainI3D
-from benchmarks.tpu.cases import ATTENTION, CLIPS, OURS, Case
 from nonlocal_jax import training
-from nonlocal_jax.compiler import topologies
+from nonlocal_jax.compiler import gpu, topologies
 from nonlocal_jax.training.capacity import compile_step
 from nonlocal_jax.types import Instantiation
 
@@ -24,9 +24,13 @@ DTYPE = jnp.bfloat16
 
 def compile_case(case: Case) -> Any:
     """Returns the `jax.stages.Compiled` of a case."""
-    devices = topologies.devices(case.topology)
+    options: dict[str, Any] | None = None
+    if case.platform == "gpu":
+        devices, options = gpu.h100(), gpu.COMPILER_OPTIONS
+    else:
+        devices = topologies.devices(case.topology)
     if case.section == "training":
-        return _training_step(case, devices)
+        return _training_step(case, devices, options)
     function, arguments = {"operation": _operation, "block": _block, "inference": _inference}[
         case.section
     ](case)
@@ -34,7 +38,7 @@ def compile_case(case: Case) -> Any:
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
     )
-    return jax.jit(function).lower(*placed).compile()
+    return jax.jit(function).lower(*placed).compile(compiler_options=options)
 
 
 def _operation(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -98,7 +102,9 @@ def _inference(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return model.apply, (jax.eval_shape(model.init, jax.random.key(0), example), clips)
 
 
-def _training_step(case: Case, devices: list[jax.Device]) -> Any:
+def _training_step(
+    case: Case, devices: list[jax.Device], compiler_options: dict[str, Any] | None
+) -> Any:
     model, shape = _network(case)
     trainer = training.Trainer(
         training.classification(model),
@@ -109,7 +115,8 @@ def _training_step(case: Case, devices: list[jax.Device]) -> Any:
         "inputs": _array(case.batch, *shape),
         "labels": jax.ShapeDtypeStruct((case.batch,), jnp.int32),
     }
-    return compile_step(trainer, training.make_mesh(devices=devices), "replicated", batch)
+    mesh = training.make_mesh(devices=devices)
+    return compile_step(trainer, mesh, "replicated", batch, compiler_options=compiler_options)
 
 
 def _network(case: Case) -> tuple[Any, tuple[int, ...]]:

@@ -6,21 +6,27 @@ import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from benchmarks.compiled.cases import Case, Platform
 from benchmarks.machine import git_commit
-from benchmarks.tpu.cases import Case
 from nonlocal_jax.compiler.programs import Cost
 from nonlocal_jax.compiler.topologies import CHIPS, Chip
+
+# The package that has the compiler of a platform.
+COMPILERS: dict[Platform, str] = {"tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
 
 
 @dataclasses.dataclass
 class Record:
     """One compiled program. Bytes, FLOPs and times are those of one device.
 
+    Programs for GPUs have memory only: XLA estimates no cycles for them, and their products are
+    calls of libraries, whose FLOPs and traffic are not in the program.
+
     Attributes:
         topology, section, subject, size, batch, competitor, direction: As in `Case`.
-        compiled_by: Versions of JAX and libtpu, commit and date.
+        compiled_by: Versions of JAX and of libtpu or the CUDA plugin, commit and date.
         compile_seconds: How long compilation took.
         cycles_by_kind: Estimated cycles; see `nonlocal_jax.compiler.programs.Cost`.
         unestimated: Instructions without an estimate that run.
@@ -56,20 +62,27 @@ class Record:
         return cls(
             **{field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
             | {"size": None if case.size is None else list(case.size)},
-            compiled_by=_compiled_by(),
+            compiled_by=_compiled_by(COMPILERS[case.platform]),
         )
 
     def fill(self, cost: Cost) -> None:
         """Adds the figures of the compiled program."""
-        for name in ("cycles_by_kind", "unestimated", "flops", "traffic", "temporary", "arguments"):
+        names = ["temporary", "arguments"]
+        if cost.cycles:
+            names += ["cycles_by_kind", "unestimated", "flops", "traffic"]
+        for name in names:
             setattr(self, name, getattr(cost, name))
         self.collectives = {kind.opcode: [kind.count, kind.bytes] for kind in cost.collectives}
 
     @property
-    def name(self) -> str:
+    def case(self) -> Case:
         size = None if self.size is None else tuple(self.size)
         fields = [field.name for field in dataclasses.fields(Case)]
-        return Case(**{name: getattr(self, name) for name in fields} | {"size": size}).name
+        return Case(**{name: getattr(self, name) for name in fields} | {"size": size})
+
+    @property
+    def name(self) -> str:
+        return self.case.name
 
     @property
     def chip(self) -> Chip:
@@ -90,8 +103,8 @@ class Record:
         return self.cycles_by_kind.get(kind, 0) / sum(self.cycles_by_kind.values())
 
 
-def _compiled_by() -> str:
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
+def _compiled_by(compiler: str) -> str:
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", compiler))
     date = datetime.now(UTC).date().isoformat()
     return f"{', '.join(versions)}, commit {git_commit()}, {date}"
 
@@ -108,3 +121,11 @@ def read(path: Path) -> dict[str, Record]:
     """Reads records by name; there are none without a file."""
     rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     return {record.name: record for record in (Record(**row) for row in rows)}
+
+
+def read_all(folder: Path) -> dict[str, Record]:
+    """Reads the records of all platforms by name."""
+    found: dict[str, Record] = {}
+    for platform in get_args(Platform):
+        found |= read(folder / f"{platform}.json")
+    return found

@@ -1,0 +1,1 @@
+"""Compiles operations, blocks and networks for devices that need not exist."""
