@@ -49,6 +49,8 @@ def test_training_step(topology, batch_norm):
     split = training_cost(topology, batch_norm)
     check_share(split, training_cost("v5e:1x1", batch_norm))
     assert {collective.opcode for collective in split.collectives} == {"all-reduce"}
+    if batch_norm == "device":  # gradients, statistics and metrics are summed at once
+        assert [collective.count for collective in split.collectives] == [1]
 
 
 def test_inference():
