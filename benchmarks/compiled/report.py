@@ -60,7 +60,10 @@ CHIP_NOTE = 'Milliseconds of what "auto" takes, on one chip of each kind.'
 NETWORK_NOTE = """\
 Networks with five non-local blocks; inference of 8 clips on one chip, and training steps by
 `nonlocal_jax.training` with `batch_norm="device"`. *plain* is Flax: `nn.Conv`, `nn.max_pool`, all
-pairs. CIFAR's ResNet has one block."""
+pairs. CIFAR's ResNet has one block. A training step sums the gradients, statistics and metrics of
+all chips at once, 305 arrays of I3D. XLA:TPU joins at most 256 arrays and 120 MiB in one all-reduce
+(`xla_jf_crs_combiner_threshold_count`, `xla_jf_crs_combiner_threshold_in_bytes`), so they are two;
+with larger limits they are one."""
 
 
 def write(folder: Path) -> None:

@@ -231,13 +231,32 @@ class Program:
         counts: collections.Counter[str] = collections.Counter()
         sizes: collections.Counter[str] = collections.Counter()
         for instruction, times, computation in self._executed(self.entry, 1):
-            opcode = instruction.opcode.removesuffix("-start")
-            if opcode in COLLECTIVES:
-                operands = self._operand_types(instruction, computation)
+            if found := self._find_collective(instruction, computation):
+                collective, computation = found
+                opcode = collective.opcode.removesuffix("-start")
+                operands = self._operand_types(collective, computation)
                 operand_bytes = sum(map(hlo.bytes_of_type, operands))
                 counts[opcode] += times
-                sizes[opcode] += times * _bytes_of_results(instruction, operand_bytes)
+                sizes[opcode] += times * _bytes_of_results(collective, operand_bytes)
         return tuple(Collective(opcode, counts[opcode], sizes[opcode]) for opcode in sorted(counts))
+
+    def _find_collective(
+        self, instruction: Instruction, computation: str
+    ) -> tuple[Instruction, str] | None:
+        """Returns the collective that an instruction starts, and its computation.
+
+        XLA:TPU overlaps some collectives with products: it splits them among several fusions, of
+        which the first one has a custom call that marks the start.
+        """
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            return instruction, computation
+        if instruction.opcode == "fusion":
+            computation = instruction.called[0]
+            fused = self.computations.get(computation, {})
+            for inner in fused.values():
+                if "AsyncCollectiveStart" in inner.attributes:
+                    return fused[inner.operands[0]], computation
+        return None
 
     def _operand_types(self, instruction: Instruction, computation: str) -> list[str]:
         instructions = self.computations[computation]

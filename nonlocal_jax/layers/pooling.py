@@ -89,14 +89,16 @@ def strided_max_pool(
     """
     if axis_name is not None:
         halo = local_windows(x.shape[1], window[0], strides[0], padding[0], axis_name)
-        x, padding = add_halo(x, axis_name, *halo, fill_value=-math.inf), (0, *padding[1:])
     if window == strides and not any(padding):
         return max_pool(x, window)
     # The maximum over a box is the maximum along one axis after the other, which takes 4
     # comparisons for 3×3 instead of 8. The last axis comes first: then, on ties, the first row
-    # decides before the first column, as in a search through the window.
+    # decides before the first column, as in a search through the window. The first one comes last,
+    # so that devices exchange what is pooled along the others.
     axes = list(enumerate(zip(window, strides, padding, strict=True), start=1))
     for axis, (size, stride, pad) in reversed(axes):
+        if axis == 1 and axis_name is not None:
+            x, pad = add_halo(x, axis_name, *halo, fill_value=-math.inf), 0
         if size > x.shape[axis] + 2 * pad:
             raise ValueError(
                 "window must not be larger than the padded map; "

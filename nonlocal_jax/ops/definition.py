@@ -85,7 +85,11 @@ def concatenation(
     theta: Queries, phi: Keys, w_f: ConcatenationWeights, key_mask: KeyMask | None
 ) -> Affinity:
     """Eq. 5: f = ReLU(w_f · [θ_i, φ_j]), C = N. The product splits into a sum, a_i + b_j."""
-    a, b = project(theta, phi, w_f)
+    return concatenation_of_projections(*project(theta, phi, w_f), key_mask)
+
+
+def concatenation_of_projections(a: Array, b: Array, key_mask: KeyMask | None) -> Affinity:
+    """Eq. 5 from the results of `project`: f = ReLU(a_i + b_j)."""
     f = jax.nn.relu(a[..., :, None] + b[..., None, :])
     return _divide_by_key_count(f, key_mask)
 

@@ -6,7 +6,7 @@ or `jax.pmap`, and take the name of the mapped axis. The communication between d
 | operation | what is communicated | memory of each device |
 |---|---|---|
 | the two Gaussians | keys and values, once | M·(d + e) |
-| the same in a ring | keys, values and their gradients, part by part | 2 M/P·(d + e) |
+| the same in a ring | keys and values, and for the gradient again with their sums | 2 M/P·(d + e) |
 | the dot product | Σ_j φ_j g_jᵀ, one sum of d×e | d·e |
 | the concatenation | b_j = w_φ·φ_j and values, once | M·(1 + e) |
 
@@ -82,10 +82,7 @@ def ring(
     """
     batch = theta.shape[:-2]
     theta, phi, g = (x.reshape(-1, *x.shape[-2:]) for x in (theta, phi, g))
-    if key_mask is None:
-        mask = jnp.ones(phi.shape[:-1], bool)
-    else:
-        mask = key_mask.reshape(-1, key_mask.shape[-1])
+    mask = None if key_mask is None else key_mask.reshape(-1, key_mask.shape[-1])
     scale = jnp.asarray(scale, widen(theta).dtype)
     y = _ring(axis_name, respond_to_part, differentiate_part, theta, phi, g, scale, mask)
     return y.reshape(*batch, *y.shape[1:])
@@ -100,7 +97,7 @@ def _ring(
     phi: Array,
     g: Array,
     scale: Array,
-    mask: Array,
+    mask: Array | None,
 ) -> Array:
     y, _ = _forward(axis_name, respond_to_part, differentiate_part, theta, phi, g, scale, mask)
     return y
@@ -114,11 +111,13 @@ def _forward(
     phi: Array,
     g: Array,
     scale: Array,
-    mask: Array,
+    mask: Array | None,
 ) -> tuple[Array, tuple[Any, ...]]:
     def respond(part: Any) -> tuple[Array, Array]:
         phi, g, mask = part
         y, lse = respond_to_part(theta, phi, g, scale, mask)
+        if mask is None:
+            return y, lse
         # A part without keys has weight exp(−∞) = 0.
         return y, jnp.where(mask.any(axis=-1, keepdims=True), lse, -jnp.inf)
 
@@ -149,21 +148,23 @@ def _backward(
     theta, phi, g, scale, mask, y, lse = residuals
     scale = jnp.asarray(scale)  # a NumPy scalar, where it was a constant
     mean = jnp.sum(dy * y, axis=-1)
-    # Keys and values travel in their own dtype, sums of gradients in float32 or wider.
-    zeros = [jnp.zeros(x.shape, dy.dtype) for x in (theta, phi, g)]
+
+    def differentiate(part: Any) -> tuple[Array, ...]:
+        phi, g, mask = part
+        return differentiate_part(theta, phi, g, scale, mask, dy, mean, lse)
 
     def add_part(_: Any, state: Any) -> Any:
-        (phi, g, mask, dphi, dg), dtheta = state
-        gradients = differentiate_part(theta, phi, g, scale, mask, dy, mean, lse)
-        part_dtheta, part_dphi, part_dg = gradients
-        part = (phi, g, mask, dphi + part_dphi, dg + part_dg)
-        # The part is also sent on after the last step, which returns it to the device it belongs
-        # to.
-        return _send_to_next(part, axis_name), dtheta + part_dtheta
+        part, dtheta, *sums = state
+        part, sums = _send_to_next((part, sums), axis_name)
+        gradients = differentiate(part)
+        return part, *jax.tree.map(jnp.add, (dtheta, *sums), gradients)
 
-    state = ((phi, g, mask, *zeros[1:]), zeros[0])
-    part, dtheta = lax.fori_loop(0, lax.axis_size(axis_name), add_part, state)
-    _, _, _, dphi, dg = part
+    part = (phi, g, mask)
+    # Keys and values travel in their own dtype, sums of gradients in float32 or wider.
+    state = (part, *(gradient.astype(dy.dtype) for gradient in differentiate(part)))
+    _, dtheta, *sums = lax.fori_loop(1, lax.axis_size(axis_name), add_part, state)
+    # Once more, which returns the sums to the device they belong to.
+    dphi, dg = _send_to_next(sums, axis_name)
     dscale = jnp.sum(dtheta * widen(theta))
     dtheta, dphi = scale * dtheta, scale * dphi
     return dtheta.astype(theta.dtype), dphi.astype(phi.dtype), dg.astype(g.dtype), dscale, None

@@ -76,6 +76,30 @@ def test_collectives(program):
     assert program.collectives() == (Collective("all-reduce", 1, 4 * 8 * 32),)
 
 
+def test_a_collective_that_is_split_among_fusions_counts_once():
+    text = """
+%first (p: bf16[2,4]) -> STATE {
+  %p = bf16[2,4]{1,0} parameter(0)
+  %all-gather.1 = bf16[8,4]{1,0} all-gather(%p), dimensions={0}
+  ROOT %start = STATE custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%last (p.1: bf16[2,4], state: STATE) -> bf16[8,4] {
+  %p.1 = bf16[2,4]{1,0} parameter(0)
+  %state = STATE parameter(1)
+  %all-gather.2 = bf16[8,4]{1,0} all-gather(%p.1), dimensions={0}
+  ROOT %done = bf16[8,4]{1,0} custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[2,4]) -> bf16[8,4] {
+  %x = bf16[2,4]{1,0} parameter(0)
+  %fusion.1 = STATE fusion(%x), kind=kCustom, calls=%first
+  ROOT %fusion.2 = bf16[8,4]{1,0} fusion(%x, %fusion.1), kind=kCustom, calls=%last
+}
+""".replace("STATE", "(bf16[8,4]{1,0}, u32[])")
+    assert Program(text).collectives() == (Collective("all-gather", 1, 2 * 8 * 4),)
+
+
 def test_traffic_leaves_out_the_vector_memory(program):
     x_bytes, y_bytes, scalar = 2 * 8 * 16, 4 * 8 * 32, 4
     each_step = x_bytes + y_bytes + 3 * scalar  # and the counter

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nonlocal_jax.layers import nonlocal_block, video_conv
+from nonlocal_jax.layers import max_pool, nonlocal_block, video_conv
 from nonlocal_jax.layers.residual import relu_of_sum
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -59,6 +59,17 @@ def test_first_convolution_has_its_frames_in_the_lanes_of_a_tpu(platform, taps):
 def test_end_of_a_residual_block(platform):
     text = lowered_text(relu_of_sum, platform, shaped(2, 3), shaped(2, 3))
     assert ("stablehlo.negate" in text) == (platform == "cpu")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_gradient_of_max_pooling(platform):
+    """TPUs take it along one axis after the other, others from the index of the maximum."""
+
+    def gradient(x):
+        return jax.grad(lambda x: max_pool(x, (1, 2, 2)).sum())(x)
+
+    text = lowered_text(gradient, platform, shaped(2, 4, 6, 6, 5))
+    assert ("xui8>" in text) == (platform != "tpu")
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

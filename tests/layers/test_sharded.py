@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import nonlocal_jax as nl
+from nonlocal_jax.compiler.programs import Program
 from nonlocal_jax.types import Instantiation
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="four devices are absent")
@@ -153,6 +154,70 @@ def test_a_pooling_takes_frames_from_its_neighbours(window, strides, padding):
         return run(x)
 
     assert_close(gradients("positions"), gradients(None), 1e-6)
+
+
+def numbers_communicated(function, *operands):
+    """Returns the numbers that each kind of collective returns on a device."""
+    program = Program(jax.jit(function).lower(*operands).compile().as_text())
+    return {collective.opcode: collective.bytes / 4 for collective in program.collectives()}
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "strides", "frames", "positions"),
+    [
+        ((5, 3, 3), (2, 2, 2), 2 + 1, 6 * 10),
+        ((3, 1, 1), (1, 2, 2), 1 + 1, 3 * 5),  # not those that the strides skip
+        ((1, 3, 3), (1, 1, 1), 0, 0),
+    ],
+    ids=str,
+)
+def test_a_convolution_takes_only_the_frames_at_the_borders(
+    kernel_size, strides, frames, positions
+):
+    x, kernel = jnp.ones((2, 8, 6, 10, 3)), jnp.ones((*kernel_size, 3, 7))
+
+    def convolve(x, kernel):
+        return nl.layers.video_conv(x, kernel, strides, axis_name="positions")
+
+    function = split_over_devices(convolve, (ROWS, P()), ROWS)
+    numbers = numbers_communicated(function, x, kernel)
+    halo = 2 * frames * positions * 3
+    assert numbers == ({"collective-permute": halo} if halo else {})
+
+
+def test_a_pooling_takes_frames_that_are_pooled_in_space():
+    def pool(x):
+        return nl.layers.strided_max_pool(x, (3, 3, 3), (2, 2, 2), (1, 1, 1), "positions")
+
+    numbers = numbers_communicated(split_over_devices(pool, ROWS, ROWS), jnp.ones((2, 8, 6, 10, 3)))
+    assert numbers == {"collective-permute": 2 * 1 * 3 * 5 * 3}
+
+
+def test_a_block_communicates_only_what_its_operation_and_its_norm_need():
+    samples, *_, channels = VIDEO
+    block = nl.layers.nonlocal_block("dot_product", axis_name="positions")
+    x = jnp.ones(VIDEO)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+
+    def apply(variables, x):
+        return block.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    function = split_over_devices(apply, (P(), ROWS), (ROWS, P()))
+
+    def gradients(variables, x, cotangent):
+        def train(params, x):
+            return function({**variables, "params": params}, x)
+
+        z, pull_back, updated = jax.vjp(train, variables["params"], x, has_aux=True)
+        return z, updated, pull_back(cotangent)
+
+    matrix = samples * (channels // 2) ** 2  # Σ_j φ_j g_jᵀ
+    statistics = 2 * channels  # mean and variance, or the sums of their gradients
+    params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    forward = matrix + statistics
+    assert numbers_communicated(function, variables, x) == {"all-reduce": forward}
+    numbers = numbers_communicated(gradients, variables, x, x)
+    assert numbers == {"all-reduce": 2 * forward + params}
 
 
 def strided_conv(x):

@@ -3,12 +3,15 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from nonlocal_jax.compiler.programs import Program
+from nonlocal_jax.layers import BatchNorm, DotProduct, VideoConv
 from nonlocal_jax.models import video_resnet
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
@@ -100,6 +103,83 @@ def check_equal(kind, clip, preset, train, options):
     for split_tree, tree in pairs:
         largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
         chex.assert_trees_all_close(split_tree, tree, rtol=1e-5, atol=1e-5 * largest)
+
+
+def needed_numbers(model, variables, x):
+    """Returns the numbers of a forward pass that a device exchanges.
+
+    Returns:
+        Those of neighbouring frames, those of sums, and the first ones only, those of the images.
+    """
+    frames, sums = [], []
+
+    def intercept(next_function, arguments, options, context):
+        module, (x, *_) = context.module, arguments
+        if context.method_name != "__call__":
+            return next_function(*arguments, **options)
+        if isinstance(module, VideoConv) and module.kernel_size[0] > 1:
+            taps, *window = module.kernel_size
+            stride, *space = module.strides if window == [1, 1] else (module.strides[0], 1, 1)
+            samples, _, height, width, channels = x.shape
+            positions = -(-height // space[0]) * -(-width // space[1])
+            frames.append((taps - stride) * samples * positions * channels)
+        elif isinstance(module, BatchNorm):
+            sums.append(2 * x.shape[-1])  # mean and variance
+        elif isinstance(module, DotProduct):
+            sums.append(len(x) * (x.shape[-1] // 2) ** 2)  # Σ_j φ_j g_jᵀ
+        return next_function(*arguments, **options)
+
+    def apply(variables, x):
+        return model.apply(variables, x, train=True, mutable=True)
+
+    with nn.intercept_methods(intercept):
+        _, state = jax.eval_shape(apply, variables, x)
+    (pooled,), (features,) = state["intermediates"]["pool2"], state["intermediates"]["res5"]
+    frames.append(pooled.size // pooled.shape[1])  # windows of 3 frames with a stride of 2
+    sums.append(len(x) * features.shape[-1])  # mean over all positions
+    return sum(frames), sum(sums), frames[0]
+
+
+def is_bias_of_shortcut(path):
+    *_, module, name = (key.key for key in path)
+    return (module, name) == ("shortcut_norm", "bias")
+
+
+@pytest.mark.networks
+def test_only_what_is_needed_is_communicated():
+    small = {"depth": (1, 1, 1, 1), "nonlocal_blocks": {"res3": (0,)}, "dropout": 0.0}
+    make = functools.partial(video_resnet, **SMALL | small, instantiation="dot_product")
+    alone, split = make(), make(axis_name="positions")
+    x = jax.ShapeDtypeStruct((3, 8, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(alone.init, jax.random.key(0), x)
+
+    def gradients(variables, x):
+        def loss(params):
+            logits, updated = split.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sum(jnp.sin(logits)), updated
+
+        gradient, updated = jax.grad(loss, has_aux=True)(variables["params"])
+        return jax.lax.pmean(gradient, "positions"), updated
+
+    mapped = jax.shard_map(
+        gradients,
+        mesh=two_devices(),
+        in_specs=(P(), P(None, "positions")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    program = Program(jax.jit(mapped).lower(variables, x).compile().as_text())
+    numbers = {collective.opcode: collective.bytes / 4 for collective in program.collectives()}
+    frames, sums, first = needed_numbers(alone, variables, x)
+    leaves = jax.tree.leaves_with_path(variables["params"])
+    # The gradients of the biases of a shortcut's norm and of the norm that it is added to are
+    # equal, and XLA sums them once.
+    params = sum(leaf.size for path, leaf in leaves if not is_bias_of_shortcut(path))
+    # The gradients of frames are sent back, except those of the images. Those of sums are summed;
+    # those of the mean over positions need not be, because they are equal on all devices.
+    assert numbers == {"collective-permute": 2 * frames - first, "all-reduce": 2 * sums + params}
 
 
 @pytest.mark.usefixtures("as_users_see_it")

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ops.operands import INSTANTIATIONS, TOY, call, make_operands, registered
 
 from nonlocal_jax import ops
+from nonlocal_jax.compiler.programs import Program
 from nonlocal_jax.ops.kernels import streaming
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
@@ -100,19 +101,46 @@ def test_a_kernel_without_a_way_to_split_gets_the_keys_of_all_devices(operands):
     chex.assert_trees_all_close(y, 3 * expected, **CLOSE)
 
 
-def test_the_dot_product_communicates_one_small_sum():
-    operands = make_operands(N, M, D, E, (1,))
-    lowered = jax.jit(split_respond("dot_product", "auto")).lower(operands, None).as_text()
-    assert "all_gather" not in lowered
-    assert f"tensor<{D}x{E}xf32>" in lowered.split("all_reduce", 1)[1]
+def needed_collectives(instantiation, implementation, with_gradients):
+    """Returns the numbers that each kind of collective must return on a device."""
+    samples = 2
+    part = samples * (M // DEVICES) * (D + E)  # a device's keys and values
+    if implementation == "ring":
+        # Each part visits the other devices; for the gradient once more, and the sums of its
+        # gradients come home at last.
+        hops = DEVICES - 1
+        return {"collective-permute": (2 * hops + DEVICES if with_gradients else hops) * part}
+    if (instantiation, implementation) == ("dot_product", "auto"):
+        matrix = samples * D * E  # Σ_j φ_j g_jᵀ, and Σ_i θ_i ȳ_iᵀ for the gradients
+        return {"all-reduce": 2 * matrix if with_gradients else matrix}
+    if instantiation == "concatenation":
+        part = samples * (M // DEVICES) * (1 + E)  # b_j and values
+    needed = {"all-gather": DEVICES * part}
+    if with_gradients:
+        needed["reduce-scatter"] = part
+        if instantiation == "concatenation":
+            needed["all-reduce"] = 2 * D  # the gradient of w_f, of which each device has all
+    return needed
 
 
-def test_the_ring_never_gathers_keys(operands):
-    function = split_respond("embedded_gaussian", "ring")
-    gradient = jax.jit(jax.grad(lambda operands: function(operands, None).sum()))
-    lowered = gradient.lower(operands).as_text()
-    assert "collective_permute" in lowered
-    assert "all_gather" not in lowered
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize(("instantiation", "implementation"), CASES)
+def test_only_what_is_needed_is_communicated(
+    instantiation, implementation, with_gradients, operands
+):
+    respond = split_respond(instantiation, implementation)
+
+    def gradients(operands, cotangent):
+        y, pull_back = jax.vjp(lambda operands: respond(operands, None), operands)
+        return y, pull_back(cotangent)
+
+    if with_gradients:
+        lowered = jax.jit(gradients).lower(operands, jnp.ones((2, N, E)))
+    else:
+        lowered = jax.jit(respond).lower(operands, None)
+    collectives = Program(lowered.compile().as_text()).collectives()
+    numbers = {collective.opcode: collective.bytes / 4 for collective in collectives}
+    assert numbers == needed_collectives(instantiation, implementation, with_gradients)
 
 
 @pytest.mark.parametrize("instantiation", INSTANTIATIONS)

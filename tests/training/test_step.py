@@ -1,5 +1,6 @@
 """Training on many devices, by pmap, in parts and on one device gives the same result."""
 
+import functools
 import itertools
 
 import chex
@@ -98,6 +99,15 @@ def test_parts_equal_devices(by_device):
     """Each part has separate statistics of BatchNorm, as on that many devices."""
     state, rows = trained(make_trainer(prepare=noisy, average=0.9, accumulate=4), ONE)
     chex.assert_trees_all_close((state, rows), by_device, **CLOSE)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_parts_are_a_loop_except_on_cpus(platform):
+    trainer, (batch,) = make_trainer(accumulate=2), make_batches(1)
+    state = initial_state(trainer)
+    step = functools.partial(training.step.train_step, trainer)
+    text = jax.jit(step).trace(state, batch).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in text) == (platform != "cpu")
 
 
 @needs_four

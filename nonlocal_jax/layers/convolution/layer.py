@@ -118,7 +118,9 @@ def video_conv(
     strides = (int(strides[0]), int(strides[1]), int(strides[2]))
     if axis_name is None:
         return _convolve(x, kernel, _Options(strides, groups, False, platform, paired))
-    taps = kernel.shape[0]
+    taps, *window = kernel.shape[:3]
+    if window == [1, 1]:  # positions between the strides need not be exchanged
+        x, strides = x[:, :, :: strides[1], :: strides[2]], (strides[0], 1, 1)
     halo = local_windows(x.shape[1], taps, strides[0], taps // 2, axis_name)
     options = _Options(strides, groups, taps > 1, platform, paired)
     return _convolve(add_halo(x, axis_name, *halo), kernel, options)

@@ -5,6 +5,8 @@ What costs time around its convolutions is less the products than the copies fro
 another.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -15,7 +17,7 @@ MAX_FEW_CHANNELS = 4
 MIN_DIRECT_BATCH = 8  # the sublanes of a TPU
 
 
-def choose(batch: int, kernel_shape: tuple[int, ...], groups: int) -> Lowering:
+def choose(batch: Any, kernel_shape: tuple[int, ...], groups: int) -> Lowering:
     """Returns the fastest known form of a convolution.
 
     XLA's own 3-D convolution is the fastest for inference of many clips:

@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from nonlocal_jax.ops import definition
+from nonlocal_jax.ops import definition, sharded
 from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel, Operands, Sizes
 from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.types import Instantiation, Responses
@@ -12,6 +12,18 @@ def respond(operands: Operands, settings: None) -> Responses:
     """Computes y = (f/C) g."""
     instantiation, theta, phi, g, key_mask, scale, w_f = operands
     affinity = definition.affinity(instantiation, theta, phi, key_mask, scale, w_f)
+    return definition.respond(affinity, g)
+
+
+def respond_split(operands: Operands, settings: None, axis_name: str) -> Responses:
+    """Computes the same with the keys of all devices; the concatenation, with their projections."""
+    instantiation, theta, phi, g, key_mask, _, w_f = operands
+    if instantiation != "concatenation":
+        return respond(operands.gather_keys(axis_name), settings)
+    assert w_f is not None
+    a, b = definition.project(theta, phi, w_f)
+    key_mask, b, g = sharded.gather(axis_name, key_mask, b[..., None], g)
+    affinity = definition.concatenation_of_projections(a, b[..., 0], key_mask)
     return definition.respond(affinity, g)
 
 
@@ -44,4 +56,5 @@ KERNEL = Kernel(
     instantiations=get_args(Instantiation),
     respond=respond,
     cost=cost,
+    respond_split=respond_split,
 )

@@ -12,7 +12,7 @@ from nonlocal_jax.ops.definition import widen
 from nonlocal_jax.ops.kernels.kernel import Forecast, Kernel, Operands, Sizes
 from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.ops.products import product
-from nonlocal_jax.types import Responses
+from nonlocal_jax.types import Array, Responses
 
 
 def respond(operands: Operands, settings: None) -> Responses:
@@ -28,7 +28,7 @@ def respond_split(operands: Operands, settings: None, axis_name: str) -> Respons
 def _respond(operands: Operands, axis_name: str | None) -> Responses:
     theta, phi, g, key_mask = operands.theta, operands.phi, operands.g, operands.key_mask
     key_values = product("...md,...me->...de", phi, g)
-    n = jnp.asarray(phi.shape[-2], key_values.dtype)
+    n: int | Array = phi.shape[-2]  # whose sum over devices is a constant
     if key_mask is not None:
         n = jnp.sum(key_mask, axis=-1, dtype=key_values.dtype)[..., None, None]
     if axis_name is not None:

@@ -5,6 +5,7 @@ All constants were measured on two cores with JAX 0.10.
 
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -35,7 +36,7 @@ MIN_TILED_MULTIPLY_ADDS = 1 << 28
 
 
 def choose(
-    x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], strides: Triple, dtype: jnp.dtype
+    x_shape: tuple[Any, ...], kernel_shape: tuple[int, ...], strides: Triple, dtype: jnp.dtype
 ) -> Lowering | None:
     """Returns the fastest known form of a convolution without groups.
 
@@ -53,7 +54,8 @@ def choose(
       frame.
 
     Args:
-        x_shape: (B, T, H, W, C).
+        x_shape: (B, T, H, W, C). Symbolic sizes, of `jax.export`, cannot be compared, so forms that
+            are faster for some sizes only are not chosen for them.
         kernel_shape: (t, h, w, C, features).
         strides: Strides along (T, H, W).
         dtype: Dtype of x.
@@ -64,13 +66,14 @@ def choose(
     taps, channels = math.prod(kernel_shape[:3]), kernel_shape[3]
     if taps == 1:
         return Lowering.of(row_product)
-    tiles = _choose_tiles(x_shape, kernel_shape, strides, dtype)
-    if tiles is not None:
-        return tiles
-    positions = x_shape[0] * math.prod(_strided(x_shape[1:4], strides))
-    side_by_side_bytes = 4 * positions * taps * channels
-    if taps <= 27 and channels <= BLOCK and side_by_side_bytes <= CACHE_BYTES:
-        return Lowering.of(taps_side_by_side)
+    if all(isinstance(size, int) for size in x_shape):
+        tiles = _choose_tiles(x_shape, kernel_shape, strides, dtype)
+        if tiles is not None:
+            return tiles
+        positions = x_shape[0] * math.prod(_strided(x_shape[1:4], strides))
+        side_by_side_bytes = 4 * positions * taps * channels
+        if taps <= 27 and channels <= BLOCK and side_by_side_bytes <= CACHE_BYTES:
+            return Lowering.of(taps_side_by_side)
     if kernel_shape[1:3] == (1, 1):
         return Lowering.of(temporal_convolution, shifted_products)
     if channels <= 4:

@@ -1,0 +1,100 @@
+"""Networks are exported for all platforms at once, without the forms that are fast on CPUs only."""
+
+import functools
+import math
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from variables import normal, random_variables
+
+from nonlocal_jax.layers import nonlocal_block
+from nonlocal_jax.models import ToyVideoNet, cifar_resnet, non_local_pytorch_mnist, video_resnet
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+BATCH = 3
+VIDEO = {"depth": (1, 1, 1, 1), "nonlocal_blocks": {"res3": (0,)}, "width_per_group": 4}
+NETWORKS = {
+    "i3d": (video_resnet(kind="i3d_3x1x1", preset="caffe2", **VIDEO), (8, 32, 32, 3)),
+    "c2d": (video_resnet(kind="c2d", instantiation="concatenation", **VIDEO), (8, 32, 32, 3)),
+    "cifar": (cifar_resnet(8, {"res2": (0,)}, instantiation="dot_product"), (32, 32, 3)),
+    "toy_video": (ToyVideoNet(2, nonlocal_block("embedded_gaussian"), "i3d"), (8, 16, 16, 1)),
+    "mnist": (non_local_pytorch_mnist("gaussian"), (28, 28, 1)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_exported_for_all_platforms_with_a_symbolic_batch(name):
+    model, shape = NETWORKS[name]
+    images = normal((BATCH, *shape))
+    variables = random_variables(model, images)
+    (batch,) = jax.export.symbolic_shape("b")
+    symbolic = jax.ShapeDtypeStruct((batch, *shape), images.dtype)
+    function = jax.jit(model.apply)
+    exported = jax.export.export(function, platforms=PLATFORMS)(variables, symbolic)
+    logits = jax.export.deserialize(exported.serialize()).call(variables, images)
+    expected = function(variables, images)
+    largest = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * largest)
+
+
+def gradient(model, variables, images):
+    """Returns the gradient of a training step, by the parameters."""
+
+    def loss(params):
+        logits, updated = model.apply(
+            {**variables, "params": params},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+        return jnp.sum(nn.log_softmax(logits)[:, 0]), updated
+
+    return jax.grad(loss, has_aux=True)(variables["params"])
+
+
+def count_products_of_matrices(text):
+    matrix = r"tensor<[\d?]+x\d+xf32>"
+    return len(re.findall(rf"stablehlo\.dot_general .* : \({matrix}, {matrix}\)", text))
+
+
+def has_maximum_of_negated(text):
+    """Whether ReLU(x + y) is computed as max(x, −y) + y."""
+    return any(
+        re.search(rf"stablehlo\.maximum .*{re.escape(name)}\b", function)
+        for function in text.split("func.func")
+        for name in re.findall(r"(%\w+) = stablehlo\.negate", function)
+    )
+
+
+@pytest.mark.parametrize(("batch", "differentiated"), [("3", False), ("b", False), ("3", True)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forms_for_cpus_are_in_programs_for_cpus_only(name, batch, differentiated):
+    model, shape = NETWORKS[name]
+    images = jax.ShapeDtypeStruct((*jax.export.symbolic_shape(batch), *shape), jnp.float32)
+    example = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), example)
+    function = functools.partial(gradient, model) if differentiated else model.apply
+    # Each layer is computed once, and once more for the gradients of its input and its kernel. The
+    # first layer's input has none.
+    windows = [math.prod(leaf.shape[:-2]) for leaf in jax.tree.leaves(variables)]
+    layers_with_windows = sum(size > 1 for size in windows)
+    convolutions = 3 * layers_with_windows - 1 if differentiated else layers_with_windows
+    dense_layers = 2 if name == "mnist" else 1  # of vectors without positions
+    products = 3 * dense_layers if differentiated else dense_layers
+    traced = jax.jit(function).trace(variables, images)
+    for platform in ("cpu", "cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        if platform == "cpu":
+            assert count_products_of_matrices(text) > products
+            assert has_maximum_of_negated(text) or name == "mnist"  # which has no residual block
+        else:
+            assert count_products_of_matrices(text) == products
+            assert not has_maximum_of_negated(text)
+            assert text.count("stablehlo.convolution") == convolutions
+            assert "stablehlo.sort" not in text
+            assert "stablehlo.while" not in text
