@@ -78,6 +78,24 @@ def compile_step(
         raise TooLargeError(needed) from error
 
 
+def batch_unit(trainer: Trainer, mesh: Mesh) -> int:
+    """Returns the number whose multiples a batch may have, on all devices together."""
+    return int(mesh.shape["data"] * trainer.accumulate)
+
+
+def forecast_largest_batch(
+    examples: int, *, fixed: int, used: int | float, memory: int | float
+) -> int:
+    """Forecasts how many examples fit, given that some need `used` bytes on a device.
+
+    Memory is assumed to grow in proportion to the batch, beyond the `fixed` bytes of the state.
+
+    >>> forecast_largest_batch(64, fixed=10, used=90, memory=50)
+    32
+    """
+    return int(examples * (memory - fixed) / (used - fixed))
+
+
 def largest_batch(
     trainer: Trainer,
     mesh: Mesh,
@@ -90,9 +108,9 @@ def largest_batch(
 ) -> int:
     """Finds the largest batch whose step fits, given that the step of `batch` does.
 
-    Memory is assumed to grow in proportion to the batch, beyond what does not depend on it. The
-    largest batch that fits by that is compiled, and smaller ones until one fits. The number of
-    examples on a device is rounded down to three significant bits, such as 7, 14 or 448.
+    The largest batch that fits by `forecast_largest_batch` is compiled, and smaller ones until one
+    fits. The number of examples on a device is rounded down to three significant bits, such as 7,
+    14 or 448.
 
     Args:
         trainer: What a step does.
@@ -106,9 +124,9 @@ def largest_batch(
     Returns:
         The number of examples on all devices together.
     """
-    unit = mesh.shape["data"] * trainer.accumulate
+    unit = batch_unit(trainer, mesh)
     fitting = batch_size(batch)
-    units = int(fitting * (memory - fixed) / (used - fixed)) // unit
+    units = forecast_largest_batch(fitting, fixed=fixed, used=used, memory=memory) // unit
     while (units := _round_down(units)) * unit > fitting:
         try:
             compile_step(trainer, mesh, placement, resize(batch, units * unit))

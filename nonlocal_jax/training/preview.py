@@ -10,7 +10,14 @@ from jax.sharding import Mesh
 from nonlocal_jax.compiler import programs, topologies
 from nonlocal_jax.compiler.programs import Cost
 from nonlocal_jax.compiler.topologies import Chip
-from nonlocal_jax.training.capacity import TooLargeError, compile_step, largest_batch, state_shapes
+from nonlocal_jax.training.capacity import (
+    TooLargeError,
+    batch_unit,
+    compile_step,
+    forecast_largest_batch,
+    largest_batch,
+    state_shapes,
+)
 from nonlocal_jax.training.loop import Options
 from nonlocal_jax.training.losses import Batch
 from nonlocal_jax.training.mesh import state_sharding
@@ -64,7 +71,13 @@ def dry_run(trainer: Trainer, options: Options, mesh: Mesh, batch: Batch) -> Ite
         step = compile_step(trainer, mesh, options.placement, batch)
     except TooLargeError as error:
         raise ValueError(
-            _does_not_fit(error.needed, chip, mesh, batch, fixed=_bytes(state, shardings))
+            _does_not_fit(
+                error.needed,
+                chip,
+                batch_size(batch),
+                batch_unit(trainer, mesh),
+                fixed=_bytes(state, shardings),
+            )
         ) from error
     cost = programs.cost(step)
     yield from _step_lines(step, cost, chip)
@@ -140,18 +153,17 @@ def _speed_lines(cost: Cost, chip: Chip, examples: int) -> Iterator[str]:
 
 
 def _does_not_fit(
-    needed: float | None, chip: Chip | None, mesh: Mesh, batch: Batch, fixed: int
+    needed: float | None, chip: Chip | None, examples: int, unit: int, fixed: int
 ) -> str:
-    examples, parts = batch_size(batch), mesh.shape["data"]
     message = f"a step must fit into the memory of each device; got a batch of {examples:,}"
     if needed is not None and chip is not None:
         message += (
             f", which needs {needed / 1e9:,.1f} GB, {(needed - chip.memory) / 1e9:,.1f} GB more "
             "than there are"
         )
-        fitting = int(examples * (chip.memory - fixed) / (needed - fixed)) // parts * parts
-        if fitting > 0:
-            message += f". About {fitting:,} would fit"
+        fitting = forecast_largest_batch(examples, fixed=fixed, used=needed, memory=chip.memory)
+        if fitting >= unit:
+            message += f". About {fitting // unit * unit:,} would fit"
     return (
         f"{message}. What saves memory: a smaller batch, remat, accumulate, more devices, or clips "
         "split over the mesh's axis 'positions'."
