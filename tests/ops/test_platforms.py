@@ -43,6 +43,16 @@ def test_concatenation_sorts_where_sorting_is_fast(platform):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_dot_product_multiplies_in_half_precision(platform):
+    operands = jax.eval_shape(lambda: make_operands(N, M, D, E, (BATCH,), jnp.bfloat16))
+    function = functools.partial(call, "dot_product", "reassociated")
+    text = lowered_text(function, platform, operands)
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) == 2
+    assert not any("f32" in line.rsplit(" : ", 1)[1].split("->")[0] for line in products)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_products_of_half_precision_are_not_widened_but_one(platform):
     operands = jax.eval_shape(lambda: make_operands(3000, 2000, D, E, (BATCH,), jnp.bfloat16))
     function = functools.partial(gradients, "embedded_gaussian", "streaming")

@@ -18,7 +18,7 @@ from ops.operands import (
     value_and_gradients,
 )
 
-from nonlocal_jax.ops.kernels import sorted_keys, streaming
+from nonlocal_jax.ops.kernels import reassociated, sorted_keys, streaming
 from nonlocal_jax.ops.softmax_rows import Rows
 from nonlocal_jax.ops.softmax_tiles import Tiles
 
@@ -35,6 +35,7 @@ VARIANTS = (
     sorted_row("sorted_small", leaf=2, block=3, lookup_numbers=7 * E),
     row_of_platform(sorted_keys.KERNEL, "gpu"),
     row_of_platform(sorted_keys.KERNEL, "tpu"),
+    row_of_platform(reassociated.KERNEL, "gpu"),
 )
 
 FAST = [
@@ -49,6 +50,7 @@ parametrize_kernel = pytest.mark.parametrize(
         ("embedded_gaussian", "streaming_recomputed"),
         ("embedded_gaussian", "streaming_gpu"),
         ("embedded_gaussian", "streaming_tpu"),
+        ("dot_product", "reassociated_gpu"),
         ("concatenation", "sorted_gpu"),
         ("concatenation", "sorted_tpu"),
     ],
