@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import gpu_short, plot, workload_report
@@ -64,14 +64,13 @@ EXCERPT = (
     ("dot_product", 12544, 12544),
     ("concatenation", 12544, 3136),
 )
-EXCERPT_MARKS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 
 
 def write(folder: Path, readme: Path, project: Path) -> None:
     """Reads `folder`/*.json and writes `readme`, with a picture of growth for each backend.
 
-    Three lines about the first backend go into `project`, the README of the repository, between
-    marks.
+    A few lines about the first backend, and about TPUs, go into `project`, the README of the
+    repository, between marks such as <!-- benchmarks: begin --> and <!-- benchmarks: end -->.
 
     Raises:
         FileNotFoundError: If there are no results.
@@ -93,15 +92,22 @@ def write(folder: Path, readme: Path, project: Path) -> None:
         video_results = folder / "video" / path.name
         if video_results.exists():
             parts.append(workload_report.video(json.loads(video_results.read_text())))
+    excerpts = {"benchmarks": excerpt(found[paths[0]])}
     if compiled := compiled_records.read_all(folder / "compiled"):
         parts.append(compiled_report.markdown(compiled))
+        excerpts["tpu"] = compiled_report.excerpt(compiled)
     readme.write_text("\n".join(parts))
-    begin, end = EXCERPT_MARKS
-    text = project.read_text() if project.is_file() else ""
-    if begin in text and end in text:
-        project.write_text(
-            f"{text.split(begin)[0]}{begin}\n{excerpt(found[paths[0]])}\n{end}{text.split(end)[1]}"
-        )
+    if project.is_file():
+        project.write_text(_replace_between_marks(project.read_text(), excerpts))
+
+
+def _replace_between_marks(text: str, excerpts: Mapping[str, str]) -> str:
+    for name, replacement in excerpts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin in text and end in text:
+            head, tail = text.split(begin)[0], text.split(end)[1]
+            text = f"{head}{begin}\n{replacement}\n{end}{tail}"
+    return text
 
 
 def markdown(results: Results, picture: str) -> str:

@@ -41,8 +41,8 @@ time here is their sum at the clock at which the matrix units reach the publishe
 Collectives, sorts, gathers and Pallas kernels have no estimate, so a time is a lower bound; + marks
 programs with sorts, gathers or Pallas kernels. The **roofline** is the least time that the chip's
 peak rate of products and its memory's bandwidth allow: that of the FLOPs, or of reading the
-arguments and writing the results once. Memory is what a program needs besides arguments and
-results. All is bfloat16.
+arguments and writing the results once. "flash" has none, since nobody counts the FLOPs of its
+Pallas kernels. Memory is what a program needs besides arguments and results. All is bfloat16.
 
 `python -m benchmarks.gpu` compiles for an NVIDIA H100 on a machine that has no GPU. XLA estimates
 no times for GPUs, so these programs have memory only. It counts convolutions without a workspace,
@@ -98,6 +98,32 @@ def markdown(records: Records) -> str:
         _failures(records),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def excerpt(records: Records) -> str:
+    """Returns a table of the networks on v5e, ours beside plain Flax, for the project's README."""
+    rows = []
+    for text, topology, section in (
+        ("inference of 8 clips", CHIP, "inference"),
+        ("training step, 64 clips on 16 chips", "v5e:4x4", "training"),
+    ):
+        pair = [
+            _find(records, topology, section, "i3d_32x2", competitor)
+            for competitor in (OURS, PLAIN)
+        ]
+        if pair[0] is not None:
+            values = (
+                lambda r: 1e3 * r.seconds,
+                lambda r: r.traffic / 1e9,
+                lambda r: r.temporary / 1e9,
+            )
+            cells = [" · ".join(_figure(record, value) for record in pair) for value in values]
+            rows.append([f"I3D R50 32×2, {text}", number(pair[0].roofline, 1e3), *cells])
+    return table(["", "roofline, ms", "ms", "traffic, GB", "memory, GB"], rows, 1)
+
+
+def _figure(record: Record | None, value: Callable[[Record], float]) -> str:
+    return "–" if record is None or record.failure else number(value(record))
 
 
 def line(record: Record) -> str:
@@ -200,6 +226,10 @@ def _seconds(record: Record) -> float:
 
 def _collectives(record: Record) -> float:
     return float(sum(count for count, _ in record.collectives.values()))
+
+
+def _roofline(record: Record) -> str:
+    return "–" if record.competitor == "flash" else number(record.roofline, 1e3)
 
 
 def _find(
@@ -315,7 +345,7 @@ def _implementations(records: Records, section: str) -> str:
                     " / ".join(map(str, size)),
                     f"**{competitor}**" if competitor == auto_on_chip else competitor,
                     _cell(pair, _time),
-                    _cell(pair, lambda record: number(record.roofline, 1e3)),
+                    _cell(pair, _roofline),
                     _cell(pair, lambda record: number(record.temporary, 1e-6)),
                     f"**{gpu_memory}**" if competitor == auto_on_gpu else gpu_memory,
                     _cell(pair, lambda record: number(record.traffic, 1e-6)),
@@ -399,6 +429,7 @@ def draw(records: Records, path: Path) -> None:
             if record.section in sections
             and record.topology.startswith("v5e")
             and not record.failure
+            and record.competitor != "flash"  # whose FLOPs are not counted
             and belongs(record)
         ]
         if points:

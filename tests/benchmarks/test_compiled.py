@@ -109,10 +109,14 @@ def test_tables(found, tmp_path):
     assert "| I3D R50 32×2, inference | 8 on v5e:1x1 | ours | 10.0 | 1.00 | 10% |" in text
     assert "1 all-reduce, 1.00 MB" in text
     assert "| **streaming** | 3.00 |" in text
-    assert "| flash | 1.00+ |" in text
+    assert "| flash | 1.00+ | – |" in text
     assert "| I3D R50 32×2, inference | 8 on h100 | ours | – | – | – | – | – | 398 | none |" in text
     assert "| **streaming** | 3.00 | 0 | 0 | 17.0 | 0 |" in text
     assert "| 3136 / 784 / 256 | **reassociated** | – | – | – | **7.00** | – |" in text
+    head, _, inference, training = report.excerpt(found).splitlines()
+    assert head == "|  | roofline, ms | ms | traffic, GB | memory, GB |"
+    assert inference.startswith("| I3D R50 32×2, inference of 8 clips | 1.00 | 10.0 · – |")
+    assert "| 40.0 · – | 20.0 · – |" in training
     report.draw(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
