@@ -124,7 +124,8 @@ def needed_numbers(model, variables, x):
             positions = -(-height // space[0]) * -(-width // space[1])
             frames.append((taps - stride) * samples * positions * channels)
         elif isinstance(module, BatchNorm):
-            sums.append(2 * x.shape[-1])  # mean and variance
+            channels = x.shape[-1] // (2 if module.paired else 1)
+            sums.append(2 * channels)  # mean and variance
         elif isinstance(module, DotProduct):
             sums.append(len(x) * (x.shape[-1] // 2) ** 2)  # Σ_j φ_j g_jᵀ
         return next_function(*arguments, **options)
