@@ -1,5 +1,7 @@
 """Training steps and evaluations on several devices: each computes its own examples only."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +12,7 @@ from nonlocal_jax.models import cifar_resnet, video_resnet
 from nonlocal_jax.training import Trainer, classification, make_mesh
 from nonlocal_jax.training.compilation import sharded_step
 from nonlocal_jax.training.mesh import batch_sharding, state_sharding
+from nonlocal_jax.training.step import evaluation_step
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
 BATCH = 8
@@ -20,7 +23,8 @@ MODELS = {
 }
 
 
-def compile_step(name, batch_norm, devices):
+def prepare(name, batch_norm, devices):
+    """Returns a mesh, a trainer, and the shapes of its state and of a batch split over devices."""
     model, shape = MODELS[name]
     mesh = make_mesh(devices=jax.devices()[:devices])
     trainer = Trainer(classification(model), optax.sgd(0.1), batch_norm=batch_norm)
@@ -28,10 +32,22 @@ def compile_step(name, batch_norm, devices):
         "inputs": jax.ShapeDtypeStruct((BATCH, *shape), jnp.float32, sharding=batch_sharding(mesh)),
         "labels": jax.ShapeDtypeStruct((BATCH,), jnp.int32, sharding=batch_sharding(mesh)),
     }
-    state = jax.eval_shape(trainer.init, jax.random.key(0), batch)
-    shardings = state_sharding(mesh, state)
-    step = sharded_step(trainer, mesh, shardings)
+    return mesh, trainer, jax.eval_shape(trainer.init, jax.random.key(0), batch), batch
+
+
+def compile_step(name, batch_norm, devices):
+    mesh, trainer, state, batch = prepare(name, batch_norm, devices)
+    step = sharded_step(trainer, mesh, state_sharding(mesh, state))
     return Program(step.lower(state, batch).compile().as_text())
+
+
+def compile_evaluation(name, devices):
+    mesh, trainer, state, batch = prepare(name, "device", devices)
+    evaluate = jax.jit(
+        functools.partial(evaluation_step, trainer),
+        in_shardings=(state_sharding(mesh, state.variables), None),
+    )
+    return Program(evaluate.lower(state.variables, batch).compile().as_text())
 
 
 @pytest.mark.networks
@@ -41,3 +57,12 @@ def test_step(name, batch_norm):
     alone, split = (compile_step(name, batch_norm, devices) for devices in (1, 4))
     assert split.flops() == pytest.approx(alone.flops() / 4, rel=0.05)
     assert {collective.opcode for collective in split.collectives()} == {"all-reduce"}
+
+
+@pytest.mark.networks
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation(name):
+    alone, split = (compile_evaluation(name, devices) for devices in (1, 4))
+    assert split.flops() == pytest.approx(alone.flops() / 4, rel=0.05)
+    assert {collective.opcode for collective in split.collectives()} == {"all-reduce"}
+    assert sum(collective.bytes for collective in split.collectives()) < 100  # the metrics
