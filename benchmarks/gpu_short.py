@@ -6,13 +6,16 @@
 
 First come the tests marked `gpu`, then the rows, the most important ones first: operations and
 blocks, and I3D R50 with five blocks. All have 8 samples and are computed in bfloat16; torch's
-networks by automatic mixed precision, as they are and with scaled_dot_product_attention, with and
-without torch.compile, all in channels_last_3d. Times are medians over rounds in which the
-competitors take turns, as `measure.py` describes.
+networks by automatic mixed precision in channels_last_3d: with explicit pairs, with
+scaled_dot_product_attention, and with that and torch.compile. Times are medians over rounds in
+which the competitors take turns, as `measure.py` describes.
 
 Everything goes to results/gpu-short.json after each row. No row starts once the seconds of
 `--budget` are spent; the rows left out are listed. A second run measures them: `--only block 512`
-measures rows with such names, without the tests, and keeps the results of the others.
+measures rows with such names, without the tests, and keeps the results of the others, which must
+be of the same commit, versions and GPU.
+
+jax[cuda13] needs a driver of version 580 or later; jax[cuda12] works with older ones.
 """
 
 import collections
@@ -143,7 +146,7 @@ def run(
         keep: Whether to keep the tests and the other rows of an earlier run, and run no tests.
 
     Raises:
-        ValueError: If JAX or torch has another backend.
+        ValueError: If JAX or torch has another backend, or an earlier run had another environment.
     """
     start = time.perf_counter()
     with (
@@ -151,7 +154,11 @@ def run(
         contextlib.closing(Workers(_compilation_cache(cache))) as workers,
     ):
         environment = describe(workers, backend)
-        kept = read(path) if keep else {"tests": run_tests(tests), "rows": {}, "left_out": []}
+        if keep:
+            kept = read(path)
+            check_same(kept["environment"], environment)
+        else:
+            kept = {"tests": run_tests(tests), "rows": {}, "left_out": []}
         left_out = list(dict.fromkeys([*kept["left_out"], *(row.name for row in rows)]))
         results = kept | {"environment": environment, "left_out": left_out}
         for row in rows:
@@ -197,6 +204,16 @@ def describe(workers: Workers, backend: str) -> dict[str, Any]:
         found = subprocess.run(query, capture_output=True, text=True, check=False)
         environment["nvidia-smi"] = found.stdout.splitlines()
     return environment
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises a ValueError if two runs differ in what their results depend on."""
+    for key in ("commit", "versions", "nvidia-smi"):
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"rows are kept only from a run with the same {key}, {now.get(key)}; that of the "
+                f"results is {before.get(key)}. Without --only, everything is measured again."
+            )
 
 
 def run_tests(tests: Sequence[str]) -> dict[str, Any]:
@@ -332,7 +349,7 @@ def main(budget: float, only: Sequence[str] = ()) -> None:
         raise SystemExit(f"error: only must name parts of {[row.name for row in list_rows()]}.")
     try:
         results = run(chosen, PATH, budget, keep=bool(only) and PATH.exists())
-    except ValueError as error:
+    except (ValueError, JobError) as error:
         raise SystemExit(f"error: {error}") from error
     counts = {name: results["tests"].get(name, 0) for name in ("passed", "failed", "error")}
     print(f"tests: {counts}; left out: {', '.join(results['left_out']) or 'nothing'}")

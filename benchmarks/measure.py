@@ -56,12 +56,13 @@ class Worker:
         variables = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (environment or {})
         command = [sys.executable, "-m", f"benchmarks.{library}_worker"]
         self.library = library
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is open as long as the process
         self._process = subprocess.Popen(
             command,
             env=variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
         )
 
@@ -73,15 +74,17 @@ class Worker:
             print(json.dumps(message), file=self._process.stdin, flush=True)
             answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            raise JobError(
-                f"the {self.library} process ended with code {self._process.wait()}"
-            ) from None
+            code = self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["no message"])[-1]
+            raise JobError(f"the {self.library} process ended with code {code}: {last}") from None
         if "failure" in answer:
             raise JobError(answer["failure"])
         return answer
 
     def close(self) -> None:
         self._process.communicate()
+        self._errors.close()
 
     def __enter__(self) -> "Worker":
         return self
@@ -177,7 +180,8 @@ def time_jobs(records: dict[Job, Record], workers: Workers, budget: float) -> di
             if len(samples.get(job, ())) < rounds[job] and not records[job].failure:
                 calls = math.ceil(SAMPLE / running[job])
                 seconds = attempt(job, "time", calls=calls, again=running[job] < SHORT)
-                samples[job] += [] if seconds is None else [seconds]
+                if seconds is not None:
+                    samples[job].append(seconds)
     for job, measured in samples.items():
         records[job].seconds = statistics.median(measured)
         records[job].fastest = min(measured)

@@ -41,7 +41,7 @@ time here is their sum at the clock at which the matrix units reach the publishe
 Collectives, sorts, gathers and Pallas kernels have no estimate, so a time is a lower bound; + marks
 programs with sorts, gathers or Pallas kernels. The **roofline** is the least time that the chip's
 peak rate of products and its memory's bandwidth allow: that of the FLOPs, or of reading the
-arguments and writing the results once. "flash" has none, since nobody counts the FLOPs of its
+arguments and writing the results once. "flash" has none, because XLA does not count the FLOPs of
 Pallas kernels. Memory is what a program needs besides arguments and results. All is bfloat16.
 
 `python -m benchmarks.gpu` compiles for an NVIDIA H100 on a machine that has no GPU. XLA estimates

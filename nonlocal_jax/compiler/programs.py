@@ -254,8 +254,11 @@ class Program:
             computation = instruction.called[0]
             fused = self.computations.get(computation, {})
             for inner in fused.values():
-                if "AsyncCollectiveStart" in inner.attributes:
-                    return fused[inner.operands[0]], computation
+                if "AsyncCollectiveStart" not in inner.attributes:
+                    continue
+                collective = fused[inner.operands[0]]
+                if collective.opcode.removesuffix("-start") in COLLECTIVES:
+                    return collective, computation
         return None
 
     def _operand_types(self, instruction: Instruction, computation: str) -> list[str]:

@@ -84,7 +84,7 @@ class BatchNorm(nn.BatchNorm):
         if self.use_bias:
             beta = self.param("bias", self.bias_init, channels, self.param_dtype)
             shift = shift + beta.astype(jnp.float32)
-        y = widen(x) * self._for_each_column(scale, x) + self._for_each_column(shift, x)
+        y = widen(x) * self._broadcast(scale, x) + self._broadcast(shift, x)
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
 
     def _batch_statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
@@ -94,11 +94,11 @@ class BatchNorm(nn.BatchNorm):
         if self.use_fast_variance:
             var = self._mean(jax.lax.square(x), mask) - jax.lax.square(mean)
             return mean, jnp.maximum(var, 0)
-        centred = x - self._for_each_column(mean, x)
+        centred = x - self._broadcast(mean, x)
         return mean, self._mean(jax.lax.square(centred), mask)
 
-    def _for_each_column(self, vector: Array, x: Array) -> Array:
-        """Gives a vector of C numbers the rank of x and, if x is paired, its 2C channels."""
+    def _broadcast(self, vector: Array, x: Array) -> Array:
+        """Reshapes (C,) to broadcast against x, repeated for both columns if they are paired."""
         return jnp.expand_dims(jnp.tile(vector, 2) if self.paired else vector, range(x.ndim - 1))
 
     def _mean(self, x: Array, mask: Array | None) -> Array:

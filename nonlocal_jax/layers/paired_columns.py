@@ -46,7 +46,14 @@ def max_pool_of_paired(
 
     Returns:
         (B, *pooled, C). Its columns are not paired.
+
+    Raises:
+        ValueError: If the columns have another stride, or a window is larger than a padded axis.
     """
+    if strides[2] != 2:
+        raise ValueError(f"the stride of paired columns must be 2; got {strides[2]}.")
+    positions = (*x.shape[1:3], 2 * x.shape[3])
+    pooling.check_windows(positions, window, padding)
 
     def compute(is_tpu: bool, x: Array) -> Array:
         if is_tpu:

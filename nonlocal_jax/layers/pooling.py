@@ -99,11 +99,7 @@ def strided_max_pool(
     for axis, (size, stride, pad) in reversed(axes):
         if axis == 1 and axis_name is not None:
             x, pad = add_halo(x, axis_name, *halo, fill_value=-math.inf), 0
-        if size > x.shape[axis] + 2 * pad:
-            raise ValueError(
-                "window must not be larger than the padded map; "
-                f"got {size} for {x.shape[axis]} + 2·{pad}."
-            )
+        check_windows(x.shape[axis : axis + 1], (size,), (pad,))
         if axis == 1:
             x = max_along_axis(x, axis, size, stride, pad)
             continue
@@ -114,6 +110,17 @@ def strided_max_pool(
         pooled = max_along_axis(frames, axis - 1, size, stride, pad)
         x = pooled.reshape(*x.shape[:2], *pooled.shape[1:])
     return x
+
+
+def check_windows(
+    positions: tuple[int, ...], window: tuple[int, ...], padding: tuple[int, ...]
+) -> None:
+    """Raises a ValueError if a window is larger than its padded axis."""
+    for length, size, pad in zip(positions, window, padding, strict=True):
+        if size > length + 2 * pad:
+            raise ValueError(
+                f"window must not be larger than the padded map; got {size} for {length} + 2·{pad}."
+            )
 
 
 def pool_mask(mask: PositionMask, window: tuple[int, ...]) -> PooledMask:

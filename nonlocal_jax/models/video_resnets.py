@@ -155,10 +155,10 @@ class VideoResNet(nn.Module):
         return strided_max_pool(nn.relu(x), *self.layout.pool1, options["axis_name"])
 
     def _can_pair_columns(self, clip: Array) -> bool:
-        """Whether conv1 can have paired columns, which only make training faster."""
+        """Whether conv1 can have paired columns. Only training is faster with them."""
         norm = self.norm.func if isinstance(self.norm, functools.partial) else self.norm
-        is_ours = isinstance(norm, type) and issubclass(norm, BatchNorm)
-        return is_ours and self.axis_name is None and clip.shape[3] % 4 == 0
+        is_even = clip.shape[3] % 4 == 0 and self.layout.pool1.strides[2] == 2
+        return norm is BatchNorm and self.axis_name is None and is_even
 
     def _stage(self, stage: int, x: Array, train: bool, options: dict[str, Any]) -> Array:
         name, width = STAGES[stage], 2**stage

@@ -79,7 +79,7 @@ def compile_step(
 
 
 def batch_unit(trainer: Trainer, mesh: Mesh) -> int:
-    """Returns the number whose multiples a batch may have, on all devices together."""
+    """Returns the number that a batch size must be a multiple of, on all devices together."""
     return int(mesh.shape["data"] * trainer.accumulate)
 
 

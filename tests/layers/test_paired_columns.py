@@ -96,6 +96,28 @@ def test_max_pool(platform, window, strides, padding):
     close(value_and_gradients(pool_of_paired, x), value_and_gradients(pool, x))
 
 
+@pytest.mark.usefixtures("as_users_see_it")
+def test_errors():
+    x = jnp.ones((1, 2, 3, 2, 8))
+    with pytest.raises(ValueError, match="stride of paired columns must be 2; got 1"):
+        max_pool_of_paired(x, (1, 3, 3), (1, 2, 1), (0, 1, 1))
+    with pytest.raises(ValueError, match=r"must not be larger than the padded map; got 9 for 4"):
+        max_pool_of_paired(x, (1, 1, 9), (1, 1, 2), (0, 0, 1), platform="tpu")
+    with pytest.raises(ValueError, match="paired columns must be even in number; got 5"):
+        video_conv(jnp.ones((1, 2, 3, 10, 3)), jnp.ones((1, 3, 3, 3, 4)), (1, 1, 2), paired=True)
+
+
+@pytest.mark.parametrize(("platform", "first"), [("cpu", (0, 1)), ("gpu", (0, 1)), ("tpu", (1, 0))])
+def test_on_ties_the_first_row_or_on_tpus_the_first_column_wins(platform, first):
+    x = jnp.array([[0.0, 1], [1, 0]]).reshape(1, 1, 2, 2, 1)
+
+    def pooled_sum(x):
+        return max_pool_of_paired(pair(x), (1, 2, 2), (1, 2, 2), (0, 0, 0), platform).sum()
+
+    gradient = jax.grad(pooled_sum)(x)[0, 0, ..., 0]
+    chex.assert_trees_all_equal(gradient, jnp.zeros((2, 2)).at[first].set(1.0))
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_on_ties_one_maximum_has_the_gradient(platform):
     def pooled_sum(x):

@@ -35,7 +35,7 @@ class VideoConv(nn.Module):
         dtype: Dtype of the computation. None infers it from the input and the parameters.
         param_dtype: Dtype of the kernel, which has shape (*kernel_size, C / groups, features).
         axis_name: Name of the mapped axis over whose devices T is split.
-        paired: Whether columns lie side by side in pairs, as in `layers.paired_columns`.
+        paired: Whether the output has its columns in pairs, as in `layers.paired_columns`.
 
     >>> import jax, jax.numpy as jnp
     >>> conv = VideoConv(7, kernel_size=(1, 3, 3), strides=(1, 2, 2))
@@ -101,21 +101,24 @@ def video_conv(
             devices T is split. Devices exchange the frames at the borders of their parts.
         platform: Platform whose algorithm runs: "cpu", "gpu", "tpu" or "rocm". None is the one that
             the program is lowered for.
-        paired: Whether columns lie side by side in pairs, as in `layers.paired_columns`. Their
-            number must be even.
+        paired: Whether the output has its columns in pairs, as in `layers.paired_columns`.
 
     Returns:
         (B, T / stride, H / stride, W / stride, features), rounded up; paired, half the columns and
         twice the features.
 
     Raises:
-        ValueError: If T is split and the stride does not divide the frames that each device holds.
+        ValueError: If T is split and the stride does not divide the frames that each device holds,
+            or paired columns are odd in number.
 
     >>> import jax.numpy as jnp
     >>> video_conv(jnp.ones((1, 3, 1, 1, 1)), jnp.ones((3, 1, 1, 1, 1))).ravel()
     Array([2., 3., 2.], dtype=float32)
     """
     strides = (int(strides[0]), int(strides[1]), int(strides[2]))
+    columns = -(-x.shape[3] // strides[2])
+    if paired and columns % 2:
+        raise ValueError(f"paired columns must be even in number; got {columns}.")
     if axis_name is None:
         return _convolve(x, kernel, _Options(strides, groups, False, platform, paired))
     taps, *window = kernel.shape[:3]

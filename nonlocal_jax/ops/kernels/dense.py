@@ -16,7 +16,7 @@ def respond(operands: Operands, settings: None) -> Responses:
 
 
 def respond_split(operands: Operands, settings: None, axis_name: str) -> Responses:
-    """Computes the same with the keys of all devices; the concatenation, with their projections."""
+    """Gathers keys and values of all devices; for the concatenation, b_j instead of the keys."""
     instantiation, theta, phi, g, key_mask, _, w_f = operands
     if instantiation != "concatenation":
         return respond(operands.gather_keys(axis_name), settings)

@@ -76,7 +76,7 @@ def choose(
             return Lowering.of(taps_side_by_side)
     if kernel_shape[1:3] == (1, 1):
         return Lowering.of(temporal_convolution, shifted_products)
-    if channels <= 4:
+    if channels <= 4 and isinstance(x_shape[0], int):
         return Lowering.of(frame_convolution, frame_by_frame)
     return None
 
