@@ -112,18 +112,17 @@ def excerpt(records: Records) -> str:
             for competitor in (OURS, PLAIN)
         ]
         if pair[0] is not None:
-            values = (
-                lambda r: 1e3 * r.seconds,
-                lambda r: r.traffic / 1e9,
-                lambda r: r.temporary / 1e9,
+            figures: tuple[Callable[[Record], str], ...] = (
+                _time,
+                lambda record: number(record.traffic, 1e-9),
+                lambda record: number(record.temporary, 1e-9),
             )
-            cells = [" · ".join(_figure(record, value) for record in pair) for value in values]
+            cells = [
+                " · ".join("–" if record is None else figure(record) for record in pair)
+                for figure in figures
+            ]
             rows.append([f"I3D R50 32×2, {text}", number(pair[0].roofline, 1e3), *cells])
     return table(["", "roofline, ms", "ms", "traffic, GB", "memory, GB"], rows, 1)
-
-
-def _figure(record: Record | None, value: Callable[[Record], float]) -> str:
-    return "–" if record is None or record.failure else number(value(record))
 
 
 def line(record: Record) -> str:
