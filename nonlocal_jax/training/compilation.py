@@ -81,9 +81,14 @@ def sum_of_evaluations(
 
 @functools.lru_cache(maxsize=8)
 def _sum_of_evaluations(trainer: Trainer, mesh: Mesh) -> Any:
+    return _sum(sharded_evaluation(trainer, mesh), _adapt_to_mesh(trainer, mesh)[0], mesh)
+
+
+def sharded_evaluation(trainer: Trainer, mesh: Mesh) -> Callable[[Tree, Batch], Metrics]:
+    """Returns `evaluation_step` for a mesh, a function of variables and a global batch."""
     trainer, axes = _adapt_to_mesh(trainer, mesh)
     step = functools.partial(evaluation_step, trainer)
-    return _sum(_map_over_devices(step, trainer, mesh, axes - {"data"}), trainer, mesh)
+    return _map_over_devices(step, trainer, mesh, axes - {"data"})
 
 
 def sum_of_moments(

@@ -1,7 +1,5 @@
 """Training steps and evaluations on several devices: each computes its own examples only."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,9 +8,8 @@ import pytest
 from nonlocal_jax.compiler.programs import Program
 from nonlocal_jax.models import cifar_resnet, video_resnet
 from nonlocal_jax.training import Trainer, classification, make_mesh
-from nonlocal_jax.training.compilation import sharded_step
+from nonlocal_jax.training.compilation import sharded_evaluation, sharded_step
 from nonlocal_jax.training.mesh import batch_sharding, state_sharding
-from nonlocal_jax.training.step import evaluation_step
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
 BATCH = 8
@@ -44,7 +41,7 @@ def compile_step(name, batch_norm, devices):
 def compile_evaluation(name, devices):
     mesh, trainer, state, batch = prepare(name, "device", devices)
     evaluate = jax.jit(
-        functools.partial(evaluation_step, trainer),
+        sharded_evaluation(trainer, mesh),
         in_shardings=(state_sharding(mesh, state.variables), None),
     )
     return Program(evaluate.lower(state.variables, batch).compile().as_text())
