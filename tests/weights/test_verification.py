@@ -126,9 +126,9 @@ def test_a_broken_convolution(video, monkeypatch):
     """Kernels in time are reversed."""
     module = sys.modules[VideoConv.__module__]
 
-    def broken(x, kernel, *options):
+    def broken(x, kernel, *arguments, **options):
         is_temporal = kernel.shape[1:3] == (1, 1)
-        return video_conv(x, kernel[::-1] if is_temporal else kernel, *options)
+        return video_conv(x, kernel[::-1] if is_temporal else kernel, *arguments, **options)
 
     monkeypatch.setattr(module, "video_conv", broken)
     result = nl.weights.verify(video, VIDEO, shape=SHAPE)
