@@ -105,7 +105,7 @@ def excerpt(records: Records) -> str:
     rows = []
     for text, topology, section in (
         ("inference of 8 clips", CHIP, "inference"),
-        ("training step, 64 clips on 16 chips", "v5e:4x4", "training"),
+        ("training, 64 clips on 16 chips", "v5e:4x4", "training"),
     ):
         pair = [
             _find(records, topology, section, "i3d_32x2", competitor)
