@@ -6,10 +6,9 @@ calls if necessary, and excludes compilation and the first run. Samples shorter 
 are preceded by an untimed run, because the previous competitor left its own data in the caches.
 
 Memory on CPUs is measured in the same way for all libraries: in a fresh process in which every
-large
-array is mapped separately and returned to the system (MALLOC_MMAP_THRESHOLD_), it is the high-water
-mark of resident memory during one run, minus the resident memory before it and the outputs. On
-GPUs, it is what torch and XLA report.
+large array is mapped separately and returned to the system (MALLOC_MMAP_THRESHOLD_), it is the
+high-water mark of resident memory during one run, minus the resident memory before it and the
+outputs. On GPUs, it is what torch and XLA report.
 """
 
 import dataclasses
@@ -56,7 +55,7 @@ class Worker:
         variables = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (environment or {})
         command = [sys.executable, "-m", f"benchmarks.{library}_worker"]
         self.library = library
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is open as long as the process
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, open as long as the process
         self._process = subprocess.Popen(
             command,
             env=variables,

@@ -277,7 +277,13 @@ def _auto(record: Record) -> str:
 
 
 def _origin(records: Records) -> str:
-    return "Compiled by " + "; ".join(sorted({record.compiled_by for record in records.values()}))
+    commits: dict[str, set[str]] = {}
+    for record in records.values():
+        versions, _, commit = record.compiled_by.partition(", commit ")
+        commits.setdefault(versions, set()).add(commit.partition(",")[0])
+    return "Compiled by " + "; ".join(
+        f"{versions}, at {', '.join(sorted(found))}" for versions, found in sorted(commits.items())
+    )
 
 
 def _networks(records: Records) -> str:
@@ -290,7 +296,7 @@ def _networks(records: Records) -> str:
                 f"{NETWORKS[record.subject]}, {record.section}",
                 f"{record.batch:,} on {record.topology}",
                 record.competitor,
-                *(_estimates(record) if record.cycles_by_kind else "–" * 5),
+                *(_estimates(record) if record.cycles_by_kind else ["–"] * 5),
                 number(record.temporary, 1e-6),
                 _collective_words(record),
             ]

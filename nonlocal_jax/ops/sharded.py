@@ -6,7 +6,7 @@ or `jax.pmap`, and take the name of the mapped axis. The communication between d
 | operation | what is communicated | memory of each device |
 |---|---|---|
 | the two Gaussians | keys and values, once | M·(d + e) |
-| the same in a ring | keys and values; again, with sums of φ̄ and ḡ, for gradients | 2 M/P·(d + e) |
+| the same in a ring | keys and values; again with φ̄ and ḡ for gradients | 2 M/P·(d + e) |
 | the dot product | Σ_j φ_j g_jᵀ, one sum of d×e | d·e |
 | the concatenation | b_j = w_φ·φ_j and values, once | M·(1 + e) |
 

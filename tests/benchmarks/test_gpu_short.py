@@ -86,6 +86,35 @@ def test_compilation_is_not_timed(monkeypatch):
     assert [record.seconds for record in timed.values()] == [0.1] * len(row.jobs)
 
 
+def test_a_job_that_fails_while_it_is_timed_keeps_the_others(monkeypatch):
+    monkeypatch.setattr(measure, "PAUSE", 0)
+    first, *others = tiny_row("row").jobs
+    asked = []
+
+    class Workers:
+        def ask(self, request, job, **options):
+            asked.append(job)
+            if request == "time" and asked.count(job) > 2 and job == first:
+                raise measure.JobError("no memory")
+            return {"seconds": 0.01}
+
+    timed = {
+        job: Record.empty(job.case, job.competitor, job.direction, "a day")
+        for job in (first, *others)
+    }
+    measure.time_jobs(timed, Workers(), 1.0)
+    assert timed[first].failure == "no memory"
+    assert [timed[job].seconds for job in others] == [0.01] * len(others)
+
+
+@pytest.mark.parametrize("key", ["commit", "versions", "nvidia-smi"])
+def test_rows_of_another_environment_are_not_kept(key):
+    environment = {"commit": "a", "versions": {"jax": "1"}, "nvidia-smi": ["H100"], "seconds": 1}
+    gpu_short.check_same(environment, environment | {"seconds": 2})
+    with pytest.raises(ValueError, match=f"only from a run with the same {key}, other; that of"):
+        gpu_short.check_same(environment, environment | {key: "other"})
+
+
 def test_no_row_starts_after_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_short, "run_tests", lambda tests: {"passed": 1})
     monkeypatch.setattr(gpu_short, "describe", lambda *arguments: {"versions": {}})

@@ -126,6 +126,15 @@ def test_errors_against_float64_are_those_of_dense(instantiation, implementation
         assert relative_error(fast[name], expected[name]) <= limit, name
 
 
+def test_values_in_float32_are_not_rounded():
+    """Of a dot product on a GPU, also where θ and φ are in half precision."""
+    operands = make_operands(N, M, batch=(BATCH,))
+    operands |= {name: operands[name].astype(jnp.bfloat16) for name in ("theta", "phi")}
+    fast, dense = (respond("dot_product", name, operands) for name in ("reassociated_gpu", "dense"))
+    chex.assert_type(fast, jnp.float32)
+    assert relative_error(fast, np.asarray(dense, np.float64)) < 1e-6
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("instantiation", "implementation"), FAST)
 def test_memory_grows_with_positions_rather_than_pairs(instantiation, implementation):
