@@ -74,7 +74,7 @@ class Rows(NamedTuple):
         It is a divisor of n if possible, and a multiple of 128, which fills the lanes of a TPU and
         the tiles of a GPU's products, or else of `alignment`.
 
-        >>> Rows(numbers=13 << 18).queries_at_once(12544, 12544)
+        >>> Rows(numbers=7 << 19).queries_at_once(12544, 12544)
         256
         """
         most = max(self.numbers // m, self.least)

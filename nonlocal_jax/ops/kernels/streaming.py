@@ -38,7 +38,7 @@ SETTINGS: dict[str, Form] = {
     "cpu": Tiles(),
     "gpu": GPU_ROWS,
     "rocm": GPU_ROWS,
-    "tpu": Rows(numbers=13 << 18, sums_by_product=True),
+    "tpu": Rows(numbers=7 << 19, sums_by_product=True),
 }
 
 
