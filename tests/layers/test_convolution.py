@@ -166,9 +166,13 @@ def test_a_tpu_infers_many_clips_with_the_convolution_of_xla():
 
 
 @pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("kernel_size", "channels"), [(TEMPORAL, 6), (FIRST, 3)])
-def test_a_tpu_gathers_no_clips(kernel_size, channels):
-    x, kernel = oracle.arrays(kernel_size, channels, 9, positions=(4, 5, 7))
+def test_a_tpu_gathers_no_clips(kernel_size, channels, dtype):
+    x, kernel = (
+        jnp.asarray(array, dtype)
+        for array in oracle.arrays(kernel_size, channels, 9, positions=(4, 5, 7))
+    )
     clips = jnp.concatenate([x] * 4)[:4]
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
     clips = jax.device_put(clips, jax.NamedSharding(mesh, jax.P("data")))
@@ -180,6 +184,19 @@ def test_a_tpu_gathers_no_clips(kernel_size, channels):
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(clips, kernel).compile()
     collectives = Program(gradients.as_text()).collectives()
     assert {collective.opcode for collective in collectives} == {"all-reduce"}
+
+
+def test_a_tpu_moves_frames_in_bfloat16_exactly():
+    x, kernel = oracle.arrays(FIRST, 3, 3, positions=(4, 5, 7))
+    x = jnp.asarray(x, jnp.bfloat16)
+    # A kernel that copies each position.
+    kernel = (
+        jnp.zeros_like(kernel, jnp.bfloat16)
+        .at[tuple(n // 2 for n in FIRST)]
+        .set(jnp.eye(3, dtype=jnp.bfloat16))
+    )
+    y = jax.jit(functools.partial(video_conv, platform="tpu"))(x, kernel)
+    chex.assert_trees_all_equal(y, x)
 
 
 @pytest.mark.usefixtures("as_users_see_it")  # a symbolic number is no int
