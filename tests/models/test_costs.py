@@ -9,6 +9,7 @@ from nonlocal_jax.layers import Affine, BatchNorm, nonlocal_block
 from nonlocal_jax.models import cost, non_local_pytorch_mnist, video_resnet
 
 
+@pytest.mark.networks
 def test_table_2e():
     """The table relates I3D and blocks to C2D R101 with 43.2 M parameters and 34.2 B FLOPs.
 
