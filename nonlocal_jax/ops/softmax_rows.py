@@ -3,13 +3,14 @@
 A part of the queries at a time, so that few rows are in memory. There is no loop over samples,
 because the batch may be split over devices: each would compute all samples (XLA cannot split such a
 loop). With the keys whole, a row needs no running maximum, and XLA:TPU fuses the exponential into
-the products on both sides.
+the products on both sides. The gradient knows the sums of rows, so it may take parts of the keys.
 """
 
 import itertools
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -19,6 +20,10 @@ from nonlocal_jax.types import Array
 
 # Columns of ones in a product that sums rows. XLA turns a product with one column into a reduction.
 ONES = 8
+Queries = tuple[Array, Array, Array, Array]  # θ, ȳ, the means of ȳ·g, λ
+Keys = tuple[Array, Array, Array | None]  # φ, g, mask
+# Results of parts, and sums over parts.
+Parts = tuple[tuple[Array, ...], tuple[Array, ...]]
 
 
 class Rows(NamedTuple):
@@ -30,14 +35,17 @@ class Rows(NamedTuple):
             0.02 ms instead of 0.24 of a forward pass of 0.38 (8 samples of 3136 × 784): the
             exponential is fused into the product.
         least: Number of queries that are computed at once however many keys there are.
-        alignment: Number of which the queries that are computed at once are a multiple.
+        gradient_least: The same for the gradients; by default `least`.
+        alignment: Number of which the queries that are computed at once are a multiple. A float32
+            tile of a TPU, and 16 bytes in half precision, which tensor cores read, have 8 rows.
         leaves_small: Whether an affinity for which parts save no memory is left to the definition.
     """
 
     numbers: int
     sums_by_product: bool = False
     least: int = 128
-    alignment: int = 16
+    gradient_least: int | None = None
+    alignment: int = 8
     leaves_small: bool = False
 
     def leaves_to_definition(self, n: int, m: int, channels: int) -> bool:
@@ -69,7 +77,7 @@ class Rows(NamedTuple):
         return batch * self.queries_at_once(n, m) * m * item_bytes
 
     def queries_at_once(self, n: int, m: int) -> int:
-        """Returns how many of n queries are computed at once.
+        """Returns how many of n queries, or keys in a gradient, are computed with m of the others.
 
         It is a divisor of n if possible, and a multiple of 128, which fills the lanes of a TPU and
         the tiles of a GPU's products, or else of `alignment`.
@@ -90,22 +98,13 @@ class Rows(NamedTuple):
         self, theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None, dtype: Any
     ) -> tuple[Array, Array]:
         """Returns the responses (B, N, e) and λ (B, N); both are 0 for a query without keys."""
-        respond = partial(self._respond, phi=phi, g=g, scale=scale, mask=mask, dtype=dtype)
-        n = theta.shape[1]
-        part = self.queries_at_once(n, phi.shape[1])
-        if part == n:
-            return respond(theta)
-        theta = _pad_queries(theta, part)
-        y = jnp.zeros((*theta.shape[:2], g.shape[-1]), dtype)
-        lse = jnp.zeros(theta.shape[:2], jnp.promote_types(theta.dtype, jnp.float32))
 
-        def add_part(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
-            parts = respond(_part(theta, i, part))
-            y, lse = (_set_part(*pair, i * part) for pair in zip(results, parts, strict=True))
-            return y, lse
+        def for_queries(queries: tuple[Array]) -> Parts:
+            return self._respond(*queries, phi, g, scale, mask, dtype), ()
 
-        y, lse = lax.fori_loop(0, theta.shape[1] // part, add_part, (y, lse))
-        return y[:, :n], lse[:, :n]
+        part = self.queries_at_once(theta.shape[1], phi.shape[1])
+        (y, lse), _ = _by_parts(for_queries, (theta,), part)
+        return y, lse
 
     def differentiate(
         self,
@@ -118,25 +117,33 @@ class Rows(NamedTuple):
         mean: Array,
         lse: Array,
     ) -> tuple[Array, Array, Array]:
-        """Returns θ̄ / scale, φ̄ / scale and ḡ, given ȳ, the means Σ_j p_ij ȳ_i·g_j and λ."""
-        differentiate = partial(_differentiate, phi=phi, g=g, scale=scale, mask=mask)
-        n = theta.shape[1]
-        part = self.queries_at_once(n, phi.shape[1])
-        if part == n:
-            return differentiate(theta, dy, mean, lse)
-        # Queries of zeros, with a ȳ of zeros, add nothing to the gradients.
-        queries = [_pad_queries(x, part) for x in (theta, dy, mean, lse)]
+        """Returns θ̄ / scale, φ̄ / scale and ḡ, given ȳ, the means Σ_j p_ij ȳ_i·g_j and λ.
 
-        def add_part(i: Array, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            dtheta, dphi, dg = gradients
-            part_dtheta, part_dphi, part_dg = differentiate(*(_part(x, i, part) for x in queries))
-            return _set_part(dtheta, part_dtheta, i * part), dphi + part_dphi, dg + part_dg
+        A part of the keys at a time, or of the queries if those are more. Each part reads all of
+        the others and adds to their gradients, in float32; of the keys those are two arrays.
+        """
+        n, m = theta.shape[1], phi.shape[1]
+        rows = self._replace(least=self.gradient_least or self.least)
+        part = rows.queries_at_once(max(n, m), min(n, m))
+        queries = theta, dy, mean, lse
+        if n > m:
 
-        dtype = jnp.promote_types(theta.dtype, jnp.float32)
-        zeros = (jnp.zeros(x.shape, dtype) for x in (queries[0], phi, g))
-        steps = queries[0].shape[1] // part
-        dtheta, dphi, dg = lax.fori_loop(0, steps, add_part, tuple(zeros))
-        return dtheta[:, :n], dphi, dg
+            def for_queries(queries: Queries) -> Parts:
+                dtheta, dphi, dg = _differentiate(queries, (phi, g, mask), scale)
+                return (dtheta,), (dphi, dg)
+
+            # Queries of zeros, with a ȳ of zeros, add nothing to the gradients.
+            (dtheta,), (dphi, dg) = _by_parts(for_queries, queries, part)
+            return dtheta, dphi, dg
+
+        def for_keys(keys: Keys) -> Parts:
+            dtheta, dphi, dg = _differentiate(queries, keys, scale)
+            return (dphi, dg), (dtheta,)
+
+        if mask is None and m % part:  # exp(−λ_i) of a key that pads may overflow
+            mask = jnp.ones(phi.shape[:2], bool)
+        (dphi, dg), (dtheta,) = _by_parts(for_keys, (phi, g, mask), part)
+        return dtheta, dphi, dg
 
     def _respond(
         self,
@@ -163,17 +170,9 @@ class Rows(NamedTuple):
         return y.astype(dtype), (largest + jnp.log(total))[..., 0]
 
 
-def _differentiate(
-    theta: Array,
-    dy: Array,
-    mean: Array,
-    lse: Array,
-    phi: Array,
-    g: Array,
-    scale: Array,
-    mask: Array | None,
-) -> tuple[Array, Array, Array]:
-    """Returns θ̄ / scale of some queries, and what they add to φ̄ / scale and ḡ."""
+def _differentiate(queries: Queries, keys: Keys, scale: Array) -> tuple[Array, Array, Array]:
+    """Returns what the pairs of some queries and keys add to θ̄ / scale, φ̄ / scale and ḡ."""
+    (theta, dy, mean, lse), (phi, g, mask) = queries, keys
     p = jnp.exp(scale * product("bnd,bmd->bnm", theta, phi) - lse[..., None])
     if mask is not None:
         p = jnp.where(mask[:, None], p, 0)
@@ -188,14 +187,41 @@ def _differentiate(
     )
 
 
-def _part(x: Array, i: Array, size: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+def _by_parts(function: Callable[[Any], Parts], arrays: Any, size: int) -> Parts:
+    """Calls a function with parts of arrays along axis 1, the last one padded with zeros.
+
+    Args:
+        function: Returns results for the positions of a part, and terms of sums over all parts.
+        arrays: Tuple of arrays (B, N, ...), and perhaps None at its end.
+        size: Number of positions in a part.
+
+    Returns:
+        The results for all positions, and the sums.
+    """
+    n = arrays[0].shape[1]
+    if size >= n:
+        return function(arrays)
+    steps = -(-n // size)
+    arrays = jax.tree.map(lambda x: _pad(x, steps * size - n), arrays)
+
+    def compute(i: Array | int) -> Parts:
+        return function(
+            jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * size, size, axis=1), arrays)
+        )
+
+    def add_part(i: Array, state: Parts) -> Parts:
+        (results, sums), (part, terms) = state, compute(i)
+        results = jax.tree.map(
+            lambda x, new: lax.dynamic_update_slice_in_dim(x, new, i * size, axis=1), results, part
+        )
+        return results, jax.tree.map(jnp.add, sums, terms)
+
+    results, sums = jax.eval_shape(compute, 0)
+    whole = tuple(jnp.zeros((x.shape[0], steps * size, *x.shape[2:]), x.dtype) for x in results)
+    state = whole, tuple(jnp.zeros(x.shape, x.dtype) for x in sums)
+    results, sums = lax.fori_loop(0, steps, add_part, state)
+    return tuple(x[:, :n] for x in results), sums
 
 
-def _set_part(x: Array, part: Array, start: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis=1)
-
-
-def _pad_queries(x: Array, multiple: int) -> Array:
-    """Appends queries of zeros up to a multiple."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
+def _pad(x: Array, positions: int) -> Array:
+    return jnp.pad(x, [(0, 0), (0, positions)] + [(0, 0)] * (x.ndim - 2))

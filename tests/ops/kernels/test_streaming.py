@@ -18,8 +18,9 @@ AFFINITY_BYTES = BATCH * N * M * 4
 VARIANTS = (
     streaming_row("storing", Tiles(rows=16, numbers=1, stored_bytes=AFFINITY_BYTES)),
     streaming_row("recomputing", Tiles(rows=16, numbers=1, stored_bytes=AFFINITY_BYTES - 1)),
-    streaming_row("rows", Rows(numbers=1, least=16)),
-    streaming_row("rows_of_8", Rows(numbers=1, least=8, alignment=8)),
+    streaming_row("rows", Rows(numbers=1, least=16, alignment=16)),
+    streaming_row("rows_of_8", Rows(numbers=1, least=8)),
+    streaming_row("wider_gradients", Rows(numbers=1, least=8, gradient_least=24)),
     streaming_row("left_to_definition", Rows(numbers=N * M, leaves_small=True)),
 )
 
@@ -32,13 +33,23 @@ def variants():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    "implementation", ["storing", "recomputing", "rows", "rows_of_8", "left_to_definition"]
+    "implementation",
+    ["storing", "recomputing", "rows", "rows_of_8", "wider_gradients", "left_to_definition"],
 )
-def test_equal_to_dense_whether_or_not_the_affinity_is_stored(implementation, masked):
-    operands = make_operands(N, M, D, E, (BATCH,))
+@pytest.mark.parametrize(("n", "m"), [(N, M), (M, N)])
+def test_equal_to_dense_whether_or_not_the_affinity_is_stored(n, m, implementation, masked):
+    operands = make_operands(n, m, D, E, (BATCH,))
     operands["theta"] /= 2
-    mask = jnp.ones((BATCH, M), bool).at[0, 3:].set(False).at[1].set(False) if masked else None
+    mask = jnp.ones((BATCH, m), bool).at[0, 3:].set(False).at[1].set(False) if masked else None
     assert_equal_to_dense("gaussian", implementation, operands, mask)
+
+
+def test_keys_that_pad_add_nothing():
+    """To the gradient of queries whose logits are so low that exp(−λ) overflows."""
+    operands = make_operands(3, 20, D, E, (BATCH,))
+    operands["theta"] = 4 + operands["theta"]
+    operands["phi"] = operands["phi"] - 4
+    assert_equal_to_dense("gaussian", "rows_of_8", operands)
 
 
 def test_an_affinity_is_stored_up_to_the_limit():
