@@ -3,7 +3,8 @@
 A part of the queries at a time, so that few rows are in memory. There is no loop over samples,
 because the batch may be split over devices: each would compute all samples (XLA cannot split such a
 loop). With the keys whole, a row needs no running maximum, and XLA:TPU fuses the exponential into
-the products on both sides. The gradient knows the sums of rows, so it may take parts of the keys.
+the products on both sides. The gradient needs no maximum, since it is given λ, so it can take parts
+of the keys instead.
 """
 
 import itertools
@@ -35,9 +36,9 @@ class Rows(NamedTuple):
             0.02 ms instead of 0.24 of a forward pass of 0.38 (8 samples of 3136 × 784): the
             exponential is fused into the product.
         least: Number of queries that are computed at once however many keys there are.
-        gradient_least: The same for the gradients; by default `least`.
+        gradient_least: The same for the gradients, of queries or keys. Default: `least`.
         alignment: Number of which the queries that are computed at once are a multiple. A float32
-            tile of a TPU, and 16 bytes in half precision, which tensor cores read, have 8 rows.
+            tile of a TPU has 8 rows; tensor cores read 16 bytes, 8 numbers in half precision.
         leaves_small: Whether an affinity for which parts save no memory is left to the definition.
     """
 
@@ -77,7 +78,7 @@ class Rows(NamedTuple):
         return batch * self.queries_at_once(n, m) * m * item_bytes
 
     def queries_at_once(self, n: int, m: int) -> int:
-        """Returns how many of n queries, or keys in a gradient, are computed with m of the others.
+        """Returns how many of n queries are computed at once with m keys, or the reverse.
 
         It is a divisor of n if possible, and a multiple of 128, which fills the lanes of a TPU and
         the tiles of a GPU's products, or else of `alignment`.
@@ -119,8 +120,8 @@ class Rows(NamedTuple):
     ) -> tuple[Array, Array, Array]:
         """Returns θ̄ / scale, φ̄ / scale and ḡ, given ȳ, the means Σ_j p_ij ȳ_i·g_j and λ.
 
-        A part of the keys at a time, or of the queries if those are more. Each part reads all of
-        the others and adds to their gradients, in float32; of the keys those are two arrays.
+        Takes a part of the keys at a time, or of the queries if there are more queries than keys.
+        Parts of the keys add to one array in float32, θ̄, and parts of the queries to φ̄ and ḡ.
         """
         n, m = theta.shape[1], phi.shape[1]
         rows = self._replace(least=self.gradient_least or self.least)
@@ -140,7 +141,7 @@ class Rows(NamedTuple):
             dtheta, dphi, dg = _differentiate(queries, keys, scale)
             return (dphi, dg), (dtheta,)
 
-        if mask is None and m % part:  # exp(−λ_i) of a key that pads may overflow
+        if mask is None and m % part:  # exp(−λ_i), the weight of a padded key, may overflow
             mask = jnp.ones(phi.shape[:2], bool)
         (dphi, dg), (dtheta,) = _by_parts(for_keys, (phi, g, mask), part)
         return dtheta, dphi, dg

@@ -8,9 +8,9 @@ A part of the affinity is in memory at a time. The gradient keeps θ, φ, g, y a
     scale' = Σ_ij s_ij θ_i·φ_j
 
 (Milakov and Gimelshein 2018; Dao et al. 2022.) It takes any N, M, d and e, and memory for
-O((N + M)(d + e)) numbers and one part: a tile of a sample on CPU, some rows of all samples on
-accelerators. On CPU, an affinity of a few megabytes is stored for the gradient instead. On GPUs, an
-affinity for which parts would not save memory is left to the definition.
+O((N + M)(d + e)) numbers and one part: a tile of a sample on CPU, some rows or columns of all
+samples on accelerators. On CPU, an affinity of a few megabytes is stored for the gradient instead.
+On GPUs, an affinity for which parts would not save memory is left to the definition.
 """
 
 from functools import partial
@@ -32,9 +32,9 @@ Form = Tiles | Rows
 
 # On an H100, the logits of 8 samples fill a third of the cache, and 128 rows one tile of a product.
 GPU_ROWS = Rows(numbers=1 << 19, leaves_small=True)
-# On TPU v5e, the rows of 8 samples fill about half of the vector memory. For the gradients they may
-# be more than fit: with 448 keys at once instead of 256, a gradient of 12544 takes 0.98 of the time
-# on a v5e, 0.84 on a v5p and 0.71 on a v6e.
+# On TPU v5e, the rows of 8 samples fill about half of the vector memory. Parts of a gradient may be
+# larger than that: for 12544 queries and keys, 448 keys at once take 0.98 of the estimated time of
+# 256 on a v5e, 0.84 on a v5p and 0.71 on a v6e.
 SETTINGS: dict[str, Form] = {
     "cpu": Tiles(),
     "gpu": GPU_ROWS,

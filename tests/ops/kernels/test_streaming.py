@@ -44,8 +44,23 @@ def test_equal_to_dense_whether_or_not_the_affinity_is_stored(n, m, implementati
     assert_equal_to_dense("gaussian", implementation, operands, mask)
 
 
-def test_keys_that_pad_add_nothing():
-    """To the gradient of queries whose logits are so low that exp(−λ) overflows."""
+@pytest.mark.parametrize(
+    ("n", "m", "forward", "gradient"), [(N, M, (8, M), (24, M)), (M, N, (8, N), (M, 24))]
+)
+def test_a_gradient_takes_parts_of_the_longer_axis(n, m, forward, gradient):
+    operands = make_operands(n, m, D, E, (BATCH,))
+
+    def loss(operands):
+        return call("gaussian", "wider_gradients", operands).sum()
+
+    assert f"f32[{BATCH},{forward[0]},{forward[1]}]" in str(jax.make_jaxpr(loss)(operands))
+    text = str(jax.make_jaxpr(jax.grad(loss))(operands))
+    assert f"f32[{BATCH},{gradient[0]},{gradient[1]}]" in text
+    assert f"f32[{BATCH},{n},{m}]" not in text
+
+
+def test_padded_keys_add_nothing():
+    """To gradients of queries whose logits are so low that exp(−λ) overflows."""
     operands = make_operands(3, 20, D, E, (BATCH,))
     operands["theta"] = 4 + operands["theta"]
     operands["phi"] = operands["phi"] - 4
