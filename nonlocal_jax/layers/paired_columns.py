@@ -9,10 +9,10 @@ platforms nothing. A training step of I3D R50's first layer with its norm and po
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers import pooling
+from nonlocal_jax.layers.axis_windows import first_maximum, max_along_axis, members_of_phases
+from nonlocal_jax.layers.pooling import check_windows, strided_max_pool
 from nonlocal_jax.ops.platforms import by_platform
 from nonlocal_jax.types import Array
 
@@ -53,39 +53,30 @@ def max_pool_of_paired(
     if strides[2] != 2:
         raise ValueError(f"the stride of paired columns must be 2; got {strides[2]}.")
     positions = (*x.shape[1:3], 2 * x.shape[3])
-    pooling.check_windows(positions, window, padding)
+    check_windows(positions, window, padding)
 
     def compute(is_tpu: bool, x: Array) -> Array:
         if is_tpu:
             return _columns_last(x, window, strides, padding)
-        return pooling.strided_max_pool(unpair(x), window, strides, padding)
+        return strided_max_pool(unpair(x), window, strides, padding, platform=platform)
 
-    if platform is not None:
-        return compute(platform == "tpu", x)
-    return by_platform(lambda name: name == "tpu", compute, x)
+    return by_platform(lambda name: name == "tpu", compute, x, platform=platform)
 
 
 def _columns_last(x: Array, window: Triple, strides: Triple, padding: Triple) -> Array:
     clips = x.shape[0]
     frames = x.reshape(-1, *x.shape[2:])
-    frames = pooling.max_along_axis(frames, 1, window[1], strides[1], padding[1])
+    frames = max_along_axis(frames, 1, window[1], strides[1], padding[1], "tpu")
     x = frames.reshape(clips, -1, *frames.shape[1:])
-    x = pooling.max_along_axis(x, 1, window[0], strides[0], padding[0])
+    x = max_along_axis(x, 1, window[0], strides[0], padding[0], "tpu", is_time=True)
     frames = x.reshape(-1, *x.shape[2:])
     members = functools.partial(_members_of_pairs, size=window[2], padding=padding[2])
-    columns = pooling.first_maximum(members, frames)
+    columns = first_maximum(members, frames, "tpu")
     return columns.reshape(clips, -1, *columns.shape[1:])
 
 
 def _members_of_pairs(x: Array, fill_value: float, size: int, padding: int) -> list[Array]:
     """Returns the members of all windows of columns, one array for each place in a window."""
-    pairs = x.shape[-2]
-    windows = (2 * pairs + 2 * padding - size) // 2 + 1
+    windows = (2 * x.shape[-2] + 2 * padding - size) // 2 + 1
     halves = jnp.split(x, 2, axis=-1)
-    members = []
-    for column in range(-padding, size - padding):  # of the first window
-        shift, half = divmod(column, 2)
-        width = [(0, 0, 0)] * x.ndim
-        width[-2] = (-shift, windows + shift - pairs, 0)  # a negative width crops
-        members.append(jax.lax.pad(halves[half], jnp.asarray(fill_value, x.dtype), width))
-    return members
+    return members_of_phases(halves, fill_value, x.ndim - 2, size, padding, windows)

@@ -2,12 +2,12 @@
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nonlocal_jax.layers.axis_windows import max_along_axis
 from nonlocal_jax.layers.halo import add_halo, local_windows
 from nonlocal_jax.ops.platforms import by_platform
 from nonlocal_jax.types import Array, Features, Pooled, PooledMask, PositionMask
@@ -60,6 +60,7 @@ def strided_max_pool(
     strides: tuple[int, ...],
     padding: tuple[int, ...],
     axis_name: str | None = None,
+    platform: str | None = None,
 ) -> Pooled:
     """Computes the maximum of windows that may overlap.
 
@@ -73,6 +74,8 @@ def strided_max_pool(
         padding: Positions added on both sides of each axis, fewer than a window.
         axis_name: Under `jax.shard_map` or `jax.pmap`, the name of the mapped axis over whose
             devices the first position axis is split.
+        platform: Platform whose derivative is taken: "cpu", "gpu", "tpu" or "rocm". None is the one
+            that the program is lowered for.
 
     Returns:
         (B, *pooled, C), with (positions + 2 · padding − window) / stride + 1 along each axis,
@@ -101,13 +104,13 @@ def strided_max_pool(
             x, pad = add_halo(x, axis_name, *halo, fill_value=-math.inf), 0
         check_windows(x.shape[axis : axis + 1], (size,), (pad,))
         if axis == 1:
-            x = max_along_axis(x, axis, size, stride, pad)
+            x = max_along_axis(x, axis, size, stride, pad, platform, is_time=len(window) == 3)
             continue
         # The frames of a video join the batch, as in the convolution before. Otherwise XLA:TPU
         # copies its large result to another layout: 16.5 ms instead of 9.3 for the first layer of
         # I3D R50 with this pooling.
         frames = x.reshape(-1, *x.shape[2:])
-        pooled = max_along_axis(frames, axis - 1, size, stride, pad)
+        pooled = max_along_axis(frames, axis - 1, size, stride, pad, platform)
         x = pooled.reshape(*x.shape[:2], *pooled.shape[1:])
     return x
 
@@ -152,9 +155,7 @@ def _max_over_windows(x: Array, window: tuple[int, ...], platform: str | None) -
     def compute(is_tpu: bool, x: Array) -> Array:
         return _maximum_on_tpu(x, window) if is_tpu else _maximum(x, window)
 
-    if platform is not None:
-        return compute(platform == "tpu", x)
-    return by_platform(lambda name: name == "tpu", compute, x)
+    return by_platform(lambda name: name == "tpu", compute, x, platform=platform)
 
 
 def _check_window(positions: tuple[int, ...], window: tuple[int, ...]) -> None:
@@ -184,7 +185,7 @@ def _maximum_on_tpu_jvp(
     def axis_by_axis(x: Array) -> Array:
         for axis, size in reversed(list(enumerate(window, start=1))):
             if size > 1:
-                x = max_along_axis(x, axis, size, size, 0)
+                x = max_along_axis(x, axis, size, size, 0, "tpu")
         return x
 
     return jax.jvp(axis_by_axis, primals, tangents)
@@ -239,53 +240,3 @@ def _crop_to_windows(x: Array, window: tuple[int, ...]) -> Array:
     """Drops the positions at the end of each axis that fill no whole window."""
     axes = zip(x.shape[1:-1], window, strict=True)
     return x[:, *(slice(length // size * size) for length, size in axes)]
-
-
-def max_along_axis(x: Array, axis: int, size: int, stride: int, padding: int) -> Array:
-    """Computes the maximum of windows along one axis, which may overlap."""
-    if (size, stride, padding) == (1, 1, 0):
-        return x
-    members = functools.partial(
-        _window_members, axis=axis, size=size, stride=stride, padding=padding
-    )
-    return first_maximum(members, x)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def first_maximum(members_of: Callable[[Array, float], list[Array]], x: Array) -> Array:
-    """Computes the maximum over windows of x, whose gradient goes to the first on ties.
-
-    Args:
-        members_of: Returns the members of all windows, one array for each place in a window, given
-            x and the value of positions beyond its borders. It must be linear if that value is 0.
-        x: Any array.
-    """
-    return functools.reduce(jnp.maximum, members_of(x, -jnp.inf))
-
-
-@first_maximum.defjvp
-def _first_maximum_jvp(
-    members_of: Callable[[Array, float], list[Array]],
-    primals: tuple[Array],
-    tangents: tuple[Array],
-) -> tuple[Array, Array]:
-    maximum = first_maximum(members_of, *primals)
-    members, member_tangents = members_of(*primals, -jnp.inf), members_of(*tangents, 0.0)
-    # From the last member to the first, so that an earlier maximum overrides a later one. The last
-    # needs no comparison: it stays only where no other member is the maximum.
-    derivative = member_tangents[-1]
-    pairs = list(zip(members, member_tangents, strict=True))[:-1]
-    for member, tangent in reversed(pairs):
-        derivative = jnp.where(member == maximum, tangent, derivative)
-    return maximum, derivative
-
-
-def _window_members(
-    x: Array, fill_value: float, axis: int, size: int, stride: int, padding: int
-) -> list[Array]:
-    """Returns the members of all windows along one axis, one array for each place in a window."""
-    pad_width = [(0, 0)] * x.ndim
-    pad_width[axis] = (padding, padding)
-    x = jnp.pad(x, pad_width, constant_values=fill_value)
-    span = (x.shape[axis] - size) // stride * stride + 1
-    return [jax.lax.slice_in_dim(x, start, start + span, stride, axis) for start in range(size)]

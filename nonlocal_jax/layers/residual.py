@@ -27,9 +27,7 @@ def relu_of_sum(x: Features, branch: Features, platform: str | None = None) -> F
     def compute(is_cpu: bool, x: Array, branch: Array) -> Array:
         return _relu_of_sum_on_cpu(x, branch) if is_cpu else jax.nn.relu(x + branch)
 
-    if platform is not None:
-        return compute(platform == "cpu", x, branch)
-    return by_platform(lambda name: name == "cpu", compute, x, branch)
+    return by_platform(lambda name: name == "cpu", compute, x, branch, platform=platform)
 
 
 # XLA on CPU sees ReLU(x + branch) as a function of one array, and computes it again for each of its

@@ -50,7 +50,12 @@ PLATFORMS = {
 _LOWERING_NAMES = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
 
-def by_platform(choose: Callable[[str], Choice], compute: Callable[..., T], *operands: Any) -> T:
+def by_platform(
+    choose: Callable[[str], Choice],
+    compute: Callable[..., T],
+    *operands: Any,
+    platform: str | None = None,
+) -> T:
     """Calls `compute(choice, *operands)` with the choice for the platform that is lowered for.
 
     Args:
@@ -59,6 +64,7 @@ def by_platform(choose: Callable[[str], Choice], compute: Callable[..., T], *ope
         compute: A function of a choice and of trees of arrays. The shapes and dtypes of its result
             must not depend on the choice.
         *operands: The trees of arrays.
+        platform: Takes the choice for this platform instead.
 
     Returns:
         The result of `compute`. A platform that is not in `PLATFORMS` takes the choice of "rocm".
@@ -70,6 +76,8 @@ def by_platform(choose: Callable[[str], Choice], compute: Callable[..., T], *ope
     >>> ["cosine" in text for text in texts]
     [False, True]
     """
+    if platform is not None:
+        return compute(choose(platform), *operands)
     default = choose("rocm")
     branches: dict[str, Callable[..., T]] = {}
     for platform, name in _LOWERING_NAMES.items():

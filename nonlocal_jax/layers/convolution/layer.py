@@ -148,9 +148,7 @@ def dot_over_positions(
             return cpu.dot_over_rows(x, kernel, **options)
         return lax.dot_general(x, kernel, dimension_numbers, **options)
 
-    if platform is not None:
-        return compute(platform == "cpu", x, kernel)
-    return by_platform(lambda name: name == "cpu", compute, x, kernel)
+    return by_platform(lambda name: name == "cpu", compute, x, kernel, platform=platform)
 
 
 class _Options(NamedTuple):
@@ -205,9 +203,7 @@ def _apply(part: str, options: _Options, x: Array, kernel: Array) -> Array:
     def compute(function: ConvFunction, x: Array, kernel: Array) -> Array:
         return function(x, kernel, options.strides, options.groups)
 
-    if options.platform is not None:
-        return compute(choose(options.platform), x, kernel)
-    return by_platform(choose, compute, x, kernel)
+    return by_platform(choose, compute, x, kernel, platform=options.platform)
 
 
 def _lowering(x: Array, kernel: Array, options: _Options, platform: str) -> Lowering:
