@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nonlocal_jax.layers import max_pool, nonlocal_block, video_conv
+from nonlocal_jax.layers import max_pool, nonlocal_block, strided_max_pool, video_conv
 from nonlocal_jax.layers.residual import relu_of_sum
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -63,13 +63,34 @@ def test_end_of_a_residual_block(platform):
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_gradient_of_max_pooling(platform):
-    """TPUs take it along one axis after the other, others from the index of the maximum."""
+    """TPUs take it along one axis after the other."""
 
     def gradient(x):
         return jax.grad(lambda x: max_pool(x, (1, 2, 2)).sum())(x)
 
     text = lowered_text(gradient, platform, shaped(2, 4, 6, 6, 5))
-    assert ("xui8>" in text) == (platform != "tpu")
+    assert text.count("optimization_barrier") == (2 if platform == "tpu" else 0)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_gradient_of_strided_max_pooling(platform):
+    """TPUs keep the index of the maximum, and take frames apart by phase only where they compare.
+
+    Others compare again.
+    """
+
+    def pool(x):
+        return strided_max_pool(x, (3, 3, 3), (2, 2, 2), (1, 1, 1)).sum()
+
+    x, is_tpu = shaped(2, 4, 6, 6, 5), platform == "tpu"
+    text = lowered_text(jax.grad(pool), platform, x)
+    assert text.count("optimization_barrier") == (3 if is_tpu else 0)
+    assert ("xui8>" in text) == is_tpu
+    shifted_phase = "low = [0, 1, 0, 0, 0], high = [0, -1, 0, 0, 0]"
+    assert (shifted_phase in text) == is_tpu
+    without_gradient = lowered_text(pool, platform, x)
+    assert "optimization_barrier" not in without_gradient
+    assert shifted_phase not in without_gradient
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

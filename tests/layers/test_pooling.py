@@ -112,24 +112,39 @@ def test_a_bad_mask():
         ((1, 1, 1), (2, 2, 2), (0, 0, 0)),
         ((3, 3, 3), (1, 1, 1), (1, 1, 1)),
         ((2, 2, 2), (3, 3, 3), (1, 0, 1)),
+        ((2, 1, 1), (8, 1, 1), (0, 0, 0)),  # a stride beyond the map
     ],
 )
-def test_strided_equals_reduce_window(window, strides, padding):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_strided_equals_reduce_window(platform, window, strides, padding):
     x = normal((2, 5, 7, 10, 3)) - 3  # negative, so that padding with 0 would be noticed
     assert_equal_with_gradients(
         x,
-        lambda x: strided_max_pool(x, window, strides, padding),
+        lambda x: strided_max_pool(x, window, strides, padding, platform=platform),
         lambda x: nn.max_pool(x, window, strides, [(n, n) for n in padding]),
     )
 
 
-def test_strided_on_ties_the_first_maximum_has_the_gradient():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_strided_on_ties_the_first_maximum_has_the_gradient(platform):
     def pooled_sum(x):
-        return strided_max_pool(x, (3, 3), (2, 2), (1, 1)).sum()
+        return strided_max_pool(x, (3, 3), (2, 2), (1, 1), platform=platform).sum()
 
     gradient = jax.grad(pooled_sum)(jnp.zeros((1, 3, 3, 1)))
     expected = jnp.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]])
     chex.assert_trees_all_equal(gradient[0, ..., 0], expected)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_strided_in_time_on_ties_the_first_frame_has_the_gradient(platform):
+    def pool(x):
+        return strided_max_pool(x, (3, 1, 1), (2, 1, 1), (1, 0, 0), platform=platform)
+
+    x = jnp.array([1.0, 1, 2, 2, 0]).reshape(1, 5, 1, 1, 1)
+    gradient = jax.grad(lambda x: pool(x).sum())(x)
+    chex.assert_trees_all_equal(gradient.ravel(), jnp.array([1.0, 0, 1, 1, 0]))
+    tangent = jax.jvp(pool, (x,), (jnp.arange(5.0).reshape(x.shape),))[1]
+    chex.assert_trees_all_equal(tangent.ravel(), jnp.array([0.0, 2, 3]))
 
 
 def test_strided_on_ties_across_rows_and_columns_the_first_row_wins():
