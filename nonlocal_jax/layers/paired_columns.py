@@ -68,7 +68,7 @@ def _columns_last(x: Array, window: Triple, strides: Triple, padding: Triple) ->
     frames = x.reshape(-1, *x.shape[2:])
     frames = max_along_axis(frames, 1, window[1], strides[1], padding[1], "tpu")
     x = frames.reshape(clips, -1, *frames.shape[1:])
-    x = max_along_axis(x, 1, window[0], strides[0], padding[0], "tpu", is_time=True)
+    x = max_along_axis(x, 1, window[0], strides[0], padding[0], "tpu", compares_phases=True)
     frames = x.reshape(-1, *x.shape[2:])
     members = functools.partial(_members_of_pairs, size=window[2], padding=padding[2])
     columns = first_maximum(members, frames, "tpu")

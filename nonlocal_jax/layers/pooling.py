@@ -104,7 +104,7 @@ def strided_max_pool(
             x, pad = add_halo(x, axis_name, *halo, fill_value=-math.inf), 0
         check_windows(x.shape[axis : axis + 1], (size,), (pad,))
         if axis == 1:
-            x = max_along_axis(x, axis, size, stride, pad, platform, is_time=len(window) == 3)
+            x = max_along_axis(x, axis, size, stride, pad, platform)
             continue
         # The frames of a video join the batch, as in the convolution before. Otherwise XLA:TPU
         # copies its large result to another layout: 13.4 ms instead of 5.7 for the first layer of
