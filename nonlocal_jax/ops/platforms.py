@@ -64,7 +64,7 @@ def by_platform(
         compute: A function of a choice and of trees of arrays. The shapes and dtypes of its result
             must not depend on the choice.
         *operands: The trees of arrays.
-        platform: Takes the choice for this platform instead.
+        platform: Platform whose choice is taken. None is the one that is lowered for.
 
     Returns:
         The result of `compute`. A platform that is not in `PLATFORMS` takes the choice of "rocm".
@@ -80,10 +80,10 @@ def by_platform(
         return compute(choose(platform), *operands)
     default = choose("rocm")
     branches: dict[str, Callable[..., T]] = {}
-    for platform, name in _LOWERING_NAMES.items():
-        choice = choose(platform)
+    for name, lowering_name in _LOWERING_NAMES.items():
+        choice = choose(name)
         if choice != default:
-            branches[name] = functools.partial(compute, choice)
+            branches[lowering_name] = functools.partial(compute, choice)
     if not branches:
         return compute(default, *operands)
     return jax.lax.platform_dependent(

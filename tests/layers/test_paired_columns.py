@@ -81,6 +81,7 @@ def test_batch_norm_of_pairs_takes_no_mask():
         ((1, 3, 3), (1, 2, 2), (0, 0, 0)),
         ((2, 2, 2), (2, 2, 2), (0, 0, 0)),
         ((2, 3, 5), (1, 1, 2), (0, 1, 2)),
+        ((2, 1, 1), (8, 1, 2), (0, 0, 0)),  # more phases than frames
     ],
 )
 @pytest.mark.parametrize("platform", PLATFORMS)
