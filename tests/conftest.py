@@ -55,6 +55,22 @@ CACHE_DAYS = 30
 collect_ignore = ["training/object_store.py"]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--mutated-files",
+        type=int,
+        default=100,
+        help="mutated files of each format that the tests in tests/damage read; a tenth as many "
+        "where one takes long, such as videos",
+    )
+
+
+@pytest.fixture(scope="session")
+def mutated_files(request):
+    """Number of mutated files of one format."""
+    return request.config.getoption("--mutated-files")
+
+
 def pytest_sessionstart(session):
     """Deletes what was compiled long ago, once, before the worker processes start."""
     if hasattr(session.config, "workerinput"):

@@ -15,7 +15,7 @@ import nonlocal_jax
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nonlocal_jax"
 # Small modules that every part may import.
-EVERYWHERE = {"checks", "files", "lazy", "path_options", "remote_paths"}
+EVERYWHERE = {"checks", "files", "lazy", "path_options", "remote_paths", "terminal"}
 
 # What each part may import from the rest of the package.
 MAY_IMPORT = {
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "compiler": set(),
     "path_options": set(),
     "remote_paths": set(),
+    "terminal": set(),
     "ops": {"types"},
     "layers": {"types", "ops"},
     "models": {"types", "ops", "layers"},
