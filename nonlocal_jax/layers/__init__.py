@@ -3,6 +3,7 @@
 from nonlocal_jax.layers.block import NonLocalBlock, nonlocal_block
 from nonlocal_jax.layers.convolution import VideoConv, video_conv
 from nonlocal_jax.layers.description import BlockDescription, describe
+from nonlocal_jax.layers.insertion import insert
 from nonlocal_jax.layers.instantiations import (
     Concatenation,
     DotProduct,
@@ -40,6 +41,7 @@ __all__ = [
     "enclosing_block",
     "fold_batch_norm",
     "freeze_batch_norm",
+    "insert",
     "max_pool",
     "nonlocal_block",
     "nonlocal_response",
