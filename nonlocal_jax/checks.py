@@ -27,3 +27,25 @@ def at_least(name: str, value: Any, minimum: int | float) -> None:
     """
     if not value >= minimum:  # written so that NaN fails as well
         raise ValueError(f"{name} must be at least {minimum}; got {value}.")
+
+
+def channels(name: str, shape: tuple[int, ...], expected: int) -> None:
+    """Checks that an array (B, *positions, C) has the `expected` number of channels.
+
+    >>> channels("x", (2, 64, 14, 14), 64)
+    Traceback (most recent call last):
+    ValueError: x must have 64 channels in its last axis; got shape (2, 64, 14, 14). Axis 1 has 64,
+    as in PyTorch: pass jnp.moveaxis(x, 1, -1).
+    """
+    if shape[-1] != expected:
+        raise ValueError(
+            f"{name} must have {expected} channels in its last axis; got shape {shape}."
+            f"{channels_hint(name, shape, expected)}"
+        )
+
+
+def channels_hint(name: str, shape: tuple[int, ...], expected: int) -> str:
+    """Returns a hint, to be added to an error, if an array has its channels in axis 1."""
+    if len(shape) < 3 or shape[1] != expected or shape[-1] == expected:
+        return ""
+    return f" Axis 1 has {expected}, as in PyTorch: pass jnp.moveaxis({name}, 1, -1)."

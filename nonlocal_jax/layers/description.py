@@ -4,15 +4,17 @@ A new block is the identity, so a network that lacks one gives the same answers.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.residual_ratio import RESIDUAL_RATIO
+from nonlocal_jax.layers.model_functions import functional, module_path
+from nonlocal_jax.layers.residual_ratio import RESIDUAL_RATIO, report_residual_ratios
 from nonlocal_jax.layers.response import PairwiseCall, tap
-from nonlocal_jax.types import Array
+from nonlocal_jax.types import Array, Scalar
 
 Path = tuple[str, ...]
 
@@ -43,7 +45,7 @@ class BlockDescription:
 
 
 def describe(
-    model: nn.Module, variables: Any, x: Array, *, expected: int | None = None, **kwargs: Any
+    model: Any, variables: Any, x: Array, *, expected: int | None = None, **kwargs: Any
 ) -> tuple[BlockDescription, ...]:
     """Describes every non-local block of a network, in the order in which they run.
 
@@ -51,18 +53,21 @@ def describe(
     other libraries that call `nonlocal_response` inside `enclosing_block`.
 
     Args:
-        model: Any Linen module.
-        variables: Its variables.
+        model: Any Linen module, or an NNX module that contains blocks through `nnx.bridge.ToNNX`.
+        variables: Its variables; None for an NNX module, which holds its own.
         x: Input on which the ratios are measured.
         expected: Number of blocks that there must be. None does not check.
-        **kwargs: More arguments of `model.apply`.
+        **kwargs: More arguments of `model.apply`, or of the call of an NNX module.
 
     Returns:
         One `BlockDescription` for each block; empty when the network has none.
 
     Raises:
-        ValueError: If the number of blocks is not `expected`, or a block is inside `nn.scan`, where
-            blocks have no places of their own. Describe the scanned module instead.
+        ValueError: If the number of blocks is not `expected`, or a block is inside `nn.scan`,
+            `nnx.scan` or a similar transformation, where blocks have no places of their own.
+            Describe the transformed module instead.
+        TypeError: A model that is neither Linen nor NNX, a Linen module without variables, or an
+            NNX module with.
 
     >>> import jax, jax.numpy as jnp
     >>> from nonlocal_jax.layers import nonlocal_block
@@ -72,30 +77,39 @@ def describe(
     ...     print(block)
     layers_1: DotProduct, 144 parameters, ‖block output‖/‖input‖ 0
     """
+    apply, variables = functional(model, variables)
+    is_linen = isinstance(model, nn.Module)
+    params = variables.get("params", {}) if is_linen else _nnx_params(variables)
     operations: dict[Path, str] = {}
-    scanned: set[Path] = set()
+    transformed: set[Path] = set()
 
     def record(call: PairwiseCall) -> None:
         module = call.module if call.block is None else call.block
-        operations.setdefault(module.path, type(call.module).__name__)
-        stored = _lookup(variables.get("params", {}), module.path)
+        path = module_path(module)
+        operations.setdefault(path, type(call.module).__name__)
         # Inside nn.scan a module sees one layer of the stacked parameters.
-        if _shapes(module.variables.get("params", {})) != _shapes(stored):
-            scanned.add(module.path)
+        if _shapes(module.variables.get("params", {})) != _shapes(_lookup(params, path)):
+            transformed.add(path)
 
     def ratios(variables: Any, x: Array) -> dict[Path, Array | None]:
-        with tap(record):
-            _, state = model.apply(variables, x, mutable=["intermediates"], **kwargs)
-        if scanned:
-            places = ", ".join(map("/".join, operations))
-            raise ValueError(
-                f"The blocks must not be inside nn.scan; got {places}. Describe the scanned module."
-            )
-        sown = state.get("intermediates", {})
-        return {path: _sown_ratio(sown, path) for path in operations}
+        reported: dict[Path, Array] = {}
 
-    # Under jit, the other intermediates (the affinity maps) are never computed.
-    values = jax.jit(ratios)(variables, x)
+        def record_ratio(block: nn.Module, ratio: Scalar) -> None:
+            reported[module_path(block)] = ratio
+
+        with tap(record), report_residual_ratios(record_ratio):
+            _, state = apply(variables, x, mutable=["intermediates"], **kwargs)
+        if transformed:
+            raise ValueError(_transformed_blocks(operations, is_linen))
+        # What is sown leaves Linen's transformations, such as nn.remat, as their outputs.
+        sown = state.get("intermediates", {})
+        find = (lambda path: _sown_ratio(sown, path)) if is_linen else reported.get
+        return {path: find(path) for path in operations}
+
+    try:  # under jit, the other intermediates (the affinity maps) are never computed
+        values = jax.jit(ratios)(variables, x)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(_transformed_blocks(operations, is_linen)) from error
     if expected is not None and len(operations) != expected:
         places = ", ".join(map("/".join, operations)) or "none"
         raise ValueError(
@@ -106,11 +120,33 @@ def describe(
         BlockDescription(
             place="/".join(path),
             operation=operation,
-            parameters=_size(_lookup(variables.get("params", {}), path)),
+            parameters=_size(_lookup(params, path)),
             ratio=None if values[path] is None else float(values[path]),
         )
         for path, operation in operations.items()
     )
+
+
+def _transformed_blocks(paths: Iterable[Path], is_linen: bool) -> str:
+    places = ", ".join(map("/".join, paths))
+    around = "nn.scan" if is_linen else "nnx.scan, nnx.vmap or nnx.remat"
+    return f"The blocks must not be inside {around}; got {places}. Describe the module inside it."
+
+
+def _nnx_params(state: Any) -> Any:
+    """Returns the trained parameters of an NNX state as nested dicts, with the names as text."""
+    from flax import nnx  # imports optax
+
+    params: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(state):
+        if not isinstance(variable, nnx.Param):
+            continue
+        *places, name = map(str, path)
+        module = params
+        for place in places:
+            module = module.setdefault(place, {})
+        module[name] = variable[...]
+    return params
 
 
 def _sown_ratio(intermediates: Any, path: Path) -> Array | None:

@@ -63,7 +63,7 @@ def insert(trained: Any, fresh: Any) -> Any:
                 f"{np.shape(leaf)} and {np.shape(new[path])}."
             )
     # Fresh running statistics would not fit the trained scale of a BatchNorm.
-    depth = 0 if _is_nnx(fresh) else 1  # Linen has the collections above the modules
+    depth = 1 if "params" in fresh else 0  # Linen has collections above the modules
     modules = {path[depth:-1] for path in old}
     if missing := [path for path in new if path not in old and path[depth:-1] in modules]:
         raise ValueError(
@@ -84,12 +84,6 @@ def _leaves_by_path(variables: Any) -> dict[Path, Any]:
         # As text, since restored checkpoints number the layers of a list by text.
         leaves[tuple(str(getattr(key, "key", key)) for key in names)] = leaf
     return leaves
-
-
-def _is_nnx(variables: Any) -> bool:
-    from flax import nnx  # imports optax
-
-    return isinstance(variables, nnx.State)
 
 
 def _listed(paths: list[Path]) -> str:

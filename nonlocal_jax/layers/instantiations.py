@@ -189,6 +189,9 @@ class NonLocalOperation(nn.Module):
                 f"got shape {x.shape}."
             )
         self._check_groups(positions)
+        g_params = self.variables.get("params", {}).get("g", {})
+        if "kernel" in g_params:  # not while parameters are initialised
+            checks.channels("x", x.shape, g_params["kernel"].shape[0])
         if mask is None:
             return
         if getattr(mask, "dtype", None) != jnp.bool_:

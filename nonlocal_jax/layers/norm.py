@@ -56,7 +56,8 @@ class BatchNorm(nn.BatchNorm):
             mask: Boolean, of the shape of x or broadcastable to it. False entries do not count.
 
         Raises:
-            ValueError: If `axis` is not the last, or paired columns have a mask.
+            ValueError: If `axis` is not the last, paired columns have a mask, or running statistics
+                should be updated and "batch_stats" is not mutable.
         """
         if self.axis != -1:
             raise ValueError(f"axis must be -1, channels last; got {self.axis}.")
@@ -71,6 +72,7 @@ class BatchNorm(nn.BatchNorm):
         if use_running_average:
             mean, var = running_mean.value, running_var.value
         else:
+            self._check_mutable()
             mean, var = self._batch_statistics(x, mask)
             if not self.is_initializing():
                 keep = self.momentum
@@ -86,6 +88,15 @@ class BatchNorm(nn.BatchNorm):
             shift = shift + beta.astype(jnp.float32)
         y = widen(x) * self._broadcast(scale, x) + self._broadcast(shift, x)
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
+
+    def _check_mutable(self) -> None:
+        if not self.is_initializing() and not self.is_mutable_collection("batch_stats"):
+            place = "/".join(self.path) or "the norm"
+            raise ValueError(
+                'training needs mutable=["batch_stats"] in the call of apply, which then returns '
+                f"(output, updates): {place} updates its running statistics. In NNX, pass it to "
+                "the call of the ToNNX module. Without train=True, they are used instead."
+            )
 
     def _batch_statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
         """Mean and biased variance of each channel, over all devices of `axis_name`."""

@@ -14,6 +14,7 @@ import numpy as np
 from nonlocal_jax import ops
 from nonlocal_jax.layers.block import NonLocalBlock
 from nonlocal_jax.layers.instantiations import NonLocalOperation
+from nonlocal_jax.layers.model_functions import functional, module_path
 from nonlocal_jax.layers.response import PairwiseCall, tap
 from nonlocal_jax.types import Array, Instantiation
 
@@ -61,7 +62,7 @@ class BlockPlan:
 
 
 def plan(
-    input_shape: tuple[int, ...], model: nn.Module, *, dtype: Any = jnp.float32, **kwargs: Any
+    input_shape: tuple[int, ...], model: Any, *, dtype: Any = jnp.float32, **kwargs: Any
 ) -> tuple[BlockPlan, ...]:
     """Reports the memory of every non-local block of a network, for each implementation.
 
@@ -73,7 +74,8 @@ def plan(
 
     Args:
         input_shape: Shape of the input of `model`, batch first, channels last.
-        model: A network with non-local operations, a `NonLocalBlock`, or an operation.
+        model: A network with non-local operations, a `NonLocalBlock`, or an operation: a Linen
+            module, or an NNX module that contains blocks through `nnx.bridge.ToNNX`.
         dtype: Dtype of the input.
         **kwargs: More arguments of the network's `__call__`.
 
@@ -83,6 +85,7 @@ def plan(
 
     Raises:
         ValueError, TypeError: As the network does for an input of this shape.
+        TypeError: If the model is neither a Linen nor an NNX module.
 
     >>> from nonlocal_jax.layers import nonlocal_block
     >>> print(plan((1, 4, 14, 14, 32), nonlocal_block("dot_product"))[0])  # doctest: +ELLIPSIS
@@ -181,7 +184,7 @@ class _Operation:
 
 
 def _find_operations(
-    model: nn.Module, x: jax.ShapeDtypeStruct, kwargs: Mapping[str, Any]
+    model: Any, x: jax.ShapeDtypeStruct, kwargs: Mapping[str, Any]
 ) -> list[_Operation]:
     inputs: dict[Path, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     operations: dict[Path, _Operation] = {}
@@ -190,14 +193,16 @@ def _find_operations(
         method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
         if context.method_name == "__call__":
-            inputs[context.module.path] = args, kwargs
+            inputs[module_path(context.module)] = args, kwargs
         return method(*args, **kwargs)
 
     def record_operation(call: PairwiseCall) -> None:
-        if call.module.path in operations:
+        path = module_path(call.module)
+        if path in operations:
             return
         block = call.module if call.block is None else call.block
-        args, kwargs = jax.tree.map(_shape, inputs[block.path])
+        place = module_path(block)
+        args, kwargs = jax.tree.map(_shape, inputs[place])
         explanation = ops.explain(
             call.instantiation,
             call.theta,
@@ -207,8 +212,8 @@ def _find_operations(
             implementation=call.implementation,
         )
         available = (cost for cost in explanation.costs if cost.refusal is None)
-        operations[call.module.path] = _Operation(
-            place=block.path,
+        operations[path] = _Operation(
+            place=place,
             module=_drop_axis_name(block.unbind()[0]),
             path=call.module.path[len(block.path) :],
             args=args,
@@ -220,11 +225,16 @@ def _find_operations(
             implementations=tuple(cost.implementation for cost in available),
         )
 
-    def trace(x: Array) -> Any:
-        with tap(record_operation), nn.intercept_methods(record_inputs):
-            return model.init_with_output(jax.random.key(0), x, **kwargs)
+    if isinstance(model, nn.Module):
+        apply, variables = model.init_with_output, jax.random.key(0)
+    else:
+        apply, variables = functional(model, None)
 
-    jax.eval_shape(trace, x)
+    def trace(variables: Any, x: Array) -> Any:
+        with tap(record_operation), nn.intercept_methods(record_inputs):
+            return apply(variables, x, **kwargs)
+
+    jax.eval_shape(trace, variables, x)
     return list(operations.values())
 
 

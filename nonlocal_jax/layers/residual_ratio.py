@@ -1,6 +1,8 @@
 """How much residual blocks add to their inputs: computed and sown by them, collected from there."""
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +12,26 @@ import jax.numpy as jnp
 from nonlocal_jax.types import Array, Features, PositionMask, Scalar
 
 RESIDUAL_RATIO = "residual_ratio"  # the name under which blocks sow ‖W_z y‖ / ‖x‖
+Listener = Callable[[nn.Module, Scalar], None]
+_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar(
+    "residual_ratio_listener", default=None
+)
+
+
+@contextlib.contextmanager
+def report_residual_ratios(listener: Listener) -> Iterator[None]:
+    """Context manager that reports the residual ratio of every block that runs to a listener.
+
+    In an NNX model, what a Linen block sows stays inside its `ToNNX`.
+
+    Args:
+        listener: Called with the block and ‖W_z y‖ / ‖x‖.
+    """
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def sow_residual_ratio(
@@ -21,7 +43,8 @@ def sow_residual_ratio(
 ) -> None:
     """Sows ‖residual‖ / ‖x‖ of a residual block as the intermediate "residual_ratio".
 
-    `describe` and training logs show it. Nothing is computed unless "intermediates" is mutable.
+    `describe` and training logs show it. Nothing is computed unless "intermediates" is mutable, or
+    `describe` asks for it.
 
     Args:
         module: The block, usually `self`.
@@ -30,9 +53,15 @@ def sow_residual_ratio(
         mask: (B, *positions) of bool, False where x is padding.
         axis_name: Mapped axis over whose devices positions are split.
     """
-    if module.is_mutable_collection("intermediates") and not module.is_initializing():
-        ratio = residual_ratio(residual, x, mask, axis_name)
+    listener = _listener.get()
+    is_sown = module.is_mutable_collection("intermediates")
+    if module.is_initializing() or not (is_sown or listener):
+        return
+    ratio = residual_ratio(residual, x, mask, axis_name)
+    if is_sown:
         module.sow("intermediates", RESIDUAL_RATIO, ratio)
+    if listener is not None:
+        listener(module, ratio)
 
 
 def residual_ratio(

@@ -81,6 +81,9 @@ def cost(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> Cost:
     Returns:
         The totals, and a row for each layer.
 
+    Raises:
+        TypeError: If the model is not a Linen module.
+
     >>> import nonlocal_jax as nl
     >>> options = {"clip": "32x2", "preset": "caffe2", "stride_at": "conv_a"}
     >>> model = nl.models.video_resnet(101, "c2d", 0, **options)
@@ -89,6 +92,8 @@ def cost(model: nn.Module, shape: tuple[int, ...], **kwargs: Any) -> Cost:
     >>> f"{parameters / 1e6:.1f} M, {total.multiply_adds / 1e9:.1f} B"  # Table 2e
     '43.2 M, 34.2 B'
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Linen module; got {type(model).__name__}.")
     counter = _Counter()
 
     def run(x: Array) -> Any:

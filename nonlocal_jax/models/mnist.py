@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nonlocal_jax import checks
 from nonlocal_jax.layers.block import nonlocal_block
 from nonlocal_jax.layers.norm import BatchNorm
 from nonlocal_jax.layers.pooling import max_pool
@@ -55,7 +56,10 @@ class NonLocalMnist(nn.Module):
             ValueError: If `image` has another shape.
         """
         if image.ndim != 4 or image.shape[1:] != (28, 28, 1):
-            raise ValueError(f"image must have shape (B, 28, 28, 1); got {image.shape}.")
+            raise ValueError(
+                f"image must have shape (B, 28, 28, 1); got {image.shape}."
+                f"{checks.channels_hint('image', image.shape, 1)}"
+            )
         x: Any = image
         maps = []
         for i, features in enumerate((32, 64, 128), start=1):

@@ -223,7 +223,7 @@ class VideoResNet(nn.Module):
         if clip.ndim != 5 or clip.shape[-1] != 3:
             raise ValueError(
                 "clip must have shape (B, T, H, W, 3), three colour channels last; "
-                f"got {clip.shape}."
+                f"got {clip.shape}.{checks.channels_hint('clip', clip.shape, 3)}"
             )
         _, t, h, w, _ = clip.shape
         if axis_name is not None and t % self.stride_in_time:

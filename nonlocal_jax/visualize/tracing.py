@@ -18,47 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from nonlocal_jax.layers import PairwiseCall, VideoConv, tap
+from nonlocal_jax.layers.model_functions import module_path
 from nonlocal_jax.types import Array
 from nonlocal_jax.visualize.geometry import Geometry, GeometryError
 from nonlocal_jax.visualize.receptive_fields import batch_fields, find_marked
 
 MARK = "nonlocal_jax.visualize:"
 TRACES = itertools.count()
-
-
-def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
-    """Returns `model.apply` and the variables of a Linen module, or the same for an NNX module.
-
-    Raises:
-        TypeError: A model that is neither, a Linen module without variables, or an NNX module with
-            variables.
-    """
-    if isinstance(model, nn.Module):
-        if variables is None:
-            raise TypeError("variables of a Linen module must be the result of `init`; got None.")
-        return model.apply, variables
-    from flax import nnx  # imports optax
-
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be a Linen or an NNX module; got {type(model).__name__}.")
-    if variables is not None:
-        raise TypeError(
-            "variables of an NNX module must be None, because the module holds its own; got "
-            f"{type(variables).__name__}."
-        )
-    definition, state = nnx.split(model)
-
-    def apply(state: Any, x: Array, *, mutable: Any = False, **kwargs: Any) -> Any:
-        merged = nnx.merge(definition, state)
-        for path, module in nnx.iter_modules(merged):
-            # A Linen module inside `ToNNX` does not know where it is: its name carries the path.
-            if isinstance(module, nnx.bridge.ToNNX):
-                name = MARK + "/".join(map(str, path))
-                module.to_nnx__module = module.to_nnx__module.clone(name=name)
-        y = merged(x, **kwargs)
-        return (y, {}) if mutable else y
-
-    return apply, state
 
 
 @contextlib.contextmanager
@@ -124,12 +90,7 @@ def block_name(module: nn.Module) -> str:
     A module that is the whole network is named after its class. In NNX the path is that of the
     attributes.
     """
-    root: Any = module
-    while isinstance(root.parent, nn.Module):
-        root = root.parent
-    root_name = root.name or ""
-    prefix = root_name.removeprefix(MARK) if root_name.startswith(MARK) else ""
-    return "/".join(filter(None, [prefix, *module.path])) or type(module).__name__
+    return "/".join(module_path(module)) or type(module).__name__
 
 
 def numbered(names: Iterable[str]) -> list[str]:

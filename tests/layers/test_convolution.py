@@ -233,3 +233,13 @@ def test_bad_options(options, message):
     x = jax.ShapeDtypeStruct((1, 3, 4, 4, 3), jnp.float32)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(VideoConv(4, **options).init, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_channels_that_the_kernel_does_not_fit(groups):
+    convolution, x = VideoConv(4, (3, 3, 3), groups=groups), jnp.ones((2, 3, 5, 7, 6))
+    variables = convolution.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"x must have 6 channels .* Axis 1 has 6, as in PyTorch"):
+        convolution.apply(variables, jnp.moveaxis(x, -1, 1))
+    with pytest.raises(ValueError, match=r"got shape \(2, 3, 5, 7, 8\)\.(\n|$)"):
+        convolution.apply(variables, jnp.ones((2, 3, 5, 7, 8)))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from variables import normal, random_variables
 
 import nonlocal_jax as nl
@@ -142,3 +143,82 @@ def test_missing_blocks_are_an_error(x, blocks, message):
     variables = random_variables(model, x)
     with pytest.raises(ValueError, match=message):
         nl.describe(model, variables, x, expected=5)
+
+
+class NnxStage(nnx.Module):
+    def __init__(self, rngs, kind):
+        self.dense = nnx.Linear(6, 6, rngs=rngs)
+        block = nnx.bridge.ToNNX(nl.layers.nonlocal_block(kind), rngs=rngs)
+        self.block = block.lazy_init(jnp.zeros((2, 4, 6, 6)))
+
+    def __call__(self, x, train=False):
+        mutable = ["batch_stats"] if train else False
+        return self.block(self.dense(x), train=train, mutable=mutable)
+
+
+class NnxNetwork(nnx.Module):
+    def __init__(self, rngs, transform=lambda call: call):
+        kinds = ("embedded_gaussian", "concatenation")
+        self.stages = nnx.List([NnxStage(rngs, kind) for kind in kinds])
+        self.transform = transform
+
+    def __call__(self, x, **kwargs):
+        for stage in self.stages:
+            x = self.transform(lambda stage, x: stage(x, **kwargs))(stage, x)
+        return x
+
+
+def nnx_network(**options):
+    network = NnxNetwork(nnx.Rngs(0), **options)
+    scale = network.stages[1].block.out_norm["scale"]
+    scale[...] = jnp.linspace(0.5, 1.5, 6)
+    return network
+
+
+class TestNnx:
+    @pytest.mark.parametrize("train", [False, True])
+    def test_each_block_has_its_place_its_parameters_and_its_ratio(self, x, train):
+        network = nnx_network()
+        first, second = nl.describe(network, None, x, expected=2, train=train)
+        assert (first.place, second.place) == ("stages/0/block", "stages/1/block")
+        assert (first.operation, second.operation) == ("EmbeddedGaussian", "Concatenation")
+        assert (first.parameters, second.parameters) == (4 * 6 * 3 + 2 * 6, 4 * 6 * 3 + 2 * 6 + 6)
+        assert first.ratio == 0.0
+        stage = network.stages[1]
+        block_input = stage.dense(network.stages[0](x))
+        residual = stage.block(block_input, train=train, mutable=["batch_stats"]) - block_input
+        expected = np.linalg.norm(residual) / np.linalg.norm(block_input)
+        np.testing.assert_allclose(second.ratio, expected, rtol=1e-4)
+
+    def test_the_model_is_not_changed(self, x):
+        network = nnx_network()
+        before = jax.tree.map(jnp.copy, nnx.state(network))
+        nl.describe(network, None, x, train=True)
+        same = jax.tree.map(lambda new, old: bool((new == old).all()), nnx.state(network), before)
+        assert all(jax.tree.leaves(same))
+
+    def test_a_linen_network_inside(self, x):
+        bridged = nnx.bridge.ToNNX(Network(), rngs=nnx.Rngs(0)).lazy_init(x)
+        described = nl.describe(bridged, None, x, expected=2)
+        variables = Network().init(jax.random.key(0), x)
+        assert described == nl.describe(Network(), variables, x)
+
+    def test_the_number_of_blocks(self, x):
+        with pytest.raises(
+            ValueError, match=r"got 1, but it has 2: stages/0/block, stages/1/block"
+        ):
+            nl.describe(nnx_network(), None, x, expected=1)
+        assert nl.describe(nnx.Linear(6, 6, rngs=nnx.Rngs(0)), None, x) == ()
+
+    def test_transformed_blocks_are_an_error(self, x):
+        with pytest.raises(ValueError, match=r"must not be inside nnx.scan.*stages/0/block"):
+            nl.describe(nnx_network(transform=nnx.remat), None, x)
+
+    def test_variables_of_the_other_api(self, x):
+        network = nnx_network()
+        with pytest.raises(TypeError, match=r"must be None.*got State"):
+            nl.describe(network, nnx.state(network), x)
+        with pytest.raises(TypeError, match="must be the result of `init`; got None"):
+            nl.describe(Network(), None, x)
+        with pytest.raises(TypeError, match="must be a Linen or an NNX module; got function"):
+            nl.describe(lambda x: x, None, x)

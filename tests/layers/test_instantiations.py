@@ -431,3 +431,16 @@ def test_a_layer_is_found_under_its_own_name_in_a_network():
             return DotProduct(name="relation")(x)
 
     assert set(jax.eval_shape(Network().init, jax.random.key(0), IMAGE)["params"]) == {"relation"}
+
+
+@each_layer
+def test_channels_that_the_parameters_do_not_fit(layer):
+    x = jnp.ones((2, 7, 5, 11))
+    variables = layer().init(jax.random.key(0), x)
+    channels_first = (
+        r"11 channels in its last axis; got shape \(2, 11, 7, 5\)\. Axis 1 has 11, .*-1"
+    )
+    with pytest.raises(ValueError, match=channels_first):
+        layer().apply(variables, jnp.moveaxis(x, -1, 1))
+    with pytest.raises(ValueError, match=r"11 channels .* got shape \(2, 7, 5, 13\)\.(\n|$)"):
+        layer().apply(variables, jnp.ones((2, 7, 5, 13)))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from variables import normal
 
+import nonlocal_jax as nl
 from nonlocal_jax.layers import BatchNorm, fold_batch_norm
 
 X = normal((4, 3, 5, 7)) * np.arange(1, 8, dtype=np.float32) + 3
@@ -111,3 +112,28 @@ def test_folding_equals_the_norm_and_keeps_the_kind_of_array(convert):
     assert scale.dtype == bias.dtype == jnp.float32
     y = BatchNorm(use_running_average=True).apply(VARIABLES, jnp.asarray(X))
     np.testing.assert_allclose(X * np.asarray(scale) + np.asarray(bias), y, rtol=1e-5, atol=1e-5)
+
+
+class TestTrainingWithoutMutable:
+    """A call in training that could not update the running statistics names what to pass."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nl.layers.nonlocal_block("dot_product", name="nonlocal")(x, train=train)
+
+    def test_in_a_network(self):
+        x = jnp.asarray(X)
+        variables = self.Network().init(jax.random.key(0), x, train=False)
+        expected = r'mutable=\["batch_stats"\] in the call of apply, .*nonlocal/out_norm updates'
+        with pytest.raises(ValueError, match=expected):
+            self.Network().apply(variables, x, train=True)
+        with pytest.raises(ValueError, match=expected):
+            self.Network().apply(variables, x, train=True, mutable=["intermediates"])
+        self.Network().apply(variables, x, train=True, mutable=["batch_stats"])
+        self.Network().apply(variables, x, train=True, mutable=True)
+        self.Network().init(jax.random.key(0), x, train=True)
+
+    def test_alone(self):
+        with pytest.raises(ValueError, match="the norm updates its running statistics"):
+            BatchNorm(use_running_average=False).apply(VARIABLES, jnp.asarray(X))

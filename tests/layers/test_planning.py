@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import nonlocal_jax as nl
 from nonlocal_jax.layers import planning
@@ -122,3 +123,32 @@ def test_nothing_to_plan_and_inputs_that_do_not_fit():
     assert nl.plan((1, 3), nn.Dense(2)) == ()
     with pytest.raises(ValueError, match="one, two or three position axes"):
         nl.plan((2, 8), nl.layers.nonlocal_block("gaussian"))
+
+
+class NnxNetwork(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.blocks = nnx.List([self.make_block(rngs) for _ in range(2)])
+
+    def make_block(self, rngs):
+        block = nnx.bridge.ToNNX(nl.layers.nonlocal_block("dot_product"), rngs=rngs)
+        return block.lazy_init(jnp.zeros((1, 6, 6, 8)))
+
+    def __call__(self, x):
+        x = self.conv(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_nnx_models(compilations):
+    first, second = nl.plan((2, 6, 6, 3), NnxNetwork(nnx.Rngs(0)))
+    assert (first.place, second.place) == ("blocks/0", "blocks/1")
+    assert (first.queries, first.keys) == (36, 9)
+    assert len(compilations) == 4  # the second block is equal to the first
+    assert (first.forward, first.backward) == (second.forward, second.backward)
+
+
+def test_models_of_neither_api():
+    with pytest.raises(TypeError, match="must be a Linen or an NNX module; got function"):
+        nl.plan((2, 6, 6, 3), lambda x: x)

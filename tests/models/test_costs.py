@@ -4,6 +4,7 @@ import functools
 
 import flax.linen as nn
 import pytest
+from flax import nnx
 
 from nonlocal_jax.layers import Affine, BatchNorm, nonlocal_block
 from nonlocal_jax.models import cost, non_local_pytorch_mnist, video_resnet
@@ -98,3 +99,9 @@ def test_nothing_is_computed():
     batch = 10**9  # of which the first layer alone would need 100 TB
     single = cost(model, (1, 28, 28, 1))
     assert cost(model, (batch, 28, 28, 1)).multiply_adds == batch * single.multiply_adds
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_nnx_models_are_refused():
+    with pytest.raises(TypeError, match="model must be a Linen module; got Linear"):
+        cost(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), (1, 3))

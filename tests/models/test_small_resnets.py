@@ -93,3 +93,11 @@ def test_images_of_another_size():
     message = r"image must have shape \(B, 28, 28, 1\); got \(2, 16, 20, 3\)"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(non_local_pytorch_mnist().init, jax.random.key(0), IMAGES)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_images_with_channels_first():
+    images = jnp.ones((2, 1, 28, 28))
+    expected = r"got \(2, 1, 28, 28\)\. Axis 1 has 1, as in PyTorch"
+    with pytest.raises(ValueError, match=expected):
+        jax.eval_shape(non_local_pytorch_mnist().init, jax.random.key(0), images)

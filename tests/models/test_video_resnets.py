@@ -327,6 +327,12 @@ def test_resnext_by_data():
             "8x8",
             r"three colour channels last; got \(2, 8, 33, 34, 4\)",
         ),
+        (
+            (2, 3, 8, 33, 34),
+            "slowfast",
+            "8x8",
+            r"got \(2, 3, 8, 33, 34\)\. Axis 1 has 3, .*: pass jnp.moveaxis\(clip, 1, -1\)",
+        ),
         ((8, 33, 34, 3), "slowfast", "8x8", r"shape \(B, T, H, W, 3\).*got \(8, 33, 34, 3\)"),
         ((2, 1, 33, 34, 3), "slowfast", "8x8", "at least 2 frames of 1×1 pixels.*got 1 of 33×34"),
         ((2, 8, 4, 34, 3), "caffe2", "8x8", "at least 2 frames of 5×5 pixels.*got 8 of 4×34"),
