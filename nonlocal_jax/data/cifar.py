@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import socket
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ SIDE, CHANNELS = 32, 3
 PIXELS = CHANNELS * SIDE * SIDE
 CONNECTION_TIMEOUT = 5.0  # seconds
 CHUNK = 1 << 20  # bytes
+MAX_REASON = 200  # characters of an error of array_record that a message shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +98,11 @@ def load(name: Name, split: Split, folder: Path, archive: Archive | None = None)
         name: "cifar10" or "cifar100".
         split: "train" (50,000 images) or "test" (10,000).
         folder: Folder of the data. About 180 MB are written to it.
-        archive: Another archive of the same format; Defaults to the official one.
+        archive: Another archive of the same format. Defaults to the official one.
 
     Raises:
-        DataError: The folder has no data and the server cannot be reached, or the archive is not
-            the official one or is damaged.
+        DataError: The folder has no data and the server cannot be reached, the archive is not the
+            official one, or a file is damaged.
         ImportError: array_record is not installed or, for the download, tensorflow-datasets.
     """
     archive = archive or ARCHIVES[name]
@@ -162,30 +164,44 @@ def _records(file: Path, archive: Archive, split: Split) -> Iterator[bytes]:
                     if len(record) != size:
                         raise DataError(f"{file}: {name} ends within a record of {size} bytes.")
                     yield record
-    except (tarfile.TarError, EOFError, KeyError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, KeyError, OSError) as error:
         raise DataError(
             f"{file} cannot be read as the archive of {archive.url}: {error}."
         ) from error
 
 
 def _read(file: Path, archive: Archive) -> Images:
+    remedy = f"Delete the file to regenerate it from {archive.name}."
+    try:
+        records = _read_records(file)
+    except (RuntimeError, ValueError, IndexError, OSError) as error:  # of array_record
+        reason = str(error).split(";")[0][:MAX_REASON]
+        raise DataError(f"{file} cannot be read as ArrayRecord: {reason}. {remedy}") from error
+    size = archive.record_bytes
+    if not records:
+        raise DataError(f"{file} must have a record for each image; it has none. {remedy}")
+    if wrong := [len(record) for record in records if len(record) != size]:
+        raise DataError(f"{file} must have records of {size} bytes; one has {wrong[0]}. {remedy}")
+    table = np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
+    planes = table[:, archive.label_bytes :].reshape(-1, CHANNELS, SIDE, SIDE)
+    labels = table[:, archive.label_bytes - 1].astype(np.int32)
+    if labels.max() >= archive.num_classes:
+        raise DataError(
+            f"{file} must have labels from 0 to {archive.num_classes - 1}; one is {labels.max()}. "
+            f"{remedy}"
+        )
+    return Images(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels, archive.num_classes)
+
+
+def _read_records(file: Path) -> list[bytes]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(file))
     try:
-        records = reader.read_all()
+        records: list[bytes] = reader.read_all()
     finally:
-        reader.close()
-    size = archive.record_bytes
-    if wrong := [len(record) for record in records if len(record) != size]:
-        raise DataError(
-            f"{file} must have records of {size} bytes; one has {wrong[0]}. "
-            "Delete the file to regenerate it."
-        )
-    table = np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
-    planes = table[:, archive.label_bytes :].reshape(-1, CHANNELS, SIDE, SIDE)
-    labels = table[:, archive.label_bytes - 1].astype(np.int32)
-    return Images(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels, archive.num_classes)
+        reader.close()  # raises the same error again
+    return records
 
 
 def _download(name: Name, archive: Archive, folder: Path) -> None:

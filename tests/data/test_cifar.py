@@ -150,3 +150,59 @@ def test_the_archive_is_downloaded_by_tensorflow_datasets_and_checked(tmp_path):
         with pytest.raises(DataError, match="could not be downloaded"):
             cifar.load("cifar10", "test", tmp_path / "wrong", wrong)
     assert not list((tmp_path / "wrong").glob("*.array_record"))
+
+
+def write_records(folder, records):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    file = folder / "cifar10-train.array_record"
+    writer = ArrayRecordWriter(str(file), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return file
+
+
+GOOD = bytes(3073)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "must have a record for each image; it has none"),
+        ([GOOD, bytes(3074)], "must have records of 3073 bytes; one has 3074"),
+        ([GOOD, bytes([77]) + GOOD[1:]], "must have labels from 0 to 9; one is 77"),
+        ([GOOD, bytes([10]) + GOOD[1:]], "must have labels from 0 to 9; one is 10"),
+    ],
+)
+def test_record_files_with_wrong_records(records, message, tmp_path):
+    file = write_records(tmp_path, records)
+    message = f"{file} {message}. Delete the file to regenerate it from cifar-10-binary.tar.gz"
+    with pytest.raises(DataError, match=message):
+        cifar.load("cifar10", "train", tmp_path)
+    write_records(tmp_path, [GOOD, bytes([9]) + GOOD[1:]])
+    assert cifar.load("cifar10", "train", tmp_path).labels.tolist() == [0, 9]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(200_000), "cut", "folder"])
+def test_damaged_record_files(content, tmp_path):
+    file = write_records(tmp_path, [GOOD])
+    if content == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(file.read_bytes()[:-5] if content == "cut" else content)
+    message = f"{file} cannot be read as ArrayRecord: .+. Delete the file to regenerate it from"
+    with pytest.raises(DataError, match=message):
+        cifar.load("cifar10", "train", tmp_path)
+
+
+def test_an_archive_that_cannot_be_unpacked(tmp_path):
+    """Damaged where gzip has no checksum yet."""
+    archive, _ = make_archive(tmp_path)
+    content = bytearray((tmp_path / archive.name).read_bytes())
+    content[3000:3100] = b"\xff" * 100
+    (tmp_path / archive.name).write_bytes(bytes(content))
+    archive = dataclasses.replace(archive, sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(DataError, match="cannot be read as the archive of https://"):
+        cifar.load("cifar10", "train", tmp_path, archive)
