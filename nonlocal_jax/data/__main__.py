@@ -28,18 +28,21 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from nonlocal_jax import checks, files
 from nonlocal_jax.data import DataError, VideoError, annotations, stand_in
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import cores
 from nonlocal_jax.data.image_frames import open_frames
-from nonlocal_jax.data.lists.formats import lies_in, plain_path
+from nonlocal_jax.data.lists.folders import lies_in, plain_path
+from nonlocal_jax.data.lists.writing import write_folder
 from nonlocal_jax.data.toy_video import Split
 from nonlocal_jax.data.transcode import transcode_all
 from nonlocal_jax.files import AnyPath
 from nonlocal_jax.path_options import AnyPathOption, LocalPathOption
 from nonlocal_jax.remote_paths import RemotePath
+from nonlocal_jax.terminal import printable
 
 MAX_PROBLEMS = 20  # unreadable videos to print
 
@@ -84,7 +87,9 @@ class Check(ListOptions):
 class Index:
     """Write a list, `path label` per line, of a folder that has a folder of videos for each class.
 
-    The names of the classes are written to classes.txt in the same folder.
+    The names of the classes are written to classes.txt beside the list. Hidden files and folders,
+    such as .thumbnails, and folders without videos do not count. A list that exists is not
+    replaced, nor is a classes.txt with other names.
     """
 
     folder: Annotated[AnyPathOption, tyro.conf.Positional]  # folder with the class folders
@@ -148,9 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _make_stand_in(command)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
-        print(f"error: {reason}", file=sys.stderr)
+        print(_printable_lines(f"error: {reason}"), file=sys.stderr)
     except (DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(_printable_lines(f"error: {error}"), file=sys.stderr)
     return 2
 
 
@@ -191,7 +196,7 @@ def _check(command: Check) -> int:
         results = list(_show_progress("decoding", pool.map(_check_video, records), len(records)))
     readable = [result for result in results if not result.failure]
     failures = [result.failure for result in results if result.failure]
-    table = Table(title=str(command.list))
+    table = Table(title=Text(printable(command.list)))
     table.add_column("quantity")
     table.add_column("value")
     for row in _summary(videos, len(records), readable, len(failures)):
@@ -217,34 +222,44 @@ def _summary(
     yield "frames per second", _spread((video.rate for video in readable), "{:.4g}")
     yield "seconds", _spread((video.frames / video.rate for video in readable), "{:,.1f}")
     yield "shorter side", _spread((min(video.size) for video in readable), "{:,.0f}")
-    yield "left out", f"{len(videos.left_out):,} lines"
+    kind = "files and folders" if videos.format == "folder" else "lines"
+    yield "left out", f"{len(videos.left_out):,} {kind}"
     yield "unreadable", f"{unreadable:,} videos"
 
 
 def _index(command: Index) -> int:
-    videos = annotations.index(command.folder)
     list_file = command.out or command.folder / "list.txt"
+    names_file = list_file.with_name("classes.txt")
     if list_file.exists():
         raise ValueError(f"{list_file} exists already; choose another with --out.")
-    names_file = list_file.with_name("classes.txt")
-    folder: Any = command.folder.absolute()  # of the same kind as the path of every record
-    lines = [
-        f"{record.path.absolute().relative_to(folder)} {record.labels[0]}\n"
-        for record in videos.records
-    ]
-    files.write_text(list_file, "".join(lines))
-    files.write_text(names_file, "".join(f"{name}\n" for name in videos.names))
+    videos = annotations.index(command.folder)
+    if names_file.exists() and not _has_names(names_file, videos.names):
+        raise ValueError(
+            f"{names_file} exists already and does not have the {videos.num_classes} classes of "
+            f"{command.folder}; write the list to another folder with --out."
+        )
+    write_folder(videos, command.folder, list_file, names_file)
+    folder, list_name, names_name = map(printable, (command.folder, list_file, names_file))
+    hint = "" if list_file.parent == command.folder else f"; read the list with --root {folder}"
     print(
-        f"{len(videos):,} videos of {videos.num_classes} classes: {list_file}, {names_file}; "
-        f"paths are relative to {command.folder}"
+        f"{len(videos):,} videos of {videos.num_classes} classes: {list_name}, {names_name}; "
+        f"paths are relative to {folder}{hint}"
     )
+    _print_first(videos.left_out)
     return 0
+
+
+def _has_names(names_file: AnyPath, names: tuple[str, ...]) -> bool:
+    try:
+        return annotations.read_classes(names_file) == names
+    except DataError:
+        return False
 
 
 def _make_stand_in(command: StandIn) -> int:
     numbers: dict[Split, int] = {"train": command.train, "test": command.test}
     lists = stand_in.make(command.folder, command.kind, numbers=numbers, threads=cores())
-    print(*lists.values(), sep="\n")
+    print(*map(printable, lists.values()), sep="\n")
     return 0
 
 
@@ -272,7 +287,8 @@ def _transcode(command: Transcode) -> int:
             failed[source] = str(error)
     _write_list(command, videos, targets, failed)
     copied = len(targets) - len(failed)
-    print(f"{copied:,} videos in {command.out}, {len(failed):,} could not be copied")
+    folder = printable(command.out)
+    print(f"{copied:,} videos in {folder}, {len(failed):,} could not be copied")
     _print_first(list(failed.values()))
     return 1 if failed else 0
 
@@ -342,9 +358,13 @@ def _show_progress(description: str, work: Iterable[Any], total: int) -> Iterabl
         yield from progress.track(work, total, description=description)
 
 
+def _printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _print_first(problems: Sequence[str]) -> None:
     for problem in problems[:MAX_PROBLEMS]:
-        print(f"  {problem}")
+        print(f"  {printable(problem)}")
     if len(problems) > MAX_PROBLEMS:
         print(f"  and {len(problems) - MAX_PROBLEMS:,} more")
 

@@ -4,11 +4,22 @@ The format is recognised by the first line, or by the list being a folder:
 
 | first line | format |
 |---|---|
-| `path label` | one video per line, as in video-nonlocal-net and PySlowFast, or with a comma |
+| `path label` | one video per line, as in video-nonlocal-net and PySlowFast |
+| `path,label` | the same with a header, in a CSV table |
 | `label,youtube_id,time_start,time_end,split` | CSV of the official Kinetics release |
 | `id,...,actions,length` | CSV of Charades, with actions `c092 11.10 21.50;c147 23.10 31.50` |
 | `original_vido_id video_id frame_id path labels` | one frame per line, Charades in PySlowFast |
 | a folder | `FOLDER/class name/video.mp4`, a folder of videos for each class |
+
+Fields are separated by commas, semicolons, tabs, bars or blanks. They are quoted as Python's csv
+module and pandas write them; columns that are not needed, blank lines and separators at the end of
+a line are ignored. In lines `path label` everything before the last separator is the path, so only
+a path that could be read in another way needs quotes. Where a line can be read in two ways, the
+file that exists decides. A file name may have another Unicode normal form than the list.
+
+Videos of Kinetics are `youtube_id.mp4` or `youtube_id_000005_000015.mp4`, beside the list, in the
+root, or in folders of the classes. Any of the suffixes in `VIDEO_SUFFIXES` may replace `.mp4`; of
+several files, the suffix that comes first there is used. The same holds for the ids of Charades.
 
 Lists, folders and videos may be remote, such as gs://bucket/train.csv; a local list may name remote
 videos. Every line is checked before anything is decoded, and errors name the line by its number.
@@ -17,35 +28,26 @@ videos. Every line is checked before anything is decoded, and errors name the li
 from collections.abc import Sequence
 
 from nonlocal_jax.data import DataError
-from nonlocal_jax.data.lists.formats import (
-    Folders,
-    LineError,
-    ParsedList,
-    plain_path,
-    read_lines,
-    recognise,
-)
+from nonlocal_jax.data.lists.class_folders import read_folder
+from nonlocal_jax.data.lists.folders import VIDEO_SUFFIXES, Folders, LineError, plain_path
+from nonlocal_jax.data.lists.formats import ParsedList, recognise
 from nonlocal_jax.data.lists.records import Action, Annotations, ListFormat, Record
+from nonlocal_jax.data.lists.text import is_blank, read_lines, unquoted_name
 from nonlocal_jax.files import AnyPath, PathLike, as_path
 
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mov",
-    ".m4v",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".flv",
-    ".wmv",
-    ".3gp",
-    ".ogv",
-)
+MAX_LABEL = 2**31 - 1  # labels are stored as int32
 MAX_PROBLEMS = 10  # lines that an error message shows
 
-__all__ = ["Action", "Annotations", "ListFormat", "Record", "index", "read", "read_classes"]
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "Action",
+    "Annotations",
+    "ListFormat",
+    "Record",
+    "index",
+    "read",
+    "read_classes",
+]
 
 
 def read(
@@ -82,9 +84,9 @@ def read(
     source = as_path(source)
     names = read_classes(classes) if classes else ()
     if source.is_dir():
-        return index(source, num_classes=num_classes, names=names)
+        return index(source, num_classes=num_classes, names=names, leave_out=leave_out)
     lines = read_lines(source)
-    if not lines:
+    if all(map(is_blank, lines)):
         raise DataError(f"{source} must have a line for each video; it is empty.")
     folders = Folders(plain_path(source.parent), plain_path(as_path(root)) if root else None)
     parsed = recognise(source, lines, folders, names)
@@ -145,10 +147,10 @@ def _parse_rows(
 
 
 def _check_labels(record: Record, num_classes: int | None) -> None:
+    largest = MAX_LABEL if num_classes is None else num_classes - 1
     for label in record.labels:
-        if label < 0 or (num_classes is not None and label >= num_classes):
-            bound = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
-            raise LineError(f"labels must be {bound}; got {label}")
+        if not 0 <= label <= largest:
+            raise LineError(f"labels must be from 0 to {largest}; got {label}")
 
 
 def _check_path(record: Record, line_of_path: dict[AnyPath, int]) -> None:
@@ -171,50 +173,46 @@ def _summary(source: AnyPath, errors: Sequence[str]) -> str:
 
 
 def index(
-    folder: PathLike, *, num_classes: int | None = None, names: Sequence[str] = ()
+    folder: PathLike,
+    *,
+    num_classes: int | None = None,
+    names: Sequence[str] = (),
+    leave_out: bool = False,
 ) -> Annotations:
     """Lists the videos in a folder that has a folder of videos for each class.
+
+    Hidden files and folders do not count: those whose names start with a dot, such as `.thumbnails`
+    and `._a.mp4`, and those of systems, such as `__MACOSX` and `@eaDir`. Neither do files without
+    one of the suffixes in `VIDEO_SUFFIXES`, in lower or upper case, and links back to the folder
+    or to one above it. A folder without any video is not a class, unless `names` has it; it is
+    listed in `left_out`.
 
     Args:
         folder: The folder.
         num_classes: Number of classes that there must be; None accepts any.
-        names: Names of the classes in the order of their numbers. By default they are sorted.
+        names: Names of the classes in the order of their numbers. By default they are those of the
+            folders, sorted. Folders may have underscores where names have spaces.
+        leave_out: Whether to leave out links to files that do not exist, instead of raising an
+            error.
 
     Raises:
-        DataError: No inner folder has a video, or one has a name that is not in `names`.
+        DataError: No inner folder has a video, one has a name that is not in `names`, a folder
+            cannot be read, or a link is broken.
     """
-    folder = as_path(folder)
-    videos: dict[str, list[AnyPath]] = {}
-    for inner in sorted(inner for inner in folder.iterdir() if inner.is_dir()):
-        files = [file for file in inner.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES]
-        if files:
-            videos[inner.name] = sorted(files)
-    if not videos:
-        raise DataError(
-            f"{folder} must have a folder for each class, with videos in it "
-            f"({', '.join(VIDEO_SUFFIXES)}); it has none."
-        )
-    names = tuple(names) or tuple(videos)
-    if unknown := [name for name in videos if name not in names]:
-        raise DataError(
-            f"{folder / unknown[0]} must be named like one of the {len(names)} classes; it is not."
-        )
-    if num_classes is not None and len(names) != num_classes:
-        raise DataError(f"{folder} must have {num_classes} classes; it has {len(names)}.")
-    records = tuple(
-        Record(file, (names.index(name),)) for name, files in videos.items() for file in files
-    )
-    return Annotations(records, len(names), names=names, format="folder")
+    return read_folder(as_path(folder), num_classes, names, leave_out)
 
 
 def read_classes(file: PathLike) -> tuple[str, ...]:
     """Reads the names of classes, one per line.
 
+    Blanks around a name are removed, unless it is in double quotes, and so are the quotes.
+
     Raises:
         DataError: The file cannot be read, names a class twice, or names none.
     """
-    names = tuple(line.strip() for line in read_lines(as_path(file)) if line.strip())
-    if len(set(names)) < len(names) or not names:
+    lines = [line for line in read_lines(as_path(file)) if line.strip()]
+    names = tuple(map(unquoted_name, lines))
+    if len(set(names)) < len(names) or not all(names) or not names:
         raise DataError(
             f"{file} must name each class once, one per line; "
             f"got {len(names)} lines with {len(set(names))} different names."

@@ -9,6 +9,7 @@ import pytest
 from nonlocal_jax.data import annotations, stand_in, transcode
 from nonlocal_jax.data.__main__ import main
 from nonlocal_jax.data.video import Video, Window
+from nonlocal_jax.terminal import printable
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +208,54 @@ def test_wrong_arguments(lists, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["transcode", str(lists["test"]), str(tmp_path), option, value])
         assert message in capsys.readouterr().err
+
+
+NAMES = ("[dQw4w9WgXcQ]", "[red]a", "[\u202egnp]", "\x1b[2J\x1b]0;title\x07", "\x9b2J")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_shown_as_they_are(name, tmp_path, monkeypatch, capsys):
+    """Neither the markup of rich nor control characters have an effect."""
+    monkeypatch.chdir(tmp_path)
+    shown = printable(name)
+    (tmp_path / name / "class").mkdir(parents=True)
+    (tmp_path / name / "class" / f"{name}.mp4").write_bytes(b"no video")
+    (tmp_path / name / "empty").mkdir()
+    (tmp_path / "lists").mkdir()
+
+    def run(*words):
+        code = main(words)
+        captured = capsys.readouterr()
+        output = captured.out + captured.err
+        assert output.replace("\n", "").isprintable()
+        return code, output
+
+    code, output = run("index", name, "--out", f"lists/{name}.txt")
+    assert code == 0
+    assert f": lists/{shown}.txt, " in output
+    assert f"relative to {shown}; read the list with --root {shown}\n" in output
+    assert f"{shown}/empty has no video" in output
+    for words in ((name,), (f"lists/{name}.txt", "--root", name)):
+        code, output = run("check", *words)
+        assert code == 1
+        assert f"{printable(words[0])} " in output  # the title of the table
+        assert f"{shown}/class/{shown}.mp4: not a video" in output
+    code, output = run("index", name, "--out", f"lists/{name}.txt")
+    assert code == 2
+    assert f"error: lists/{shown}.txt exists already" in output
+    code, output = run("check", f"lists/{name}.txt")
+    assert code == 2
+    assert f"there is no file {tmp_path}/lists/class/{shown}.mp4" in output
+    assert run("check", f"{name}/none.txt")[1].startswith(f"error: {shown}/none.txt cannot be read")
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[/]", "[bold", "\\[a]"])
+def test_markup_that_rich_cannot_read(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)  # "[/x]" is a file in a folder
+    stand_in.write(tmp_path / "a.mp4", np.zeros((3, 16, 16, 3), np.uint8))
+    (tmp_path / f"{name}.txt").write_text(f"{tmp_path}/a.mp4 0\n")
+    assert main(["check", f"{name}.txt"]) == 0
+    assert f"{name}.txt" in capsys.readouterr().out
+    assert main(["transcode", f"{name}.txt", f"{name} small", "--shorter", "16"]) == 0
+    assert f"1 videos in {name} small" in capsys.readouterr().out

@@ -1,1 +1,5 @@
-"""Lists of videos: what they contain (`records`) and how each format is parsed (`formats`)."""
+"""Lists of videos.
+
+`records` holds what they contain, `formats` parses each format, `text` splits lines, `folders`
+looks up files, `class_folders` reads folders instead of lists, and `writing` writes lists.
+"""

@@ -4,100 +4,43 @@ A parser raises `LineError` for a row that it cannot use. What holds for every f
 files exist, is checked in `nonlocal_jax.data.annotations`.
 """
 
-import csv
-import dataclasses
+import contextlib
 import functools
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nonlocal_jax.data import DataError
+from nonlocal_jax.data.lists.folders import Folders, LineError, normal_form
 from nonlocal_jax.data.lists.records import Action, ListFormat, Record
-from nonlocal_jax.files import AnyPath, as_path
-from nonlocal_jax.remote_paths import WITHOUT_FOLDERS, RemotePath
+from nonlocal_jax.data.lists.text import (
+    DELIMITERS,
+    Table,
+    csv_fields,
+    is_blank,
+    split_label,
+    table_rows,
+)
+from nonlocal_jax.files import AnyPath
 
-# A column, or the first word of the header, that only this format has.
+# A column, or the first column, that only this format has.
 KINETICS_COLUMN, CHARADES_COLUMN, FRAME_LIST_START = "youtube_id", "actions", "original_vido_id"
+# Columns of tables of paths and labels.
+PATH_COLUMNS = (
+    *("path", "file", "filename", "file_name", "filepath", "file_path"),
+    *("video", "video_path", "video_name", "video_file"),
+)
+LABEL_COLUMNS = ("label", "labels", "label_id", "class", "class_id", "class_index", "target")
 CHARADES_CLASSES = 157
 FRAME_LIST_HEADER = "original_vido_id video_id frame_id path labels"
+WHOLE_NUMBER = re.compile(r"\s*(?P<digits>-?[0-9]{1,18})(\.0*)?\s*")
 MAX_QUOTED = 60  # characters of a line that an error message shows
 
 NumberedRow = tuple[int, Any]  # number of the line, and what the parser takes
 Parser = Callable[[int, Any], Record]
-
-
-class LineError(Exception):
-    """A line of a list cannot be used.
-
-    Attributes:
-        can_be_left_out: Whether the option `leave_out` may skip the line.
-    """
-
-    def __init__(self, message: str, *, can_be_left_out: bool = False) -> None:
-        super().__init__(message)
-        self.can_be_left_out = can_be_left_out
-
-
-@dataclasses.dataclass(frozen=True)
-class Folders:
-    """Where the paths of a list are looked up.
-
-    Attributes:
-        list_folder: Folder of the list, which paths are relative to unless there is a root.
-        root: Folder that paths are relative to and must lie in; None allows any place.
-        listings: Names of the entries of each remote folder that was listed so far.
-    """
-
-    list_folder: AnyPath
-    root: AnyPath | None
-    listings: dict[RemotePath, frozenset[str]] = dataclasses.field(default_factory=dict)
-
-    def file(self, name: str) -> AnyPath:
-        """Returns the file that a path in the list names.
-
-        Raises:
-            LineError: The name cannot be a path, or lies outside the root.
-        """
-        if "\0" in name or not name:
-            raise LineError(f"{name!r} is not a path")
-        folder = self.root or self.list_folder
-        if "://" in name or Path(name).is_absolute():
-            try:
-                file = plain_path(as_path(name))
-            except (ValueError, ImportError) as error:
-                raise LineError(str(error).removesuffix(".")) from error
-        else:
-            file = plain_path(folder / name)
-        if self.root is not None and not lies_in(file, self.root):
-            raise LineError(f"{name} lies outside the root {self.root}")
-        return file
-
-    def has(self, file: AnyPath) -> bool:
-        """Whether a file exists. A name that is too long, or a closed folder, is not an error.
-
-        A remote folder is listed once, since a list of Kinetics has 240,000 files.
-        """
-        if isinstance(file, Path):
-            return is_file(file)
-        if file.protocol in WITHOUT_FOLDERS:
-            return file.is_file()
-        folder = file.parent
-        if folder not in self.listings:
-            try:
-                self.listings[folder] = frozenset(entry.name for entry in folder.iterdir())
-            except FileNotFoundError:
-                self.listings[folder] = frozenset()
-        return file.name in self.listings[folder]
-
-
-def lies_in(file: AnyPath, folder: AnyPath) -> bool:
-    """Whether a file is in a folder; a local one is never in a remote one."""
-    if isinstance(file, RemotePath):
-        return isinstance(folder, RemotePath) and file.is_relative_to(folder)
-    return isinstance(folder, Path) and file.is_relative_to(folder)
+Row = Mapping[str, str]  # text of a row of a table by column; columns that the row lacks are ""
 
 
 class ParsedList(NamedTuple):
@@ -121,83 +64,176 @@ class ParsedList(NamedTuple):
 def recognise(
     source: AnyPath, lines: Sequence[str], folders: Folders, names: tuple[str, ...]
 ) -> ParsedList:
-    """Finds out the format of a list by its first line.
+    """Finds out the format of a list by its first line that is not blank.
 
     Args:
         source: The list, for error messages.
-        lines: Its lines, at least one.
+        lines: Its lines, at least one of them not blank.
         folders: Where its paths are looked up.
         names: Names of the classes, if a file with them was given.
     """
-    first = lines[0]
-    # The csv module raises an error for longer fields, and no header is that long.
-    header = next(csv.reader([first]), []) if len(first) < csv.field_size_limit() else []
-    if first.startswith(FRAME_LIST_START):
-        parse: Parser = functools.partial(_frame_list_record, folders)
-        return ParsedList("frames", _rows_by_video(lines), parse, names, None)
-    if KINETICS_COLUMN in header:
-        names = names or _class_names(source, lines)
+    table = _find_header(lines)
+    if table is None or _has_only_paths_and_labels(table):
+        # As lines, paths may contain the delimiter without being quoted.
+        first = 0 if table is None else table.header + 1
+        numbered = enumerate(lines[first:], start=first + 1)
+        rows = [(number, line) for number, line in numbered if not is_blank(line)]
+        parse: Parser = functools.partial(_path_and_label, folders)
+        return ParsedList("paths", rows, parse, names, len(names) or None)
+    if table.columns[0] == FRAME_LIST_START:
+        parse = functools.partial(_frame_list_record, folders, table)
+        return ParsedList("frames", _rows_by_video(source, table), parse, names, None)
+    fields = table_rows(source, table)
+    if KINETICS_COLUMN in table.columns:
+        names = names or _class_names(source, table)
         numbers = {comparable_name(name): number for number, name in enumerate(names)}
-        parse = functools.partial(_kinetics_record, folders, numbers)
-        return ParsedList("kinetics", _csv_rows(source, lines), parse, names, len(names))
-    if CHARADES_COLUMN in header:
-        parse = functools.partial(_charades_record, folders)
-        rows = _csv_rows(source, lines)
-        return ParsedList("charades", rows, parse, names, CHARADES_CLASSES)
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    parse = functools.partial(_path_and_label, folders)
-    return ParsedList("paths", numbered, parse, names, len(names) or None)
+        parse = _of_columns(table, functools.partial(_kinetics_record, folders, numbers))
+        return ParsedList("kinetics", fields, parse, names, len(names))
+    if CHARADES_COLUMN in table.columns:
+        parse = _of_columns(table, functools.partial(_charades_record, folders))
+        return ParsedList("charades", fields, parse, names, CHARADES_CLASSES)
+    path_column, label_column = _path_columns(table.columns)
+    parse = functools.partial(_path_and_label_columns, folders, path_column, label_column)
+    return ParsedList("paths", fields, _of_columns(table, parse), names, len(names) or None)
+
+
+def _find_header(lines: Sequence[str]) -> Table | None:
+    """Returns the table that a list is, or None if its lines are paths with labels."""
+    header = next(index for index, line in enumerate(lines) if not is_blank(line))
+    path_line = split_label(lines[header])
+    if path_line is not None and WHOLE_NUMBER.fullmatch(path_line.label):
+        return None  # a path may contain the name of a column, but no header ends in a number
+    for delimiter in DELIMITERS:
+        columns = tuple(name.strip().lower() for name in csv_fields(lines[header], delimiter))
+        if _is_header(columns):
+            return Table(columns, delimiter, lines, header)
+    return None
+
+
+def _is_header(columns: tuple[str, ...]) -> bool:
+    """Whether these are the columns of one of the tables that can be read."""
+    is_kinetics = KINETICS_COLUMN in columns and not {"label", "time_start"}.isdisjoint(columns)
+    is_charades = {"id", CHARADES_COLUMN} <= set(columns)
+    is_frame_list = columns[:1] == (FRAME_LIST_START,)
+    return is_kinetics or is_charades or is_frame_list or all(_path_columns(columns))
+
+
+def _has_only_paths_and_labels(table: Table) -> bool:
+    columns = table.columns
+    return columns[:2] == _path_columns(columns) and not any(columns[2:])
+
+
+def _path_columns(columns: Sequence[str]) -> tuple[str, str]:
+    """Returns the first columns that can be the path and the label; "" where there is none."""
+    path = next((name for name in columns if name in PATH_COLUMNS), "")
+    return path, next((name for name in columns if name in LABEL_COLUMNS), "")
+
+
+def _of_columns(table: Table, parse: Callable[[int, Row], Record]) -> Parser:
+    """Returns a parser of the fields of a row."""
+
+    def parse_fields(number: int, fields: Sequence[str]) -> Record:
+        columns = table.columns
+        if not all(map(is_blank, fields[len(columns) :])):
+            raise LineError(
+                f"the header has {len(columns)} columns, the line {len(fields)}; put fields that "
+                f"contain {table.delimiter!r} in double quotes"
+            )
+        cells = [*fields, *[""] * (len(columns) - len(fields))]
+        return parse(number, dict(zip(columns, cells, strict=False)))
+
+    return parse_fields
 
 
 def _path_and_label(folders: Folders, number: int, line: str) -> Record:
-    parts = line.strip().rsplit(None, 1)
-    if len(parts) != 2:
-        parts = line.strip().rsplit(",", 1)
-    if len(parts) != 2:
+    split = split_label(line)
+    if split is None:
         raise LineError(f"`path label` is expected; got {_quoted(line)}")
-    file = folders.file(parts[0].strip().rstrip(","))
-    return Record(file, (_integer(parts[1], "a label"),), number)
+    label = _integer(split.label, "a label")
+    if split.quoted is None:
+        return Record(_only_file(folders, split.plain), (label,), number)
+    return Record(_first_file(folders, (split.quoted, *split.plain)), (label,), number)
 
 
-def _kinetics_record(
-    folders: Folders, numbers: Mapping[str, int], number: int, row: Mapping[str, str | None]
+def _path_and_label_columns(
+    folders: Folders, path_column: str, label_column: str, number: int, row: Row
 ) -> Record:
-    label, name = row.get("label") or "", row.get("youtube_id") or ""
+    label = _integer(row[label_column], "a label")
+    path = row[path_column]
+    names = tuple(dict.fromkeys((path, path.strip())))
+    return Record(_first_file(folders, names), (label,), number)
+
+
+def _first_file(folders: Folders, names: Sequence[str]) -> AnyPath:
+    """Returns the file of the first path that exists, or of the first path."""
+    files = _files(folders, names)
+    first = next(files)
+    return first if folders.has(first) else next(filter(folders.has, files), first)
+
+
+def _only_file(folders: Folders, names: Sequence[str]) -> AnyPath:
+    """Returns the file of the only path that exists, or of the first path."""
+    files = list(dict.fromkeys(_files(folders, names)))
+    if len(files) == 1:  # not looked for here, since that takes long in some file systems
+        return files[0]
+    existing = [file for file in files if folders.has(file)]
+    if len(existing) > 1:
+        raise LineError(
+            f"the path can be {str(existing[0])!r} or {str(existing[1])!r}, and both exist; "
+            "put it in double quotes"
+        )
+    return (existing or files)[0]
+
+
+def _files(folders: Folders, names: Sequence[str]) -> Iterator[AnyPath]:
+    """Yields the file of the first path, and those of the others that can be used."""
+    yield folders.find(names[0])
+    for name in names[1:]:
+        with contextlib.suppress(LineError):
+            yield folders.find(name)
+
+
+def _kinetics_record(folders: Folders, numbers: Mapping[str, int], number: int, row: Row) -> Record:
+    label, name = row.get("label", "").strip(), row[KINETICS_COLUMN].strip()
     if comparable_name(label) not in numbers:
-        raise LineError(f"{label!r} is not one of the {len(numbers)} classes")
-    start, end = (_integer(row.get(key) or "", key) for key in ("time_start", "time_end"))
+        raise LineError(f"{_quoted(label)} is not one of the {len(numbers)} classes")
+    if not name:
+        raise LineError(f"the column `{KINETICS_COLUMN}` is empty")
+    start, end = (_integer(row.get(key, ""), key) for key in ("time_start", "time_end"))
     # Copies of Kinetics differ in whether files lie in class folders and have times in their names.
     trimmed = f"{name}_{start:06d}_{end:06d}"
     class_folders = ("", f"{label}/", f"{label.replace(' ', '_')}/")
-    candidates = [f"{folder}{stem}.mp4" for folder in class_folders for stem in (trimmed, name)]
-    files = [folders.file(candidate) for candidate in candidates]
-    existing = [file for file in files if folders.has(file)]
-    return Record((existing or files)[0], (numbers[comparable_name(label)],), number)
+    stems = [f"{folder}{stem}" for folder in class_folders for stem in (trimmed, name)]
+    return Record(folders.video(stems), (numbers[comparable_name(label)],), number)
 
 
-def _class_names(source: AnyPath, lines: Sequence[str]) -> tuple[str, ...]:
+def _class_names(source: AnyPath, table: Table) -> tuple[str, ...]:
     """Returns the sorted names of the classes in a list of Kinetics."""
-    names = {row.get("label") or "" for _, row in _csv_rows(source, lines)} - {""}
+    column = table.columns.index("label") if "label" in table.columns else len(table.columns)
+    names: dict[str, str] = {}
+    for _, fields in table_rows(source, table):
+        if name := "".join(fields[column : column + 1]).strip():
+            names.setdefault(comparable_name(name), name)
     if not names:
         raise DataError(
             f"{source} must have a column `label`; the official list of the test split has none."
         )
-    return tuple(sorted(names))
+    return tuple(sorted(names.values()))
 
 
-def _charades_record(folders: Folders, number: int, row: Mapping[str, str | None]) -> Record:
-    name = (row.get("id") or "").strip()
+def _charades_record(folders: Folders, number: int, row: Row) -> Record:
+    name = row.get("id", "").strip()
     if not name:
         raise LineError("the column `id` is empty")
-    texts = [text for text in (row.get("actions") or "").split(";") if text.strip()]
+    texts = [text for text in row[CHARADES_COLUMN].split(";") if text.strip()]
     actions = tuple(map(_action, texts))
     labels = tuple(sorted({action.label for action in actions}))
-    return Record(folders.file(f"{name}.mp4"), labels, number, actions)
+    return Record(folders.video([name]), labels, number, actions)
 
 
 def _action(text: str) -> Action:
     parts = text.split()
-    if len(parts) != 3 or not re.fullmatch(r"c\d{3}", parts[0]):
+    if len(parts) != 3 or not re.fullmatch(r"c\d{3}", parts[0], re.ASCII):
         raise LineError(f"an action must look like `c092 11.10 21.50`; got {_quoted(text)}")
     start, end = map(_seconds, parts[1:])
     if end < start:
@@ -205,31 +241,32 @@ def _action(text: str) -> Action:
     return Action(int(parts[0][1:]), start, end)
 
 
-def _rows_by_video(lines: Sequence[str]) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """Groups the lines of a frame list by video; those of one video need not be consecutive."""
-    videos: dict[str, list[tuple[int, str]]] = {}
-    for number, line in enumerate(lines[1:], start=2):
-        if line.strip():
-            videos.setdefault(line.split()[0], []).append((number, line))
+def _rows_by_video(
+    source: AnyPath, table: Table
+) -> Iterator[tuple[int, list[tuple[int, list[str]]]]]:
+    """Groups the rows of a frame list by video; those of one video need not be consecutive."""
+    videos: dict[str, list[tuple[int, list[str]]]] = {}
+    for number, fields in table_rows(source, table):
+        videos.setdefault(fields[0], []).append((number, fields))
     for rows in videos.values():
         yield rows[0][0], rows
 
 
 def _frame_list_record(
-    folders: Folders, first_line: int, rows: Sequence[tuple[int, str]]
+    folders: Folders, table: Table, first_line: int, rows: Sequence[tuple[int, list[str]]]
 ) -> Record:
     frames, frame_labels = [], []
-    for number, line in rows:
-        parts = line.split()
-        if len(parts) != 5:
+    for number, fields in rows:
+        if len(fields) != 5:
+            text = table.delimiter.join(fields)
             raise LineError(
-                f"(line {number}) `{FRAME_LIST_HEADER}` is expected; got {_quoted(line)}"
+                f"(line {number}) `{FRAME_LIST_HEADER}` is expected; got {_quoted(text)}"
             )
-        frames.append(folders.file(parts[3]))
-        labels = parts[4].replace('"', "")
+        frames.append(folders.find(fields[3]))
+        labels = fields[4].replace('"', "")
         numbers = [_integer(label, "a label") for label in labels.split(",")] if labels else []
         frame_labels.append(tuple(numbers))
-    video_name = rows[0][1].split()[0]
+    video_name = rows[0][1][0]
     return Record(
         Path(video_name),
         tuple(sorted(set().union(*frame_labels))),
@@ -239,58 +276,16 @@ def _frame_list_record(
     )
 
 
-def _csv_rows(source: AnyPath, lines: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
-    reader = csv.DictReader(lines)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        line = reader.line_num + 1
-        raise DataError(f"{source}: line {line} cannot be read as CSV: {error}.") from error
-
-
-def read_lines(source: AnyPath) -> list[str]:
-    """Reads the lines of a text file.
-
-    Raises:
-        DataError: The file cannot be read or is not UTF-8.
-    """
-    try:
-        text = source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source} must be a text file in UTF-8; byte {error.start:,} is not."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
-    # `splitlines` would also split at other line ends of Unicode, which file names may contain.
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def plain_path(path: AnyPath) -> AnyPath:
-    """Makes a path absolute and removes `..`. Links are kept, since data sets are often links."""
-    if isinstance(path, RemotePath):
-        return path
-    return Path(os.path.normpath(path.absolute()))
-
-
-def is_file(path: Path) -> bool:
-    """Whether a file exists. A name that is too long, or a closed folder, is no error."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def comparable_name(name: str) -> str:
     """Returns the name of a class with spaces, as in the releases; folders may have underscores."""
-    return name.strip().replace("_", " ")
+    return normal_form(name.strip().replace("_", " "))
 
 
 def _integer(text: str, name: str) -> int:
-    if not re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text):
+    match = WHOLE_NUMBER.fullmatch(text)
+    if match is None:
         raise LineError(f"{name} must be a whole number; got {_quoted(text)}")
-    return int(text)
+    return int(match["digits"])
 
 
 def _seconds(text: str) -> float:

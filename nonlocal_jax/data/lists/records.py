@@ -53,7 +53,8 @@ class Annotations:
         multi_label: Whether a video may have any number of classes, as in Charades, or has exactly
             one.
         names: Names of the classes; empty if the list has only numbers.
-        left_out: Why each line that was left out cannot be used.
+        left_out: Why each line that was left out cannot be used; in a folder, each link and each
+            folder without videos.
         format: Format of the list, one of those in the table of `nonlocal_jax.data.annotations`.
     """
 
