@@ -9,6 +9,7 @@ from nonlocal_jax.weights.readers.numpy_objects import NumpyArray
 from nonlocal_jax.weights.readers.pickles import ByteStream, read_pickle
 from nonlocal_jax.weights.readers.values import (
     Contents,
+    check_explained,
     check_size,
     describe_value,
     ignored_reason,
@@ -51,7 +52,9 @@ def read_caffe2(file: io.BufferedIOBase, size: int, max_bytes: int) -> Contents:
             ignored[name] = reason
         else:
             weights[name] = value
-    check_size(sum(array.nbytes for array in weights.values()), max_bytes, "its arrays")
+    nbytes = sum(array.nbytes for array in weights.values())
+    check_size(nbytes, max_bytes, "its arrays")
+    check_explained(nbytes, size, "its arrays")
     return {name: array.array() for name, array in weights.items()}, ignored
 
 

@@ -20,6 +20,7 @@ from nonlocal_jax.weights.readers.values import describe_value, insert_pairs
 
 # Reads in one pickle, about two for each opcode. A ResNet-152 with its optimiser takes 100,000.
 MAX_STEPS = 5_000_000
+FREE_STEPS = 250_000  # in a file of any size; a step takes up to 200 bytes of memory
 ADVICE = (
     "Nothing was executed. If you trust the file, load it with the library that wrote it and save "
     "plain arrays, in torch a state dict."
@@ -36,19 +37,29 @@ UNCHANGED_CODES = tuple(ord(getattr(pickle, name)) for name in OPCODES.split())
 Storages = Callable[[object], object]  # from a persistent id to what it stands for
 
 
+def explained_steps(size: int) -> int:
+    """Returns the number of steps that a file of `size` bytes explains.
+
+    Every opcode takes a byte, unless the pickle is deflated or copies shared values.
+    """
+    return min(MAX_STEPS, FREE_STEPS + size)
+
+
 class ByteStream:
-    """A binary file that is never read past its end, and in at most `max_steps` steps.
+    """A binary file that is never read past its end, and in a limited number of steps.
 
     Args:
         file: The file, read from its current position.
         size: Number of bytes that follow.
-        max_steps: Limit of the number of reads, against pickles that loop through shared values.
+        max_steps: Limit of the number of reads and of copied values, against pickles that copy shared
+            values again and again. Defaults to what `size` explains.
     """
 
-    def __init__(self, file: io.BufferedIOBase, size: int, max_steps: int = MAX_STEPS) -> None:
+    def __init__(self, file: io.BufferedIOBase, size: int, max_steps: int | None = None) -> None:
         self.file = file
         self.bytes_left = size
-        self.max_steps = self.steps_left = max_steps
+        self.max_steps = explained_steps(size) if max_steps is None else max_steps
+        self.steps_left = self.max_steps
 
     def read(self, count: int) -> bytes:
         self._take(count)
@@ -150,8 +161,10 @@ class _Unpickler(_StandardUnpickler):
             raise FileFormatError(
                 f"its pickle calls {describe_value(function)} with {describe_value(arguments)}."
             )
-        # The function may copy its arguments, so a pickle could build long lists from few opcodes.
-        self.stream.spend(sum(len(item) for item in arguments if isinstance(item, list | tuple)))
+        # The call copies its arguments, and the function may copy what is in them. A pickle could
+        # repeat that with shared values from few opcodes.
+        lengths = (len(item) for item in arguments if isinstance(item, list | tuple))
+        self.stream.spend(len(arguments) + sum(lengths))
         self.stack[-1] = function(*arguments)
 
     def _build(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nonlocal_jax.weights.readers.errors import FileFormatError
-from nonlocal_jax.weights.readers.pickles import ByteStream, read_pickle
+from nonlocal_jax.weights.readers.pickles import ByteStream, explained_steps, read_pickle
 from nonlocal_jax.weights.readers.torch_objects import (
     TORCH_NAMES,
     Storage,
@@ -22,6 +22,7 @@ from nonlocal_jax.weights.readers.torch_objects import (
 )
 from nonlocal_jax.weights.readers.values import (
     Contents,
+    check_explained,
     check_size,
     describe_value,
     ignored_reason,
@@ -88,6 +89,8 @@ def read_torch(file: io.BufferedIOBase, size: int, max_bytes: int) -> Contents:
     storage_bytes = sum(storage.nbytes for storage in storages.values())
     check_size(tensor_bytes, max_bytes, "its tensors")
     check_size(storage_bytes, max_bytes, "the storages of its tensors")
+    check_explained(tensor_bytes, size, "its tensors")
+    check_explained(storage_bytes, size, "the storages of its tensors")
     contents = {key: saved.content(storage) for key, storage in storages.items()}
     arrays = {
         name: tensor.array(contents[tensor.storage.key], saved.byte_order)
@@ -133,7 +136,7 @@ def _open_zip(file: io.BufferedIOBase, size: int) -> TorchFile:
     if byte_order not in ("little", "big"):
         raise FileFormatError(f"its byte order must be little or big; got {byte_order!a}.")
     data = archive.read(f"{root}/data.pkl", MAX_PICKLE_BYTES)
-    stream = ByteStream(io.BytesIO(data), len(data))
+    stream = ByteStream(io.BytesIO(data), len(data), explained_steps(size))
     tree = read_pickle(stream, TORCH_NAMES, functools.partial(find_storage, {}))
 
     def content(storage: Storage) -> bytes:

@@ -11,6 +11,12 @@ from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 
 MAX_AXES = 32
 
+# Arrays may take more memory than the file: names share them, tensors are expanded, archives are
+# deflated. Up to FREE_BYTES, or MAX_EXPANSION times the size of the file if that is more, this
+# happens in weights.
+MAX_EXPANSION = 32
+FREE_BYTES = 16 << 20
+
 # What a reader returns: the arrays by name, and each other entry with the reason why it is ignored.
 Contents = tuple[dict[str, np.ndarray], dict[str, str]]
 
@@ -82,6 +88,16 @@ def check_size(nbytes: int, max_bytes: int, name: str) -> None:
         raise UnsafeFileError(
             f"{name} would take {nbytes} bytes, over max_bytes={max_bytes}. "
             "If that is intended, pass a larger max_bytes."
+        )
+
+
+def check_explained(nbytes: int, size: int, name: str) -> None:
+    """Checks that `name` takes no more memory than a file of `size` bytes explains."""
+    limit = max(FREE_BYTES, MAX_EXPANSION * size)
+    if nbytes > limit:
+        raise UnsafeFileError(
+            f"{name} would take {nbytes} bytes, which a file of {size} bytes does not explain; "
+            f"expected at most {limit}."
         )
 
 
