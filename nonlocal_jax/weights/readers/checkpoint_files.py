@@ -8,6 +8,7 @@ import numpy as np
 from nonlocal_jax import files
 from nonlocal_jax.files import AnyPath, PathLike
 from nonlocal_jax.remote_paths import RemotePath
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.readers.caffe2_pickles import is_pickle, read_caffe2
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 from nonlocal_jax.weights.readers.orbax_folders import read_orbax
@@ -85,7 +86,11 @@ def read(path: PathLike, *, max_bytes: int = 8 << 30) -> Checkpoint:
             entries = [f"{name!a:.40} ({reason})" for name, reason in list(ignored.items())[:8]]
             raise FileFormatError(f"it holds no weights, but {', '.join(entries) or 'nothing'}.")
     except (FileFormatError, UnsafeFileError) as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{printable(path)}: {error}") from error
+    except OSError as error:
+        if error.filename is None:  # raised while reading the open file
+            error.filename = str(path)
+        raise
     for array in arrays.values():
         array.flags.writeable = False
     return Checkpoint(path, file_format, arrays, ignored)

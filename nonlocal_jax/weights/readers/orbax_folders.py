@@ -1,14 +1,52 @@
-"""Folders of Orbax: those of its checkpointers, and of its manager, one level down."""
+"""Folders of Orbax: those of its checkpointers, and of its manager, one level down.
 
+The list of arrays, `_METADATA`, is read here, and the arrays by TensorStore. Orbax itself opens
+whatever path the list names, and allocates whatever the arrays declare.
+"""
+
+import json
 import math
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nonlocal_jax.files import AnyPath
-from nonlocal_jax.remote_paths import orbax_can_use
+from nonlocal_jax.remote_paths import RemotePath, orbax_can_use
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
-from nonlocal_jax.weights.readers.values import Contents, check_size, ignored_reason
+from nonlocal_jax.weights.readers.values import (
+    FREE_BYTES,
+    Contents,
+    check_explained,
+    check_size,
+    describe_value,
+    ignored_reason,
+)
+
+MAX_METADATA_BYTES = 16 << 20  # an entry takes about 300
+# Chunks of all arrays, which are read one by one: in any folder, and for each KiB of a folder.
+FREE_CHUNKS, CHUNKS_PER_KIB = 10_000, 32
+ARRAY_TYPES = ("jax.Array", "np.ndarray")
+
+
+class Entry(NamedTuple):
+    """An entry of the list.
+
+    Attributes:
+        keys: Its keys in the tree, from the root.
+        type: The name that Orbax has for its type.
+        is_stored: Whether it has a value in the folder. Empty containers and None have none.
+    """
+
+    keys: tuple[str, ...]
+    type: str
+    is_stored: bool
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.keys)
 
 
 def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
@@ -26,44 +64,176 @@ def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
     candidates = (path, path / "default")
     folders = [folder for folder in candidates if (folder / "_METADATA").is_file()]
     if not folders:
-        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        names = sorted(printable(entry.name) for entry in path.iterdir())
         raise FileFormatError(
             "it is a folder without the _METADATA of Orbax; "
-            f"it holds {names}. Pass a file, or the folder of one step."
+            f"it holds {', '.join(names[:8]) or 'nothing'}. Pass a file, or the folder of one step."
         )
+    # Object stores have no links, and the names of their objects lead nowhere else.
+    size = None if isinstance(path, RemotePath) else _folder_bytes(path, folders[0])
     try:
-        return _restore(str(folders[0].absolute()), max_bytes)
+        return _read(_resolve(folders[0]), size, max_bytes)
     except (FileFormatError, UnsafeFileError):
         raise
-    except Exception as error:  # Orbax, TensorStore and JSON do not declare what they raise
+    except Exception as error:  # TensorStore does not declare what it raises
+        message = printable(error)
         raise FileFormatError(
-            f"Orbax cannot read it ({type(error).__name__}: {error!s:.200})."
+            f"Orbax cannot read it ({type(error).__name__}: {message:.200})."
         ) from error
 
 
-def _restore(folder: str, max_bytes: int) -> Contents:
-    import jax
-    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+def _resolve(folder: AnyPath) -> AnyPath:
+    """Returns the path without links and `..`, which TensorStore refuses."""
+    return folder if isinstance(folder, RemotePath) else Path(os.path.realpath(folder))
 
-    def restore_args(leaf: Any) -> Any:
-        is_array = type(leaf) is ocp.metadata.ArrayMetadata
-        return ocp.RestoreArgs(restore_type=np.ndarray if is_array else None)
 
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
-        nbytes = sum(
-            math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-            for leaf in jax.tree.leaves(tree)
-            if isinstance(leaf, ocp.metadata.ArrayMetadata)
-        )
-        check_size(nbytes, max_bytes, "its arrays")
-        restored = checkpointer.restore(folder, restore_args=jax.tree.map(restore_args, tree))
-    leaves = jax.tree_util.tree_leaves_with_path(restored)
-    entries = {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves
+def _folder_bytes(path: Path, folder: Path) -> int:
+    """Returns the size of the files in a folder, after checking that none lies outside `path`."""
+    root, size = os.path.realpath(path), 0
+    entries = [folder]
+    for parent, folders, names in os.walk(folder):
+        entries += [Path(parent, name) for name in folders + names]
+    for entry in entries:
+        name = printable(entry.relative_to(path))
+        if not Path(os.path.realpath(entry)).is_relative_to(root):
+            raise UnsafeFileError(
+                f"its entry {name} is a link to a place outside the folder. If that is intended, "
+                "copy the folder with its links followed, as `cp -rL` does."
+            )
+        if entry.is_file():
+            size += entry.stat().st_size
+        elif not entry.is_dir():
+            raise FileFormatError(f"its entry {name} is neither a file nor a folder.")
+    return size
+
+
+def _read(folder: AnyPath, size: int | None, max_bytes: int) -> Contents:
+    """Reads the arrays of a folder, whose files have `size` bytes if that is known."""
+    import tensorstore
+
+    metadata = _read_metadata(folder / "_METADATA")
+    entries = _entries(metadata)
+    numbers = [entry for entry in entries if entry.is_stored and entry.type != "string"]
+    specs = [_spec(folder, entry, metadata) for entry in numbers]
+    context = tensorstore.Context()
+    opened = [tensorstore.open(spec, read=True, open=True, context=context) for spec in specs]
+    stores = {entry.name: store.result() for entry, store in zip(numbers, opened, strict=True)}
+    _check_arrays(stores, size, max_bytes)
+    arrays = {entry.name: stores[entry.name] for entry in numbers if entry.type in ARRAY_TYPES}
+    ignored = {
+        entry.name: _reason(entry, stores.get(entry.name))
+        for entry in entries
+        if entry.name not in arrays
     }
-    if len(entries) < len(leaves):
+    reads = {name: store.read() for name, store in arrays.items()}
+    return {name: np.asarray(read.result()) for name, read in reads.items()}, ignored
+
+
+def _read_metadata(file: AnyPath) -> dict[str, Any]:
+    nbytes = file.stat().st_size
+    if nbytes > MAX_METADATA_BYTES:
+        raise UnsafeFileError(
+            f"its _METADATA has {nbytes} bytes; expected at most {MAX_METADATA_BYTES}."
+        )
+    try:
+        metadata = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        message = printable(error)
+        raise FileFormatError(f"its _METADATA is not JSON ({message:.100}).") from error
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("tree_metadata"), dict):
+        raise FileFormatError(
+            "Orbax cannot read it: its _METADATA must be a JSON object with tree_metadata; "
+            f"got {describe_value(metadata)}."
+        )
+    return metadata
+
+
+def _entries(metadata: dict[str, Any]) -> list[Entry]:
+    """Returns the entries of the list, whose names are checked."""
+    entries = []
+    for text, value in metadata["tree_metadata"].items():
+        match value:
+            case {
+                "key_metadata": list() as keys,
+                "value_metadata": {"value_type": str() as value_type, **options},
+            } if all(isinstance(key, dict) and isinstance(key.get("key"), str) for key in keys):
+                is_stored = not options.get("skip_deserialize", False)
+                entries.append(Entry(tuple(key["key"] for key in keys), value_type, is_stored))
+            case _:
+                raise FileFormatError(f"its _METADATA has a damaged entry, {text!a:.100}.")
+    for entry in entries:
+        # The name is a path in the folder.
+        path = ".".join(entry.keys)
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise UnsafeFileError(f"its entry {path!a:.100} would lie outside the folder.")
+    if len({entry.name for entry in entries}) < len(entries):
         raise FileFormatError("two of its entries have the same name.")
-    arrays = {name: leaf for name, leaf in entries.items() if isinstance(leaf, np.ndarray)}
-    ignored = {name: ignored_reason(leaf) for name, leaf in entries.items() if name not in arrays}
-    return arrays, ignored
+    return entries
+
+
+def _spec(folder: AnyPath, entry: Entry, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns TensorStore's description of where an array is, as Orbax makes it."""
+    use_ocdbt = metadata.get("use_ocdbt")
+    if use_ocdbt is None:  # in old checkpoints
+        use_ocdbt = (folder / "manifest.ocdbt").is_file()
+    name = ".".join(entry.keys)
+    base = _base(folder)
+    kvstore = (
+        {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        if use_ocdbt
+        else {**base, "path": f"{base['path']}{name}/"}
+    )
+    return {
+        "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
+        "kvstore": kvstore,
+        "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value", False),
+    }
+
+
+def _base(folder: AnyPath) -> dict[str, str]:
+    """Returns TensorStore's description of a folder."""
+    if isinstance(folder, RemotePath):
+        bucket, _, path = str(folder).partition("://")[2].partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/" if path else ""}
+    return {"driver": "file", "path": f"{folder}/"}
+
+
+def _check_arrays(stores: dict[str, Any], size: int | None, max_bytes: int) -> None:
+    """Checks what opened arrays declare, before they are read."""
+    nbytes = chunks = 0
+    for name, store in stores.items():
+        itemsize, layout = store.dtype.numpy_dtype.itemsize, store.chunk_layout
+        if store.dtype.numpy_dtype.kind in "OSU":
+            raise FileFormatError(f"{name!a:.80} is of {store.dtype.name}, which is not supported.")
+        array_bytes = math.prod(store.shape) * itemsize
+        nbytes += array_bytes
+        chunk_shape = layout.read_chunk_template.shape
+        chunks += math.prod(-(-n // c) for n, c in zip(store.shape, chunk_shape, strict=True))
+        # A chunk is decoded as a whole, even if the array needs one number of it.
+        chunk_bytes = math.prod(layout.write_chunk_template.shape) * itemsize
+        if chunk_bytes > max(FREE_BYTES, array_bytes):
+            raise UnsafeFileError(
+                f"a chunk of {name!a:.80} would take {chunk_bytes} bytes, the whole array "
+                f"{array_bytes}."
+            )
+        # Blosc allocates what a chunk declares. Orbax itself never compresses with it.
+        if '"blosc"' in json.dumps(store.codec.to_json()):
+            raise UnsafeFileError(f"{name!a:.80} is compressed with Blosc, which is not supported.")
+    check_size(nbytes, max_bytes, "its arrays")
+    if size is None:
+        return
+    check_explained(nbytes, size, "its arrays")
+    max_chunks = FREE_CHUNKS + CHUNKS_PER_KIB * size // 1024
+    if chunks > max_chunks:
+        raise UnsafeFileError(
+            f"its arrays have {chunks} chunks, which its size of {size} bytes does not explain; "
+            f"expected at most {max_chunks}."
+        )
+
+
+def _reason(entry: Entry, store: Any) -> str:
+    """Returns why an entry is ignored. `store` is its opened array, if it has one."""
+    if store is not None and entry.type == "scalar":
+        return ignored_reason(store.dtype.numpy_dtype.type().item())
+    name = "str" if entry.type == "string" else printable(entry.type)
+    return f"not weights: {name:.40}"

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 from nonlocal_jax.weights.readers.numpy_objects import NUMPY_NAMES, DType, Names, NumpyArray
 from nonlocal_jax.weights.readers.values import describe_value, insert_pairs
@@ -51,7 +52,7 @@ class ByteStream:
     Args:
         file: The file, read from its current position.
         size: Number of bytes that follow.
-        max_steps: Limit of the number of reads and of copied values, against pickles that copy shared
+        max_steps: Limit of the reads and of the copied values, against pickles that copy shared
             values again and again. Defaults to what `size` explains.
     """
 
@@ -110,6 +111,16 @@ class _Opcodes(dict[int, Callable[[Any], None]]):
         )
 
 
+class _Memo(dict[Any, Any]):
+    """Values by their index, of which the text is the key: see `NumberKey`."""
+
+    def __getitem__(self, index: int) -> object:
+        return super().__getitem__(str(index))
+
+    def __setitem__(self, index: int, value: object) -> None:
+        super().__setitem__(str(index), value)
+
+
 _StandardUnpickler: Any = pickle._Unpickler
 
 
@@ -123,6 +134,7 @@ class _Unpickler(_StandardUnpickler):
     def __init__(self, stream: ByteStream, names: Names, storages: Storages | None) -> None:
         super().__init__(stream, encoding="latin1")  # as pickles of Python 2 need
         self.stream, self.names, self.storages = stream, names, storages
+        self.memo = _Memo()
 
     def find_class(self, module: str, name: str) -> object:
         found = self.names.get((module, name))
@@ -240,5 +252,5 @@ def read_pickle(
         Warning,
     ) as error:
         raise FileFormatError(
-            f"its pickle is damaged ({type(error).__name__}: {error!s:.100})."
+            f"its pickle is damaged ({type(error).__name__}: {printable(error):.100})."
         ) from error

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.readers.errors import FileFormatError
 from nonlocal_jax.weights.readers.values import Contents, check_size, ignored_reason
 
@@ -38,6 +39,7 @@ def read_safetensors(path: Path, head: bytes, size: int, max_bytes: int) -> Cont
             "Download it again."
         )
     check_size(size, max_bytes, "its tensors")
+    # The library does not declare what it raises for headers that NumPy cannot follow.
     try:
         with safe_open(path, framework="np") as file:
             names = file.offset_keys()
@@ -50,8 +52,10 @@ def read_safetensors(path: Path, head: bytes, size: int, max_bytes: int) -> Cont
                     )
             arrays = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata()
-    except (SafetensorError, OverflowError, TypeError) as error:
+    except FileFormatError:
+        raise
+    except (SafetensorError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise FileFormatError(
-            f"it is a damaged safetensors file ({error!s:.200}). Download it again."
+            f"it is a damaged safetensors file ({printable(error):.200}). Download it again."
         ) from error
     return arrays, {"__metadata__": ignored_reason(metadata)} if metadata else {}

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,16 @@ FREE_BYTES = 16 << 20
 
 # What a reader returns: the arrays by name, and each other entry with the reason why it is ignored.
 Contents = tuple[dict[str, np.ndarray], dict[str, str]]
+
+
+class NumberKey(NamedTuple):
+    """A number as the key of a dict, by its text.
+
+    The hashes of numbers are known, so a file could choose numbers that all collide, and a dict of
+    a million would take hours. Hashes of text are secret.
+    """
+
+    text: str
 
 
 def describe_value(value: object) -> str:
@@ -78,7 +88,7 @@ def insert_pairs(target: Any, items: list[Any]) -> Any:
             raise FileFormatError(
                 f"a key of a dict must be text or a number of 64 bits; got {describe_value(key)}."
             )
-        target[key] = value
+        target[NumberKey(str(key)) if isinstance(key, int | float) else key] = value
     return target
 
 
@@ -96,17 +106,22 @@ def check_explained(nbytes: int, size: int, name: str) -> None:
     limit = max(FREE_BYTES, MAX_EXPANSION * size)
     if nbytes > limit:
         raise UnsafeFileError(
-            f"{name} would take {nbytes} bytes, which a file of {size} bytes does not explain; "
+            f"{name} would take {nbytes} bytes, which its size of {size} bytes does not explain; "
             f"expected at most {limit}."
         )
 
 
 def text_keyed(tree: dict[Any, Any]) -> dict[str, Any]:
     """Returns the dict with its keys as text. Some pickles have keys of bytes."""
-    entries = {
-        key.decode("latin1") if isinstance(key, bytes) else str(key): value
-        for key, value in tree.items()
-    }
+    entries = {}
+    for key, value in tree.items():
+        match key:
+            case NumberKey(text):
+                entries[text] = value
+            case bytes():
+                entries[key.decode("latin1")] = value
+            case _:
+                entries[str(key)] = value
     if len(entries) < len(tree):
         raise FileFormatError("two of its entries have the same name.")
     return entries

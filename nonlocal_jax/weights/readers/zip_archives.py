@@ -9,6 +9,7 @@ import struct
 import zipfile
 import zlib
 
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 
 ZIP_MAGIC = (b"PK\3\4", b"PK\5\6")
@@ -32,7 +33,9 @@ class ZipArchive:
         try:
             self.archive = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-            raise FileFormatError(f"its zip directory is damaged ({error!s:.100}).") from error
+            raise FileFormatError(
+                f"its zip directory is damaged ({printable(error):.100})."
+            ) from error
         members = self.archive.infolist()
         if self.archive.start_dir != directory_start or len(members) > MAX_MEMBERS:
             raise UnsafeFileError(
@@ -72,7 +75,8 @@ class ZipArchive:
             ValueError,
         ) as error:
             raise FileFormatError(
-                f"{name!a:.100} is damaged in its zip archive ({error!s:.100}). Download it again."
+                f"{name!a:.100} is damaged in its zip archive ({printable(error):.100}). "
+                "Download it again."
             ) from error
         if len(content) != member.file_size:
             raise FileFormatError(
