@@ -1,5 +1,8 @@
 """Safetensors files: every dtype is read, damaged files raise an error."""
 
+import json
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -49,3 +52,18 @@ def test_every_dtype(opened):
 )
 def test_damaged_files(change, error, match, refused):
     refused(change(safetensors.numpy.save(ARRAYS)), error, match=match)
+
+
+@pytest.mark.parametrize("shape", [[1] * 65, [0, 2**63], [0, 2**62], [0, 2**40, 2**40], [0, 2**64]])
+def test_shapes_that_numpy_refuses(shape, refused):
+    nbytes = 4 * math.prod(shape)
+    tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, nbytes]}
+    header = json.dumps({"w": tensor}).encode()
+    file = len(header).to_bytes(8, "little") + header + bytes(nbytes)
+    refused(file, match="it is a damaged safetensors file")
+
+
+def test_errors_escape_what_the_header_says(refused):
+    header = rb'{"w":{"dtype":"\u001b[2J","shape":[1],"data_offsets":[0,4]}}'
+    file = len(header).to_bytes(8, "little") + header + bytes(4)
+    refused(file, match=r"unknown variant `\\x1b\[2J`")

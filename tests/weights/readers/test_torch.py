@@ -275,3 +275,43 @@ INVALID = {
 def test_invalid_files(case, refused):
     file, error, match = INVALID[case]
     refused(file, error, match=match)
+
+
+def test_small_tensors_may_be_expanded(opened):
+    """Up to 16 MiB from a file of any size, here 2**21 numbers from one."""
+    bias = forge.tensor(forge.storage("0", 1), (2**11, 2**10), (0, 0))
+    content = np.float32(1.5)
+    checkpoint = opened(forge.zipped(mapping({"bias": bias}), {"0": content.tobytes()}))
+    samples.assert_arrays(checkpoint.arrays, {"bias": np.full((2**11, 2**10), content)})
+
+
+@pytest.mark.parametrize("length", [2**22 + 1, 2**27, 2**31 - 8])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_large_tensors_may_not_be_expanded(length, legacy, refused):
+    code = mapping({"w": forge.tensor(forge.storage("0", 4, legacy=legacy), (length,), (0,))})
+    contents = {"0": bytes(16)}
+    file = forge.legacy(code, contents, {"0": 4}) if legacy else forge.zipped(code, contents)
+    match = f"its tensors would take {4 * length} bytes, which its size of {len(file)} bytes does"
+    refused(file, UnsafeFileError, match=match)
+
+
+@pytest.mark.parametrize(("count", "fits"), [(31, True), (33, False)])
+def test_tensors_share_a_storage_as_far_as_the_size_explains(count, fits, opened, refused):
+    """The tensors of a network with shared layers: each is the whole storage."""
+    content = np.arange(2**18, dtype="float32")
+    stored = forge.storage("0", content.size)
+    tensors = {str(n): forge.tensor(stored, content.shape, (1,)) for n in range(count)}
+    file = forge.zipped(mapping(tensors), {"0": content.tobytes()})
+    if fits:
+        samples.assert_arrays(opened(file).arrays, dict.fromkeys(tensors, content))
+    else:
+        refused(file, UnsafeFileError, match=f"its tensors would take {count * 2**20} bytes, which")
+
+
+def test_deflated_storages_count(refused):
+    """A storage that expands to 65 times its size, of which the tensor is one number."""
+    noise = np.frombuffer(np.random.default_rng(0).bytes(2**19), "u1")
+    content = np.concatenate([noise, np.zeros(2**25, "u1")])
+    code = mapping({"w": forge.tensor(forge.storage("0", content.size, "ByteStorage"), (1,), (1,))})
+    file = forge.zipped(code, {"0": content.tobytes()}, compression=zipfile.ZIP_DEFLATED)
+    refused(file, UnsafeFileError, match="the storages of its tensors would take .* which its size")
