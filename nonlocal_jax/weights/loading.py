@@ -52,9 +52,9 @@ def load(
         {"params": ..., "batch_stats": ...}, in the structure of `model.init`.
 
     Raises:
-        FileNotFoundError: The path does not exist.
-        UnsafeFileError: The file tries to execute something, or needs far more memory than its size
-            explains.
+        OSError: The path cannot be read; a `FileNotFoundError` if it does not exist.
+        UnsafeFileError: The file asks for code, for files outside its folder, or for more memory
+            than its size explains (see `read`).
         FileFormatError: The file is damaged, or its format is not supported.
         ValueError: The names are of no known source; or entries and leaves do not match, in which
             case the message lists the first of them with their shapes.

@@ -15,7 +15,8 @@ from weights import forge
 
 from nonlocal_jax.weights import FileFormatError, UnsafeFileError, read
 
-pytestmark = pytest.mark.usefixtures("as_users_see_it")  # checking annotations takes ten times longer
+# Checking annotations takes ten times longer than reading.
+pytestmark = pytest.mark.usefixtures("as_users_see_it")
 
 ERRORS = (FileFormatError, UnsafeFileError)
 SECONDS = 5.0
@@ -31,27 +32,21 @@ FILES = {
     "safetensors": safetensors.numpy.save(ARRAYS, {"format": "pt"}),
 }
 # Opcodes that the pickles above lack: other types, other ways to write them, and memo entries.
-FOREIGN_OPCODES = (
-    *(b"N", b"\x88", b"(", b")", b"]", b"}", b"0", b"1", b"2", b"t", b"l", b"d", b"e", b"a", b"R"),
-    *(b"b", b"o", b"Q", b"\x81", b"\x85", b"\x86", b"\x87", b"\x8f", b"\x91", b"\x93", b"\x94"),
+FOREIGN_OPCODES = [
+    *(bytes([code]) for code in b"N\x88()]}012tldeaRboQ\x81\x85\x86\x87\x8f\x91\x93\x94"),
     *(b"h\0", b"h\1", b"h\2", b"h\5", b"q\0", b"q\1", b"g3\n", b"p4\n", b"r\xff\xff\xff\xff"),
-    *(
-        b"K\0",
-        b"J\xff\xff\xff\xff",
-        b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
-        b"G" + b"\x7f" + b"\xf0" * 7,
-    ),
+    *(b"K\0", b"J\xff\xff\xff\xff", b"\x8a\4\xff\xff\xff\x7f", b"G\x7f\xf0\0\0\0\0\0\0"),
     *(b"I01\n", b"L99999999999999999999L\n", b"F-1e999\n", b"V\\ud800\n", b"S'a'\n", b"U\0"),
     *(b"X\0\0\0\0", b"C\4abcd", b"\x96\4\0\0\0\0\0\0\0abcd", b"ccollections\nOrderedDict\n"),
     *(b"cnumpy\ndtype\n", b"cnumpy\nndarray\n", b"c_codecs\nencode\n", b"ctorch\nFloatStorage\n"),
-)
+]
 
 
-def counted(counts, total):
-    """Checks that all files gave an outcome, and that most were refused."""
+def check_counts(counts, total):
+    """Checks that every file gave an outcome, and that the mutations did damage."""
+    print(dict(counts))  # shown by `pytest -s`
     assert counts.total() == total
-    assert total < 100 or counts.total() - counts["read"] > total / 10
-    print(dict(counts))
+    assert total < 100 or total - counts["read"] > total / 10
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -59,7 +54,7 @@ def test_bytes(name, tmp_path, mutated_files):
     counts = mutation.outcomes(
         read, tmp_path / "weights.bin", FILES[name], mutated_files, ERRORS, seconds=SECONDS
     )
-    counted(counts, mutated_files)
+    check_counts(counts, mutated_files)
 
 
 def rebuilt(build):
@@ -83,7 +78,7 @@ def test_pickles_in_archives(tmp_path, mutated_files):
     counts = mutation.outcomes(
         rebuilt(archive), path, forge.whole(code), mutated_files, ERRORS, seconds=SECONDS
     )
-    counted(counts, mutated_files)
+    check_counts(counts, mutated_files)
 
 
 def test_headers_of_safetensors(tmp_path, mutated_files):
@@ -96,7 +91,7 @@ def test_headers_of_safetensors(tmp_path, mutated_files):
 
     path, header = tmp_path / "weights.bin", data[8 : 8 + length]
     counts = mutation.outcomes(rebuilt(file), path, header, mutated_files, ERRORS, seconds=SECONDS)
-    counted(counts, mutated_files)
+    check_counts(counts, mutated_files)
 
 
 def opcodes(code):
@@ -137,7 +132,7 @@ def test_opcodes(name, tmp_path, mutated_files):
     counts = mutation.outcomes(
         rebuilt(spliced), path, numbers, mutated_files, ERRORS, seconds=SECONDS
     )
-    counted(counts, mutated_files)
+    check_counts(counts, mutated_files)
 
 
 @pytest.fixture(scope="module", params=["zarr", "zarr3", "ocdbt"])

@@ -57,19 +57,24 @@ class Checkpoint:
 def read(path: PathLike, *, max_bytes: int = 8 << 30) -> Checkpoint:
     """Reads the weights in a file without executing anything that the file asks for.
 
+    Every error names the file. Control characters in it are escaped.
+
     Args:
         path: A pickle of Caffe2, a file of `torch.save`, a safetensors file, or a folder that Orbax
             wrote. A remote file, such as gs://bucket/file, is copied to a temporary local one.
-        max_bytes: Limit of what the weights may take in memory.
+            Nothing outside the file or folder is read.
+        max_bytes: Limit of what the weights may take in memory, in bytes. They may also take no
+            more than 32 times the size of the file, or 16 MiB if that is more. That limit is not
+            checked for remote folders.
 
     Returns:
         The arrays by name, and why each other entry is ignored.
 
     Raises:
-        FileNotFoundError: The path does not exist.
+        OSError: The path cannot be read; a `FileNotFoundError` if it does not exist.
         FileFormatError: The file is damaged, of an unsupported format, or without weights.
-        UnsafeFileError: The file asks for code, or for more memory than `max_bytes` or than its
-            size explains.
+        UnsafeFileError: The file asks for code, for files outside its folder, or for more memory
+            or work than `max_bytes` or its size explain.
 
     >>> import pickle, pathlib, tempfile, numpy as np
     >>> path = pathlib.Path(tempfile.mkdtemp(), "weights.pkl")

@@ -8,6 +8,6 @@ class FileFormatError(ValueError):
 class UnsafeFileError(ValueError):
     """The file asks for something that weights never need.
 
-    Examples are a Python name outside the allowed ones, or far more memory than the size of the
-    file explains.
+    Examples are a Python name outside the allowed ones, a file outside its folder, or far more
+    memory than the size of the file explains.
     """

@@ -69,10 +69,12 @@ def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
             "it is a folder without the _METADATA of Orbax; "
             f"it holds {', '.join(names[:8]) or 'nothing'}. Pass a file, or the folder of one step."
         )
-    # Object stores have no links, and the names of their objects lead nowhere else.
-    size = None if isinstance(path, RemotePath) else _folder_bytes(path, folders[0])
+    folder, size = folders[0], None
+    if isinstance(path, Path) and isinstance(folder, Path):  # object stores have no links
+        size = _folder_bytes(path, folder)
+        folder = Path(os.path.realpath(folder))  # TensorStore refuses `..`
     try:
-        return _read(_resolve(folders[0]), size, max_bytes)
+        return _read(folder, size, max_bytes)
     except (FileFormatError, UnsafeFileError):
         raise
     except Exception as error:  # TensorStore does not declare what it raises
@@ -80,11 +82,6 @@ def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
         raise FileFormatError(
             f"Orbax cannot read it ({type(error).__name__}: {message:.200})."
         ) from error
-
-
-def _resolve(folder: AnyPath) -> AnyPath:
-    """Returns the path without links and `..`, which TensorStore refuses."""
-    return folder if isinstance(folder, RemotePath) else Path(os.path.realpath(folder))
 
 
 def _folder_bytes(path: Path, folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Formats: supported ones are read, others are described, and damage raises an error."""
 
+import errno
 import gzip
 import os
 import pickle
@@ -7,6 +8,7 @@ import random
 import re
 import zipfile
 from collections import OrderedDict
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from weights import forge, samples
 from weights.forge import mapping, number, whole
 
 from nonlocal_jax.weights import FileFormatError, UnsafeFileError, read
+from nonlocal_jax.weights.readers import checkpoint_files
 
 ARRAYS = forge.example()
 
@@ -114,6 +117,22 @@ def test_unsupported_paths(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(FileFormatError, match="pipe: it is neither a file nor a folder"):
         read(tmp_path / "pipe")
+
+
+def test_errors_of_the_file_system_name_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "weights.bin"
+    file.write_bytes(GOOD["torch"])
+    failure = OSError(errno.EIO, os.strerror(errno.EIO))  # as reading from an open file raises it
+    monkeypatch.setattr(checkpoint_files, "read_torch", Mock(side_effect=failure))
+    with pytest.raises(OSError, match=rf"Input/output error: '{file}'"):
+        read(file)
+
+
+def test_file_names_are_escaped(tmp_path):
+    file = tmp_path / "a\x1b[2J.pth"
+    file.write_bytes(b"")
+    with pytest.raises(FileFormatError, match=r"/a\\x1b\[2J\.pth: it is empty"):
+        read(file)
 
 
 def damaged(file):
