@@ -29,6 +29,7 @@ MAX_METADATA_BYTES = 16 << 20  # an entry takes about 300
 # Chunks of all arrays, which are read one by one: in any folder, and for each KiB of a folder.
 FREE_CHUNKS, CHUNKS_PER_KIB = 10_000, 32
 ARRAY_TYPES = ("jax.Array", "np.ndarray")
+NUMBER_TYPES = (*ARRAY_TYPES, "scalar")  # stored alike
 
 
 class Entry(NamedTuple):
@@ -58,7 +59,7 @@ def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
     """
     if not orbax_can_use(path):
         raise FileFormatError(
-            f"Orbax reads local folders and gs:// only; got {path}. "
+            f"Orbax reads local folders and gs:// only; got {printable(path)}. "
             "Copy the folder to this machine."
         )
     candidates = (path, path / "default")
@@ -110,7 +111,7 @@ def _read(folder: AnyPath, size: int | None, max_bytes: int) -> Contents:
 
     metadata = _read_metadata(folder / "_METADATA")
     entries = _entries(metadata)
-    numbers = [entry for entry in entries if entry.is_stored and entry.type != "string"]
+    numbers = [entry for entry in entries if entry.is_stored and entry.type in NUMBER_TYPES]
     specs = [_spec(folder, entry, metadata) for entry in numbers]
     context = tensorstore.Context()
     opened = [tensorstore.open(spec, read=True, open=True, context=context) for spec in specs]
@@ -230,7 +231,7 @@ def _check_arrays(stores: dict[str, Any], size: int | None, max_bytes: int) -> N
 
 def _reason(entry: Entry, store: Any) -> str:
     """Returns why an entry is ignored. `store` is its opened array, if it has one."""
-    if store is not None and entry.type == "scalar":
+    if store is not None:
         return ignored_reason(store.dtype.numpy_dtype.type().item())
     name = "str" if entry.type == "string" else printable(entry.type)
     return f"not weights: {name:.40}"
