@@ -22,8 +22,8 @@ ERRORS = (FileFormatError, UnsafeFileError)
 SECONDS = 5.0
 ARRAYS = forge.example() | {"steps": np.array([[7], [11]])}
 PICKLES = {
-    **{f"protocol {n}": pickle.dumps({"blobs": ARRAYS, "lr": 0.1}, n) for n in (0, 2, 4)},
-    **{f"Python 2, {n}": forge.python2(forge.example(), n) for n in (0, 2)},
+    **{f"protocol {n}": pickle.dumps({"blobs": ARRAYS, "lr": 0.1}, n) for n in (0, 4)},
+    "Python 2": forge.python2(forge.example(), 2),
 }
 FILES = {
     **{f"caffe2, {name}": data for name, data in PICKLES.items()},
@@ -104,11 +104,7 @@ CODE, CONTENTS = forge.state_dict(ARRAYS)
 LEGACY_CODE, _ = forge.state_dict(ARRAYS, legacy=True)
 SIZES = {str(key): value.size for key, value in enumerate(ARRAYS.values())}
 PROGRAMS = {
-    **{
-        f"caffe2, {name}": (data, lambda code: code)
-        for name, data in PICKLES.items()
-        if name in ("protocol 0", "protocol 4")
-    },
+    **{f"caffe2, {name}": (data, lambda code: code) for name, data in PICKLES.items()},
     "torch": (forge.whole(CODE), lambda code: forge.zipped(code[2:-1], CONTENTS)),
     "torch legacy": (
         forge.whole(LEGACY_CODE),

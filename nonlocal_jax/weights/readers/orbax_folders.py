@@ -76,12 +76,11 @@ def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
         folder = Path(os.path.realpath(folder))  # TensorStore refuses `..`
     try:
         return _read(folder, size, max_bytes)
-    except (FileFormatError, UnsafeFileError):
+    except (FileFormatError, UnsafeFileError, OSError, MemoryError):
         raise
     except Exception as error:  # TensorStore does not declare what it raises
-        message = printable(error)
         raise FileFormatError(
-            f"Orbax cannot read it ({type(error).__name__}: {message:.200})."
+            f"Orbax cannot read it ({type(error).__name__}: {printable(error):.200})."
         ) from error
 
 
@@ -99,7 +98,7 @@ def _folder_bytes(path: Path, folder: Path) -> int:
                 "copy the folder with its links followed, as `cp -rL` does."
             )
         if entry.is_file():
-            size += entry.stat().st_size
+            size += entry.lstat().st_size  # of a link, which stands for no content of its own
         elif not entry.is_dir():
             raise FileFormatError(f"its entry {name} is neither a file nor a folder.")
     return size
@@ -136,8 +135,7 @@ def _read_metadata(file: AnyPath) -> dict[str, Any]:
     try:
         metadata = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        message = printable(error)
-        raise FileFormatError(f"its _METADATA is not JSON ({message:.100}).") from error
+        raise FileFormatError(f"its _METADATA is not JSON ({printable(error):.100}).") from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("tree_metadata"), dict):
         raise FileFormatError(
             "Orbax cannot read it: its _METADATA must be a JSON object with tree_metadata; "

@@ -1,10 +1,12 @@
 """Folders of Orbax, read onto the host: nothing outside the folder, and nothing unexplained."""
 
+import errno
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +221,23 @@ def test_links_inside_are_followed(folder):
     (folder / KERNEL).symlink_to("elsewhere")
     (folder / "itself").symlink_to(".")
     assert len(read(folder).arrays) == 2
+
+
+def test_links_explain_no_memory(folder):
+    """Twenty names of one file of 1 MiB are no reason to allocate 20 times 32 MiB."""
+    (folder / "content").write_bytes(bytes(2**20))
+    for number in range(20):
+        (folder / f"link{number}").symlink_to("content")
+    with edited(folder / KERNEL / ".zarray") as zarray:
+        zarray |= {"shape": [2**24], "chunks": [2**20]}
+    refused(folder, UnsafeFileError, "its arrays would take 671[0-9]* bytes, which its size of 105")
+
+
+def test_errors_of_the_file_system(folder, monkeypatch):
+    failure = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=failure))
+    with pytest.raises(PermissionError, match=f"Permission denied: '{folder}'"):
+        read(folder)
 
 
 def test_entries_that_block_are_refused(folder):
