@@ -12,9 +12,9 @@ from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 MAX_AXES = 32
 
 # Arrays may take more memory than the file: names share them, tensors are expanded, archives are
-# deflated. Up to FREE_BYTES, or MAX_EXPANSION times the size of the file if that is more, this
+# deflated. Up to FREE_BYTES, or MAX_GROWTH times the size of the file if that is more, this
 # happens in weights.
-MAX_EXPANSION = 32
+MAX_GROWTH = 32
 FREE_BYTES = 16 << 20
 
 # What a reader returns: the arrays by name, and each other entry with the reason why it is ignored.
@@ -103,7 +103,7 @@ def check_size(nbytes: int, max_bytes: int, name: str) -> None:
 
 def check_explained(nbytes: int, size: int, name: str) -> None:
     """Checks that `name` takes no more memory than a file of `size` bytes explains."""
-    limit = max(FREE_BYTES, MAX_EXPANSION * size)
+    limit = max(FREE_BYTES, MAX_GROWTH * size)
     if nbytes > limit:
         raise UnsafeFileError(
             f"{name} would take {nbytes} bytes, which its size of {size} bytes does not explain; "
