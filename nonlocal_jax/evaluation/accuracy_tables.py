@@ -12,6 +12,8 @@ from nonlocal_jax.evaluation.metrics import (
     accuracy_interval,
     average_precision,
     bootstrap_interval,
+    checked_scores,
+    checked_truth,
     confusion,
     mean_average_precision,
     top_k,
@@ -33,11 +35,15 @@ def single_label_report(
     Returns:
         Top-1 and top-5 accuracy with intervals, accuracy by class, and the confusion matrix.
 
+    Raises:
+        ValueError: As `top_k` does, or `names` are not one per class.
+
     >>> scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
     >>> report = single_label_report(scores, np.array([0, 1, 1]), ["up", "down"])
     >>> report["top1"]["value"], report["classes"]["down"], report["confusion"]
     (0.6666666666666666, {'videos': 2, 'accuracy': 0.5}, [[1, 0], [1, 1]])
     """
+    names = _class_names(names, np.shape(scores)[-1])
     report: dict[str, Any] = {"videos": len(labels)}
     for k in (1, 5):
         correct = int(top_k(scores, labels, k).sum())
@@ -50,7 +56,7 @@ def single_label_report(
             "videos": int(counts[i]),
             "accuracy": float(matrix[i, i] / counts[i]) if counts[i] else None,
         }
-        for i, name in enumerate(_class_names(names, len(counts)))
+        for i, name in enumerate(names)
     }
     report["confusion"] = matrix.tolist()
     return report
@@ -61,18 +67,25 @@ def multi_label_report(scores: Scores, truth: Truth, names: Sequence[str] = ()) 
 
     Args:
         scores: (videos, classes).
-        truth: (videos, classes), which classes each video has.
+        truth: (videos, classes), which classes each video has, as bool or 0 and 1.
         names: Names of the classes; by default their numbers.
 
     Returns:
         Mean average precision (mAP) with its interval, mAP weighted by the videos of each class,
         and AP by class.
 
+    Raises:
+        ValueError: As `mean_average_precision` does, or `names` are not one per class.
+
     >>> truth = np.array([[True, False], [False, True], [True, False]])
     >>> report = multi_label_report(np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]), truth)
     >>> report["mAP"]["value"], report["classes"]["1"]
     (1.0, {'videos': 1, 'AP': 1.0})
     """
+    scores = checked_scores(scores, len(truth))
+    truth = checked_truth(truth, scores.shape)
+    names = _class_names(names, scores.shape[1])
+    value = mean_average_precision(scores, truth)
     precisions, counts = average_precision(scores, truth), truth.sum(axis=0)
 
     def sample_map(chosen: np.ndarray) -> float:
@@ -83,14 +96,14 @@ def multi_label_report(scores: Scores, truth: Truth, names: Sequence[str] = ()) 
     interval = bootstrap_interval(sample_map, len(truth), samples=200)
     return {
         "videos": len(truth),
-        "mAP": {"value": mean_average_precision(scores, truth), "interval": interval},
+        "mAP": {"value": value, "interval": interval},
         "weighted_mAP": float(np.nansum(precisions * counts) / counts.sum()),
         "classes": {
             name: {
                 "videos": int(counts[i]),
                 "AP": None if np.isnan(precisions[i]) else float(precisions[i]),
             }
-            for i, name in enumerate(_class_names(names, len(counts)))
+            for i, name in enumerate(names)
         },
     }
 
@@ -124,4 +137,6 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _class_names(names: Sequence[str], count: int) -> Sequence[str]:
+    if len(names) not in (0, count):
+        raise ValueError(f"names must have one name for each of {count} classes; got {len(names)}.")
     return names or [str(i) for i in range(count)]

@@ -2,6 +2,7 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, confusion_matrix, top_k_accuracy_score
@@ -9,6 +10,10 @@ from sklearn.metrics import average_precision_score, confusion_matrix, top_k_acc
 from nonlocal_jax import evaluation
 
 RNG = np.random.default_rng(0)
+DTYPES = (
+    *(bool, np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64),
+    *(np.float16, np.float32, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2),
+)
 
 
 def official_map(scores, truth):
@@ -117,3 +122,117 @@ def test_wrong_scores():
         evaluation.top_k(np.zeros((3, 2)), np.zeros(3, int), 0)
     with pytest.raises(ValueError, match="at least one video must have a label"):
         evaluation.mean_average_precision(np.zeros((3, 2)), np.zeros((3, 2), bool))
+
+
+def all_scores(dtype):
+    """Scores with ties whose values, the extremes of the type among them, are exact in Python."""
+    if dtype is bool:
+        values = [False, True]
+    elif np.dtype(dtype).kind in "iu":
+        limits = np.iinfo(dtype)
+        values = [limits.min, limits.min + 1, 0, 1, 3, limits.max - 1, limits.max]
+    else:
+        values = [-math.inf, -1.5, -0.0, 0.0, 0.25, 2.0, math.inf]
+    return np.array(values, dtype)[RNG.integers(0, len(values), (31, 7))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+def test_scores_of_any_type_are_compared_exactly(dtype):
+    scores, labels = all_scores(dtype), RNG.integers(0, 7, 31)
+    values = [[row[c].item() for c in range(7)] for row in scores]
+    # Python's sort is stable, also in reverse, and its numbers have no limits.
+    ranked = [sorted(range(7), key=row.__getitem__, reverse=True) for row in values]
+    for k in (1, 3):
+        expected = [label in row[:k] for row, label in zip(ranked, labels.tolist(), strict=True)]
+        for label_type in (np.uint8, np.int64, np.uint64):
+            found = evaluation.top_k(scores, labels.astype(label_type), k)
+            assert found.tolist() == expected
+    answers = [row[0] for row in ranked]
+    matrix = evaluation.confusion(scores, labels.astype(np.uint8))
+    np.testing.assert_array_equal(matrix, confusion_matrix(labels, answers, labels=range(7)))
+
+    truth = RNG.random((31, 7)) < 0.3
+    truth[3] = False
+    precisions = evaluation.average_precision(scores, truth)
+    columns = list(zip(*values, strict=True))
+    ranks = np.array([[sorted(set(column)).index(x) for x in column] for column in columns])
+    np.testing.assert_allclose(precisions, official_map(ranks.T, truth), rtol=1e-12)
+    for truth_type in (np.uint8, np.float32):
+        found = evaluation.average_precision(scores, truth.astype(truth_type))
+        np.testing.assert_array_equal(found, precisions)
+
+
+def test_neighbouring_large_integers_differ():
+    """In float64 these scores are equal, and the first class would count as higher."""
+    scores = np.array([[2**53, 2**53 + 1]])
+    assert evaluation.top_k(scores, np.array([1]), 1).tolist() == [True]
+    assert evaluation.average_precision(scores.T, np.array([[0], [1]])).tolist() == [1.0]
+
+
+def test_a_video_without_a_label_is_ranked_after_scores_of_minus_infinity():
+    scores, truth = np.array([[0.5], [-math.inf]]), np.array([[False], [True]])
+    assert evaluation.average_precision(scores, truth).tolist() == [1.0]
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    "metric", [lambda *given: evaluation.top_k(*given, 1), evaluation.confusion]
+)
+def test_labels_that_are_no_class(metric):
+    scores = np.zeros((2, 3))
+    for label in (-1, 3, 2**62):
+        with pytest.raises(ValueError, match=f"between 0 and 2, .*got {label} for video 1"):
+            metric(scores, np.array([0, label]))
+    for labels in (np.array([0.0, 1.0]), np.array([True, False]), np.array([[0], [1]])):
+        with pytest.raises(ValueError, match="labels must be integers, one class per video"):
+            metric(scores, labels)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_nan_of_any_type_is_refused(dtype):
+    scores = np.array([[0, 0], [1, math.nan]], dtype)
+    for metric in (
+        lambda: evaluation.top_k(scores, np.array([0, 1]), 1),
+        lambda: evaluation.confusion(scores, np.array([0, 1])),
+        lambda: evaluation.average_precision(scores, np.eye(2, dtype=bool)),
+        lambda: evaluation.multi_label_report(scores, np.eye(2, dtype=bool)),
+    ):
+        with pytest.raises(ValueError, match="scores must be numbers; got NaN for video 1"):
+            metric()
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_what_is_no_score_or_no_truth():
+    labels = np.array([0, 1])
+    for scores in (np.zeros((2, 2), complex), np.full((2, 2), None), np.full((2, 2), "a")):
+        with pytest.raises(ValueError, match="scores must be real numbers; got an array of"):
+            evaluation.top_k(scores, labels, 1)
+    for shape in ((2,), (2, 0), (2, 2, 1)):
+        with pytest.raises(ValueError, match="scores must have shape"):
+            evaluation.confusion(np.zeros(shape), labels)
+    for truth in (np.full((2, 2), 2), np.full((2, 2), -1), np.full((2, 2), math.nan)):
+        with pytest.raises(ValueError, match="truth must be True or 1 where"):
+            evaluation.average_precision(np.zeros((2, 2)), truth)
+    with pytest.raises(ValueError, match=r"truth must have the shape of the scores, \(2, 2\)"):
+        evaluation.average_precision(np.zeros((2, 2)), np.zeros((2, 3), bool))
+    with pytest.raises(ValueError, match="one name for each of 2 classes; got 3"):
+        evaluation.single_label_report(np.zeros((2, 2)), labels, "abc")
+    with pytest.raises(ValueError, match="one name for each of 2 classes; got 1"):
+        evaluation.multi_label_report(np.zeros((2, 2)), np.eye(2), "a")
+    with pytest.raises(ValueError, match="at least one video must have a label"):
+        evaluation.multi_label_report(np.zeros((2, 2)), np.zeros((2, 2), bool))
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_intervals_of_nothing():
+    with pytest.raises(ValueError, match="count must be at least 1; got 0"):
+        evaluation.accuracy_interval(0, 0)
+    with pytest.raises(ValueError, match="count must be at least 1; got 0"):
+        evaluation.bootstrap_interval(len, 0)
+    with pytest.raises(ValueError, match="samples must be at least 1; got 0"):
+        evaluation.bootstrap_interval(len, 3, samples=0)
+    with pytest.raises(ValueError, match="got only NaN"):
+        evaluation.bootstrap_interval(lambda _: math.nan, 3)
+    half = evaluation.bootstrap_interval(lambda chosen: ml_dtypes.bfloat16(len(chosen)), 3)
+    assert half == (3.0, 3.0)
