@@ -24,12 +24,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from experiments import kinetics
 from experiments.shared import video_experiment
+from experiments.shared.command_line import parse
+from experiments.shared.recipes import GROUPS, Recipe
 from experiments.shared.recipes import Config as VideoConfig
-from experiments.shared.recipes import Recipe
 from nonlocal_jax.path_options import AnyPathOption
 
 # The mean over 6 classes makes gradients small, hence the large learning rate.
@@ -63,13 +62,12 @@ def recipes() -> dict[str, Recipe]:
 class Config(VideoConfig):
     """Trains and tests video networks on Charades, or on toy videos that it makes itself."""
 
-    recipe: str = "toy_mp4"  # Name of the recipe. --list-recipes prints all.
     output: AnyPathOption = Path("runs/charades")  # Folder of the run.
 
 
 def main(config: Config) -> dict[str, Any] | None:
-    return video_experiment.run(config, recipes(), config.recipe, "charades", config.output)
+    return video_experiment.run(config, recipes(), "charades")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(parse(Config, GROUPS, "charades"))

@@ -29,12 +29,18 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
-from rich.console import Console
 
 import nonlocal_jax as nl
 from experiments.shared import previews, results
-from experiments.shared.command_line import TRAINING_ERRORS, command, exit_on, settings
+from experiments.shared.command_line import (
+    TRAINING_ERRORS,
+    PlainConsole,
+    ProcessOptions,
+    command,
+    exit_on,
+    parse,
+    settings,
+)
 from nonlocal_jax import checks, training
 from nonlocal_jax.data import DataError, augment, cifar
 from nonlocal_jax.data.images import Images, load_digits
@@ -59,6 +65,8 @@ class DatasetRecipe:
         flip: Whether images are flipped at random.
         steps: Number of steps.
         evaluate_every: Steps between evaluations.
+        shape: Rows, columns and channels of an image.
+        num_classes: Number of classes.
     """
 
     mean: tuple[float, ...]
@@ -67,12 +75,16 @@ class DatasetRecipe:
     flip: bool = True
     steps: int = 64_000
     evaluate_every: int = 2000
+    shape: tuple[int, int, int] = (32, 32, 3)
+    num_classes: int = 10
 
 
 RECIPES: dict[Dataset, DatasetRecipe] = {
-    "digits": DatasetRecipe((4.9,), (6.0,), padding=1, flip=False, steps=400, evaluate_every=100),
+    "digits": DatasetRecipe(
+        (4.9,), (6.0,), padding=1, flip=False, steps=400, evaluate_every=100, shape=(8, 8, 1)
+    ),
     "cifar10": DatasetRecipe((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
-    "cifar100": DatasetRecipe((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+    "cifar100": DatasetRecipe((129.3, 124.1, 112.4), (68.2, 65.4, 70.4), num_classes=100),
 }
 # Options that may change between two starts of a run.
 RESUMABLE_WITH = (
@@ -90,21 +102,48 @@ RESUMABLE_WITH = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Trains ResNets with and without non-local blocks on CIFAR, or offline on scanned digits."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MainOptions:
+    """What to train, on which data, and where the results go."""
 
     # Data set. "digits" are scikit-learn's 1,797 scans of 8×8 pixels, much easier than CIFAR.
     dataset: Dataset = "digits"
-    # Local folder of the CIFAR archive, which is downloaded if missing.
-    data_dir: LocalPathOption = Path("data")
-    # SHA-256 of an archive of your own in the official format, to use instead of the official one.
-    archive_sha256: str | None = None
     depth: int = 20  # Number of layers, 6n + 2.
     # Residual blocks that a non-local block follows. Pass no value for the baseline.
     nonlocal_blocks: tuple[str, ...] = ("res2_1",)
     instantiation: Instantiation = "embedded_gaussian"  # Pairwise function.
+    output: AnyPathOption = Path("runs/cifar")  # Folder of the run.
+    # Print the model, its blocks, parameters, multiply-adds, memory and sharding, then stop. No
+    # data is needed.
+    dry_run: bool = False
+    # With --dry-run: compile for this slice of TPUs, such as v5e:4x4, which need not be at hand.
+    topology: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where the images are, and how they are read."""
+
+    # Local folder of the CIFAR archive, which is downloaded if missing.
+    data_dir: LocalPathOption = Path("data")
+    # SHA-256 of an archive of your own in the official format, to use instead of the official one.
+    archive_sha256: str | None = None
+    workers: int = 0  # Processes that read data. 0 reads in threads of the main process.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """What the network computes, and how precisely."""
+
     preset: Preset = "paper"  # Source whose conventions the non-local blocks follow.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Precision of the computation.
+    remat: bool = False  # Recompute residual blocks in the backward pass to save memory.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How the network is trained."""
+
     steps: int | None = None  # Number of steps. Defaults to 64,000, or 400 for digits.
     batch_size: int = 128  # Images per step, over all devices.
     learning_rate: float = 0.1  # Peak learning rate.
@@ -119,8 +158,6 @@ class Config:
     mixup: float = 0.0  # Parameter α of mixup's Beta distribution. 0 disables mixup.
     average: float | None = None  # Decay of an exponential moving average of the parameters.
     accumulate: int = 1  # Parts into which a batch is split to save memory; gradients are averaged.
-    dtype: Literal["float32", "bfloat16"] = "float32"  # Precision of the computation.
-    remat: bool = False  # Recompute residual blocks in the backward pass to save memory.
     # Whether BatchNorm computes statistics over the whole batch or on each device.
     batch_norm: Literal["global", "device"] = "global"
     precise_bn: int = 0  # Batches over which BatchNorm statistics are recomputed before evaluating.
@@ -131,20 +168,22 @@ class Config:
     evaluate_every: int | None = None
     save_every: int = 500  # Steps between checkpoints.
     keep: int = 2  # Number of recent checkpoints to keep, in addition to the best one.
-    workers: int = 0  # Processes that read data. 0 reads in threads of the main process.
-    # Run as one of several processes. TPU pods, SLURM and Open MPI are detected; elsewhere, the
-    # three options after this one must be set.
-    distributed: bool = False
-    coordinator: str | None = None  # Address of process 0, as host:port.
-    processes: int | None = None  # Number of processes.
-    process_id: int | None = None  # Number of this process, from 0.
-    timeout: int = 120  # Seconds to wait for other processes, at the start and during the run.
     profile: int = 0  # Number of steps to profile, into <output>/profile.
-    # Print the model, its blocks, parameters, multiply-adds, memory and sharding, then stop.
-    dry_run: bool = False
-    # With --dry-run: compile for this slice of TPUs, such as v5e:4x4, which need not be at hand.
-    topology: str | None = None
-    output: AnyPathOption = Path("runs/cifar")  # Folder of the run.
+
+
+# Groups of options by title, as --help shows them.
+GROUPS: dict[str, type] = {
+    "": MainOptions,
+    "data": DataOptions,
+    "network": NetworkOptions,
+    "training": TrainingOptions,
+    "many processes": ProcessOptions,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(MainOptions, DataOptions, NetworkOptions, TrainingOptions, ProcessOptions):
+    """Trains ResNets with and without non-local blocks on CIFAR, or offline on scanned digits."""
 
     def __post_init__(self) -> None:
         checks.at_least("batch_size", self.batch_size, 1)
@@ -279,6 +318,24 @@ def loop_options(config: Config) -> training.Options:
     )
 
 
+def dry_run(config: Config) -> None:
+    """Prints what would be trained and what a step needs. No images are read."""
+    recipe = RECIPES[config.dataset]
+    labels = (config.batch_size,)
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((*labels, *recipe.shape), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct(labels, jnp.int32),
+        "position": jax.ShapeDtypeStruct(labels, jnp.uint32),
+    }
+    previews.preview(
+        make_trainer(config, recipe.num_classes),
+        loop_options(config),
+        previews.make_mesh(config.topology),
+        build(config, recipe.num_classes),
+        batch,
+    )
+
+
 def main(config: Config) -> training.Result | None:
     """Trains a network, or describes what would be trained."""
     hint = " Or train on --dataset digits, which comes with scikit-learn."
@@ -287,20 +344,13 @@ def main(config: Config) -> training.Result | None:
             training.initialize(
                 config.coordinator, config.processes, config.process_id, timeout=config.timeout
             )
-        mesh = previews.make_mesh(config.topology)
+        if config.dry_run:
+            dry_run(config)
+            return None
+        mesh = training.make_mesh()
         train, test = load(config)
         trainer = make_trainer(config, train.num_classes)
         options = loop_options(config)
-        if config.dry_run:
-            shape = config.batch_size, *train.images.shape[1:]
-            batch = {
-                "inputs": jax.ShapeDtypeStruct(shape, train.images.dtype),
-                "labels": jax.ShapeDtypeStruct(shape[:1], jnp.int32),
-                "position": jax.ShapeDtypeStruct(shape[:1], jnp.uint32),
-            }
-            model = build(config, train.num_classes)
-            previews.preview(trainer, options, mesh, model, batch)
-            return None
         rows = training.local_rows(config.batch_size, mesh)
 
     def data(step: int) -> Iterator[Mapping[str, Any]]:
@@ -317,7 +367,7 @@ def main(config: Config) -> training.Result | None:
         return evaluation_batches(test, config.batch_size, rows=rows)
 
     run_settings = settings(config, excluded=("dry_run", "topology"))
-    console, key = Console(), jax.random.key(config.seed)
+    console, key = PlainConsole(), jax.random.key(config.seed)
     with (
         exit_on(*TRAINING_ERRORS),
         training.Run(config.output, run_settings, RESUMABLE_WITH) as run,
@@ -327,7 +377,7 @@ def main(config: Config) -> training.Result | None:
         )
         if run.writes:
             report(config, run.folder, result)
-            console.print(f"curves, log and checkpoints: {config.output}", highlight=False)
+            console.print(f"curves, log and checkpoints: {config.output}")
     return result
 
 
@@ -339,4 +389,4 @@ def report(config: Config, folder: AnyPath, result: training.Result) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(parse(Config, GROUPS, "cifar"))

@@ -40,11 +40,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from experiments.shared import video_experiment
+from experiments.shared.command_line import parse
+from experiments.shared.recipes import GROUPS, Recipe
 from experiments.shared.recipes import Config as VideoConfig
-from experiments.shared.recipes import Recipe
 from nonlocal_jax.path_options import AnyPathOption
 
 IMAGENET = "ImageNet ResNet"
@@ -147,13 +146,12 @@ def recipes() -> dict[str, Recipe]:
 class Config(VideoConfig):
     """Trains and tests video networks on Kinetics-400, or on toy videos that it makes itself."""
 
-    recipe: str = "toy_mp4"  # Name of the recipe. --list-recipes prints all.
     output: AnyPathOption = Path("runs/kinetics")  # Folder of the run.
 
 
 def main(config: Config) -> dict[str, Any] | None:
-    return video_experiment.run(config, recipes(), config.recipe, "kinetics", config.output)
+    return video_experiment.run(config, recipes(), "kinetics")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(parse(Config, GROUPS, "kinetics"))

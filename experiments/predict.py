@@ -28,7 +28,7 @@ import nonlocal_jax as nl
 from experiments import charades, kinetics
 from experiments.shared import results
 from experiments.shared.building import build
-from experiments.shared.command_line import exit_on
+from experiments.shared.command_line import PlainConsole, choose, exit_on, parse
 from experiments.shared.recipes import clip_sampling
 from experiments.shared.video_training import initial
 from nonlocal_jax import checks, evaluation
@@ -39,6 +39,7 @@ from nonlocal_jax.data.sampling import Crops, InTime
 from nonlocal_jax.files import AnyPath
 from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.path_options import AnyPathOption
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights import read
 from nonlocal_jax.weights.build import Choices, call, options
 from nonlocal_jax.weights.build import build as build_architecture
@@ -47,26 +48,45 @@ from nonlocal_jax.weights.loading import load_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Choices):
-    """Predicts the classes of a video, and shows where the network looked."""
+class MainOptions:
+    """The video, the network, and what to print and draw."""
 
-    file: Annotated[AnyPathOption, tyro.conf.Positional]  # The video.
+    # The video.
+    file: Annotated[AnyPathOption, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEO")]
     weights: AnyPathOption  # Weights of the network, in any format nonlocal_jax.weights reads.
-    data: Literal["kinetics", "charades"] = "kinetics"  # Single-label or multi-label classes.
     # Recipe of experiments.kinetics or experiments.charades that the weights were trained with.
     # None infers the network from the weights.
     recipe: str | None = None
-    # File with the class names, one per line. None prints class numbers.
+    data: Literal["kinetics", "charades"] = "kinetics"  # Single-label or multi-label classes.
+    # File with the class names, one per line. By default networks of 400 classes have those of
+    # Kinetics-400, and class numbers are printed for others.
     classes: AnyPathOption | None = None
     top: int = 5  # Number of classes to print.
-    clips: int = 10  # Number of clips, evenly spaced in time.
-    crops: Crops = "three"  # Crops per clip.
-    size: int | None = None  # Rows and columns of a crop. Defaults to 256, or the recipe's.
-    views_at_once: int = 3  # Number of views per batch.
     # File of the picture. Defaults to the name of the video with .png, in the current folder.
     picture: AnyPathOption | None = None
     # File of an .html page that shows where any position of your choice looks. None writes no page.
     page: AnyPathOption | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TestingOptions:
+    """Which views of the video are scored."""
+
+    __test__ = False  # pytest takes classes of this name for tests
+
+    clips: int = 10  # Number of clips, evenly spaced in time.
+    crops: Crops = "three"  # Crops per clip.
+    size: int | None = None  # Rows and columns of a crop. Defaults to 256, or the recipe's.
+    views_at_once: int = 3  # Number of views per batch.
+
+
+# Groups of options by title, as --help shows them.
+GROUPS: dict[str, type] = {"": MainOptions, "network": Choices, "testing": TestingOptions}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(MainOptions, Choices, TestingOptions):
+    """Predicts the classes of a video, and shows where the network looked."""
 
     def __post_init__(self) -> None:
         for name in ("top", "clips", "views_at_once"):
@@ -102,9 +122,7 @@ def recipe_network(config: Config, name: str) -> Network:
     """Builds the network of a recipe of `experiments.kinetics` or `experiments.charades`."""
     experiment: Any = {"kinetics": kinetics, "charades": charades}[config.data]
     recipes = experiment.recipes()
-    if name not in recipes:
-        raise DataError(f"--recipe must be one of {', '.join(recipes)}; got {name!r}.")
-    recipe = recipes[name]
+    recipe = recipes[choose("--recipe", name, recipes)]
     preset = config.preset or "paper"
     experiment_config = experiment.Config(preset=preset, init=config.weights, test_only=True)
     model = build(experiment_config, recipe, recipe.num_classes)
@@ -201,7 +219,7 @@ def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: AnyPath, title
     top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
     nl.visualize.received(block, clip, axes=top.subplots(1, frames, squeeze=False)[0])
     nl.visualize.arrows(block, clip, query, axes=bottom.subplots(1, frames, squeeze=False)[0])
-    figure.suptitle(title)
+    figure.suptitle(printable(title), parse_math=False)
     results.save_figure(figure, file)
     plt.close(figure)
 
@@ -221,13 +239,13 @@ def show_attention(
     try:
         maps = nl.visualize.affinities(loaded.model, loaded.variables, inputs, train=False)
         draw(clip, list(maps.values())[-1], picture, f"{name}, {score:.2f}")
-        console.print(f"where the network looked: {picture}", highlight=False)
+        console.print(f"where the network looked: {picture}")
         if config.page is not None:
             file = config.page
             nl.visualize.explore(maps, clip, file, title=f"{config.file.name}: {name}")
-            console.print(f"where each position looked: {file}", highlight=False)
+            console.print(f"where each position looked: {file}")
     except nl.visualize.NoBlocksError as error:
-        console.print(f"no picture: {error}", highlight=False)
+        console.print(f"no picture: {error}")
     except (OSError, ValueError) as error:
         # The folder is read-only, the disk is full, or the maps have NaN.
         raise SystemExit(f"error: cannot write {file}: {error}") from error
@@ -239,15 +257,16 @@ def main(config: Config) -> list[tuple[str, float]]:
     Returns:
         The names of the best classes with their scores, best first.
     """
-    console = Console()
+    console = PlainConsole()
     picture = config.picture or Path(f"{config.file.stem}.png")
     loaded, views, names = load(config, picture)
     scores = predict(config, loaded, views)
     order = np.argsort(-scores)[: config.top].tolist()
     best = [(names[i] if names else str(i), float(scores[i])) for i in order]
-    table = Table("class", "score", title=f"{config.file.name}: {len(views) - 1} views")
+    title = f"{printable(config.file.name)}: {len(views) - 1} views"
+    table = Table("class", "score", title=title)
     for name, score in best:
-        table.add_row(name, f"{score:.3f}")
+        table.add_row(printable(name), f"{score:.3f}")
     console.print(table)
     *_, middle = views
     show_attention(config, loaded, middle, picture, best[0], console)
@@ -255,4 +274,4 @@ def main(config: Config) -> list[tuple[str, float]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(parse(Config, GROUPS, "predict"))

@@ -34,16 +34,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import nonlocal_jax as nl
 from experiments.shared import previews, results, toy_results
-from experiments.shared.command_line import TRAINING_ERRORS, command, exit_on, settings
+from experiments.shared.command_line import (
+    TRAINING_ERRORS,
+    PlainConsole,
+    command,
+    exit_on,
+    parse,
+    settings,
+)
 from experiments.shared.toy_results import Example, TrainedNetwork
 from nonlocal_jax import checks, files, training
 from nonlocal_jax.data.toy_video import (
+    CLASSES,
+    SIDE,
     Clips,
     Scans,
     Scene,
@@ -82,22 +90,41 @@ SHARED_OPTIONS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Trains small networks on toy videos of digits, with and without a non-local block."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MainOptions:
+    """Which networks to train on which task, and where the results go."""
 
     task: Literal["same_digit", "moving_pair"] = "same_digit"  # Question about each clip.
     # Networks to train. "control" has a residual block in place of the non-local one.
     networks: tuple[Network, ...] = ("control", "embedded_gaussian")
-    # Trunk of the network. Defaults to c2d for same_digit and i3d for moving_pair.
-    kind: TrunkKind | None = None
-    preset: Preset = "paper"  # Source whose conventions the non-local block follows.
     seeds: int = 1  # Runs of each network, with seeds 0, 1, ...
     # Train every instantiation on same_digit, and the control and the embedded Gaussian on
     # moving_pair with at most 3 seeds.
     all: bool = False
-    # Appearance of the clips. moving_pair uses a size of 20 by default.
-    scene: Scene = dataclasses.field(default_factory=Scene)
+    # Folder for results.json, results.md, toy_video.png, and a subfolder for each run.
+    output: AnyPathOption = Path("runs/toy_video")
+    # With --all: file in which the results table is updated between its two marks.
+    readme: LocalPathOption = Path("README.md")
+    # Print the networks, their blocks, parameters, multiply-adds, memory and sharding, then stop.
+    # No scans are needed.
+    dry_run: bool = False
+    # With --dry-run: compile for this slice of TPUs, such as v5e:2x2, which need not be at hand.
+    topology: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """What the networks compute."""
+
+    # Trunk of the network. Defaults to c2d for same_digit and i3d for moving_pair.
+    kind: TrunkKind | None = None
+    preset: Preset = "paper"  # Source whose conventions the non-local block follows.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How the networks are trained."""
+
     pretrain_steps: int = 1500  # Steps of the trunk on single digits.
     pretrain_batch_size: int = 128  # Images per step on single digits.
     pretrain_learning_rate: float = 4e-3  # Peak learning rate on single digits.
@@ -105,17 +132,35 @@ class Config:
     batch_size: int = 32  # Clips per step.
     learning_rate: float = 2e-3  # Peak learning rate on clips.
     warmup: int = 100  # Steps of linear warm-up.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TestingOptions:
+    """How the networks are tested."""
+
+    __test__ = False  # pytest takes classes of this name for tests
+
     # Steps between points of the learning curve, which use up to 1,024 test clips.
     evaluate_every: int = 200
     test_clips: int = 4096  # Test clips for the final accuracy.
-    # Folder for results.json, results.md, toy_video.png, and a subfolder for each run.
-    output: AnyPathOption = Path("runs/toy_video")
-    # With --all: file in which the results table is updated between its two marks.
-    readme: LocalPathOption = Path("README.md")
-    # Print the networks, their blocks, parameters, multiply-adds, memory and sharding, then stop.
-    dry_run: bool = False
-    # With --dry-run: compile for this slice of TPUs, such as v5e:2x2, which need not be at hand.
-    topology: str | None = None
+
+
+# Groups of options by title, as --help shows them.
+GROUPS: dict[str, type] = {
+    "": MainOptions,
+    "scene": Scene,
+    "network": NetworkOptions,
+    "training": TrainingOptions,
+    "testing": TestingOptions,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(MainOptions, NetworkOptions, TrainingOptions, TestingOptions):
+    """Trains small networks on toy videos of digits, with and without a non-local block."""
+
+    # Appearance of the clips. moving_pair uses a size of 20 by default.
+    scene: Scene = dataclasses.field(default_factory=Scene)
 
     def __post_init__(self) -> None:
         previews.check(self.dry_run, self.topology)
@@ -273,7 +318,7 @@ def train(
         warn_if_zero="residual_ratio",
     )
     run_settings = {**settings(config, SHARED_OPTIONS), "network": name, "seed": seed}
-    console.print(f"{name}, seed {seed}", highlight=False)
+    console.print(f"{name}, seed {seed}")
     with training.Run(config.output / config.task / f"{name}-{seed}", run_settings) as run:
         evaluation = functools.partial(test, min(CURVE_CLIPS, config.test_clips))
         result = training.fit(
@@ -425,17 +470,18 @@ def dry_run(config: Config) -> None:
     """Prints what training each network on clips would need, without training it."""
     with exit_on(ValueError, ImportError):
         mesh = previews.make_mesh(config.topology)
-        scans = load_scans("train")
+        scans = jax.eval_shape(
+            lambda: Scans(jnp.zeros((CLASSES, 1, SIDE, SIDE)), jnp.zeros(CLASSES, jnp.int32))
+        )
         for task_config in task_configs(config):
             task = task_config.task
             for network in task_config.networks:
                 trainer, steps, batch_size = make_trainer(network, task_config, task)
-                batches = training_batches(
-                    task, scans, batch_size, task_config.scene, jax.random.key(0), 0
+                make = functools.partial(
+                    make_clips, task, batch_size=batch_size, scene=task_config.scene
                 )
-                batch = jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(batches)
-                )
+                clips = jax.eval_shape(make, jax.random.key(0), scans)
+                batch = {"inputs": clips.video, "labels": clips.labels}
                 print(f"{task}, {network}")
                 model = build(network, task_config)
                 previews.preview(trainer, training.Options(steps), mesh, model, batch)
@@ -452,7 +498,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         return []
     check(config)
     scans: dict[str, Scans] = {"train": load_scans("train"), "test": load_scans("test")}
-    console = Console()
+    console = PlainConsole()
     rows: list[dict[str, Any]] = []
     for task_config in task_configs(config):
         with exit_on(*TRAINING_ERRORS):
@@ -482,4 +528,4 @@ def main(config: Config) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(parse(Config, GROUPS, "toy_video"))

@@ -62,6 +62,7 @@ def test(
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     with training.Run(output / f"test-{fingerprint}", settings) as run, StopSignals() as stop:
         stored = evaluation.ScoreFolder(run.folder / "scores", f"{jax.process_index()}")
+        _check_scores(stored, videos)
         try:
             _score_videos(config, recipe, videos, variables, stored, stop, console)
         finally:
@@ -69,8 +70,7 @@ def test(
         if stop.requested:
             console.print(
                 f"stopped by a signal with {len(stored.found):,} of {len(videos):,} videos scored; "
-                "run the same command to continue",
-                highlight=False,
+                "run the same command to continue"
             )
             raise SystemExit(EXIT_CODE)
         if jax.process_count() > 1:
@@ -118,6 +118,23 @@ def _score_videos(
             bar.update(task, advance=1, score=f"{percent:.1f}% correct so far")
             if stop.requested:
                 break
+
+
+def _check_scores(stored: evaluation.ScoreFolder, videos: Annotations) -> None:
+    """Checks that scores that were found are those of these videos, in number and in classes.
+
+    Raises:
+        DataError: They are not.
+    """
+    expected = dict.fromkeys(("single", "many"), (videos.num_classes,))
+    for video in stored.found.keys() | stored.failures.keys():
+        scores = stored.found.get(video)
+        shapes = expected if scores is None else {name: scores[name].shape for name in scores}
+        if video >= len(videos) or shapes != expected:
+            raise DataError(
+                f"{stored.folder} must hold scores of {len(videos):,} videos, by name and shape "
+                f"{expected}; got {shapes} of video {video}. Delete the folder to test again."
+            )
 
 
 def _make_apply(
@@ -222,16 +239,13 @@ def _print_reports(
     console: Console,
 ) -> None:
     """Prints the metrics next to those of the paper."""
-    console.print(evaluation.table(reports), highlight=False)
+    console.print(evaluation.table(reports))
     if recipe.published:
         published = " / ".join(map(str, recipe.published))
-        console.print(f"the paper, many views, %: {published}", highlight=False)
+        console.print(f"the paper, many views, %: {published}")
     if stored.failures:
-        console.print(
-            f"{len(stored.failures):,} videos could not be read and are not counted",
-            highlight=False,
-        )
-    console.print(f"classes, confusion and scores: {folder}", highlight=False)
+        console.print(f"{len(stored.failures):,} videos could not be read and are not counted")
+    console.print(f"classes, confusion and scores: {folder}")
 
 
 def _is_correct(scores: Mapping[str, np.ndarray], videos: Annotations, video: int) -> bool:

@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from experiments.shared import previews
+from experiments.shared.command_line import ProcessOptions
 from nonlocal_jax import checks
 from nonlocal_jax.data.sampling import Crops, InTime, SamplingRule, ShortVideoRule
 from nonlocal_jax.evaluation import Combination
@@ -64,26 +66,39 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Options of `experiments.kinetics` and `experiments.charades`."""
+class MainOptions:
+    """What to run, on which data, and where its results go."""
 
+    recipe: str = "toy_mp4"  # Name of the recipe. --list-recipes prints all.
     # List of training videos, or a folder with one subfolder per class.
     train_list: AnyPathOption | None = None
     val_list: AnyPathOption | None = None  # List of test videos, in the same formats.
+    # Weights to start from, in any format nonlocal_jax.weights reads.
+    init: AnyPathOption | None = None
+    test_only: bool = False  # Skip training and test the weights of --init.
+    output: AnyPathOption = Path("runs")  # Folder of the run.
+    list_recipes: bool = False  # Print the table of recipes, then stop.
+    # Print the model, its blocks, parameters, multiply-adds, memory and sharding, then stop. No
+    # videos are needed.
+    dry_run: bool = False
+    # With --dry-run: compile for this slice of TPUs, such as v5e:4x4, which need not be at hand.
+    topology: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How lists and videos are read."""
+
     # Folder that contains the videos and that paths in the lists are relative to. None is the
     # folder of each list.
     root: AnyPathOption | None = None
     # File with the class names, one per line, in the order of their numbers.
     classes: AnyPathOption | None = None
+    num_classes: int | None = None  # Number of classes. Defaults to the recipe's.
     # Skip videos that are missing or listed twice, instead of stopping with an error.
     leave_out: bool = False
     # Share of the videos that may be unreadable. Above it the run stops and names them.
     unreadable: float = 0.01
-    # Weights to start from, in any format nonlocal_jax.weights reads.
-    init: AnyPathOption | None = None
-    # Conventions of the non-local blocks and the poolings. Choose those of the source of the
-    # weights.
-    preset: Preset = "paper"
     # Source whose mean and standard deviation normalise the colours: 114.75 and 57.375 of 255 for
     # caffe2 and slowfast, those of ImageNet for mmcv.
     normalisation: Literal["caffe2", "slowfast", "mmcv"] = "caffe2"
@@ -98,7 +113,24 @@ class Config:
     short: ShortVideoRule = "loop"
     # Scale the shorter side so that 1 / length is uniformly distributed, as PySlowFast does.
     inverse: bool = False
-    num_classes: int | None = None  # Number of classes. Defaults to the recipe's.
+    workers: int = 0  # Processes that decode videos. 0 decodes in threads of the main process.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """What the network computes, and how precisely."""
+
+    # Conventions of the non-local blocks and the poolings. Choose those of the source of the
+    # weights.
+    preset: Preset = "paper"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Precision of the computation.
+    remat: bool = False  # Recompute residual blocks in the backward pass to save memory.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How the network is trained."""
+
     batch_size: int | None = None  # Clips per step, over all devices. Defaults to the recipe's.
     # Initial learning rate. Defaults to the recipe's, scaled in proportion to the batch size.
     learning_rate: float | None = None
@@ -109,8 +141,6 @@ class Config:
     # batch.
     batch_norm: Literal["global", "device"] = "device"
     precise_bn: int = 0  # Batches over which BatchNorm statistics are recomputed before evaluating.
-    dtype: Literal["float32", "bfloat16"] = "float32"  # Precision of the computation.
-    remat: bool = False  # Recompute residual blocks in the backward pass to save memory.
     # Whether each device holds all parameters and the whole optimiser state, or a shard of them.
     placement: Literal["replicated", "sharded"] = "replicated"
     seed: int = 0  # Seed of initial values, order, clips and crops.
@@ -119,7 +149,14 @@ class Config:
     # Steps between checkpoints. Defaults to a twentieth of all steps, but at most 1,000.
     save_every: int | None = None
     keep: int = 2  # Number of recent checkpoints to keep, in addition to the best one.
-    workers: int = 0  # Processes that decode videos. 0 decodes in threads of the main process.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TestingOptions:
+    """How the network is tested."""
+
+    __test__ = False  # pytest takes classes of this name for tests
+
     clips: int = 10  # Test clips per video, evenly spaced in time.
     # Test crops per clip: three, the centre one, or the full frame as in the paper.
     crops: Crops = "three"
@@ -127,19 +164,24 @@ class Config:
     # maximum for multi-label ones.
     combine: Combination | None = None
     views_at_once: int = 8  # Number of views per test batch.
-    test_only: bool = False  # Skip training and test the weights of --init.
-    # Run as one of several processes. TPU pods, SLURM and Open MPI are detected; elsewhere, the
-    # three options after this one must be set.
-    distributed: bool = False
-    coordinator: str | None = None  # Address of process 0, as host:port.
-    processes: int | None = None  # Number of processes.
-    process_id: int | None = None  # Number of this process, from 0.
-    timeout: int = 120  # Seconds to wait for other processes.
-    # Print the model, its blocks, parameters, multiply-adds, memory and sharding, then stop.
-    dry_run: bool = False
-    # With --dry-run: compile for this slice of TPUs, such as v5e:4x4, which need not be at hand.
-    topology: str | None = None
-    list_recipes: bool = False  # Print the table of recipes, then stop.
+
+
+# Groups of options by title, as --help shows them.
+GROUPS: dict[str, type] = {
+    "": MainOptions,
+    "data": DataOptions,
+    "network": NetworkOptions,
+    "training": TrainingOptions,
+    "testing": TestingOptions,
+    "many processes": ProcessOptions,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(
+    MainOptions, DataOptions, NetworkOptions, TrainingOptions, TestingOptions, ProcessOptions
+):
+    """Options of `experiments.kinetics` and `experiments.charades`."""
 
     def __post_init__(self) -> None:
         optional = ("num_classes", "batch_size", "steps", "evaluate_every", "save_every")

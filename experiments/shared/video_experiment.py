@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.shared.building import build
-from experiments.shared.command_line import TRAINING_ERRORS, exit_on
+from experiments.shared.command_line import TRAINING_ERRORS, PlainConsole, choose, exit_on
 from experiments.shared.multi_view import test
 from experiments.shared.recipes import Config, Recipe, recipe_table
 from experiments.shared.video_training import dry_run, initial, train
@@ -21,20 +21,14 @@ from nonlocal_jax.remote_paths import RemotePath
 
 
 def run(
-    config: Config,
-    recipes: Mapping[str, Recipe],
-    name: str,
-    kind: stand_in.DataSet,
-    output: AnyPath,
+    config: Config, recipes: Mapping[str, Recipe], kind: stand_in.DataSet
 ) -> dict[str, Any] | None:
     """Trains and tests one recipe.
 
     Args:
         config: Options of the experiment.
         recipes: All recipes by name.
-        name: The recipe to run.
         kind: Name of the experiment.
-        output: Folder of the run.
 
     Returns:
         The reports of the test, or None for --list-recipes and --dry-run.
@@ -45,11 +39,11 @@ def run(
     if config.list_recipes:
         print(recipe_table(recipes))
         return None
-    if name not in recipes:
-        raise SystemExit(f"error: --recipe must be one of {', '.join(recipes)}; got {name!r}.")
-    recipe = recipes[name]
+    with exit_on(ValueError):
+        name = choose("--recipe", config.recipe, recipes)
+    recipe, output = recipes[name], config.output
     recipe = dataclasses.replace(recipe, num_classes=config.num_classes or recipe.num_classes)
-    console = Console()
+    console = PlainConsole()
     with exit_on(DataError, ValueError, OSError, ImportError, *TRAINING_ERRORS):
         if config.distributed:
             training.initialize(
@@ -62,7 +56,7 @@ def run(
         lists = read_lists(config, recipe, kind, output)
         for videos, purpose in zip(lists, ("train with", "test with"), strict=True):
             skipped = f", {len(videos.left_out):,} lines left out" if videos.left_out else ""
-            console.print(f"{len(videos):,} videos to {purpose}{skipped}", highlight=False)
+            console.print(f"{len(videos):,} videos to {purpose}{skipped}")
         if config.test_only:
             variables = initial(config, build(config, recipe, lists[1].num_classes), recipe)
             assert variables is not None

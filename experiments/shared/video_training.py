@@ -1,7 +1,6 @@
 """Training on a list of videos."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 import nonlocal_jax as nl
 from experiments.shared import previews, results
 from experiments.shared.building import Batch, build, make_trainer
-from experiments.shared.command_line import command, settings
+from experiments.shared.command_line import PlainConsole, command, settings
 from experiments.shared.fingerprints import digest_of_list
 from experiments.shared.recipes import Config, Recipe, clip_sampling, scaled
 from nonlocal_jax import training
@@ -81,7 +80,7 @@ def initial(config: Config, model: Any, recipe: Recipe) -> Mapping[str, Any] | N
         example=example,
         rng=jax.random.key(config.seed),
     )
-    Console().print(f"{config.init}: {report.summary}", highlight=False)
+    PlainConsole().print(f"{config.init}: {report.summary}")
     return variables
 
 
@@ -183,8 +182,7 @@ def _pipelines(
 
     def watch(split: str, videos: Annotations) -> Watch:
         log = folder / f"unreadable-{split}-{jax.process_index()}.jsonl"
-        printer = functools.partial(console.print, highlight=False)
-        return Watch(len(videos), config.unreadable, printer, log)
+        return Watch(len(videos), config.unreadable, console.print, log)
 
     watch_training, watch_testing = watch("train", train_videos), watch("val", val_videos)
 
