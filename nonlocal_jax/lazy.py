@@ -1,8 +1,39 @@
-"""Submodules that are imported on first use, so that importing a package stays cheap."""
+"""What is imported on first use: submodules, and packages of the extras."""
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
+
+
+class MissingExtraError(ImportError):
+    """Raised when a package of an extra is not installed. The message says what to install."""
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turns a package that is missing in a block of imports into an error that names the extra.
+
+    Args:
+        name: Extra of nonlocal_jax that the packages belong to.
+
+    Raises:
+        MissingExtraError: A package is not installed.
+
+    >>> with extra("visualize"):
+    ...     import no_such_package.figures
+    Traceback (most recent call last):
+    nonlocal_jax.lazy.MissingExtraError: no_such_package is required here and not installed:
+    pip install "nonlocal_jax[visualize]"
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        raise MissingExtraError(
+            f'{package} is required here and not installed: pip install "nonlocal_jax[{name}]"',
+            name=package,
+        ) from None
 
 
 def submodules(

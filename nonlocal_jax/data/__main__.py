@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
         print(_printable_lines(f"error: {reason}"), file=sys.stderr)
-    except (DataError, ValueError) as error:
+    except (DataError, ValueError, ImportError) as error:
         print(_printable_lines(f"error: {error}"), file=sys.stderr)
     return 2
 

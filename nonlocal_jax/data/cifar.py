@@ -25,6 +25,7 @@ from nonlocal_jax import files
 from nonlocal_jax.data import DataError
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.toy_video import Split
+from nonlocal_jax.lazy import extra
 
 Name = Literal["cifar10", "cifar100"]
 SIDE, CHANNELS = 32, 3
@@ -120,7 +121,8 @@ def prepare(name: Name, folder: Path, archive: Archive | None = None) -> None:
     Raises:
         DataError: The archive is not the official one or is damaged.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
+    with extra("experiments"):
+        from array_record.python.array_record_module import ArrayRecordWriter
 
     archive = archive or ARCHIVES[name]
     file = folder / archive.name
@@ -194,7 +196,8 @@ def _read(file: Path, archive: Archive) -> Images:
 
 
 def _read_records(file: Path) -> list[bytes]:
-    from array_record.python.array_record_module import ArrayRecordReader
+    with extra("experiments"):
+        from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(file))
     try:
@@ -216,8 +219,9 @@ def _download(name: Name, archive: Archive, folder: Path) -> None:
             f"Either go online to have it downloaded, or put {archive.name}, from {archive.url}, "
             f"into {folder}."
         ) from error
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download.checksums import UrlInfo
+    with extra("experiments"):
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.download.checksums import UrlInfo
 
     folder.mkdir(parents=True, exist_ok=True)
     info = UrlInfo(size=archive.size, checksum=archive.sha256, filename=archive.name)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from nonlocal_jax import checks
+from nonlocal_jax.lazy import extra
 
 Rows = range
 THREADS = 2  # that read ahead in each process; NumPy and decoders release Python's global lock
@@ -76,7 +77,8 @@ def training_batches(
     >>> steps[2]["position"]
     array([4, 5], dtype=uint32)
     """
-    import grain
+    with extra("experiments"):
+        import grain
 
     checks.at_least("the number of examples", len(source), 1)
     checks.at_least("batch_size", batch_size, 1)
@@ -112,7 +114,8 @@ def evaluation_batches(
     >>> [batch["mask"].sum().item() for batch in evaluation_batches(source, 2)]
     [2, 2, 1]
     """
-    import grain
+    with extra("experiments"):
+        import grain
 
     checks.at_least("batch_size", batch_size, 1)
     batch_count = -(-len(source) // batch_size)
@@ -136,7 +139,8 @@ def read_ahead(
     >>> list(read_ahead(lambda index: index**2, [3, 1, 2]))
     [(3, 9), (1, 1), (2, 4)]
     """
-    import grain
+    with extra("experiments"):
+        import grain
 
     if not len(indices):
         return iter(())

@@ -21,6 +21,7 @@ import numpy as np
 from nonlocal_jax import files
 from nonlocal_jax.data.annotations import Action
 from nonlocal_jax.data.toy_video import Split, load_scans
+from nonlocal_jax.lazy import extra
 
 DataSet = Literal["kinetics", "charades"]
 DIGITS = (0, 1, 4)
@@ -54,7 +55,8 @@ def write(
         rotation: Degrees counterclockwise by which a player rotates the frames; a multiple of 90.
         options: Options of libx264.
     """
-    import av
+    with extra("experiments"):
+        import av
 
     with av.open(str(file), "w") as container:
         stream: Any = container.add_stream(
@@ -86,7 +88,8 @@ def write_sound(file: Path, seconds: float = 1.0, rate: int = 8000) -> None:
         seconds: Duration.
         rate: Samples a second.
     """
-    import av
+    with extra("experiments"):
+        import av
 
     with av.open(str(file), "w") as container:
         stream: Any = container.add_stream("aac", rate=rate, layout="mono")

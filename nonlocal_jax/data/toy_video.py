@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nonlocal_jax import checks
+from nonlocal_jax.lazy import extra
 from nonlocal_jax.types import Array, PRNGKeyArray
 
 Task = Literal["single_digit", "moving_digit", "same_digit", "moving_pair"]
@@ -100,7 +101,8 @@ def load_scans(split: Split) -> Scans:
     >>> [int(load_scans(split).counts.sum()) for split in ("train", "test")]
     [1347, 450]
     """
-    from sklearn.datasets import load_digits
+    with extra("experiments"):
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     classes = []

@@ -16,6 +16,7 @@ from nonlocal_jax import files
 from nonlocal_jax.data import VideoError
 from nonlocal_jax.data.decode.conversion import quarter_turns
 from nonlocal_jax.data.video import Video
+from nonlocal_jax.lazy import extra
 
 
 def transcode(
@@ -37,7 +38,8 @@ def transcode(
         VideoError: The file cannot be read to its end.
         OSError: The copy cannot be written.
     """
-    import av
+    with extra("experiments"):
+        import av
 
     target.parent.mkdir(parents=True, exist_ok=True)
     # The name of a partial file is random, so the next write would not replace it.

@@ -23,10 +23,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from filelock import FileLock, Timeout
 
 from nonlocal_jax import files
+from nonlocal_jax.lazy import extra
 from nonlocal_jax.training.distributed import broadcast_message
+
+with extra("experiments"):
+    from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +188,9 @@ class Run:
         if not self.writes:
             return
         # TensorBoard takes a second to import, and only process 0 needs it.
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        with extra("experiments"):
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         stored, file = self.folder / "metrics.jsonl", self.growing / "metrics.jsonl"
         if stored.exists():

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from nonlocal_jax import files
+from nonlocal_jax.lazy import extra
 from nonlocal_jax.visualize.affinity_map import AffinityMap
 from nonlocal_jax.visualize.pictures import arrows
 
@@ -67,7 +68,8 @@ def animate(
 def _pictures(
     affinity: AffinityMap, clip: Any, queries: Any, top: int, sample: int
 ) -> Iterator[Picture]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    with extra("visualize"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for query in queries.tolist():
         canvas = FigureCanvasAgg(arrows(affinity, clip, tuple(query), top=top, sample=sample))
@@ -76,7 +78,8 @@ def _pictures(
 
 
 def _write_gif(pictures: Iterator[Picture], file: Path, seconds: float) -> None:
-    from PIL import Image
+    with extra("visualize"):
+        from PIL import Image
 
     first, *later = (Image.fromarray(picture).quantize(GIF_COLOURS) for picture in pictures)
     timing: dict[str, Any] = {"duration": round(1000 * seconds), "loop": 0}
@@ -84,7 +87,8 @@ def _write_gif(pictures: Iterator[Picture], file: Path, seconds: float) -> None:
 
 
 def _write_mp4(pictures: Iterator[Picture], file: Path, seconds: float) -> None:
-    import av
+    with extra("visualize"):
+        import av
 
     with av.open(str(file), "w", format="mp4") as container:
         stream: Any = None

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nonlocal_jax import files
+from nonlocal_jax.lazy import extra
 from nonlocal_jax.visualize import measures
 from nonlocal_jax.visualize.affinity_map import AffinityMap
 from nonlocal_jax.visualize.panels import TITLES, WEIGHTS
@@ -201,7 +202,8 @@ def _axes(scene: Scene, side: str) -> list[tuple[int, float] | None]:
 
 
 def _data_url(picture: Float[np.ndarray, "h w 3"]) -> str:
-    from PIL import Image
+    with extra("visualize"):
+        from PIL import Image
 
     lossless = max(picture.shape[:2]) <= LOSSLESS_SIZE
     kind, options = ("png", {}) if lossless else ("jpeg", {"quality": 90})

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nonlocal_jax.lazy import extra
 from nonlocal_jax.visualize.scene import Scene
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ WEIGHTS = {
 
 def new_figure(width: float, height: float) -> "Figure":
     """Returns an empty figure of this size in inches."""
-    from matplotlib.figure import Figure
+    with extra("visualize"):
+        from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=110)
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nonlocal_jax import checks
+from nonlocal_jax.lazy import extra
 from nonlocal_jax.visualize import measures
 from nonlocal_jax.visualize.affinity_map import AffinityMap
 from nonlocal_jax.visualize.panels import (
@@ -153,7 +154,8 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
         ValueError: No queries or more than 16, or for the reasons that `arrows` lists.
         IndexError, GeometryError: See `arrows`.
     """
-    from matplotlib.colors import CenteredNorm, Normalize
+    with extra("visualize"):
+        from matplotlib.colors import CenteredNorm, Normalize
 
     selected, scene = select_clip(affinity, clip, sample)
     queries = np.atleast_2d(np.asarray(queries))

@@ -8,6 +8,7 @@ from typing import Any
 from nonlocal_jax.data import VideoError
 from nonlocal_jax.data.decode.conversion import check_size, ffmpeg_message
 from nonlocal_jax.files import AnyPath
+from nonlocal_jax.lazy import extra
 from nonlocal_jax.remote_paths import RemotePath
 
 # Demuxers that may open a file. FFmpeg has others that follow URLs and paths found in the file
@@ -74,7 +75,8 @@ class Container:
         return path.read_bytes()
 
     def _open(self) -> None:
-        import av
+        with extra("experiments"):
+            import av
 
         options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
         # PyAV before 19 refuses a file whose title is not UTF-8 unless told to replace such bytes.
