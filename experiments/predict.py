@@ -1,7 +1,7 @@
 r"""Predicts the classes of a video, and shows where the network looked.
 
     python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pkl --preset slowfast
-    python -m experiments.predict VIDEO --weights FILE --clip 32x4 --classes kinetics_400.txt
+    python -m experiments.predict VIDEO --weights FILE --clip 32x4 --classes classes.txt
     python -m experiments.predict VIDEO --weights runs/kinetics/weights.safetensors \
         --recipe toy_mp4 --page looked.html
     python -m experiments.predict VIDEO --weights runs/charades/weights.safetensors \
@@ -9,11 +9,13 @@ r"""Predicts the classes of a video, and shows where the network looked.
 
 The network is inferred from published weights; weights of this project need the recipe that they
 were trained with. Prints the classes with the highest scores, which are the mean over 10 clips × 3
-crops, or the maximum for Charades. Draws, on the middle clip, how much attention each position
-receives in the last non-local block, and the 20 largest weights of the position that receives most.
+crops, or the maximum for Charades. Networks of 400 classes have the names of Kinetics-400 unless
+--classes names others. Draws, on the middle clip, how much attention each position receives in the
+last non-local block, and the 20 largest weights of the position that receives most.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -32,7 +34,7 @@ from experiments.shared.command_line import PlainConsole, choose, exit_on, parse
 from experiments.shared.recipes import clip_sampling
 from experiments.shared.video_training import initial
 from nonlocal_jax import checks, evaluation
-from nonlocal_jax.data import DataError, annotations
+from nonlocal_jax.data import DataError, annotations, kinetics_400
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import TestingClips, Views, normalise
 from nonlocal_jax.data.sampling import Crops, InTime
@@ -158,6 +160,24 @@ def check_format(picture: AnyPath) -> None:
         raise DataError(f"--picture must end in one of {', '.join(formats)}; got {picture.name}.")
 
 
+def class_names(config: Config, num_classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes of a network, or none if they are not known.
+
+    Raises:
+        DataError: The file of --classes cannot be read, or names another number of classes.
+    """
+    if config.classes is None:
+        is_kinetics = config.data == "kinetics" and num_classes == len(kinetics_400.CLASSES)
+        return kinetics_400.CLASSES if is_kinetics else ()
+    names = annotations.read_classes(config.classes)
+    if len(names) != num_classes:
+        raise DataError(
+            f"{config.classes} must name the {num_classes} classes of the network; "
+            f"got {len(names)} names."
+        )
+    return names
+
+
 def load(config: Config, picture: AnyPath) -> tuple[Network, Views, tuple[str, ...]]:
     """Loads the network, the views of the video and the class names, and checks all options.
 
@@ -165,24 +185,18 @@ def load(config: Config, picture: AnyPath) -> tuple[Network, Views, tuple[str, .
         SystemExit: An option is wrong, or a file cannot be read.
     """
     try:
-        with exit_on(DataError, ValueError):
+        with exit_on(DataError, ValueError, ImportError):
             check_format(picture)
             for flag, file in (("--picture", picture), ("--page", config.page)):
                 if isinstance(file, Path) and not file.parent.is_dir():
                     raise DataError(
                         f"{flag} must be in an existing folder; there is no {file.parent}."
                     )
-            names = annotations.read_classes(config.classes) if config.classes else ()
             loaded = network(config)
-            num_classes = loaded.model.num_classes
-            if names and len(names) != num_classes:
-                raise DataError(
-                    f"{config.classes} must name the {num_classes} classes of the network; "
-                    f"got {len(names)} names."
-                )
+            names = class_names(config, loaded.model.num_classes)
             video = Annotations((Record(config.file, (0,)),), 1)
             source = TestingClips(video, loaded.sampling, config.clips, config.crops, loaded.size)
-            return loaded, source.read(0), tuple(names)
+            return loaded, source.read(0), names
     except OSError as error:
         raise SystemExit(f"error: {error.filename}: {error.strerror}.") from error
 
@@ -216,12 +230,23 @@ def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: AnyPath, title
     query = nl.visualize.from_pixels(block, centre)
     frames = block.queries[0]
     figure = plt.figure(figsize=(1.9 * frames + 1, 5.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    nl.visualize.received(block, clip, axes=top.subplots(1, frames, squeeze=False)[0])
-    nl.visualize.arrows(block, clip, query, axes=bottom.subplots(1, frames, squeeze=False)[0])
+    parts: Any = figure.subfigures(2, 1)
+    top, bottom = (part.subplots(1, frames, squeeze=False)[0] for part in parts)
+    nl.visualize.received(block, clip, axes=top)
+    nl.visualize.arrows(block, clip, query, axes=bottom)
     figure.suptitle(printable(title), parse_math=False)
+    align(figure, top, bottom)
     results.save_figure(figure, file)
     plt.close(figure)
+
+
+def align(figure: Any, top: Sequence[Any], bottom: Sequence[Any]) -> None:
+    """Moves the axes of the bottom row below those of the top row, which has a colour bar."""
+    figure.draw_without_rendering()  # lays out the rows
+    figure.set_layout_engine("none")
+    for above, below in zip(top, bottom, strict=True):
+        columns, rows = (ax.get_position(original=True) for ax in (above, below))
+        below.set_position((columns.x0, rows.y0, columns.width, rows.height))
 
 
 def show_attention(
@@ -246,7 +271,7 @@ def show_attention(
             console.print(f"where each position looked: {file}")
     except nl.visualize.NoBlocksError as error:
         console.print(f"no picture: {error}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         # The folder is read-only, the disk is full, or the maps have NaN.
         raise SystemExit(f"error: cannot write {file}: {error}") from error
 

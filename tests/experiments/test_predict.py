@@ -1,12 +1,15 @@
 """Predictions for one video, with weights of a run and with published weights."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
 import nonlocal_jax as nl
 from experiments import predict
-from nonlocal_jax.data import stand_in
+from experiments.shared import results
+from nonlocal_jax.data import DataError, kinetics_400, stand_in
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +126,64 @@ def test_published_weights_tell_their_network(tmp_path):
     assert network.colours == "slowfast"
     assert network.variables["params"]["head"]["bias"].shape == (7,)
     assert network.model.nonlocal_blocks == {"res4": (1,)}
+
+
+def test_names_of_kinetics_400(tmp_path):
+    paths = {"file": tmp_path / "a.mp4", "weights": tmp_path / "b.pkl"}
+    names = predict.class_names(predict.Config(**paths), 400)
+    assert names == kinetics_400.CLASSES
+    assert (len(set(names)), names[0], names[136], names[399]) == (
+        400,
+        "abseiling",
+        "garbage collecting",
+        "zumba",
+    )
+    assert list(names) == sorted(names)
+    assert {"riding or walking with horse", "massaging person's head"} < set(names)
+    assert predict.class_names(predict.Config(**paths), 399) == ()
+    assert predict.class_names(predict.Config(**paths, data="charades"), 400) == ()
+    own = tmp_path / "classes.txt"
+    own.write_text("up\ndown\n")
+    config = predict.Config(**paths, classes=own)
+    assert predict.class_names(config, 2) == ("up", "down")
+    with pytest.raises(DataError, match=r"classes\.txt must name the 400 classes .*; got 2 names"):
+        predict.class_names(config, 400)
+
+
+def test_names_are_printed_as_they_are(tmp_path, monkeypatch, capsys):
+    names = ("[/x]", "[red]dot[/red]", "a\x1b[2Jb", ":car:", "走る")
+    clip = np.zeros((1, 8, 8, 3), np.uint8)
+    network = predict.Network(types.SimpleNamespace(num_classes=5), {}, None, 8, "paper")
+    monkeypatch.setattr(predict, "load", lambda *_: (network, [clip, clip], names))
+    monkeypatch.setattr(predict, "predict", lambda *_: np.linspace(1, 0, 5))
+    monkeypatch.setattr(nl.visualize, "affinities", lambda *_, **__: {"block": None})
+    monkeypatch.setattr(predict, "draw", lambda *_: None)
+    file = tmp_path / "clip [dQw4w9WgXcQ].mp4"
+    picture = tmp_path / "[bold].png"
+    best = predict.main(predict.Config(file=file, weights=tmp_path, picture=picture))
+    assert [name for name, _ in best] == list(names)
+    printed = capsys.readouterr().out.replace("\n", "")  # long lines are wrapped
+    for text in ("[dQw4w9WgXcQ].mp4", "[/x]", "[red]dot[/red]", "a\\x1b[2Jb", ":car:", "走る"):
+        assert text in printed
+    assert "[bold].png" in printed
+    assert "\x1b" not in printed
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_the_rows_of_the_picture_line_up(tmp_path, monkeypatch):
+    block = nl.layers.nonlocal_block("dot_product")
+    clip = jax.random.uniform(jax.random.key(0), (1, 3, 4, 6, 3))
+    maps = nl.visualize.affinities(block, block.init(jax.random.key(1), clip), clip)
+    figures = []
+    monkeypatch.setattr(results, "save_figure", lambda figure, _: figures.append(figure))
+    title = "$x_2[/x] \x1b[2J, 0.50"
+    predict.draw(np.asarray(clip[0]), *maps.values(), tmp_path / "a.png", title)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    top, bottom = ([ax for ax in part.axes if ax.images] for part in figure.subfigs)
+    assert len(top) == len(bottom) == 3
+    for above, below in zip(top, bottom, strict=True):
+        extents = [ax.get_window_extent() for ax in (above, below)]
+        np.testing.assert_allclose(extents[0].intervalx, extents[1].intervalx, atol=0.5)
+        assert extents[0].y0 > extents[1].y1
+    assert figure.get_suptitle() == "$x_2[/x] \\x1b[2J, 0.50"
