@@ -1,13 +1,10 @@
-"""Result tables of finished runs, and what all command lines share."""
+"""Result tables of runs."""
 
-import dataclasses
 import json
 
 import pytest
 
 from experiments import report
-from experiments.shared import command_line
-from nonlocal_jax import training
 
 
 def write_run(folder, seed, accuracy, **config):
@@ -55,17 +52,36 @@ def test_a_report_needs_finished_runs(tmp_path):
         report.Config(())
 
 
-@pytest.mark.parametrize("error", command_line.TRAINING_ERRORS)
-def test_training_errors_are_one_printed_line(error):
-    with (
-        pytest.raises(SystemExit, match=r"^error: it failed\. Try again\.$"),
-        command_line.exit_on(*command_line.TRAINING_ERRORS, hint=" Try again."),
+def test_a_report_shows_unfinished_runs(tmp_path, capsys):
+    finished = write_run(tmp_path / "a[x]", 0, 0.9)
+    stopped = write_run(tmp_path / "stopped[red]", 1, 0.4)
+    started = write_run(tmp_path / "started", 2, 0.1)
+    (stopped / "results.json").unlink()
+    rows = [{"step": step, "kind": "train", "loss": 1.0, "accuracy": 0.5} for step in (1, 1200)]
+    (stopped / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("results.json", "metrics.jsonl"):
+        (started / name).unlink()
+    report.main(report.Config((stopped, finished, started), tmp_path / "out"))
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| a[x] | digits | 1,234 | 1 | 90.00 | 10 | 5 |" in text
+    assert "- stopped[red]: unfinished, at step 1,200; run its command again to continue" in text
+    assert "- started: unfinished, before its first logged step" in text
+    printed = capsys.readouterr().out
+    assert "| a[x] |" in printed
+    assert "stopped[red]: unfinished" in printed
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
+    report.main(report.Config((started,), tmp_path / "alone"))
+    assert "unfinished" in (tmp_path / "alone" / "results.md").read_text()
+    assert not (tmp_path / "alone" / "curves.png").exists()
+
+
+def test_a_report_needs_accuracies(tmp_path):
+    run = write_run(tmp_path / "a", 0, 0.9)
+    record = json.loads((run / "results.json").read_text())
+    record["metrics"] = {"hit_at_1": 0.5, "loss": 0.1}
+    (run / "results.json").write_text(json.dumps(record))
+    with pytest.raises(
+        SystemExit,
+        match=r"a must be the folder of a run that measures accuracy; got hit_at_1, loss\.",
     ):
-        raise error("it failed.")
-    with pytest.raises(KeyError), command_line.exit_on(training.RunError):
-        raise KeyError("other errors pass")
-
-
-def test_settings_leave_out_the_excluded_fields():
-    config = dataclasses.make_dataclass("Config", [("seed", int), ("dry_run", bool)])(3, True)
-    assert command_line.settings(config, excluded=("dry_run",)) == {"seed": 3}
+        report.main(report.Config((run,), tmp_path / "out"))
