@@ -17,7 +17,8 @@ as the official script computes it.
 Expected: the paper reports 35.5 mAP for I3D R101 and 37.5 with 5 non-local blocks. Not run here,
 because the Charades licence must be requested.
 
-Hardware and time: the paper used 8 GPUs. toy_mp4 takes 3 minutes on 2 CPU cores and reaches 99 mAP.
+Hardware and time: the paper used 8 GPUs. toy_mp4 takes 3 minutes on 2 idle CPU cores of a server,
+several times as long on a slow or busy machine, and reaches 99 mAP.
 """
 
 import dataclasses

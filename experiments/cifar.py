@@ -1,6 +1,6 @@
 """Residual networks with and without non-local blocks on CIFAR; scanned digits offline.
 
-    python -m experiments.cifar                                      # digits, offline, 1 minute
+    python -m experiments.cifar                                      # digits, offline
     python -m experiments.cifar --dataset cifar10                    # ResNet-20, block after res2_1
     python -m experiments.cifar --dataset cifar10 --nonlocal-blocks  # the baseline without blocks
     python -m experiments.cifar --dataset cifar100 --depth 56 --instantiation dot_product
@@ -16,8 +16,9 @@ Expected on CIFAR-10 without blocks, according to that paper: 91.25% with 20 lay
 93.03% with 56. Not run here on CIFAR itself. On the digits, which are much easier than CIFAR: about
 99% of the 450 held-out digits.
 
-Hardware and time: on 2 CPU cores a step of ResNet-20 on CIFAR's 32×32 images takes 0.4 s
-(benchmarks/README.md) and 64,000 steps take seven hours: use an accelerator for CIFAR.
+Hardware and time: on 2 idle CPU cores of a server the digits take a minute; on a slow or busy
+machine, several times as long. A step of ResNet-20 on CIFAR's 32×32 images takes 0.4 s on those
+cores (benchmarks/README.md) and 64,000 steps take seven hours: use an accelerator for CIFAR.
 """
 
 import dataclasses
@@ -369,7 +370,7 @@ def main(config: Config) -> training.Result | None:
     run_settings = settings(config, excluded=("dry_run", "topology"))
     console, key = PlainConsole(), jax.random.key(config.seed)
     with (
-        exit_on(*TRAINING_ERRORS),
+        exit_on(ImportError, *TRAINING_ERRORS),
         training.Run(config.output, run_settings, RESUMABLE_WITH) as run,
     ):
         result = training.fit(

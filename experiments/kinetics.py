@@ -27,12 +27,13 @@ clip alone is reported as well, because published numbers often mix up the two.
 Expected: the paper's numbers are listed by --list-recipes. Not run here, because Kinetics is not
 available as files.
 
-Hardware and time: the paper used 8 GPUs. On 2 CPU cores toy_mp4 takes 3 minutes and classifies 60
-of 60 held-out videos correctly. A training step of I3D R50 with 5 blocks on 2 clips of 8×224² takes
-3.3 s there (benchmarks/README.md) for 79 G multiply-adds in the forward pass. At that rate a clip
-of 32×2, 44 G, takes 1.8 s, and 400,000 steps of 64 clips take a year and a half: use accelerators.
---dry-run counts the operations of a step, and with --topology v5e:16x16 compiles it for a slice of
-TPUs that is not at hand.
+Hardware and time: the paper used 8 GPUs. On 2 idle CPU cores of a server toy_mp4 takes 3 minutes,
+on a slow or busy machine several times as long, and classifies 60 of 60 held-out videos correctly.
+A training step of I3D R50 with 5 blocks on 2 clips of 8×224² takes 3.3 s on those cores
+(benchmarks/README.md) for 79 G multiply-adds in the forward pass. At that rate a clip of 32×2, 44
+G, takes 1.8 s, and 400,000 steps of 64 clips take a year and a half: use accelerators. --dry-run
+counts the operations of a step, and with --topology v5e:16x16 compiles it for a slice of TPUs that
+is not at hand.
 """
 
 import dataclasses

@@ -8,5 +8,5 @@ fingerprints.py      what the scores of a test depend on
 video_experiment.py  a whole video experiment: lists, training, testing
 results.py           result files, result tables and learning curves
 toy_results.py       the table and the picture of the toy videos
-command_line.py      commands as they are recorded, errors as they are printed
+command_line.py      options in groups, commands as they are recorded, text as it is printed
 """

@@ -72,8 +72,9 @@ def parse(
         SystemExit: An option is unknown or has a wrong value, or help was asked for.
     """
     defaults = {field.name: _default(field) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    names = {title: title.replace(" ", "_") or "main" for title in groups}
     parts: list[Any] = []
-    for number, (title, group) in enumerate(groups.items()):
+    for title, group in groups.items():
         if title in defaults:
             shown = tyro.conf.arg(name=title, help=group.__doc__)
             kind: Any = Annotated[group, shown]
@@ -83,20 +84,20 @@ def parse(
             is_complete = dataclasses.MISSING not in options.values()
             default = group(**options) if is_complete else dataclasses.MISSING
             kind = Annotated[group, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name=title, help="")]
-        parts.append((f"part{number}", kind, dataclasses.field(default=default)))
+        parts.append((names[title], kind, dataclasses.field(default=default)))
     words = sys.argv[1:] if arguments is None else arguments
-    parsed: Any = tyro.cli(
-        dataclasses.make_dataclass("CommandLine", parts, kw_only=True),
-        prog=f"python -m experiments.{experiment}",
-        description=config.__doc__,
-        args=_without_defaults(words, defaults),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    values: dict[str, Any] = {}
-    for number, title in enumerate(groups):
-        part = getattr(parsed, f"part{number}")
-        values |= {title: part} if title in defaults else vars(part)
-    with exit_on(ValueError):
+    with exit_on(ValueError):  # raised by the checks of the config and its parts
+        parsed: Any = tyro.cli(
+            dataclasses.make_dataclass("CommandLine", parts, kw_only=True),
+            prog=f"python -m experiments.{experiment}",
+            description=config.__doc__,
+            args=_without_defaults(words, defaults),
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        values: dict[str, Any] = {}
+        for title, name in names.items():
+            part = getattr(parsed, name)
+            values |= {title: part} if title in defaults else vars(part)
         return config(**values)
 
 

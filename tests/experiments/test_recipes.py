@@ -13,7 +13,7 @@ import pytest
 
 import nonlocal_jax as nl
 from experiments import charades, cifar, kinetics, toy_video
-from experiments.shared import building, fingerprints, recipes, video_training
+from experiments.shared import building, fingerprints, previews, recipes, video_training
 from nonlocal_jax import training
 from nonlocal_jax.data import annotations
 
@@ -169,6 +169,40 @@ def test_dry_run_takes_a_batch_that_splits(capsys, dry_runs, monkeypatch):
     ((_, options, _, batch),) = dry_runs
     assert batch["inputs"].shape[0] == 48
     assert options.steps == 700 * 16 // 48
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shape", "num_classes"),
+    [("digits", (8, 8, 1), 10), ("cifar10", (32, 32, 3), 10), ("cifar100", (32, 32, 3), 100)],
+)
+def test_dry_run_of_images_needs_no_data(dataset, shape, num_classes, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(cifar, "load", lambda *_: pytest.fail("it read data"))
+    monkeypatch.setattr(previews, "preview", lambda *arguments: calls.append(arguments))
+    config = cifar.Config(dry_run=True, dataset=dataset, data_dir=tmp_path, batch_size=12)
+    assert cifar.main(config) is None
+    ((_, _, _, model, batch),) = calls
+    assert batch["inputs"].shape == (12, *shape)
+    assert batch["inputs"].dtype == np.uint8
+    assert model.num_classes == num_classes
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_runs_describe_the_data_that_is_read():
+    train, _ = cifar.load(cifar.Config())
+    recipe = cifar.RECIPES["digits"]
+    assert (train.images.shape[1:], train.num_classes) == (recipe.shape, recipe.num_classes)
+
+
+def test_dry_run_of_toy_videos_needs_no_scans(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(toy_video, "load_scans", lambda *_: pytest.fail("it read scans"))
+    monkeypatch.setattr(previews, "preview", lambda *arguments: calls.append(arguments))
+    assert toy_video.main(toy_video.Config(dry_run=True, batch_size=7, all=True)) == []
+    assert len(calls) == len(toy_video.NETWORKS) + 2
+    assert {call[4]["inputs"].shape for call in calls} == {(7, 8, 16, 16, 1), (7, 8, 20, 20, 1)}
+    assert {call[4]["labels"].shape for call in calls} == {(7,)}
+    assert "same_digit, control" in capsys.readouterr().out
 
 
 def test_topology_without_a_dry_run():

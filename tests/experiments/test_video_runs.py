@@ -21,6 +21,7 @@ from training import processes
 import nonlocal_jax as nl
 from experiments import charades, kinetics
 from experiments.shared import building, multi_view, recipes
+from nonlocal_jax import evaluation
 from nonlocal_jax.data import DataError, VideoError, annotations
 from nonlocal_jax.data.clips import TestingClips, normalise
 
@@ -273,3 +274,28 @@ def test_a_test_fails_on_too_many_unreadable_videos(tmp_path, video_options, mon
     monkeypatch.setattr(TestingClips, "read", unreadable)
     with pytest.raises(DataError, match=r"2 of 6 videos cannot be read:\n  0\.mp4"):
         multi_view.test(config, recipe, "kinetics", tmp_path, videos, {}, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("video", "scores"),
+    [
+        (6, {"single": np.zeros(6), "many": np.zeros(6)}),
+        (0, {"single": np.zeros(5), "many": np.zeros(5)}),
+        (0, {"single": np.zeros(6)}),
+    ],
+)
+def test_scores_of_another_test_are_not_used(video, scores, lists, tmp_path):
+    videos = annotations.read(lists["kinetics"]["test"], num_classes=6)
+    stored = evaluation.ScoreFolder(tmp_path)
+    stored.add(video, scores)
+    with pytest.raises(
+        DataError, match=rf"must hold scores of 6 videos.* of video {video}\. Delete"
+    ):
+        multi_view._check_scores(stored, videos)
+    fitting = evaluation.ScoreFolder(tmp_path / "fitting")
+    fitting.add(5, {"single": np.zeros(6), "many": np.zeros(6)})
+    fitting.fail(4, "it is damaged")
+    multi_view._check_scores(fitting, videos)
+    fitting.fail(6, "it is damaged")
+    with pytest.raises(DataError, match="of video 6"):
+        multi_view._check_scores(fitting, videos)
