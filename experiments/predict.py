@@ -198,7 +198,7 @@ def load(config: Config, picture: AnyPath) -> tuple[Network, Views, tuple[str, .
             source = TestingClips(video, loaded.sampling, config.clips, config.crops, loaded.size)
             return loaded, source.read(0), names
     except OSError as error:
-        raise SystemExit(f"error: {error.filename}: {error.strerror}.") from error
+        raise SystemExit(f"error: {printable(error.filename)}: {error.strerror}.") from error
 
 
 def predict(config: Config, loaded: Network, views: Views) -> np.ndarray:
@@ -273,7 +273,7 @@ def show_attention(
         console.print(f"no picture: {error}")
     except (OSError, ValueError, ImportError) as error:
         # The folder is read-only, the disk is full, or the maps have NaN.
-        raise SystemExit(f"error: cannot write {file}: {error}") from error
+        raise SystemExit(f"error: cannot write {printable(file)}: {printable(error)}") from error
 
 
 def main(config: Config) -> list[tuple[str, float]]:

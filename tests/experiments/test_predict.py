@@ -187,3 +187,13 @@ def test_the_rows_of_the_picture_line_up(tmp_path, monkeypatch):
         np.testing.assert_allclose(extents[0].intervalx, extents[1].intervalx, atol=0.5)
         assert extents[0].y0 > extents[1].y1
     assert figure.get_suptitle() == "$x_2[/x] \\x1b[2J, 0.50"
+
+
+def test_errors_are_printed_without_control_characters(tmp_path, monkeypatch):
+    def fail(*_):
+        raise FileNotFoundError(2, "No such file or directory", "a\x1b[2J.pkl")
+
+    monkeypatch.setattr(predict, "network", fail)
+    config = predict.Config(file=tmp_path / "a.mp4", weights=tmp_path / "b.pkl")
+    with pytest.raises(SystemExit, match=r"^error: a\\x1b\[2J\.pkl: No such file or directory\.$"):
+        predict.load(config, tmp_path / "a.png")
