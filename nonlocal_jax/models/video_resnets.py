@@ -163,7 +163,9 @@ class VideoResNet(nn.Module):
     def _stage(self, stage: int, x: Array, train: bool, options: dict[str, Any]) -> Array:
         name, width = STAGES[stage], 2**stage
         axis_name = options["axis_name"]
-        block_options = {} if axis_name is None else {"axis_name": axis_name}
+        block_options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if axis_name is not None:
+            block_options["axis_name"] = axis_name
         residual_block: Any = Bottleneck
         if self.remat:
             policy = self.remat if callable(self.remat) else None
@@ -332,11 +334,13 @@ def _make_block(
     overrides: dict[str, Any],
     group_size: int | Mapping[str, int] | None,
     stage: str,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
     **options: Any,
 ) -> nn.Module:
     size = group_size.get(stage) if isinstance(group_size, Mapping) else group_size
     backbone = PRESETS[preset].backbone
-    defaults: dict[str, Any] = {"group_size": size}
+    defaults: dict[str, Any] = {"group_size": size, "dtype": dtype, "param_dtype": param_dtype}
     if backbone.subsample is not None:
         defaults["subsample"] = backbone.subsample
     if backbone.use_scale is not None and instantiation == "embedded_gaussian":

@@ -277,6 +277,46 @@ def test_bfloat16_is_near_float32():
     assert state["intermediates"]["res5"][0].dtype == jnp.bfloat16
 
 
+def test_blocks_have_the_dtypes_of_the_network():
+    clip = jax.ShapeDtypeStruct((1, 8, 33, 34, 3), jnp.float32)
+
+    def inner_dtypes(**options):
+        """Returns the dtypes of the parameters of a block, and of its queries and values."""
+        dtypes = []
+        with nl.layers.tap(lambda call: dtypes.extend((call.theta.dtype, call.g.dtype))):
+            variables = jax.eval_shape(small(**options).init, jax.random.key(0), clip)
+        (name,) = (name for name in variables["params"] if name.startswith("nonlocal"))
+        leaves = jax.tree.leaves(variables["params"][name])
+        return {leaf.dtype.name for leaf in leaves}, {dtype.name for dtype in dtypes}
+
+    assert inner_dtypes() == ({"float32"}, {"float32"})
+    assert inner_dtypes(dtype=jnp.bfloat16) == ({"float32"}, {"bfloat16"})
+    halves = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    assert inner_dtypes(**halves) == ({"bfloat16"}, {"bfloat16"})
+    overridden = {"block_options": {"dtype": jnp.float32}}
+    assert inner_dtypes(dtype=jnp.bfloat16, **overridden) == ({"float32"}, {"float32"})
+
+
+@pytest.mark.parametrize("kind", ["i3d_3x1x1", "c2d"])
+def test_strict_promotion_in_half_precision(kind):
+    model = nl.models.video_resnet((1, 1, 2, 1), kind, 1, num_classes=7, dtype=jnp.bfloat16)
+    clip = jax.ShapeDtypeStruct((1, 8, 32, 32, 3), jnp.bfloat16)
+
+    def loss(params, variables, clip):
+        variables = {**variables, "params": params}
+        options = {
+            "train": True,
+            "mutable": ["batch_stats"],
+            "rngs": {"dropout": jax.random.key(0)},
+        }
+        return model.apply(variables, clip, **options)[0].sum()
+
+    with jax.numpy_dtype_promotion("strict"):
+        variables = jax.eval_shape(model.init, jax.random.key(0), clip)
+        jax.eval_shape(model.apply, variables, clip)
+        jax.eval_shape(jax.grad(loss), variables["params"], variables, clip)
+
+
 @pytest.mark.networks
 def test_the_head_slides_over_larger_maps():
     """res5 of 33×34 pixels is 2×2; windows of 1×2 are two, one above the other."""
