@@ -29,7 +29,7 @@ def at_least(name: str, value: Any, minimum: int | float) -> None:
         raise ValueError(f"{name} must be at least {minimum}; got {value}.")
 
 
-def channels(name: str, shape: tuple[int, ...], expected: int) -> None:
+def channels(name: str, shape: tuple[Any, ...], expected: int) -> None:
     """Checks that an array (B, *positions, C) has the `expected` number of channels.
 
     >>> channels("x", (2, 64, 14, 14), 64)
@@ -44,7 +44,7 @@ def channels(name: str, shape: tuple[int, ...], expected: int) -> None:
         )
 
 
-def channels_hint(name: str, shape: tuple[int, ...], expected: int) -> str:
+def channels_hint(name: str, shape: tuple[Any, ...], expected: int) -> str:
     """Returns a hint, to be added to an error, if an array has its channels in axis 1."""
     if len(shape) < 3 or shape[1] != expected or shape[-1] == expected:
         return ""

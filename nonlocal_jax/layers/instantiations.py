@@ -177,6 +177,8 @@ class NonLocalOperation(nn.Module):
                 "x must have shape (B, *positions, C) with one, two or three position axes; "
                 f"got shape {x.shape}."
             )
+        if x.shape[-1] == 0:
+            raise ValueError(f"x must have at least one channel; got shape {x.shape}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"x must be floating point; got {x.dtype}.")
         if self.inner_features is not None:
@@ -358,13 +360,17 @@ class Concatenation(NonLocalOperation):
 def to_rows(x: Array, axes: Axes, groups: int | None) -> Array:
     """Joins the positions of one sum into one axis: (B, *positions, c) -> (B, *sums, N, c)."""
     groups_axis = () if groups is None else (groups,)
+    length, *size = x.shape[1:-1]
+    frame = math.prod(size)
+    rows = length if groups is None else length // groups
+    # Sizes instead of −1, which an empty batch would leave undetermined.
     if axes == "spacetime":
-        return x.reshape(x.shape[0], *groups_axis, -1, x.shape[-1])
-    frames = x.reshape(*x.shape[:2], -1, x.shape[-1])  # (B, T, H·W, c)
+        return x.reshape(x.shape[0], *groups_axis, rows * frame, x.shape[-1])
+    frames = x.reshape(*x.shape[:2], frame, x.shape[-1])  # (B, T, H·W, c)
     if axes == "space":
         return frames
     pixels = jnp.moveaxis(frames, 1, 2)  # (B, H·W, T, c)
-    return pixels.reshape(*pixels.shape[:2], *groups_axis, -1, x.shape[-1])
+    return pixels.reshape(*pixels.shape[:2], *groups_axis, rows, x.shape[-1])
 
 
 def _from_rows(y: Array, axes: Axes, positions: tuple[int, ...]) -> Array:

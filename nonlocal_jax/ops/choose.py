@@ -7,7 +7,7 @@ right.
 
 import dataclasses
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
@@ -19,6 +19,8 @@ from nonlocal_jax.types import Array, Instantiation
 # "auto", or the name of a kernel. A plain string, so that a new kernel needs no entry here.
 Implementation: TypeAlias = str
 Shaped: TypeAlias = Array | jax.ShapeDtypeStruct
+# What symbolic sizes count as: 28 × 28 positions of 4 frames, and the inner channels.
+SYMBOLIC_ROWS, SYMBOLIC_CHANNELS = 3136, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +145,8 @@ def choose_kernel(
     costs = tuple(_forecast(kernel, sizes, platform, tracing) for kernel in rows)
     if implementation == "auto":
         costs = tuple(map(_refuse_unrequested, rows, costs))
+    if sizes.is_empty:
+        return rows[0], Explanation(rows[0].name, "a size is 0", costs)
     available = [name for name, cost in zip(names, costs, strict=True) if cost.refusal is None]
     if implementation != "auto":
         index = names.index(implementation)
@@ -178,10 +182,20 @@ def sizes_of(
 ) -> Sizes:
     """Returns the sizes of operands whose keys are split over a number of devices."""
     *batch, n, d = theta.shape
-    m, e = devices * phi.shape[-2], g.shape[-1]
-    # A symbolic batch, of `jax.export`, counts as one sample; the choice hardly depends on it.
-    samples = math.prod(size for size in batch if isinstance(size, int))
-    return Sizes(instantiation, samples, n, m, d, e, g.dtype, masked)
+    m, e = phi.shape[-2], g.shape[-1]
+    # Sizes of `jax.export` may be symbolic. Such a batch counts as one sample, on which the choice
+    # hardly depends, and other sizes as those of res3 in the paper's networks.
+    samples = math.prod(_number(size, 1) for size in batch)
+    n, m = _number(n, SYMBOLIC_ROWS), devices * _number(m, SYMBOLIC_ROWS)
+    d, e = _number(d, SYMBOLIC_CHANNELS), _number(e, SYMBOLIC_CHANNELS)
+    static = all(
+        isinstance(size, int) for size in (*theta.shape[-2:], *phi.shape[-2:], *g.shape[-1:])
+    )
+    return Sizes(instantiation, samples, n, m, d, e, g.dtype, masked, static)
+
+
+def _number(size: Any, default: int) -> int:
+    return size if isinstance(size, int) else default
 
 
 def _check_shapes(theta: Array, phi: Array, g: Array) -> tuple[Array, Array, Array]:
@@ -192,6 +206,8 @@ def _check_shapes(theta: Array, phi: Array, g: Array) -> tuple[Array, Array, Arr
 def _forecast(kernel: Kernel, sizes: Sizes, platform: str, tracing: bool) -> KernelCost:
     flops, temporary, seconds = kernel.cost(sizes, platform)
     refusal = kernel.refusal(sizes, platform)
+    if kernel.needs_static_sizes and not sizes.static:
+        refusal = "N, M, d and e must not be symbolic"
     if refusal is None and tracing:
         refusal = kernel.untraceable(sizes)
     return KernelCost(kernel.name, flops, temporary, seconds, refusal)
@@ -204,6 +220,8 @@ def _refuse_unrequested(kernel: Kernel, cost: KernelCost) -> KernelCost:
 
 
 def _reason(sizes: Sizes, chosen: KernelCost, dense: KernelCost) -> str:
+    if chosen is dense and not sizes.static:
+        return "it takes symbolic sizes"
     if chosen is dense:
         return f"an affinity of {sizes.n} × {sizes.m} is small enough"
     speedup = dense.seconds / chosen.seconds

@@ -116,4 +116,12 @@ def number_of_keys(key_mask: KeyMask, dtype: Any) -> Array:
 
 def widen(x: Array) -> Array:
     """Converts half precision to float32; float32 and float64 stay as they are."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: Any) -> jnp.dtype:
+    """Returns float32 for half precision, and any other floating dtype as it is.
+
+    Unlike `jnp.promote_types`, it does not depend on JAX's promotion rules, which may be strict.
+    """
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from nonlocal_jax.ops.definition import wide_dtype
 from nonlocal_jax.types import Array
 
 
@@ -42,4 +43,4 @@ def _product_jvp(
 
 
 def _sum_dtype(x: Array, y: Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+    return wide_dtype(jnp.result_type(x, y))

@@ -100,13 +100,15 @@ def differentiate_stored(
     return map_samples(_differentiate_stored, 1, theta, phi, g, dy, mean, f, total)
 
 
-def tiling(batch: int, n: int, m: int, form: Tiles) -> Tiling:
+def tiling(batch: Any, n: int, m: int, form: Tiles) -> Tiling:
     """Returns tiles of nearly equal size, so that little is padded.
 
     >>> tiling(8, 12544, 3136, Tiles())
     Tiling(samples=1, queries=896, keys=784)
     """
     queries, keys = (_tile_size(size, form.rows) for size in (n, m))
+    if not isinstance(batch, int):  # a symbolic one, which `map_samples` does not loop over
+        return Tiling(1, queries, keys)
     max_samples = max(form.numbers // (queries * keys), 1)
     # An equal number of samples in each step, so that no step of the loop is a shorter one.
     divisors = [size for size in range(1, min(batch, max_samples) + 1) if batch % size == 0]

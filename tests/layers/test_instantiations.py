@@ -444,3 +444,20 @@ def test_channels_that_the_parameters_do_not_fit(layer):
         layer().apply(variables, jnp.moveaxis(x, -1, 1))
     with pytest.raises(ValueError, match=r"11 channels .* got shape \(2, 7, 5, 13\)\.(\n|$)"):
         layer().apply(variables, jnp.ones((2, 7, 5, 13)))
+
+
+@each_layer
+@pytest.mark.parametrize("shape", [(0, 5, 7, 6), (0, 7, 6), (0, 3, 4, 4, 6)])
+def test_an_empty_batch(layer, shape):
+    x = jnp.ones(shape)
+    y, variables = layer().init_with_output(jax.random.key(0), x)
+    assert y.shape == (*shape[:-1], shape[-1] // 2)
+    for options in [{"axes": "space"}, {"axes": "time"}, {"group_size": 3}]:
+        if len(shape) == 5:
+            assert layer(**options).apply(variables, x).shape == y.shape
+
+
+@each_layer
+def test_no_channels(layer):
+    with pytest.raises(ValueError, match=r"at least one channel; got shape \(2, 5, 7, 0\)"):
+        layer().init(jax.random.key(0), jnp.ones((2, 5, 7, 0)))

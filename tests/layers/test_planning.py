@@ -152,3 +152,9 @@ def test_nnx_models(compilations):
 def test_models_of_neither_api():
     with pytest.raises(TypeError, match="must be a Linen or an NNX module; got function"):
         nl.plan((2, 6, 6, 3), lambda x: x)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 8), (0, 3, 4, 4, 8)])
+def test_an_empty_batch(shape):
+    (planned,) = nl.plan(shape, nl.layers.nonlocal_block("embedded_gaussian"))
+    assert planned.chosen == "dense"

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,3 +120,27 @@ def test_a_block_is_exported_for_all_platforms_with_a_symbolic_batch():
     exported = jax.export.export(function, platforms=PLATFORMS)(variables, symbolic)
     y = jax.export.deserialize(exported.serialize()).call(variables, x)
     np.testing.assert_allclose(y, function(variables, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("as_users_see_it")  # a symbolic number is no int
+@pytest.mark.parametrize("axes", ["spacetime", "space", "time"])
+@pytest.mark.parametrize("instantiation", ["embedded_gaussian", "dot_product"])
+def test_a_block_is_exported_with_a_symbolic_number_of_frames(instantiation, axes):
+    block = nonlocal_block(instantiation, axes=axes, zero_init=False)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 6, 6, 10)), jnp.float32)
+    variables = jax.jit(block.init)(jax.random.key(0), x)
+
+    def gradient(variables, x):
+        def loss(params, x):
+            variables_and_params = {**variables, "params": params}
+            z, _ = block.apply(variables_and_params, x, train=True, mutable=["batch_stats"])
+            return jnp.sum(z**2)
+
+        return jax.grad(loss, argnums=(0, 1))(variables["params"], x)
+
+    batch, frames = jax.export.symbolic_shape("b, t")
+    symbolic = jax.ShapeDtypeStruct((batch, frames, *x.shape[2:]), x.dtype)
+    function = jax.jit(gradient)
+    exported = jax.export.export(function, platforms=PLATFORMS)(variables, symbolic)
+    results = jax.export.deserialize(exported.serialize()).call(variables, x)
+    chex.assert_trees_all_close(results, function(variables, x), rtol=1e-4, atol=1e-4)

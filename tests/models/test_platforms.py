@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,21 @@ def test_exported_for_all_platforms_with_a_symbolic_batch(name):
     expected = function(variables, images)
     largest = float(jnp.abs(expected).max())
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.usefixtures("as_users_see_it")  # a symbolic number is no int
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("toy_video", "b, 8, 16, 16, 1"), ("c2d", "2, 4*t, 32, 32, 3")]
+)
+def test_gradients_are_exported_with_symbolic_sizes(name, sizes):
+    model, shape = NETWORKS[name]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((BATCH, *shape)))
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape(sizes), jnp.float32)
+    function = jax.jit(functools.partial(gradient, model))
+    exported = jax.export.export(function, platforms=PLATFORMS)(shapes, symbolic)
+    chex.assert_trees_all_equal_shapes(
+        exported.out_tree.unflatten(exported.out_avals)[0], shapes["params"]
+    )
 
 
 def gradient(model, variables, images):

@@ -56,5 +56,6 @@ KERNEL = Kernel(
     instantiations=get_args(Instantiation),
     respond=respond,
     cost=cost,
+    needs_static_sizes=False,
     respond_split=respond_split,
 )

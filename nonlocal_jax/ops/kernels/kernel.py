@@ -8,9 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from nonlocal_jax.ops import sharded
+from nonlocal_jax.ops.definition import wide_dtype
 from nonlocal_jax.ops.platforms import PLATFORMS
 from nonlocal_jax.types import (
     Array,
@@ -63,6 +62,8 @@ class Sizes(NamedTuple):
         e: Channels of the values.
         dtype: The dtype of the values.
         masked: Whether there is a key mask.
+        static: Whether N, M, d and e are known. A size that is symbolic, in `jax.export`, is
+            replaced by a typical one.
     """
 
     instantiation: Instantiation
@@ -73,6 +74,7 @@ class Sizes(NamedTuple):
     e: int
     dtype: Any
     masked: bool
+    static: bool = True
 
     @property
     def pairs(self) -> int:
@@ -80,9 +82,14 @@ class Sizes(NamedTuple):
         return self.batch * self.n * self.m
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there are no samples or no channels, so that there is nothing to compute."""
+        return 0 in (self.batch, self.d, self.e)
+
+    @property
     def item_bytes(self) -> int:
         """Bytes of a number in the temporaries, which are float32 or wider."""
-        return jnp.promote_types(self.dtype, jnp.float32).itemsize
+        return int(wide_dtype(self.dtype).itemsize)
 
 
 class Forecast(NamedTuple):
@@ -131,6 +138,7 @@ class Kernel:
             of a mapped axis, whose name is the third argument. None means that `respond` runs on
             the keys and values gathered from all devices.
         preferred_when_split: Whether "auto" takes this kernel whenever positions are split.
+        needs_static_sizes: Whether it can be traced only where N, M, d and e are known.
         only_on_request: Why "auto" never takes this kernel; None if it may.
     """
 
@@ -143,4 +151,5 @@ class Kernel:
     untraceable: Callable[[Sizes], str | None] = traceable_everywhere
     respond_split: Callable[[Operands, Any, str], Responses] | None = None
     preferred_when_split: bool = False
+    needs_static_sizes: bool = True
     only_on_request: str | None = None

@@ -75,6 +75,7 @@ KERNEL = Kernel(
     instantiations=("dot_product",),
     respond=respond,
     cost=cost,
+    needs_static_sizes=False,
     settings=ROUNDS_TO_BFLOAT16,
     respond_split=respond_split,
     # Across devices, communication dominates, whichever kernel is faster on one device.

@@ -93,7 +93,7 @@ def _project(operands: Operands) -> tuple[Array, Array]:
 
 def cost(sizes: Sizes, platform: str) -> Forecast:
     """Forecasts the matrix product of the prefix sums, and the lookups of each row."""
-    _, batch, n, m, _, e, _, _ = sizes
+    batch, n, m, e = sizes.batch, sizes.n, sizes.m, sizes.e
     settings = SETTINGS[platform]
     # Multiply-adds for each number of a row: in the prefix sums, and when they are looked up.
     table = 2 * settings.block // settings.leaf + 2

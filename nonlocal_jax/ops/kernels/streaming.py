@@ -91,7 +91,7 @@ def respond_split(
 
 def cost(sizes: Sizes, platform: str) -> Forecast:
     """Forecasts the products over all pairs; the gradient may compute the logits once more."""
-    _, batch, n, m, d, e, _, _ = sizes
+    batch, n, m, d, e = sizes.batch, sizes.n, sizes.m, sizes.d, sizes.e
     pairs, item_bytes, form = sizes.pairs, sizes.item_bytes, SETTINGS[platform]
     if form.leaves_to_definition(n, m, d + e):
         return dense.cost(sizes, platform)
@@ -136,7 +136,7 @@ def _respond(
 def _forward(
     form: Form, theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    if form.stores_affinity(_affinity_bytes(theta, phi)):
+    if _stores_affinity(form, theta, phi):
         y, *kept = softmax_tiles.respond_and_store(theta, phi, g, scale, mask)
     else:
         y, *kept = form.respond(theta, phi, g, scale, mask, widen(g).dtype)
@@ -149,7 +149,7 @@ def _backward(form: Form, residuals: tuple[Any, ...], dy: Array) -> tuple[Array 
     scale = jnp.asarray(scale)  # a NumPy scalar, where it was a constant
     # Σ_j p_ij ȳ_i·g_j, since Σ_j p_ij g_j = y_i
     mean = jnp.sum(widen(dy) * y, axis=-1)
-    if form.stores_affinity(_affinity_bytes(theta, phi)):
+    if _stores_affinity(form, theta, phi):
         gradients = softmax_tiles.differentiate_stored(theta, phi, g, dy, mean, *kept)
     else:
         gradients = form.differentiate(theta, phi, g, scale, mask, dy, mean, *kept)
@@ -162,9 +162,11 @@ def _backward(form: Form, residuals: tuple[Any, ...], dy: Array) -> tuple[Array 
 _respond.defvjp(_forward, _backward)
 
 
-def _affinity_bytes(theta: Array, phi: Array) -> int:
+def _stores_affinity(form: Form, theta: Array, phi: Array) -> bool:
     batch, n, _ = theta.shape
-    return int(batch * n * phi.shape[1] * widen(theta).dtype.itemsize)
+    if not isinstance(batch, int):  # a symbolic batch may be large
+        return False
+    return form.stores_affinity(batch * n * phi.shape[1] * widen(theta).dtype.itemsize)
 
 
 KERNEL = Kernel(

@@ -66,7 +66,8 @@ def choose(
     taps, channels = math.prod(kernel_shape[:3]), kernel_shape[3]
     if taps == 1:
         return Lowering.of(row_product)
-    if all(isinstance(size, int) for size in x_shape):
+    is_static = all(isinstance(size, int) for size in x_shape)  # not symbolic, in `jax.export`
+    if is_static:
         tiles = _choose_tiles(x_shape, kernel_shape, strides, dtype)
         if tiles is not None:
             return tiles
@@ -76,7 +77,7 @@ def choose(
             return Lowering.of(taps_side_by_side)
     if kernel_shape[1:3] == (1, 1):
         return Lowering.of(temporal_convolution, shifted_products)
-    if channels <= 4 and isinstance(x_shape[0], int):
+    if channels <= 4 and is_static:
         return Lowering.of(frame_convolution, frame_by_frame)
     return None
 
