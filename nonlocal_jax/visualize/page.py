@@ -9,15 +9,16 @@ import math
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int8, Shaped
 
 from nonlocal_jax import files
 from nonlocal_jax.lazy import extra
-from nonlocal_jax.visualize import measures
+from nonlocal_jax.visualize import measures, overlay
 from nonlocal_jax.visualize.affinity_map import AffinityMap
+from nonlocal_jax.visualize.geometry import pixels_of
 from nonlocal_jax.visualize.panels import TITLES, WEIGHTS
 from nonlocal_jax.visualize.scene import Scene, select_clip
 
@@ -56,10 +57,11 @@ def explore(
 ) -> Page:
     """Writes a page that shows what any position of any block attends to.
 
-    Positions are selected by mouse, touch or keyboard. The file contains everything it shows and
-    loads nothing from elsewhere. For each position the largest weights are stored, as many as fit
-    into `max_bytes`, in steps of 1/127 of the square root of the largest; the page states how many
-    of the keys these are.
+    Positions are selected by mouse, touch or keyboard. The page opens with one of them selected,
+    and its arrows grow, unless the browser is set to reduce motion. Colours are those of `heatmap`.
+    The file contains everything it shows and loads nothing from elsewhere. For each position the
+    largest weights are stored, as many as fit into `max_bytes`, in steps of 1/127 of the square
+    root of the largest; the page states how many of the keys these are.
 
     Args:
         maps: The maps that `affinities` returned, or one of them. The page uses the names of the
@@ -67,7 +69,8 @@ def explore(
         clip: The input of the network, (B, T, H, W, C), or one clip (T, H, W, C); images without T.
         file: Path of the page, local or remote. It is replaced atomically.
         sample: Index of the clip in the batch.
-        query: Position of the first block that is selected at first; None for the middle.
+        query: Position of the first block that is selected at first. None selects one with a large
+            weight that goes far.
         title: Title of the page.
         max_bytes: Size of the stored weights.
 
@@ -98,12 +101,17 @@ def explore(
     file = _checked_path(file)
     selected = {name: select_clip(affinity, clip, sample) for name, affinity in maps.items()}
     first_map, first_scene = next(iter(selected.values()))
-    middle = tuple(n // 2 for n in first_map.queries)
-    start = first_map.single(middle if query is None else query)
+    start = None if query is None else first_map.single(query)
     pictures = _pictures([scene for _, scene in selected.values()])
     numbers = sorted(pictures)
+    weights = {
+        name: _largest_weights(affinity, max_bytes // len(selected))
+        for name, (affinity, _) in selected.items()
+    }
+    if start is None:
+        start = _first_query(first_map, first_scene, next(iter(weights.values())))
     blocks = [
-        {"name": name, **_block(affinity, scene, numbers, max_bytes // len(selected))}
+        {"name": name, **_block(affinity, scene, numbers, weights[name])}
         for name, (affinity, scene) in selected.items()
     ]
     record = {
@@ -112,6 +120,13 @@ def explore(
         "numbers": numbers,
         "pictures": [_data_url(pictures[number]) for number in numbers],
         "query": [*[0] * (3 - len(start)), *start],
+        "bands": {
+            "count": overlay.BANDS,
+            "positive": overlay.POSITIVE_BANDS,
+            "negative": overlay.NEGATIVE_BANDS,
+            "grey": overlay.GREY,
+            "opacity": overlay.GREY_OPACITY,
+        },
         "blocks": blocks,
     }
     template = (resources.files("nonlocal_jax.visualize") / "page.html").read_text(encoding="utf-8")
@@ -140,30 +155,71 @@ def _pictures(scenes: list[Scene]) -> dict[int, Float[np.ndarray, "h w 3"]]:
     }
 
 
+class _Weights(NamedTuple):
+    """The largest weights of each query, in descending order.
+
+    Attributes:
+        indices: (queries, kept), flat positions of the keys.
+        levels: (queries, kept), signed levels.
+        largest: (queries,), shares of the largest.
+    """
+
+    indices: Shaped[np.ndarray, "n kept"]
+    levels: Int8[np.ndarray, "n kept"]
+    largest: Float[np.ndarray, " n"]
+
+
 def _block(
-    affinity: AffinityMap, scene: Scene, numbers: list[int], max_bytes: int
+    affinity: AffinityMap, scene: Scene, numbers: list[int], weights: _Weights
 ) -> dict[str, Any]:
     """Returns the entry of one block in the data of the page."""
     counted = affinity.counted().reshape(-1)
-    weights = _largest_weights(affinity, max_bytes)
-    kept = weights["kept"]
+    kept = weights.indices.shape[1]
     cut = f"; the {kept:,} largest of each position are stored" if kept < affinity.summed else ""
     title, unit = TITLES[affinity.instantiation], WEIGHTS[affinity.instantiation]
-    key_frames = range(scene.keys.grid[0])
     return {
         "caption": f"{title[0].upper()}{title[1:]}: {unit}; {counted.max():,} keys{cut}.",
         "queries": scene.queries.grid,
         "keys": scene.keys.grid,
         "panels": [numbers.index(int(number)) for number in scene.numbers],
-        "key_panels": [scene.place((frame, 0, 0), "keys")[0] for frame in key_frames],
+        "key_panels": _key_panels(scene),
+        "panel_keys": [scene.key_frame(panel) for panel in range(len(scene.pictures))],
         "queries_axes": _axes(scene, "queries"),
         "keys_axes": _axes(scene, "keys"),
         "counted": _base64(counted.astype(np.uint32)),
-        **weights,
+        "kept": kept,
+        "wide": weights.indices.dtype == np.uint32,
+        "indices": _base64(weights.indices),
+        "weights": _base64(weights.levels),
+        "largest": _base64(weights.largest),
     }
 
 
-def _largest_weights(affinity: AffinityMap, max_bytes: int) -> dict[str, Any]:
+def _key_panels(scene: Scene) -> list[int]:
+    """Returns the panel of each frame of the keys."""
+    return [scene.place((frame, 0, 0), "keys")[0] for frame in range(scene.keys.grid[0])]
+
+
+def _first_query(affinity: AffinityMap, scene: Scene, weights: _Weights) -> tuple[int, ...]:
+    """Returns a position that shows what the page does: a large weight, which goes far.
+
+    The share of the largest weight is multiplied by the length of its arrow, at most a quarter of
+    the diagonal of a frame; an arrow to another frame counts as long.
+    """
+    reach = 0.25 * math.hypot(*scene.pictures.shape[1:3])
+    flat = np.arange(len(weights.largest))
+    queries = np.stack(np.unravel_index(flat, scene.queries.grid), axis=-1)
+    keys = np.stack(np.unravel_index(weights.indices[:, 0], scene.keys.grid), axis=-1)
+    starts = pixels_of(scene.queries, queries).centre
+    ends = pixels_of(scene.keys, keys).centre
+    lengths = np.linalg.norm((ends - starts)[:, 1:], axis=-1)
+    same_frame = np.array(_key_panels(scene))[keys[:, 0]] == queries[:, 0]
+    lengths = np.where(same_frame, lengths, reach)
+    best = int(np.argmax(weights.largest * np.minimum(lengths, reach)))
+    return tuple(map(int, np.unravel_index(best, affinity.queries)))
+
+
+def _largest_weights(affinity: AffinityMap, max_bytes: int) -> _Weights:
     """Returns the largest weights of each query as flat keys and signed levels.
 
     A level is the square root of the share, relative to the largest, in `LEVELS` steps.
@@ -184,13 +240,7 @@ def _largest_weights(affinity: AffinityMap, max_bytes: int) -> dict[str, Any]:
         levels[ids] = np.round(LEVELS * sign * np.sqrt(relative))
         indices[ids] = key_ids[order]
         largest[ids] = top[:, 0]
-    return {
-        "kept": kept,
-        "wide": wide,
-        "indices": _base64(indices),
-        "weights": _base64(levels),
-        "largest": _base64(largest),
-    }
+    return _Weights(indices, levels, largest)
 
 
 def _axes(scene: Scene, side: str) -> list[tuple[int, float] | None]:

@@ -3,21 +3,22 @@
 Matplotlib is imported by the functions, so importing the package does not load it.
 """
 
-import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nonlocal_jax.lazy import extra
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.visualize.scene import Scene
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Blue, orange, purple and sky blue of Okabe and Ito's palette, which colour-blind people can tell
-# apart.
-QUERY, POSITIVE, NEGATIVE, QUERY_ON_HEAT = "#0072B2", "#E69F00", "#CC79A7", "#56B4E9"
+# Blue, orange and purple of Okabe and Ito's palette, which colour-blind people can tell apart.
+QUERY, POSITIVE, NEGATIVE = "#0072B2", "#E69F00", "#CC79A7"
+# Names contain characters that Matplotlib would otherwise read as formulas: "$", or "_" in TeX.
+AS_WRITTEN: dict[str, Any] = {"parse_math": False, "usetex": False}
 MAX_COLUMNS = 8
 CHARACTERS_PER_INCH = 13  # of a caption, at font size 9
 
@@ -86,16 +87,13 @@ def _new_panels(scene: Scene, rows: int) -> "list[list[Axes]]":
     return panels
 
 
-def colour_bar(figure: "Figure", cells: Any, panels: "list[list[Axes]]", label: str) -> None:
-    """Adds a colour bar for cells that are drawn with varying opacity."""
-    axes = list(itertools.chain(*panels))
-    bar: Any = figure.colorbar(cells, ax=axes, label=label, shrink=0.9)
-    bar.solids.set_alpha(1)
-
-
 def caption(figure: "Figure", *parts: str) -> None:
-    """Writes a caption below the figure, wrapped to its width."""
+    """Writes a caption below the figure."""
+    figure.supxlabel(wrapped(figure, " · ".join(parts)), fontsize=9, **AS_WRITTEN)
+
+
+def wrapped(figure: "Figure", text: str) -> str:
+    """Returns text in lines that fit the width of a figure; control characters are escaped."""
     inches = figure.bbox.width / figure.dpi
-    width = int(inches * CHARACTERS_PER_INCH)
-    lines = textwrap.wrap(" · ".join(parts), width, break_on_hyphens=False)
-    figure.supxlabel("\n".join(lines), fontsize=9)
+    width = max(int(inches * CHARACTERS_PER_INCH), 1)
+    return textwrap.fill(printable(text), width, break_on_hyphens=False)

@@ -12,21 +12,19 @@ import numpy as np
 from jaxtyping import Float
 
 from nonlocal_jax import checks
-from nonlocal_jax.lazy import extra
 from nonlocal_jax.visualize import measures
 from nonlocal_jax.visualize.affinity_map import AffinityMap
+from nonlocal_jax.visualize.overlay import draw_bands
 from nonlocal_jax.visualize.panels import (
     NEGATIVE,
     POSITIVE,
     QUERY,
-    QUERY_ON_HEAT,
     TITLES,
     WEIGHTS,
     caption,
-    colour_bar,
     frame_panels,
 )
-from nonlocal_jax.visualize.scene import Scene, select_clip
+from nonlocal_jax.visualize.scene import select_clip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,11 +97,13 @@ def arrows(
 def _arrow(start: Any, end: Any, strength: float, positive: Any, zorder: float) -> Any:
     """Returns an arrow between two points, each given as axes and (row, column)."""
     from matplotlib.patches import ConnectionPatch
-    from matplotlib.patheffects import withStroke
+    from matplotlib.patheffects import Stroke, withStroke
 
     (start_axes, start_pixel), (end_axes, end_pixel) = start, end
     width = 0.5 + 1.1 * strength
-    halo = withStroke(linewidth=width + 1.2, foreground="white", alpha=0.5 * strength)
+    # Black and white casings: one of them contrasts with the photograph, whatever its colours.
+    halo = Stroke(linewidth=width + 2.6, foreground="white", alpha=0.5 * strength)
+    casing = withStroke(linewidth=width + 1.0, foreground="black", alpha=0.7 * strength)
     return ConnectionPatch(
         tuple(start_pixel[::-1]),
         tuple(end_pixel[::-1]),
@@ -120,7 +120,7 @@ def _arrow(start: Any, end: Any, strength: float, positive: Any, zorder: float) 
         zorder=zorder,
         shrinkA=0,
         shrinkB=0,
-        path_effects=[halo],
+        path_effects=[halo, casing],
     )
 
 
@@ -154,9 +154,6 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
         ValueError: No queries or more than 16, or for the reasons that `arrows` lists.
         IndexError, GeometryError: See `arrows`.
     """
-    with extra("visualize"):
-        from matplotlib.colors import CenteredNorm, Normalize
-
     selected, scene = select_clip(affinity, clip, sample)
     queries = np.atleast_2d(np.asarray(queries))
     count = len(queries) if queries.size else 0
@@ -164,21 +161,26 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
         raise ValueError(
             f"queries must be between 1 and {MAX_HEATMAPS}, each a row of the picture; got {count}."
         )
-    heat = _relative_weights(selected, queries)
-    largest = max(float(np.abs(heat).max()), 1e-12)
-    signed = selected.instantiation == "dot_product"
-    norm = CenteredNorm(0, largest) if signed else Normalize(0, largest)
-    figure, panels = frame_panels(scene, None, rows=len(queries))
-    for row, query, weights in zip(panels, queries, heat, strict=True):
-        weights = weights.reshape(scene.keys.grid)
-        colours = "PuOr_r" if signed else "inferno"
-        cells = _overlay(row, scene, weights, largest, cmap=colours, norm=norm)
+    heat = _relative_weights(selected, queries).reshape(count, *scene.keys.grid)
+    figure, panels = frame_panels(scene, None, rows=count)
+    signed = draw_bands(figure, panels, scene, "keys", heat, "× uniform")
+    for row, query in zip(panels, queries, strict=True):
         panel, *pixel = scene.place(_video_position(query), "queries")
-        style: dict[str, Any] = {"markeredgecolor": "black", "markersize": 7}
-        row[panel].plot(pixel[1], pixel[0], "o", color=QUERY_ON_HEAT, **style)
-    colour_bar(figure, cells, panels, "× uniform")
-    _caption(figure, selected, "what the dot attends to", WEIGHTS[selected.instantiation])
+        _circle(row[panel], pixel)
+    dashed = " (negative weights dashed)" if signed else ""
+    attended = f"what the circled position attends to{dashed}"
+    _caption(figure, selected, attended, WEIGHTS[selected.instantiation])
     return figure
+
+
+def _circle(ax: "Axes", pixel: Sequence[float]) -> None:
+    """Marks the query with a circle, which is visible on every photograph and hides little."""
+    from matplotlib.patheffects import withStroke
+
+    row, column = pixel
+    style: dict[str, Any] = {"markersize": 9, "markeredgewidth": 1.6, "markeredgecolor": "white"}
+    casing = withStroke(linewidth=3.6, foreground="black")
+    ax.plot(column, row, "o", fillstyle="none", path_effects=[casing], clip_on=False, **style)
 
 
 def entropy(affinity: AffinityMap, clip: Any, *, sample: int = 0) -> "Figure":
@@ -201,11 +203,7 @@ def entropy(affinity: AffinityMap, clip: Any, *, sample: int = 0) -> "Figure":
     effective_keys = np.exp(measures.entropy(selected)[0]).reshape(scene.queries.grid)
     key_count = int(selected.counted().max())
     figure, panels = frame_panels(scene)
-    columns, rows = scene.edges("queries")
-    colours: dict[str, Any] = {"cmap": "cividis", "vmin": 1, "vmax": key_count, "alpha": 0.75}
-    for values, ax in zip(effective_keys, panels[0], strict=True):
-        cells = ax.pcolormesh(columns, rows, values, **colours)
-    colour_bar(figure, cells, panels, "effective keys")
+    draw_bands(figure, panels, scene, "queries", effective_keys[None], "effective keys")
     _caption(
         figure, selected, f"exp(entropy) of the shares of each position, out of {key_count} keys"
     )
@@ -234,9 +232,7 @@ def received(
     selected, scene = select_clip(affinity, clip, sample)
     heat = measures.received(selected)[0].reshape(scene.keys.grid)
     figure, panels = frame_panels(scene, axes)
-    largest = max(float(heat.max()), 1e-12)
-    cells = _overlay(panels[0], scene, heat, largest, cmap="inferno", vmin=0, vmax=largest)
-    colour_bar(figure, cells, panels, "× uniform")
+    draw_bands(figure, panels, scene, "keys", heat[None], "× uniform")
     _caption(
         figure, selected, "attention received from all positions", WEIGHTS[selected.instantiation]
     )
@@ -251,19 +247,6 @@ def _relative_weights(selected: AffinityMap, queries: Any) -> Float[np.ndarray, 
         np.sign(row) * _shares(row) * count for row, count in zip(rows, counted, strict=True)
     ]
     return np.stack(relative)
-
-
-def _overlay(panels: "list[Axes]", scene: Scene, heat: Any, largest: float, **colours: Any) -> Any:
-    """Draws values of the keys (T, H, W) over the frames, small ones more transparent.
-
-    Returns the cells of the last frame, for the colour bar.
-    """
-    columns, rows = scene.edges("keys")
-    for panel, ax in enumerate(panels):
-        values = heat[scene.key_frame(panel)]
-        opacity = 0.1 + 0.8 * np.sqrt(np.abs(values) / largest)
-        cells = ax.pcolormesh(columns, rows, values, alpha=opacity, **colours)
-    return cells
 
 
 def _caption(figure: "Figure", affinity: AffinityMap, *parts: str) -> None:
