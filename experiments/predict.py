@@ -42,6 +42,7 @@ from nonlocal_jax.files import AnyPath
 from nonlocal_jax.layers.presets import Preset
 from nonlocal_jax.path_options import AnyPathOption
 from nonlocal_jax.terminal import printable
+from nonlocal_jax.visualize.panels import AS_WRITTEN
 from nonlocal_jax.weights import read
 from nonlocal_jax.weights.build import Choices, call, options
 from nonlocal_jax.weights.build import build as build_architecture
@@ -234,7 +235,7 @@ def draw(clip: np.ndarray, block: nl.visualize.AffinityMap, file: AnyPath, title
     top, bottom = (part.subplots(1, frames, squeeze=False)[0] for part in parts)
     nl.visualize.received(block, clip, axes=top)
     nl.visualize.arrows(block, clip, query, axes=bottom)
-    figure.suptitle(printable(title), parse_math=False)
+    figure.suptitle(printable(title), **AS_WRITTEN)
     align(figure, top, bottom)
     results.save_figure(figure, file)
     plt.close(figure)

@@ -6,11 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from playwright.sync_api import expect, sync_playwright
 from visualize.networks import OneBlock, TwoBlocks, clips, random_variables
 
 import nonlocal_jax as nl
 from nonlocal_jax.visualize import affinities, explore, measures, to_pixels
+from nonlocal_jax.visualize.overlay import NEGATIVE_BANDS, POSITIVE_BANDS, bands
 
 pytestmark = pytest.mark.browser
 
@@ -31,7 +33,7 @@ PHONE = {
     "has_touch": True,
     "is_mobile": True,
 }
-ORANGE, PINK = (230, 159, 0), (204, 121, 167)  # of positive and negative weights
+WIDE = {"viewport": {"width": 1440, "height": 900}}
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +63,11 @@ def load(browser):
     """Opens a page and checks, when the test ends, that it had no errors and made no requests."""
     contexts, problems, requests = [], [], []
 
-    def open_page(file, **options):
+    def open_page(file, script="", **options):
         context = browser.new_context(**(options or DESKTOP))
         contexts.append(context)
         page = context.new_page()
+        page.add_init_script(script)
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
@@ -121,6 +124,18 @@ def colours(page, points):
         "[...paint.getImageData(Math.floor(x), Math.floor(y), 1, 1).data.slice(0, 3)])"
     )
     return np.array(page.evaluate(read, np.asarray(points, float).tolist()), float)
+
+
+def first_query(affinity):
+    """Returns the position with the largest share times the length of its arrow."""
+    diagonal, best = np.hypot(12, 20), {}
+    for query in np.ndindex(affinity.queries):
+        shares = measures.shares(affinity[0].rows(query)[0, 0].reshape(-1))
+        key = tuple(map(int, np.unravel_index(shares.argmax(), affinity.keys)))
+        step = to_pixels(affinity, query).centre - to_pixels(affinity, key, of="keys").centre
+        length = min(np.hypot(*step[1:]), diagonal / 4) if step[0] == 0 else diagonal / 4
+        best[query] = shares.max() * length
+    return max(best, key=best.get)
 
 
 def show_only(page, *layers):
@@ -182,12 +197,49 @@ def test_frames_and_heat_are_drawn_at_their_positions(page, maps):
     frames = 255 * clips()[0][tuple(pixels.T)]
     np.testing.assert_allclose(colours(page, points), frames, atol=1.5)
     show_only(page, "heat")
-    rows = affinity[0].rows(query)
-    row = rows[0, 0].reshape(-1)[15:, None]
-    alpha = 0.8 * np.abs(row) / np.abs(rows).max()
-    expected = alpha * np.where(row > 0, ORANGE, PINK) + (1 - alpha) * frames
+    row = affinity[0].rows(query)[0, 0].reshape(-1)
+    levels = bands(np.round(127 * np.sqrt(np.abs(row) / np.abs(row).max())) ** 2, 127.0**2)
+    alpha = 0.6 * (1 - levels[15:, None] / 4)
+    expected = alpha * 128 + (1 - alpha) * frames
     np.testing.assert_allclose(colours(page, points), expected, atol=4)
-    assert alpha.max() > 0.3
+    assert set(levels) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_outlines_have_exactly_the_colours_of_the_legend(load, file, maps, ratio):
+    """The colours of bands that a query has are drawn, and no others; the legend says what for."""
+    page = loaded(load(file, **DESKTOP, device_scale_factor=ratio))
+    show_only(page, "heat")
+    count_colours = """() => {
+      const { data } = paint.getImageData(0, 0, view.width, view.height), counts = {};
+      for (let i = 0; i < data.length; i += 4) {
+        const colour = `rgb(${data[i]}, ${data[i + 1]}, ${data[i + 2]})`;
+        counts[colour] = (counts[colour] ?? 0) + 1;
+      }
+      return counts;
+    }"""
+    read_legend = (
+        "Object.fromEntries([...document.querySelectorAll('#legend .swatch')].map(swatch => "
+        "[getComputedStyle(swatch).borderTopColor, swatch.parentNode.innerText]))"
+    )
+    seen = set()
+    for query in [(3, 0, 9), (0, 1, 2), (2, 3, 4)]:
+        page.evaluate("query => select(query)", list(query))
+        row = maps["first"][0].rows(query)[0, 0]
+        largest = np.abs(row).max()
+        stored = np.round(127 * np.sqrt(np.abs(row) / largest)) / 127
+        levels = set((np.sign(row) * bands(stored**2, 1.0)).reshape(-1).tolist()) - {0}
+        counts, legend = page.evaluate(count_colours), page.evaluate(read_legend)
+        uniform = largest * row.size / np.abs(row).sum()
+        for sign, arm in ((1, POSITIVE_BANDS), (-1, NEGATIVE_BANDS)):
+            for band, colour in enumerate(arm, 1):
+                name = "rgb({}, {}, {})".format(*(round(255 * value) for value in to_rgb(colour)))
+                assert (counts.get(name, 0) >= 8) == (sign * band in levels)
+                low, high = (f"{uniform * (k / 5) ** 2:.2g}" for k in (band, band + 1))
+                minus = "" if sign > 0 else "−"
+                assert legend[name] == f"{minus}{low} to {minus}{high}"
+        seen |= levels
+    assert seen == {-4, -3, -2, -1, 1, 2, 3, 4}
 
 
 def test_an_arrow_goes_from_the_query_to_the_key(page, maps):
@@ -307,6 +359,95 @@ def test_a_phone_selects_by_tapping(load, file, maps, scheme):
     assert status(page) == text  # a swipe scrolls; it does not select
 
 
+def test_the_first_position_is_shown_at_once(load, maps, tmp_path):
+    """Its arrows grow; people who ask for less motion see them as they are."""
+    file = explore(maps, clips(), tmp_path / "first.html").file
+    record = (
+        "const request = requestAnimationFrame; window.seen = [];"
+        "window.requestAnimationFrame = "
+        "step => request(now => { step(now); seen.push(state.grown); });"
+    )
+    page = load(file, script=record)
+    page.wait_for_function("() => seen.at(-1) === 1", timeout=20_000)
+    grown = page.evaluate("seen")
+    assert grown[0] == 0
+    assert len(grown) > 20
+    assert np.diff(grown).min() >= 0
+    assert status(page).startswith(expected_status(maps["first"], first_query(maps["first"])))
+    still = load(file, **DESKTOP, reduced_motion="reduce")
+    assert still.evaluate("state.grown") == 1
+    assert still.evaluate("state.growing") == 0
+
+
+def test_pointing_ends_the_first_animation(load, file, maps):
+    page = loaded(load(file))
+    page.mouse.move(*window_position(page, (2, 3, 4)))
+    assert page.evaluate("state.grown") == 1
+    page.wait_for_timeout(100)
+    assert page.evaluate("state.grown") == 1
+    assert status(page).startswith(expected_status(maps["first"], (2, 3, 4)))
+
+
+@pytest.mark.parametrize("options", [WIDE, {"viewport": {"width": 1920, "height": 1080}}, PHONE])
+def test_the_page_explains_itself(load, file, options):
+    """Instructions are above the frames, which fill the window; the ring of the focus is whole."""
+    page = loaded(load(file, **options))
+    width, height = options["viewport"]["width"], options["viewport"]["height"]
+    box = page.locator("#view").bounding_box()
+    text = page.locator("#help")
+    assert text.inner_text().startswith("Point at a position in the frames, tap it, or move")
+    assert text.bounding_box()["y"] + text.bounding_box()["height"] <= box["y"]
+    assert page.locator("#count").inner_text() == "20"
+    page.locator("#top").fill("7")
+    assert page.locator("#count").inner_text() == "7"
+    assert page.get_by_label("number of arrows").count() == 1
+    side, columns = page.evaluate("[layout().side, layout().columns]")
+    assert columns * side > 0.9 * box["width"] or box["y"] + box["height"] > 0.9 * height
+    assert side > (115 if width < 500 else 300)
+    page.locator("#view").focus()
+    ring = 5  # outline and offset
+    assert page.evaluate("getComputedStyle(view).outlineStyle") == "solid"
+    assert box["x"] - ring >= 0
+    assert box["x"] + box["width"] + ring <= width
+    assert box["y"] + box["height"] + ring <= height
+    for x in (box["x"] + 20, box["x"] + box["width"] - 20):
+        for y in (box["y"] - 4, box["y"] + box["height"] + 3):
+            covering = "([x, y]) => document.elementFromPoint(x, y).id"
+            assert page.evaluate(covering, [x, y]) == "stage"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_legend_explains_all_colours(page):
+    legend = page.locator("#legend").inner_text()
+    assert "the position you selected" in legend
+    assert "Outlines and arrows of negative weights are dashed." in legend
+    assert page.locator("#legend .swatch").count() == 10
+    page.locator("#block").select_option("second")  # softmax weights are not negative
+    assert "negative" not in page.locator("#legend").inner_text()
+    assert page.locator("#legend .swatch").count() == 6
+
+
+def test_a_screen_reader_finds_names_and_is_not_flooded(page):
+    for role, name in [
+        ("combobox", "Block"),
+        ("button", "Play"),
+        ("checkbox", "outlines"),
+        ("checkbox", "arrows"),
+        ("application", "first, 4 frames of 6 by 10 positions"),
+        ("heading", "Clips & blocks"),
+        ("region", "Colours of outlines and arrows"),
+    ]:
+        assert page.get_by_role(role, name=name, exact=True).count() == 1, name
+    described = page.locator("#view").get_attribute("aria-describedby").split()
+    assert all(page.locator(f"#{name}").inner_text() for name in described)
+    live = page.locator("#status")
+    assert live.get_attribute("aria-live") == "polite"
+    page.locator("#play").click()
+    assert live.get_attribute("aria-live") == "off"
+    page.locator("#play").click()
+    assert live.get_attribute("aria-live") == "polite"
+
+
 def test_a_notebook_displays_the_page(browser, maps, tmp_path):
     shown = explore(maps["second"], clips(), tmp_path / "one.html")._repr_html_()
     (tmp_path / "notebook.html").write_text(f"<!doctype html><body>{shown}</body>")
@@ -315,7 +456,7 @@ def test_a_notebook_displays_the_page(browser, maps, tmp_path):
     frame = page.frame_locator("iframe")
     frame.locator("#status").wait_for()
     text = frame.locator("#status").inner_text()
-    assert text.startswith(expected_status(maps["second"], (2, 1, 2)))
+    assert text.startswith(expected_status(maps["second"], first_query(maps["second"])))
     page.close()
 
 
@@ -339,9 +480,10 @@ def test_maps_of_two_networks_are_compared(load, maps, tmp_path):
     }  # two clips stand for two networks
     page = load(explore(two, clips()[0], tmp_path / "two.html").file)
     assert page.locator("#block option").all_text_contents() == ["before", "after"]
-    assert status(page).startswith(expected_status(two["before"], (2, 3, 5)))
+    query = first_query(two["before"])
+    assert status(page).startswith(expected_status(two["before"], query))
     page.locator("#block").select_option("after")
-    assert status(page).startswith(expected_status(two["after"], (2, 3, 5)))
+    assert status(page).startswith(expected_status(two["after"], query))
 
 
 def test_an_image_with_masked_keys(load, tmp_path):

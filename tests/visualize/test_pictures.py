@@ -1,18 +1,23 @@
 """The pictures show the right arrows over the right frames; captions say what weights are."""
 
+import dataclasses
+
 import av
 import flax.linen as nn
 import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
+from matplotlib.text import Text
 from PIL import Image
 from visualize.networks import CLIP, OneBlock, TwoBlocks, clips, random_variables
 
 import nonlocal_jax as nl
 from nonlocal_jax import visualize
+from nonlocal_jax.visualize.panels import POSITIVE
 
 TITLES = {
     "embedded_gaussian": "embedded Gaussian",
@@ -140,8 +145,12 @@ def test_heat_is_a_multiple_of_the_uniform_share(maps):
     expected = 60 * rows / np.abs(rows).sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(heat, expected, rtol=1e-5)
     signed = affinity.instantiation == "dot_product"
-    assert {mesh.get_cmap().name for mesh in meshes} == {"PuOr_r" if signed else "inferno"}
-    assert meshes[0].norm.vmin == (-meshes[0].norm.vmax if signed else 0)
+    outlines = [ax.collections[1] for ax in figure.axes if ax.collections and ax.images]
+    largest = np.abs(heat).max()
+    for outline in outlines:  # one scale for all frames and rows
+        assert outline.norm.vmax == pytest.approx(largest)
+        assert outline.norm.vmin == pytest.approx(-largest if signed else 0)
+    assert signed == (heat.min() < 0)
     # Keys have stride 4 and centre 1; the outermost cells extend to the borders.
     columns, rows = np.moveaxis(np.asarray(meshes[0].get_coordinates()), -1, 0)
     assert columns[0].tolist() == [-0.5, 3, 7, 11, 15, 19.5]
@@ -167,6 +176,74 @@ def test_tables_and_bars_show_the_measures(maps, tmp_path):
     np.testing.assert_allclose([bar.get_width() for bar in figure.axes[0].patches], cosines)
     figure.savefig(tmp_path / "figure.png")
     assert matplotlib.image.imread(tmp_path / "figure.png").std() > 0.05
+
+
+def texts_of(figure):
+    return " ".join(text.get_text() for text in figure.findobj(Text)).replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "name", ["cost_$x$ a_b^c {d} $5", r"broken $\frac{$", r"_hidden \$", "<b>&amp; [red]", "3"]
+)
+def test_names_are_drawn_as_they_are(softmax_map, name):
+    """Characters that Matplotlib reads as a formula, or hides, are characters of a name."""
+    affinity = dataclasses.replace(softmax_map, block=name)
+    x, query = clips(), (0, 1, 2)
+    for figure in (
+        visualize.arrows(affinity, x, query, top=1),
+        visualize.heatmap(affinity, x, query),
+        visualize.entropy(affinity, x),
+        visualize.received(affinity, x),
+        visualize.time_by_time(affinity),
+        visualize.query_dependence({name: affinity, "other": affinity}),
+    ):
+        texts = [text.get_text().replace("\n", " ") for text in figure.findobj(Text)]
+        assert any(text == name or text.startswith((f"{name} ·", f"{name}:")) for text in texts)
+        for text in figure.findobj(Text):
+            if name in text.get_text() and not text.get_text().isdigit():
+                assert not text.get_parse_math()
+                assert not text.get_usetex()
+        FigureCanvasAgg(figure).draw()
+
+
+def test_names_that_cannot_be_drawn_are_escaped(softmax_map):
+    """Control characters, and bytes of file names that are not UTF-8."""
+    affinity = dataclasses.replace(softmax_map, block="a\x1b[2J\nb\udcff")
+    for figure in (
+        visualize.arrows(affinity, clips(), (0, 1, 2)),
+        visualize.time_by_time(affinity),
+        visualize.query_dependence({affinity.block: affinity}),
+    ):
+        assert r"a\x1b[2J\nb\udcff" in texts_of(figure)
+        FigureCanvasAgg(figure).draw()
+
+
+def test_long_names_fit_the_figure(softmax_map):
+    name = "/".join(f"stage{i}" for i in range(20))
+    affinity = dataclasses.replace(softmax_map, block=name)
+    for figure in (
+        visualize.heatmap(affinity, clips(), (0, 1, 2)),
+        visualize.time_by_time(affinity),
+        visualize.query_dependence({name: affinity}),
+    ):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        text, *_ = (t for t in figure.findobj(Text) if t.get_text().startswith("stage0"))
+        box = text.get_window_extent(canvas.get_renderer())
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert name in text.get_text().replace("\n", "")
+
+
+def test_arrows_contrast_with_frames_of_their_colour(softmax_map):
+    """An amber arrow on an amber photograph has a dark casing."""
+    amber = np.broadcast_to(np.array(to_rgb(POSITIVE), np.float32), CLIP[1:])
+    figure = visualize.arrows(softmax_map, amber, (0, 0, 0), top=1)
+    (arrow,) = arrows_of(figure)
+    drawn = pixels_of(figure)
+    arrow.remove()
+    darker = (pixels_of(figure) - drawn).max(axis=-1)
+    assert (darker > 80).sum() > 50
 
 
 def test_images_are_clips_of_one_frame(image_map):
