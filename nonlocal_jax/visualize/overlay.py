@@ -29,8 +29,8 @@ POSITIVE_BANDS = ("#a8327d", "#e8553a", "#fda50f", "#f7f78f")
 NEGATIVE_BANDS = ("#3b5bd0", "#3f93dd", "#74c7f2", "#d2f1ff")
 GREY, GREY_OPACITY = "#808080", 0.6  # over the lowest band; the highest band has none
 
-# Thickness of an outline: a share of the cell, between two shares of the frame, so that outlines are
-# neither invisible on maps of many cells nor bulky on maps of few.
+# Thickness of an outline: a share of the cell, between two shares of the frame, so that outlines
+# are neither invisible on maps of many cells nor bulky on maps of few.
 CELL_SHARE, FRAME_SHARES, MAX_CELL_SHARE = 0.14, (1 / 200, 1 / 100), 0.22
 BORDER = 0.25  # half the thickness of the black line between two bands, in thicknesses
 LOW_FIGURE = 2.5  # inches; a lower bar has no room for the ten edges of signed bands
@@ -124,7 +124,7 @@ def _draw_frame(
 def _subdivided(edges: Float[np.ndarray, " n"], thickness: float) -> Float[np.ndarray, " m"]:
     """Divides each cell into five: an outline at both ends, and between them the gap of a dash."""
     starts, sizes = edges[:-1], np.diff(edges)
-    rim = np.minimum(thickness, 0.3 * sizes)
+    rim = np.minimum(thickness, 0.3 * sizes)  # cells at the border can be narrow
     inner = [starts, starts + rim, *(starts + share * sizes for share in DASH_GAP)]
     parts = np.stack([*inner, starts + sizes - rim], axis=-1)
     return np.append(parts.reshape(-1), edges[-1])

@@ -136,10 +136,13 @@ def _dot_above_arrows(ax: "Axes", pixel: Sequence[float]) -> None:
 
 
 def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) -> "Figure":
-    """Draws what some positions attend to: a row of frames for each, overlaid with its weights.
+    """Draws what some positions attend to: a row of frames for each, with its weights outlined.
 
-    Colours show shares as multiples of the uniform share; for the dot product, whose weights are
-    signed, with their signs.
+    Cells whose weights are in the same band of the colour bar are outlined together, in the colour
+    of the band, so the frames remain visible inside. The bar shows shares as multiples of the
+    uniform share, with the signs of the weights; negative weights have dashed outlines. The larger
+    a weight, the less its cell is greyed. Cells of the lowest band have no outline. A circle marks
+    the position.
 
     Args:
         affinity: A map that `affinities` returned.
@@ -186,7 +189,8 @@ def _circle(ax: "Axes", pixel: Sequence[float]) -> None:
 def entropy(affinity: AffinityMap, clip: Any, *, sample: int = 0) -> "Figure":
     """Draws the effective number of keys that each position attends to.
 
-    This is exp(H_i), where H_i is the entropy of the shares of position i.
+    This is exp(H_i), where H_i is the entropy of the shares of position i. Positions are outlined
+    in the colours of the bar, as in `heatmap`.
 
     Args:
         affinity: A map that `affinities` returned.
@@ -215,7 +219,8 @@ def received(
 ) -> "Figure":
     """Draws the attention that each position receives from all positions.
 
-    This is its mean share, as a multiple of the uniform share.
+    This is its mean share, as a multiple of the uniform share. Cells are outlined in the colours of
+    the bar, as in `heatmap`.
 
     Args:
         affinity: A map that `affinities` returned.
