@@ -31,7 +31,7 @@ GREY, GREY_OPACITY = "#808080", 0.6  # over the lowest band; the highest band ha
 
 # Thickness of an outline: a share of the cell, between two shares of the frame, so that outlines
 # are neither invisible on maps of many cells nor bulky on maps of few.
-CELL_SHARE, FRAME_SHARES, MAX_CELL_SHARE = 0.14, (1 / 200, 1 / 100), 0.22
+CELL_SHARE, FRAME_SHARES, MAX_CELL_SHARE = 0.14, (1 / 150, 1 / 75), 0.22
 BORDER = 0.25  # half the thickness of the black line between two bands, in thicknesses
 LOW_FIGURE = 2.5  # inches; a lower bar has no room for the ten edges of signed bands
 DASH_GAP = (0.35, 0.65)  # of the side of a cell, where a negative outline is interrupted

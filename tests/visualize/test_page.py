@@ -34,6 +34,8 @@ PHONE = {
     "is_mobile": True,
 }
 WIDE = {"viewport": {"width": 1440, "height": 900}}
+VERY_WIDE = {"viewport": {"width": 1920, "height": 1080}}
+LOW = {"viewport": {"width": 600, "height": 580}}  # the height limits the size of the frames
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +390,7 @@ def test_pointing_ends_the_first_animation(load, file, maps):
     assert status(page).startswith(expected_status(maps["first"], (2, 3, 4)))
 
 
-@pytest.mark.parametrize("options", [WIDE, {"viewport": {"width": 1920, "height": 1080}}, PHONE])
+@pytest.mark.parametrize("options", [WIDE, VERY_WIDE, LOW, PHONE])
 def test_the_page_explains_itself(load, file, options):
     """Instructions are above the frames, which fill the window; the ring of the focus is whole."""
     page = loaded(load(file, **options))
@@ -402,8 +404,8 @@ def test_the_page_explains_itself(load, file, options):
     assert page.locator("#count").inner_text() == "7"
     assert page.get_by_label("number of arrows").count() == 1
     side, columns = page.evaluate("[layout().side, layout().columns]")
-    assert columns * side > 0.9 * box["width"] or box["y"] + box["height"] > 0.9 * height
-    assert side > (115 if width < 500 else 300)
+    assert columns * side > 0.9 * box["width"] or box["y"] + box["height"] > 0.8 * height
+    assert side > (115 if width < 1000 else 300)
     page.locator("#view").focus()
     ring = 5  # outline and offset
     assert page.evaluate("getComputedStyle(view).outlineStyle") == "solid"
