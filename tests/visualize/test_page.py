@@ -13,6 +13,8 @@ from visualize.networks import OneBlock, TwoBlocks, clips, random_variables
 import nonlocal_jax as nl
 from nonlocal_jax.visualize import affinities, explore, measures, to_pixels
 from nonlocal_jax.visualize.overlay import NEGATIVE_BANDS, POSITIVE_BANDS, bands
+from nonlocal_jax.visualize.page import _first_query, _Weights
+from nonlocal_jax.visualize.scene import select_clip
 
 pytestmark = pytest.mark.browser
 
@@ -379,6 +381,19 @@ def test_the_first_position_is_shown_at_once(load, maps, tmp_path):
     still = load(file, **DESKTOP, reduced_motion="reduce")
     assert still.evaluate("state.grown") == 1
     assert still.evaluate("state.growing") == 0
+
+
+def test_the_first_position_attends_to_another(maps):
+    """Positions that attend to themselves do not show what the page does."""
+    selected, scene = select_clip(maps["second"], clips(), 0)
+    count = 4 * 3 * 5  # keys are not subsampled
+    own = np.arange(count, dtype=np.uint16)[:, None]
+    largest = np.full(count, 0.9, np.float32)
+    far = 17
+    own[far], largest[far] = 29, 0.4
+    weights = _Weights(own, np.full((count, 1), 127, np.int8), largest)
+    query = _first_query(selected, scene, weights)
+    assert query == tuple(map(int, np.unravel_index(far, selected.queries)))
 
 
 def test_pointing_ends_the_first_animation(load, file, maps):
