@@ -80,8 +80,10 @@ def as_local_path(location: PathLike) -> Path:
 def atomic_write(path: PathLike) -> Iterator[Path]:
     """Yields a temporary local path, whose file replaces `path` when the block succeeds.
 
-    A local file is written in the same directory, flushed to disk and renamed. A remote file is
-    uploaded. If the block raises, the temporary file is removed and `path` keeps what it had.
+    A local file is written in the same directory, flushed to disk and renamed. It gets the
+    permissions that `open` would give it: those of the file that it replaces, or else those of the
+    umask. A link is followed. A remote file is uploaded. If the block raises, the temporary file is
+    removed and `path` keeps what it had.
 
     Args:
         path: File to create or replace. Its directory must exist.
@@ -104,9 +106,12 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
             yield partial
             path.upload(partial)
         return
+    path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
+        if path.exists():
+            partial.chmod(path.stat().st_mode & 0o777)
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(path)

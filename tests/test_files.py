@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -209,3 +210,38 @@ def test_a_local_copy(folder):
         assert copy_of_file.read_bytes() == b"content"
     assert copy_of_file.exists() == (copy_of_file == file)  # a temporary copy is removed
     assert file.exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002, 0o077])
+def test_permissions_are_those_of_open(mask, tmp_path):
+    """Those of the umask for a new file, and those of the file that is replaced."""
+    previous = os.umask(mask)
+    try:
+        for name, mode in (("new", None), ("private", 0o600), ("shared", 0o664)):
+            opened, written = tmp_path / f"{name}-opened", tmp_path / f"{name}-written"
+            for file in (opened, written):
+                if mode is not None:
+                    file.touch()
+                    file.chmod(mode)
+            opened.write_text("a")
+            files.write_text(written, "a")
+            assert written.stat().st_mode == opened.stat().st_mode, name
+    finally:
+        os.umask(previous)
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("there", "not-there"):
+        target, link = tmp_path / "folder" / name, tmp_path / f"link-{name}"
+        link.symlink_to(target)
+        if name == "there":
+            target.write_text("old")
+        files.write_text(link, "new")
+        assert link.is_symlink()
+        assert target.read_text() == "new"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "folder",
+        "link-not-there",
+        "link-there",
+    ]
