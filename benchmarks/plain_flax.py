@@ -63,6 +63,7 @@ class PlainI3D(nn.Module):
                     )
                     x = block(x, train=train)
             if stage == "res2":
+                assert layout.pool2 is not None
                 x = _max_pool(x, layout.pool2)
         return nn.Dense(self.num_classes, name="head")(x.mean((1, 2, 3), jnp.float32))
 

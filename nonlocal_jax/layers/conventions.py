@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -14,7 +15,8 @@ from nonlocal_jax.layers.instantiations import Initializer, he_normal, zero_bias
 from nonlocal_jax.layers.norm import BatchNorm
 from nonlocal_jax.types import Instantiation
 
-ClipFormat = Literal["8x8", "32x4", "32x2", "128x1"]  # frames × their stride in the video
+# Frames × their stride in the video.
+ClipFormat = Literal["8x8", "16x4", "32x4", "32x2", "128x1"]
 Triple = tuple[int, int, int]
 RGB = tuple[float, float, float]
 
@@ -81,17 +83,22 @@ class Layout:
     Attributes:
         conv1_stride: Stride of conv1 in time. It is 2 in space.
         pool1: The pooling after conv1.
-        pool2: The pooling after res2.
+        pool2: The pooling after res2; None if there is none.
     """
 
     conv1_stride: int
     pool1: Pool
-    pool2: Pool
+    pool2: Pool | None
 
     @property
     def stride_in_time(self) -> int:
         """Frames of the clip for each frame of the last stage."""
-        return self.conv1_stride * self.pool1.strides[0] * self.pool2.strides[0]
+        return self.conv1_stride * math.prod(pool.strides[0] for pool in self.pools)
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """The poolings that there are."""
+        return (self.pool1,) if self.pool2 is None else (self.pool1, self.pool2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +106,11 @@ class BackboneConventions:
     """How a source builds the ResNet around its blocks.
 
     Attributes:
-        short_clips: Layout for clips of 8×8 and 32×4 (frames × stride).
+        short_clips: Layout for clips of 8×8, 16×4 and 32×4 (frames × stride).
         long_clips: Layout for clips of 32×2 and 128×1.
+        c2d_short_clips: Layout of a C2D for short clips. Defaults to `short_clips`.
+        without_pool2: Layout for short clips of the networks that the source builds without pool2.
+            None if it builds none.
         zero_init_residual: Whether each residual branch starts at 0, by the scale of its last norm.
         head_window: (H, W) of the windows that the head averages over at test time. None averages
             over the whole map.
@@ -114,6 +124,8 @@ class BackboneConventions:
 
     short_clips: Layout
     long_clips: Layout
+    c2d_short_clips: Layout | None = None
+    without_pool2: Layout | None = None
     zero_init_residual: bool = False
     head_window: tuple[int, int] | None = (7, 7)
     five_blocks_spread: bool = True
@@ -150,7 +162,6 @@ class Conventions:
         backbone: Conventions of its video ResNet.
         input: Conventions of its clips.
         names: Naming tables (`weights/sources.py`) whose files hold networks of this source.
-        clip: Clip format of its published weights, where a file does not tell.
     """
 
     title: str
@@ -158,4 +169,3 @@ class Conventions:
     backbone: BackboneConventions
     input: InputConventions
     names: tuple[str, ...] = ()
-    clip: ClipFormat = "8x8"

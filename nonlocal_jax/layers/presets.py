@@ -49,7 +49,9 @@ _POOL1_LONG = Pool((2, 3, 3), (2, 2, 2), (0, 1, 1))
 _POOL2 = Pool((2, 1, 1), (2, 1, 1))
 _POOL2_TABLE_1 = Pool((3, 1, 1), (2, 1, 1), (1, 0, 0))
 _SHORT_CLIPS = Layout(1, _POOL1_SHORT, _POOL2)
+_UNPADDED_SHORT_CLIPS = Layout(1, Pool((1, 3, 3), (1, 2, 2)), _POOL2)
 _LONG_CLIPS = Layout(2, _POOL1_LONG, _POOL2)
+_WITHOUT_POOL2 = Layout(1, _POOL1_SHORT, None)
 
 _GREY = InputConventions(mean=(114.75,) * 3, std=(57.375,) * 3)
 _IMAGENET = InputConventions(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
@@ -78,7 +80,7 @@ PRESETS: dict[Preset, Conventions] = {
             initialisation="N(0, 0.01)",
         ),
         backbone=BackboneConventions(
-            short_clips=Layout(1, Pool((1, 3, 3), (1, 2, 2)), _POOL2),
+            short_clips=_UNPADDED_SHORT_CLIPS,
             long_clips=Layout(2, Pool((2, 3, 3), (2, 2, 2)), _POOL2),
             zero_init_residual=True,
         ),
@@ -100,6 +102,8 @@ PRESETS: dict[Preset, Conventions] = {
         backbone=BackboneConventions(
             short_clips=_SHORT_CLIPS,
             long_clips=_LONG_CLIPS,
+            # C2D_NOPOOL of its model zoo, and its architectures 2d, slow_c2d and slow_i3d.
+            without_pool2=_WITHOUT_POOL2,
             zero_init_residual=True,
             five_blocks_spread=False,
         ),
@@ -135,6 +139,10 @@ PRESETS: dict[Preset, Conventions] = {
         backbone=BackboneConventions(
             short_clips=_SHORT_CLIPS,
             long_clips=Layout(2, Pool((1, 3, 3), (2, 2, 2), (0, 1, 1)), _POOL2),
+            # mmaction2's C2D pads no pooling, as video-nonlocal-net. What it calls C2D without
+            # pooling is its ResNet for images, which pads pool1.
+            c2d_short_clips=_UNPADDED_SHORT_CLIPS,
+            without_pool2=_WITHOUT_POOL2,
             head_window=None,
             # mmaction2 builds mmcv's blocks with these options.
             subsample=True,
@@ -142,7 +150,6 @@ PRESETS: dict[Preset, Conventions] = {
         ),
         input=_IMAGENET,
         names=("mmaction2",),
-        clip="32x2",
     ),
 }
 
@@ -196,14 +203,18 @@ def _backbone_cells(conventions: Conventions) -> dict[str, str]:
     short, long, window = backbone.short_clips, backbone.long_clips, backbone.head_window
     return {
         "pool1, short clips": _pool(short.pool1),
+        "pool1, short clips, C2D": _pool((backbone.c2d_short_clips or short).pool1),
         "pool1, long clips": _pool(long.pool1),
         "pool2": _pool(short.pool2),
+        "networks without pool2": "yes" if backbone.without_pool2 else "no",
         "residual branches start at 0": "yes" if backbone.zero_init_residual else "no",
         "head averages": "the map" if window is None else f"windows of {_product(window)}",
     }
 
 
-def _pool(pool: Pool) -> str:
+def _pool(pool: Pool | None) -> str:
+    if pool is None:
+        return "none"
     padding = f", padding {_product(pool.padding)}" if any(pool.padding) else ""
     return f"{_product(pool.window)} / {_product(pool.strides)}{padding}"
 

@@ -31,7 +31,7 @@ class VideoResNet(nn.Module):
     | conv1 | 1×7×7 or 5×7×7, 64 | 16×112×112 | 8×112×112 |
     | pool1 | `layout.pool1` | 8×56×56 | 8×56×56 |
     | res2 | bottlenecks, 256 | 8×56×56 | 8×56×56 |
-    | pool2 | `layout.pool2` | 4×56×56 | 4×56×56 |
+    | pool2 | `layout.pool2`, if any | 4×56×56 | 4×56×56 |
     | res3 | bottlenecks, 512 | 4×28×28 | 4×28×28 |
     | res4 | bottlenecks, 1024 | 4×14×14 | 4×14×14 |
     | res5 | bottlenecks, 2048 | 4×7×7 | 4×7×7 |
@@ -140,7 +140,7 @@ class VideoResNet(nn.Module):
         x: Any = self._sow_output("pool1", self._first_layer(clip, train, options))
         for stage in range(len(STAGES)):
             x = self._stage(stage, x, train, options)
-            if stage == 0:
+            if stage == 0 and self.layout.pool2 is not None:
                 x = self._sow_output("pool2", strided_max_pool(x, *self.layout.pool2, axis_name))
         return self._head(x, train, axis_name)
 
@@ -250,6 +250,7 @@ def video_resnet(
     preset: Preset = "paper",
     num_classes: int = 400,
     *,
+    pool2: bool = True,
     instantiation: Instantiation = "embedded_gaussian",
     group_size: int | Mapping[str, int] | None = None,
     block_options: Mapping[str, Any] | None = None,
@@ -268,10 +269,13 @@ def video_resnet(
             res3 and res4 of R50). Alternatively, by stage, the residual blocks that they follow,
             counted from 0: {"res3": (1, 3), "res4": (1, 3, 5)}.
         clip: Frames × their stride, which choose the layout: "32x2" and "128x1" have stride 2 in
-            time in conv1 and pool1, "8x8" and "32x4" have none. The network accepts any length.
+            time in conv1 and pool1, "8x8", "16x4" and "32x4" have none. The network accepts any
+            length.
         preset: The source whose conventions the network has: the blocks' (`nonlocal_block`), the
             poolings' sizes and padding, ε of BatchNorm, whether residual branches start at 0.
         num_classes: Number of logits.
+        pool2: Whether a pooling in time follows res2. The released networks without it, such as
+            PySlowFast's C2D_NOPOOL, are of the presets "slowfast" and "mmcv", for short clips.
         instantiation: The pairwise function.
         group_size: Number of frames of a temporal group of a non-local block, for all or by stage;
             {"res3": 4} in the 32×4 and 128×1 networks of video-nonlocal-net.
@@ -286,8 +290,9 @@ def video_resnet(
         The network. `model.apply(variables, clip)` maps (B, T, H, W, 3) to logits (B, num_classes).
 
     Raises:
-        ValueError: If the depth, kind, clip, preset or a stage is unknown, or a non-local block
-            follows a residual block that does not exist.
+        ValueError: If the depth, kind, clip, preset or a stage is unknown, a non-local block
+            follows a residual block that does not exist, or the preset's source has no networks
+            without pool2.
         TypeError: If an option is unknown.
 
     Source: Table 1 and section 4; where the sources differ, the preset's.
@@ -303,7 +308,7 @@ def video_resnet(
     checks.one_of("preset", preset, PRESETS)
     conventions = PRESETS[preset]
     backbone = conventions.backbone
-    layout = video_tables.layout_of(clip, backbone)
+    layout = video_tables.layout_of(clip, backbone, kind, pool2)
     places = video_tables.block_places(nonlocal_blocks, blocks, backbone.five_blocks_spread)
     norm: Callable[..., nn.Module] = Affine if frozen_bn else conventions.block.norm
     overrides = {"norm": norm, **(block_options or {})}

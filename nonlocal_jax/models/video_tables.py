@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from nonlocal_jax import checks
 from nonlocal_jax.layers.conventions import BackboneConventions, ClipFormat, Layout, Triple
+from nonlocal_jax.layers.presets import PRESETS
 
 __all__ = [
     "CLIP_FORMATS",
@@ -64,14 +65,39 @@ def residual_blocks(depth: int | tuple[int, ...]) -> tuple[int, int, int, int]:
     return res2, res3, res4, res5
 
 
-def layout_of(clip: ClipFormat, backbone: BackboneConventions) -> Layout:
+def layout_of(
+    clip: ClipFormat,
+    backbone: BackboneConventions,
+    kind: Inflation | None = None,
+    pool2: bool = True,
+) -> Layout:
     """Returns the strides and poolings of a source for clips of this format.
 
+    Args:
+        clip: Frames × their stride.
+        backbone: Conventions of the source.
+        kind: Inflation, for sources whose C2D has a layout of its own.
+        pool2: Whether there is a pooling after res2.
+
     Raises:
-        ValueError: If the format is unknown.
+        ValueError: If the format is unknown, or the source has no such layout without pool2.
     """
     checks.one_of("clip", clip, CLIP_FORMATS)
-    return backbone.long_clips if clip in LONG_CLIPS else backbone.short_clips
+    checks.one_of("pool2", pool2, (True, False))
+    is_long = clip in LONG_CLIPS
+    if not pool2:
+        if is_long or backbone.without_pool2 is None:
+            available = [name for name, source in PRESETS.items() if source.backbone.without_pool2]
+            raise ValueError(
+                f"pool2 must be True for clip={clip!r} of this preset, which has no layout without "
+                f"pool2. Presets {' and '.join(map(repr, available))} have one for clips of "
+                f"{', '.join(name for name in CLIP_FORMATS if name not in LONG_CLIPS)}."
+            )
+        return backbone.without_pool2
+    if is_long:
+        return backbone.long_clips
+    is_c2d = kind == "c2d"
+    return (backbone.c2d_short_clips if is_c2d else None) or backbone.short_clips
 
 
 def stage_taps(kind: Inflation, blocks: tuple[int, ...]) -> tuple[StageTaps, ...]:
@@ -150,7 +176,7 @@ def _checked_places(places: Places, counts: Mapping[str, int]) -> dict[str, tupl
 
 
 def smallest_clip(layout: Layout) -> Triple:
-    """Returns the fewest frames, rows and columns that leave a position after pool2."""
+    """Returns the fewest frames, rows and columns that leave a position after the poolings."""
     t, h, w = (
         next(size for size in range(1, 64) if _has_positions(size, axis, layout))
         for axis in range(3)
@@ -160,7 +186,7 @@ def smallest_clip(layout: Layout) -> Triple:
 
 def _has_positions(size: int, axis: int, layout: Layout) -> bool:
     size = -(-size // (layout.conv1_stride if axis == 0 else 2))
-    for pool in (layout.pool1, layout.pool2):
+    for pool in layout.pools:
         size = (size + 2 * pool.padding[axis] - pool.window[axis]) // pool.strides[axis] + 1
         if size < 1:
             return False

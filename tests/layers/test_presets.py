@@ -113,6 +113,14 @@ def test_the_tables_list_every_preset():
         assert len(lines) == 2 + len(PRESETS)
         assert len({line.count("|") for line in lines}) == 1
     assert "| 2×3×3 / 2×2×2 |" in presets_table("backbone")
+    [header, _, *rows] = presets_table("backbone").splitlines()
+    cells = [cell.strip() for cell in header.split("|")]
+    column = cells.index("networks without pool2")
+    without = {row.split("|")[1].strip() for row in rows if row.split("|")[column].strip() == "yes"}
+    assert without == {"`slowfast`", "`mmcv`"}
+    column = cells.index("pool1, short clips, C2D")
+    padded = {row.split("|")[1].strip() for row in rows if "padding" in row.split("|")[column]}
+    assert padded == {"`paper`", "`slowfast`", "`non_local_pytorch`"}
 
 
 @pytest.mark.usefixtures("as_users_see_it")

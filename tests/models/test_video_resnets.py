@@ -107,6 +107,52 @@ def test_sizes_of_the_layouts(preset, clip, shape, pool1, res2, res3):
     assert (sizes["res4"], sizes["res5"]) == ((t, h // 2, w // 2, 1024), (t, h // 4, w // 4, 2048))
 
 
+@pytest.mark.parametrize("preset", ["slowfast", "mmcv"])
+@pytest.mark.parametrize("clip", ["8x8", "16x4"])
+def test_sizes_without_pool2(preset, clip):
+    options = {"kind": "c2d", "nonlocal_blocks": 0, "clip": clip, "preset": preset}
+    model = video_resnet((1, 1, 1, 1), pool2=False, **options)
+    sizes = stages(model, (8, 224, 224))
+    assert "pool2" not in sizes
+    assert model.stride_in_time == 1
+    assert (sizes["pool1"], sizes["res2"]) == ((8, 56, 56, 64), (8, 56, 56, 256))
+    assert (sizes["res3"], sizes["res5"]) == ((8, 28, 28, 512), (8, 7, 7, 2048))
+    assert stages(video_resnet((1, 1, 1, 1), **options), (8, 224, 224))["res3"][0] == 4
+
+
+def test_without_pool2_frames_stay_apart():
+    """A C2D without pool2 averages the logits of single frames."""
+    model = small(pool2=False, nonlocal_blocks=0)
+    variables = random_variables(model, model.example)
+    apply = jax.jit(functools.partial(model.apply, variables))
+    logits = apply(CLIP[:, :1].repeat(8, axis=1))
+    np.testing.assert_allclose(logits, apply(CLIP[:, :1]), rtol=1e-4, atol=1e-4)
+    mean = np.mean([apply(CLIP[:, i : i + 1]) for i in range(8)], axis=0)
+    np.testing.assert_allclose(apply(CLIP), mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize(
+    ("preset", "clip", "pool2"),
+    [("paper", "8x8", False), ("caffe2", "8x8", False), ("slowfast", "32x2", False)],
+)
+def test_layouts_that_no_source_has(preset, clip, pool2):
+    message = r"pool2 must be True for clip=.*'slowfast' and 'mmcv' have one for clips of 8x8, 16x4"
+    with pytest.raises(ValueError, match=message):
+        video_resnet(preset=preset, clip=clip, pool2=pool2)
+    with pytest.raises(ValueError, match=r"pool2 must be one of True, False; got 'no'"):
+        video_resnet(preset=preset, clip=clip, pool2="no")
+
+
+def test_the_c2d_of_mmaction2_pads_no_pooling():
+    options = {"clip": "8x8", "preset": "mmcv"}
+    sizes = [
+        stages(video_resnet((1, 1, 1, 1), kind, 0, **options), (8, 224, 224))["pool1"]
+        for kind in ("c2d", "i3d_3x1x1")
+    ]
+    assert sizes == [(8, 55, 55, 64), (8, 56, 56, 64)]
+
+
 @pytest.mark.parametrize(
     ("depth", "kind", "parameters"),
     [
@@ -401,7 +447,7 @@ def test_bad_clips(shape, preset, clip, message):
             r"residual blocks of res2 to res5, each at least 1; got \(1, 0, 1, 1\)",
         ),
         ({"kind": "i3d"}, "kind must be one of 'c2d', 'i3d_3x1x1', 'i3d_3x3x3'; got 'i3d'"),
-        ({"clip": "16x4"}, "clip must be one of .*'32x2', '128x1'; got '16x4'"),
+        ({"clip": "16x8"}, "clip must be one of .*'32x2', '128x1'; got '16x8'"),
         ({"preset": "torch"}, "preset must be one of .*; got 'torch'"),
         ({"nonlocal_blocks": 3}, "nonlocal_blocks must be one of 0, 1, 5, 10; got 3"),
         (
