@@ -20,13 +20,16 @@ import tyro
 
 from nonlocal_jax.path_options import AnyPathOption
 from nonlocal_jax.remote_paths import RemotePath
-from nonlocal_jax.weights.build import Choices, build, call, open_questions
+from nonlocal_jax.terminal import printable
+from nonlocal_jax.weights.build import build, build_any, call, notes
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.infer import Architecture, architecture
 from nonlocal_jax.weights.load_reports import dims, table
 from nonlocal_jax.weights.loading import load_checkpoint
 from nonlocal_jax.weights.matching import Part
 from nonlocal_jax.weights.names import flatten, unflatten
+from nonlocal_jax.weights.published import hint
+from nonlocal_jax.weights.questions import Choices, open_questions
 from nonlocal_jax.weights.readers import Checkpoint, checkpoint_files
 from nonlocal_jax.weights.saving import save
 from nonlocal_jax.weights.verification import TOLERANCE, verify
@@ -101,35 +104,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return _verify(command)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
-        print(f"error: {message}", file=sys.stderr)
+        _print_error(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
         return 2
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(str(error))
         return 1 if isinstance(error, VerificationError) else 2
+
+
+def _print_error(message: str) -> None:
+    lines = "\n".join(map(printable, message.split("\n")))
+    print(f"error: {lines}", file=sys.stderr)
 
 
 def _inspect(command: Inspect) -> int:
     checkpoint = checkpoint_files.read(command.file)
     numbers = sum(math.prod(array.shape) for array in checkpoint.arrays.values())
     count = len(checkpoint.arrays)
-    print(f"{command.file}: {checkpoint.format}, {count} arrays, {numbers:,} numbers")
+    file = printable(command.file)
+    print(f"{file}: {checkpoint.format}, {count} arrays, {numbers:,} numbers")
     targets: dict[str, str] = {}
+    summary: list[str] = []
     problem = None
     try:
         naming_table, entries, _ = read_names(checkpoint)
         targets = {entry.key: entry.target or "unknown" for entry in entries}
         print(f"names: {table_name(naming_table)}")
         found = architecture(checkpoint)
-        print(f"network: {call(found, command)}")
-        for question in open_questions(found, command):
-            print(f"  the file does not show the {question}")
+        summary = _summary(found, command)
     except ValueError as error:  # raised again below, after the entries are shown
         problem = error
     _print_entries(checkpoint, targets)
     if problem is not None:
         raise problem
+    print("\n".join(summary))
     return 0
+
+
+def _summary(found: Architecture, command: Inspect) -> list[str]:
+    """Returns what is open about the network, and as the last line the call that builds it."""
+    questions = open_questions(found, command)
+    lines = list(notes(found, command))
+    if questions:
+        lines.append("The file does not show, so choose:")
+        lines += [f"  {question}" for question in questions]
+    if questions and (advice := hint(command.file.name)):
+        lines.append(advice)
+    return [*lines, f"network: {call(found, command)}"]
 
 
 def _print_entries(checkpoint: Checkpoint, targets: dict[str, str]) -> None:
@@ -153,14 +173,14 @@ def _convert(command: Convert) -> int:
         )
     checkpoint = checkpoint_files.read(command.file)
     found = architecture(checkpoint)
-    model, load_options = build(found, command), _load_options(found, command)
+    model, load_options = build_any(found, command), _load_options(found, command)
     variables, report = load_checkpoint(checkpoint, model, **load_options)
     loaded = {weight.target for weight in report.weights if weight.source and weight.target}
     leaves = {path: leaf for path, leaf in flatten(variables).items() if path in loaded}
     save(command.out, unflatten(leaves), command.names)
     print(f"network: {call(found, command)}")
     summary = report.summary.partition(";")[0]
-    print(f"{summary}; written to {command.out} by the names of {command.names}")
+    print(f"{summary}; written to {printable(command.out)} by the names of {command.names}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights import sources
 from nonlocal_jax.weights.load_reports import LoadedWeight
 from nonlocal_jax.weights.names import NamingTable, Weights, variable_path
@@ -88,9 +89,10 @@ def detect(checkpoint: Checkpoint) -> NamingTable | None:
     best = max(sources.NAMING_TABLES, key=lambda table: counts[table.name])
     candidates = sum(not best.holds_no_weights(name) for name in names)
     if not counts[best.name] or 2 * counts[best.name] < candidates:
+        first_names = ", ".join(map(printable, names[:4]))
         raise ValueError(
-            f"{checkpoint.path} must have the names of {', '.join(counts)} or of this library; "
-            f"its first names are {', '.join(names[:4])}."
+            f"{printable(checkpoint.path)} must have the names of {', '.join(counts)} or of this "
+            f"library; its first names are {first_names}."
         )
     return best
 

@@ -1,4 +1,4 @@
-"""Inferring the architecture of a network from the names and shapes of its arrays alone."""
+"""Inferring the architecture of a network from its arrays, and from a configuration beside them."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,9 @@ from typing import Any, Final, Literal
 
 from nonlocal_jax import models
 from nonlocal_jax.models.video_tables import DEPTHS, STAGES, Inflation
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.types import Instantiation
+from nonlocal_jax.weights.configurations import NOT_STATED, Configuration, read_configuration
 from nonlocal_jax.weights.entries import Entry, naming_tables, read_names, table_name
 from nonlocal_jax.weights.readers import Checkpoint
 
@@ -20,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of the leaves, by path without the col
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A network, as far as its weights show it.
+    """A network, as far as its file shows it.
 
     Attributes:
         source: The source whose names the file has.
@@ -39,6 +41,9 @@ class Architecture:
         num_classes: Number of classes; None without a classifier.
         groups: Groups of the 3×3 convolutions; 1 in a ResNet.
         width_per_group: Channels of each group in res2; 64 in a ResNet.
+        pool2: Whether a pooling in time follows res2, where names or configuration show it.
+        configuration: What the training configuration in the file states.
+        file: Path of the file, for messages.
     """
 
     source: str
@@ -55,6 +60,9 @@ class Architecture:
     num_classes: int | None = None
     groups: int = 1
     width_per_group: int = 64
+    pool2: bool | None = None
+    configuration: Configuration = NOT_STATED
+    file: str = dataclasses.field(default="the file", compare=False)
 
     @property
     def depth(self) -> int | tuple[int, ...]:
@@ -70,12 +78,12 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
         checkpoint: The contents of the file.
 
     Returns:
-        What names and shapes show. Whether all arrays fit is checked by `load`.
+        What names, shapes and configuration show. Whether all arrays fit is checked by `load`.
 
     Raises:
         ValueError: The names are of no known source, the network is none of this library, a number
-            of a block is missing, or shapes contradict each other. The message names the first
-            problem.
+            of a block is missing, or shapes or the configuration contradict each other. The message
+            names the first problem.
 
     >>> import pathlib, tempfile, jax, jax.numpy as jnp, nonlocal_jax as nl
     >>> model = nl.models.non_local_pytorch_mnist("gaussian")
@@ -90,9 +98,11 @@ def architecture(checkpoint: Checkpoint) -> Architecture:
     source = table_name(table)
     entries = [entry for entry in entries if entry.target]
     try:
-        return _architecture(source, entries)
+        found = _with_configuration(_architecture(source, entries), checkpoint.configuration)
+        return dataclasses.replace(found, file=printable(checkpoint.path))
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path}, named as in {source}: {error}.") from error
+        message = f"{checkpoint.path}, named as in {source}: {error}."
+        raise ValueError(printable(message)) from error
 
 
 def _architecture(source: str, entries: list[Entry]) -> Architecture:
@@ -106,6 +116,7 @@ def _architecture(source: str, entries: list[Entry]) -> Architecture:
     stages = itertools.groupby(places, lambda place: place[0])
     convs = re.compile(r"/conv(1|_[abc])/kernel$")
     has_flat = {entry.flat for entry in entries if convs.search(entry.target)}
+    table = naming_tables().get(source)
     return Architecture(
         source=source,
         network="video_resnet",
@@ -115,8 +126,30 @@ def _architecture(source: str, entries: list[Entry]) -> Architecture:
         subsample=_subsample(source, entries),
         frozen_bn=_is_frozen(shapes),
         num_classes=_num_classes(shapes, "head"),
+        pool2=True if table is not None and table.shows_pool2 else None,
         **_block_options(shapes, [f"nonlocal_{stage}_{i}" for stage, i in places]),
         **_widths(shapes, blocks),
+    )
+
+
+def _with_configuration(found: Architecture, text: str) -> Architecture:
+    """Adds what the configuration states, after comparing it with the arrays."""
+    if not text or found.network == MNIST:
+        return found
+    stated = read_configuration(text, found.source, found.kind, found.nonlocal_blocks)
+    open_functions = (None, "embedded_gaussian", "dot_product")
+    is_stated = found.nonlocal_blocks and stated.instantiation is not None
+    expected = open_functions if found.instantiation is None else (None, found.instantiation)
+    if is_stated and stated.instantiation not in expected:
+        raise ValueError(
+            f"its configuration has the pairwise function {stated.instantiation}, whose weights it "
+            "does not have"
+        )
+    return dataclasses.replace(
+        found,
+        instantiation=found.instantiation or (stated.instantiation if is_stated else None),
+        pool2=stated.pool2 if found.pool2 is None else found.pool2,
+        configuration=stated,
     )
 
 

@@ -6,6 +6,8 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 
+from nonlocal_jax.terminal import printable
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedWeight:
@@ -55,8 +57,8 @@ class LoadReport:
 
 
 def _line(weight: LoadedWeight) -> str:
-    source = f"{weight.source or '–':<58} {dims(weight.source_shape):<18}"
-    target = f"{weight.target or '–':<52} {dims(weight.shape):<18}"
+    source = f"{printable(weight.source) or '–':<58} {dims(weight.source_shape):<18}"
+    target = f"{printable(weight.target) or '–':<52} {dims(weight.shape):<18}"
     return f"{source} {target} {weight.transform}"
 
 
@@ -70,6 +72,8 @@ def table(
 ) -> str:
     """Formats a table as text, as wide as the terminal if there is one.
 
+    Control characters are escaped, and markup of rich is not interpreted.
+
     Args:
         title: The line above the table.
         header: Titles of the columns. A column whose title starts with ">" is aligned to the right.
@@ -81,16 +85,16 @@ def table(
     """
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    grid = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    grid = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD)
     for column in header:
         is_right = column.startswith(">")
         name = column.removeprefix(">")
         grid.add_column(name, justify="right" if is_right else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*map(escape, row))
+        grid.add_row(*(Text(printable(cell)) for cell in row))
     columns = Console().width if sys.stdout.isatty() else width
     text = io.StringIO()
     Console(file=text, width=columns, color_system=None).print(grid)

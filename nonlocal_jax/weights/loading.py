@@ -10,6 +10,7 @@ import numpy as np
 
 from nonlocal_jax import checks
 from nonlocal_jax.files import PathLike
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.types import PRNGKeyArray
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.folding import fold_entries
@@ -165,7 +166,7 @@ def _misfit(
     lines = "\n  ".join([*shown, f"and {remaining} more"] if remaining else shown)
     count, names = len(checkpoint.arrays), table_name(table)
     return (
-        f"{checkpoint.path}, {count} arrays named as in {names}, does not fit this "
+        f"{printable(checkpoint.path)}, {count} arrays named as in {names}, does not fit this "
         f"{type(model).__name__}:\n  {lines}\nBuild the model with the depth, kind, places of "
         "blocks and number of classes of the file (`python -m nonlocal_jax.weights inspect` shows "
         "them), or pass `initialise`."

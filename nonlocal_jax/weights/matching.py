@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.entries import Entry
 from nonlocal_jax.weights.folding import FOLDED
 from nonlocal_jax.weights.inflation import inflate
@@ -68,7 +69,7 @@ def _skipped(entry: Entry, reason: str) -> LoadedWeight:
 
 
 def _describe(entry: Entry) -> str:
-    return f"{entry.key} {dims(entry.source_shape)}"
+    return f"{printable(entry.key)} {dims(entry.source_shape)}"
 
 
 def _placement_problem(
@@ -78,11 +79,13 @@ def _placement_problem(
     if not entry.target:
         return f"{_describe(entry)} is not a weight of any network here"
     if entry.target not in leaves:
-        return f"{_describe(entry)} belongs at {entry.target}, which the network does not have"
+        target = printable(entry.target)
+        return f"{_describe(entry)} belongs at {target}, which the network does not have"
     if entry.target in loaded:
-        return f"{_describe(entry)} is a second {entry.target}"
+        return f"{_describe(entry)} is a second {printable(entry.target)}"
     if not jnp.issubdtype(entry.array.dtype, jnp.floating):
-        return f"{entry.key} is of {entry.array.dtype}; convert it to a floating-point type first"
+        name = printable(entry.key)
+        return f"{name} is of {entry.array.dtype}; convert it to a floating-point type first"
     return None
 
 

@@ -124,6 +124,8 @@ class NamingTable:
         epsilon: ε of BatchNorm with which running statistics are folded into affine maps.
         pooled_key: A part of the names of g that only blocks with pooled keys have; None where
             names do not tell.
+        shows_pool2: Whether names tell that there is a pool2, without which they would be others.
+        flat_c2d: Whether the source's C2D is its network for images, with kernels of two axes.
         network_options: Options of `video_resnet` that the source's networks have in addition to
             their preset.
         frozen_group_size: Option `group_size` of the source's networks with frozen norms for clips
@@ -136,6 +138,8 @@ class NamingTable:
     non_weights: tuple[str, ...] = ()
     epsilon: float = 1e-5
     pooled_key: str | None = None
+    shows_pool2: bool = False
+    flat_c2d: bool = False
     network_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     frozen_group_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

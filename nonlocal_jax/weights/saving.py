@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from nonlocal_jax import checks, files
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.entries import NATIVE, naming_tables
 from nonlocal_jax.weights.names import Weights, flatten
 
@@ -63,9 +64,11 @@ def export(variables: Mapping[str, Any], names: str = NATIVE) -> dict[str, Weigh
     for path, leaf in leaves.items():
         found = tables[names].source_name(path.split("/", 1)[1])
         if found is None:
-            raise ValueError(f"{names} has no name for {path}.")
+            raise ValueError(f"{names} has no name for {printable(path)}.")
         name, row = found
         if name in arrays:
-            raise ValueError(f"{names} has the name {name} for {path} and for another leaf.")
+            raise ValueError(
+                f"{names} has the name {name} for {printable(path)} and for another leaf."
+            )
         arrays[name] = row.transform.export_array(leaf)
     return arrays

@@ -268,6 +268,7 @@ MMACTION2 = NamingTable(
     {"stage": _LAYERS, "x": BRANCH, "stat": STATISTICS, "pooled": {"phi": "phi", "g": "g"}},
     COUNTERS,
     pooled_key=".g.0.",
+    flat_c2d=True,
 )  # fmt: skip
 
 
@@ -304,6 +305,7 @@ def _pytorchvideo(name: str, head: str, example: str, *stages: str) -> NamingTab
         rows,
         {"stage": _stages(*stages), "x": {x: x for x in "abc"}, "stat": STATISTICS},
         COUNTERS,
+        shows_pool2=True,
         network_options={"window_average": "logits"},
     )
 

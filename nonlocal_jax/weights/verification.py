@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from nonlocal_jax.models import VideoResNet
+from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.by_definition import definition_differences, finite_or_infinity
 from nonlocal_jax.weights.entries import read_names, strip_prefix, table_name
 from nonlocal_jax.weights.load_reports import LoadedWeight, LoadReport, dims, table
@@ -173,9 +174,7 @@ def verify(
 def _clip_shape(model: nn.Module, example: jax.ShapeDtypeStruct | None) -> tuple[int, ...]:
     """Returns the shape of a clip with 4 frames from res3 on, or of the model's example."""
     if isinstance(model, VideoResNet):
-        layout = model.layout
-        stride = layout.conv1_stride * layout.pool1.strides[0] * layout.pool2.strides[0]
-        return 2, 4 * stride, 64, 48, 3
+        return 2, 4 * model.stride_in_time, 64, 48, 3
     return tuple((example or model.example).shape)  # type: ignore[attr-defined]
 
 
@@ -230,7 +229,8 @@ def _accounting_problems(term: str, names: list[str], reported: list[str]) -> li
         return []
     unmatched = sorted(set(names) ^ set(reported))
     repeated = sorted(name for name in set(reported) if reported.count(name) > 1)
-    return [f"the {term} {(unmatched or repeated)[0]} is not accounted for exactly once"]
+    name = printable((unmatched or repeated)[0])
+    return [f"the {term} {name} is not accounted for exactly once"]
 
 
 def _weight_differences(

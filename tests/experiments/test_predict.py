@@ -118,10 +118,13 @@ def test_published_weights_tell_their_network(tmp_path):
     shapes = jax.eval_shape(model.init, jax.random.key(0), model.example)
     variables = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     nl.weights.save(tmp_path / "weights.safetensors", variables, "slowfast")
-    config = predict.Config(
-        file=tmp_path / "a.mp4", weights=tmp_path / "weights.safetensors", clip="8x8"
-    )
-    network = predict.network(config)
+    options = {"file": tmp_path / "a.mp4", "weights": tmp_path / "weights.safetensors"}
+    answers = {"pool2": True, "instantiation": "embedded_gaussian", "key_pool": (1, 2, 2)}
+    with pytest.raises(ValueError, match=r"weights\.safetensors does not show (.|\n)*--clip 8x8, "):
+        predict.network(predict.Config(**options, **answers))
+    with pytest.raises(SystemExit, match=r"--instantiation embedded_gaussian or dot_product: "):
+        predict.main(predict.Config(**options, clip="8x8"))
+    network = predict.network(predict.Config(**options, **answers, clip="8x8"))
     assert (network.sampling.frames, network.sampling.stride, network.size) == (8, 8, 256)
     assert network.colours == "slowfast"
     assert network.variables["params"]["head"]["bias"].shape == (7,)

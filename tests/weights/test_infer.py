@@ -10,7 +10,16 @@ from weights import samples
 
 import nonlocal_jax as nl
 from nonlocal_jax.weights import Checkpoint
-from nonlocal_jax.weights.build import Choices, build, call, open_questions, options
+from nonlocal_jax.weights.build import (
+    Choices,
+    OpenQuestionsError,
+    build,
+    build_any,
+    call,
+    notes,
+    open_questions,
+    options,
+)
 from nonlocal_jax.weights.infer import Architecture, architecture
 
 video_resnet = nl.models.video_resnet
@@ -18,6 +27,14 @@ FROZEN = {"frozen_bn": True, "block_options": {"norm": None}}
 TWO_STAGES = {"res3": (0, 2), "res5": (2,)}
 WIDE = {"groups": 32, "width_per_group": 4}
 SHORT = (1, 2, 3, 2)
+
+KNOWN = {
+    "clip": "8x8",
+    "kind": "c2d",
+    "instantiation": "embedded_gaussian",
+    "pool2": True,
+    "key_pool": (1, 2, 2),
+}
 
 # The names of a file, and the arguments of the network that it was made from. The usual places of
 # 5 and 10 blocks exist at depths 50 and 101 only; a short network is enough for everything else.
@@ -34,6 +51,13 @@ FILES = [
     ("mmaction2", 50, "i3d_3x1x1", 5, "32x2", "mmcv", {}),
     ("mmaction2", SHORT, "i3d_3x3x3", 1, "32x2", "mmcv", {"instantiation": "gaussian"}),
     ("mmaction2", SHORT, "i3d_3x1x1", 1, "32x2", "mmcv", {"instantiation": "concatenation"}),
+    ("slowfast", SHORT, "c2d", 0, "8x8", "slowfast", {"pool2": False}),
+    ("slowfast", SHORT, "c2d", 1, "16x4", "slowfast", {"block_options": {"subsample": (2, 2, 2)}}),
+    ("slowfast", SHORT, "i3d_3x1x1", 1, "32x4", "slowfast", {"instantiation": "dot_product"}),
+    ("caffe2", SHORT, "c2d", 0, "8x8", "slowfast", {"pool2": False}),
+    ("caffe2", 101, "c2d", 5, "8x8", "slowfast", {}),
+    ("mmaction2", SHORT, "i3d_3x1x1", 1, "32x2", "mmcv", {"instantiation": "dot_product"}),
+    ("mmaction2", SHORT, "c2d", 0, "16x4", "mmcv", {}),
     ("pytorchvideo", SHORT, "i3d_3x1x1", 0, "8x8", "slowfast", {"window_average": "logits"}),
     ("torchvision", SHORT, "c2d", 0, "8x8", "slowfast", {"num_classes": 1000}),
     ("nonlocal_jax", 50, "i3d_3x1x1", 5, "8x8", "paper", {"instantiation": "concatenation"}),
@@ -51,6 +75,20 @@ def edited(checkpoint, change):
         for new_name, shape in change(name, array.shape):
             arrays[new_name] = np.broadcast_to(np.float32(0), shape)
     return dataclasses.replace(checkpoint, arrays=arrays)
+
+
+def answers(found, **known):
+    """Answers every open question with what is known about the network."""
+    choices = Choices()
+    while questions := open_questions(found, choices):
+        name = questions[0].name
+        assert getattr(choices, name) is None
+        choices = dataclasses.replace(choices, **{name: (KNOWN | known)[name]})
+    return choices
+
+
+def asked(found, choices=None):
+    return [question.name for question in open_questions(found, choices or Choices())]
 
 
 def error_of(checkpoint):
@@ -90,8 +128,18 @@ def test_the_network_of_a_file(names, depth, kind, blocks, clip, preset, extra):
     }
     if blocks:
         expected["instantiation"] = "embedded_gaussian"
-    assert options(found) == expected | extra
-    assert repr(build(found)) == repr(eval(call(found), {"nl": nl})) == repr(model)
+    key_pool = extra.get("block_options", {}).get("subsample", (1, 2, 2))
+    choices = answers(found, **{**expected, "key_pool": key_pool} | extra)
+    assert options(found, choices) == expected | extra
+    assert repr(build(found, choices)) == repr(eval(call(found, choices), {"nl": nl}))
+    assert repr(build(found, choices)) == repr(model)
+    # Without the answers another network is not built, but the arrays of all are the same.
+    if asked(found):
+        with pytest.raises(OpenQuestionsError, match=r"^weights\.bin does not show") as raised:
+            build(found)
+        for question in open_questions(found):
+            assert str(question) in str(raised.value)
+    assert samples.shapes(build_any(found)) == samples.shapes(model)
 
 
 def test_depths_have_names():
@@ -113,12 +161,17 @@ def test_digits(instantiation, names):
     assert found.instantiation == (None if is_open else instantiation)
     choices = Choices(instantiation=instantiation if is_open else None)
     assert build(found, choices).instantiation == instantiation
-    default = "embedded_gaussian" if is_open else instantiation
-    assert call(found) == f"nl.models.non_local_pytorch_mnist('{default}')"
-    assert len(open_questions(found)) == is_open
+    written = "..." if is_open else repr(instantiation)
+    assert call(found) == f"nl.models.non_local_pytorch_mnist({written})"
+    assert asked(found) == (["instantiation"] if is_open else [])
+    if is_open:
+        with pytest.raises(OpenQuestionsError, match="embedded_gaussian or dot_product: both"):
+            build(found)
     message = r"non_local_pytorch_mnist has no kind to choose; got 'c2d'"
     with pytest.raises(ValueError, match=message):
         build(found, Choices(kind="c2d"))
+    with pytest.raises(ValueError, match="has no pool2 to choose; got True"):
+        build(found, Choices(pool2=True))
 
 
 def test_an_image_network():
@@ -129,9 +182,12 @@ def test_an_image_network():
     )
     found = architecture(image)
     assert (found.kind, found.num_classes) == ("image", 1000)
-    assert any("an image network" in question for question in open_questions(found))
-    assert options(found)["kind"] == "c2d"
-    assert build(found, Choices(kind="i3d_3x3x3")).conv1_frames == 5
+    assert asked(found) == ["preset", "kind", "clip", "pool2"]
+    assert "an image network" in str(open_questions(found)[1])
+    assert call(found).startswith("nl.models.video_resnet((1, 2, 3, 2), ..., nonlocal_blocks=0")
+    assert build_any(found).conv1_frames == 1
+    choices = answers(found, preset="caffe2", kind="i3d_3x3x3")
+    assert build(found, choices).conv1_frames == 5
 
 
 def test_without_a_classifier(caffe2):
@@ -139,8 +195,8 @@ def test_without_a_classifier(caffe2):
     headless = edited(caffe2, lambda name, shape: [] if "pred" in name else [(name, shape)])
     found = architecture(headless)
     assert found.num_classes is None
-    assert "num_classes" not in options(found)
-    assert any("no classifier" in question for question in open_questions(found))
+    assert "num_classes" not in options(found, answers(found, preset="caffe2"))
+    assert any("no classifier" in note for note in notes(found))
 
 
 def test_names_of_mmaction2_show_the_pooling(mmaction2, caffe2):
@@ -149,8 +205,13 @@ def test_names_of_mmaction2_show_the_pooling(mmaction2, caffe2):
         mmaction2, lambda name, shape: [(re.sub(r"\.(phi|g)\.0\.", r".\1.", name), shape)]
     )
     assert architecture(unpooled).subsample is False
-    assert options(architecture(unpooled))["block_options"] == {"subsample": False}
+    found = architecture(unpooled)
+    assert options(found, answers(found))["block_options"] == {"subsample": False}
     assert architecture(caffe2).subsample is None
+    with pytest.raises(ValueError, match=r"keys are not pooled; got key_pool=\(1, 2, 2\)"):
+        build(found, Choices(key_pool=(1, 2, 2)))
+    with pytest.raises(ValueError, match=r"keys are pooled; got key_pool=\(1, 1, 1\)"):
+        build(architecture(mmaction2), Choices(key_pool=(1, 1, 1)))
 
 
 def test_groups_of_frames_for_the_long_clips_of_caffe2(caffe2):
@@ -158,22 +219,110 @@ def test_groups_of_frames_for_the_long_clips_of_caffe2(caffe2):
     released = samples.network(blocks=samples.BLOCKS, preset="caffe2", **FROZEN)
     found = architecture(samples.checkpoint(released, "caffe2"))
     for clip in ("32x4", "128x1"):
-        assert options(found, Choices(clip=clip))["group_size"] == {"res3": 4}
-    assert "group_size" not in options(found)
-    assert "group_size" not in options(architecture(caffe2), Choices(clip="32x4"))
+        choices = answers(found, preset="caffe2", clip=clip)
+        assert options(found, choices)["group_size"] == {"res3": 4}
+    assert "group_size" not in options(found, answers(found, preset="caffe2"))
+    choices = answers(found, preset="caffe2", clip="32x4")
+    assert "group_size" not in options(architecture(caffe2), choices)
+    # Whether there are groups depends on the clip, so the call has no value for them before.
+    assert "clip=..., " in call(found)
+    assert "group_size=..." in call(found)
+    assert "group_size" not in call(architecture(caffe2))
 
 
 def test_choices_close_the_open_questions():
     model = video_resnet(50, "c2d", 5, preset="paper")
     found = architecture(samples.checkpoint(model, "nonlocal_jax"))
-    topics = [question.partition(":")[0] for question in open_questions(found)]
-    assert topics == ["pairwise function", "clip", "preset"]
+    assert asked(found) == ["preset", "clip", "instantiation", "key_pool"]
     choices = Choices(clip="32x2", instantiation="dot_product", preset="mmcv", fold=True)
-    assert open_questions(found, choices) == []
+    assert asked(found, choices) == ["key_pool"]
+    choices = dataclasses.replace(choices, key_pool=(1, 2, 2))
     chosen = options(found, choices)
     names = ("clip", "instantiation", "preset", "frozen_bn")
     assert [chosen[name] for name in names] == ["32x2", "dot_product", "mmcv", True]
     assert chosen["block_options"] == {"use_bias": False}  # the preset has one, the file does not
+
+
+QUESTIONS = [
+    ("caffe2", {}, ["preset", "clip", "pool2", "instantiation", "key_pool"]),
+    ("caffe2", {"preset": "caffe2"}, ["clip", "instantiation", "key_pool"]),
+    ("caffe2", {"preset": "slowfast"}, ["clip", "pool2", "instantiation", "key_pool"]),
+    ("slowfast", {"clip": "8x8"}, ["pool2", "instantiation", "key_pool"]),
+    ("slowfast", {"clip": "32x2"}, ["instantiation", "key_pool"]),  # all long clips have pool2
+    ("mmaction2", {}, ["clip", "pool2", "instantiation"]),
+]
+
+
+@pytest.mark.parametrize(("names", "chosen", "questions"), QUESTIONS)
+def test_what_is_asked(names, chosen, questions):
+    preset = "mmcv" if names == "mmaction2" else "slowfast"
+    model = samples.network(blocks=samples.BLOCKS, preset=preset)
+    found = architecture(samples.checkpoint(model, names))
+    choices = Choices(**chosen)
+    assert asked(found, choices) == questions
+    for name in questions:
+        value = "{'subsample': ...}" if name == "key_pool" else "..."
+        argument = {"key_pool": "block_options"}.get(name, name)
+        assert f"{argument}={value}" in call(found, choices)
+    with pytest.raises(OpenQuestionsError):
+        options(found, choices)
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.parametrize("name", ["preset", "clip", "pool2", "instantiation", "key_pool"])
+def test_a_call_with_an_open_argument_fails(name, caffe2):
+    """What is open has no value that the function takes."""
+    found = architecture(caffe2)
+    others = dataclasses.replace(answers(found, preset="slowfast"), **{name: None})
+    assert asked(found, others) == [name]
+    with pytest.raises(ValueError, match=r"must be .*; got Ellipsis"):
+        samples.shapes(eval(call(found, others), {"nl": nl}))
+
+
+def test_names_of_pytorchvideo_show_pool2():
+    model = samples.network(preset="slowfast")
+    found = architecture(samples.checkpoint(model, "pytorchvideo"))
+    assert found.pool2 is True
+    assert asked(found) == ["clip"]
+    with pytest.raises(ValueError, match="pool2 must be True, as the names of pytorchvideo show"):
+        build(found, Choices(pool2=False))
+
+
+def test_the_2d_kernels_of_mmaction2_are_its_c2d():
+    model = samples.network("c2d", preset="mmcv")
+    flat = edited(
+        samples.checkpoint(model, "mmaction2"),
+        lambda name, shape: [(name, shape[:2] + shape[3:] if len(shape) == 5 else shape)],
+    )
+    found = architecture(flat)
+    assert found.kind == "image"
+    assert asked(found) == ["clip", "pool2"]
+    layout = build(found, answers(found)).layout
+    assert (layout.conv1_stride, layout.pool1.padding, layout.pool2.window) == (
+        1,
+        (0, 0, 0),
+        (2, 1, 1),
+    )
+    layout = build(found, answers(found, pool2=False)).layout
+    assert (layout.conv1_stride, layout.pool1.padding, layout.pool2) == (1, (0, 1, 1), None)
+
+
+def test_the_stride_can_be_chosen(caffe2):
+    found = architecture(caffe2)
+    choices = answers(found, preset="slowfast")
+    assert build(found, choices).stride_at == "conv_b"
+    choices = dataclasses.replace(choices, stride_at="conv_a")
+    assert build(found, choices).stride_at == "conv_a"
+
+
+def test_notes_say_what_the_conventions_answer(caffe2):
+    found = architecture(caffe2)
+    both = " ".join(notes(found))
+    assert "preset caffe2: ε of BatchNorm is 1.0000001e-05, softmax logits are scaled" in both
+    assert "preset slowfast: ε of BatchNorm is 1e-05" in both
+    assert "--stride-at conv_a" in both
+    [one] = [note for note in notes(found, Choices(preset="mmcv")) if "preset" in note]
+    assert "not scaled by d^-0.5, keys are pooled after φ and g" in one
 
 
 # Files of no network.

@@ -10,7 +10,7 @@ import pytest
 from weights import samples
 
 import nonlocal_jax as nl
-from nonlocal_jax.weights import export, load, read, save
+from nonlocal_jax.weights import LoadedWeight, LoadReport, export, load, load_report, read, save
 from nonlocal_jax.weights.__main__ import Names, main
 from nonlocal_jax.weights.entries import NATIVE, naming_tables
 from nonlocal_jax.weights.readers import checkpoint_files
@@ -79,12 +79,14 @@ def test_inspect(run, image, reads):
     assert reads == [image]
     assert f"{image}: caffe2, 117 arrays, " in output
     assert "names: caffe2\n" in output
-    network = "nl.models.video_resnet((1, 2, 2, 1), 'c2d', nonlocal_blocks=0, clip='8x8', "
-    network += "preset='caffe2', num_classes=7, groups=1, width_per_group=4)"
-    assert f"network: {network}\n" in output
-    question = "the file does not show the clip: all layouts have the same weights; 8x8 is assumed"
-    assert question in output
-    assert "the file does not show the kind: the weights are those of an image network" in output
+    network = "nl.models.video_resnet((1, 2, 2, 1), ..., nonlocal_blocks=0, clip=..., "
+    network += "preset=..., num_classes=7, groups=1, width_per_group=4, pool2=...)"
+    # The call is the last line, and what it leaves open is listed before it.
+    assert output.endswith(f"network: {network}\n")
+    questions = [line.split() for line in output.splitlines() if line.startswith("  --")]
+    assert [words[0] for words in questions] == ["--preset", "--kind", "--clip", "--pool2"]
+    assert "  --preset caffe2 or slowfast: networks of these sources have the same names" in output
+    assert "  --pool2 True or False: " in output
     conv1 = line_of(output, "conv1_w")
     assert conv1 == ["conv1_w", "64×3×7×7", "float32", "params/conv1/kernel"]
     assert line_of(output, "lr")[:2] == ["lr", "training"]
@@ -92,10 +94,103 @@ def test_inspect(run, image, reads):
 
 
 def test_inspect_takes_choices(run, image):
-    flags = ["--kind", "i3d_3x3x3", "--clip", "32x2", "--preset", "slowfast"]
+    flags = ["--kind", "i3d_3x3x3", "--clip", "8x8", "--preset", "slowfast", "--pool2", "False"]
     output = run("inspect", image, *flags)[1]
-    assert "'i3d_3x3x3', nonlocal_blocks=0, clip='32x2', preset='slowfast'" in output
+    assert "'i3d_3x3x3', nonlocal_blocks=0, clip='8x8', preset='slowfast'" in output
+    assert "pool2=False" in output
     assert "does not show" not in output
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory):
+    """A file with Caffe2's names, called like one of PySlowFast's model zoo."""
+    path = tmp_path_factory.mktemp("weights") / "I3D_NLN_8x8_R50.pkl"
+    save(path, samples.weights(samples.tiny_network(blocks={"res3": (0,)})), names="caffe2")
+    return path
+
+
+def test_the_answers_for_a_published_file_are_shown(run, blocks):
+    """What the file does not show is asked for, and the name of the file only suggests answers."""
+    flags = "--clip 8x8 --instantiation embedded_gaussian --preset slowfast --pool2 True "
+    flags += "--key-pool 1 2 2"
+    code, output, _ = run("inspect", blocks)
+    advice = f"If it is PySlowFast's I3D_NLN_8x8_R50.pkl, as its name says, pass: {flags}"
+    assert (code, output.splitlines()[-2]) == (0, advice)
+    code, output, errors = run("verify", blocks)
+    assert (code, output) == (2, "")
+    assert f"{blocks} does not show which network its weights are of" in errors
+    assert "  --instantiation embedded_gaussian or dot_product: " in errors
+    assert advice in errors
+    output = run("inspect", blocks, *flags.split())[1]
+    assert "does not show" not in output
+    assert "..." not in output
+    assert "If it is" not in output
+
+
+def test_choices_of_blocks(run, blocks):
+    flags = ["--preset", "slowfast", "--pool2", "False", "--clip", "16x4", "--stride-at", "conv_a"]
+    flags += ["--instantiation", "dot_product", "--key-pool", "2", "2", "2"]
+    last = run("inspect", blocks, *flags)[1].splitlines()[-1]
+    for argument in (
+        "pool2=False",
+        "clip='16x4'",
+        "stride_at='conv_a'",
+        "instantiation='dot_product'",
+        "block_options={'subsample': (2, 2, 2)}",
+    ):
+        assert argument in last
+
+
+def test_convert_needs_no_answers(run, blocks, tmp_path):
+    """Networks that have the same arrays are the same file."""
+    code, output, errors = run("convert", blocks, tmp_path / "out", "--names", "slowfast")
+    assert (code, errors) == (0, "")
+    assert "clip=..." in output
+    assert len(read(tmp_path / "out").arrays) == len(read(blocks).arrays)
+
+
+# A name that clears the screen, one that hides what precedes it, one with markup of rich, and one
+# that reverses text.
+HOSTILE = {
+    "\x1b[2J\x1b]0;owned\x07conv1_w": r"\x1b[2J\x1b]0;owned\x07conv1_w",
+    "a\rb": r"a\rb",
+    "[red]x[/red] :smile:": "[red]x[/red] :smile:",
+    "c\u202ed\nerror: all is well": r"c\u202ed\nerror: all is well",
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "params/"])
+@pytest.mark.parametrize("command", ["inspect", "convert", "verify"])
+def test_names_do_not_reach_the_terminal_as_they_are(command, prefix, run, tmp_path):
+    """Beside names of this library, of another source, and of none."""
+    arrays = {prefix + name: np.ones((2, 2), np.float32) for name in HOSTILE}
+    path = tmp_path / "a\x1b[2Jb"
+    path.write_bytes(pickle.dumps({"blobs": arrays}, 2))
+    rest = [tmp_path / "out"] if command == "convert" else []
+    code, output, errors = run(command, path, *rest)
+    assert code == 2
+    shown = [output] if command == "inspect" else [errors]
+    for text in (output, errors):
+        assert all(line.isprintable() for line in text.split("\n"))
+    for escaped in HOSTILE.values():
+        if command == "inspect":
+            assert prefix + escaped in shown[0]
+
+
+def test_reports_and_errors_of_loading_are_printable(tmp_path):
+    model = samples.tiny_network("c2d")
+    arrays = export(samples.weights(model), "caffe2")
+    report = load_report(samples.write(tmp_path / "good", arrays), model)
+    assert all(line.isprintable() for line in str(report).split("\n"))
+    hostile = {name: np.ones((2, 2), np.float32) for name in HOSTILE}
+    path = samples.write(tmp_path / "bad\x1b", arrays | hostile)
+    with pytest.raises(ValueError, match="does not fit") as raised:
+        load(path, model)
+    assert all(line.isprintable() for line in str(raised.value).split("\n"))
+    for escaped in HOSTILE.values():
+        assert f"{escaped} 2×2 is not a weight of any network here" in str(raised.value)
+    row = LoadedWeight("a\x1b", "b\x1b", (), (), "unchanged")
+    assert all(line.isprintable() for line in str(LoadReport("", (row,))).split("\n"))
 
 
 def test_inspect_shows_entries_of_unknown_names(run, tmp_path):

@@ -46,12 +46,14 @@ class Checkpoint:
         format: The format that its content showed.
         arrays: The weights in the order of the file, read-only.
         ignored: Every other entry of the file, with the reason why it is ignored.
+        configuration: Text of the training configuration in the file; "" if there is none.
     """
 
     path: AnyPath
     format: Format
     arrays: dict[str, np.ndarray]
     ignored: dict[str, str]
+    configuration: str = ""
 
 
 def read(path: PathLike, *, max_bytes: int = 8 << 30) -> Checkpoint:
@@ -86,7 +88,7 @@ def read(path: PathLike, *, max_bytes: int = 8 << 30) -> Checkpoint:
     """
     path = files.as_path(path)
     try:
-        file_format, (arrays, ignored) = _read(path, max_bytes)
+        file_format, (arrays, ignored), configuration = _read(path, max_bytes)
         if not arrays:
             entries = [f"{name!a:.40} ({reason})" for name, reason in list(ignored.items())[:8]]
             raise FileFormatError(f"it holds no weights, but {', '.join(entries) or 'nothing'}.")
@@ -98,13 +100,13 @@ def read(path: PathLike, *, max_bytes: int = 8 << 30) -> Checkpoint:
         raise
     for array in arrays.values():
         array.flags.writeable = False
-    return Checkpoint(path, file_format, arrays, ignored)
+    return Checkpoint(path, file_format, arrays, ignored, configuration)
 
 
-def _read(path: AnyPath, max_bytes: int) -> tuple[Format, Contents]:
+def _read(path: AnyPath, max_bytes: int) -> tuple[Format, Contents, str]:
     """Recognises the format by the first bytes, and reads the file."""
     if path.is_dir():
-        return "orbax", read_orbax(path, max_bytes)
+        return "orbax", read_orbax(path, max_bytes), ""
     path.stat()  # raises an error if there is nothing
     if not path.is_file():
         raise FileFormatError(f"it is neither a file nor a folder. {SUPPORTED}")
@@ -116,10 +118,10 @@ def _read(path: AnyPath, max_bytes: int) -> tuple[Format, Contents]:
     with files.local_copy(path) as local, local.open("rb") as file:
         size = local.stat().st_size
         if is_torch(head):
-            return "torch", read_torch(file, size, max_bytes)
+            return "torch", *read_torch(file, size, max_bytes)
         if is_safetensors(head):
-            return "safetensors", read_safetensors(local, head, size, max_bytes)
-        return "caffe2", read_caffe2(file, size, max_bytes)
+            return "safetensors", read_safetensors(local, head, size, max_bytes), ""
+        return "caffe2", read_caffe2(file, size, max_bytes), ""
 
 
 def _read_head(path: AnyPath) -> bytes:

@@ -59,13 +59,16 @@ def is_torch(head: bytes) -> bool:
     return head[:4] in ZIP_MAGIC or is_legacy
 
 
-def read_torch(file: io.BufferedIOBase, size: int, max_bytes: int) -> Contents:
+def read_torch(file: io.BufferedIOBase, size: int, max_bytes: int) -> tuple[Contents, str]:
     """Reads the tensors of a state dict, or of a checkpoint that holds one.
 
     Args:
         file: The file.
         size: Its size in bytes.
         max_bytes: Limit of what the tensors may take in memory.
+
+    Returns:
+        The contents, and the text of the training configuration, "" if there is none.
 
     Raises:
         UnsafeFileError: The file has a name, opcode, member or size that weights never need.
@@ -81,7 +84,8 @@ def read_torch(file: io.BufferedIOBase, size: int, max_bytes: int) -> Contents:
             f"torch.save was given {describe_value(saved.tree)}; "
             "expected a state dict, or a dict that holds one."
         )
-    state, ignored = _find_state_dict(text_keyed(saved.tree))
+    entries = text_keyed(saved.tree)
+    state, ignored = _find_state_dict(entries)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     ignored |= {name: ignored_reason(value) for name, value in state.items() if name not in tensors}
     storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
@@ -96,7 +100,7 @@ def read_torch(file: io.BufferedIOBase, size: int, max_bytes: int) -> Contents:
         name: tensor.array(contents[tensor.storage.key], saved.byte_order)
         for name, tensor in tensors.items()
     }
-    return arrays, ignored
+    return (arrays, ignored), _configuration(entries)
 
 
 def _find_state_dict(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -114,6 +118,14 @@ def _find_state_dict(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
             }
             return text_keyed(state), ignored
     return entries, {}
+
+
+def _configuration(entries: dict[str, Any]) -> str:
+    """Returns the training configuration: `cfg` of PySlowFast, or what mmaction2 has in `meta`."""
+    meta = entries.get("meta")
+    parents = [entries, meta] if isinstance(meta, dict) else [entries]
+    values = (parent.get(key) for parent in parents for key in ("cfg", "config"))
+    return next((value for value in values if isinstance(value, str)), "")
 
 
 def _open_zip(file: io.BufferedIOBase, size: int) -> TorchFile:
