@@ -1,0 +1,257 @@
+"""Configurations in a file answer what its arrays leave open, and nothing of them is executed."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+from weights import forge, samples
+
+from nonlocal_jax.weights import read
+from nonlocal_jax.weights.build import Choices, build, open_questions, options
+from nonlocal_jax.weights.configurations import (
+    MAX_CHARACTERS,
+    NOT_STATED,
+    parse_python,
+    read_configuration,
+)
+from nonlocal_jax.weights.infer import architecture
+
+PLACES = {"res3": (1,), "res4": (0,)}
+
+
+def slowfast(**changes):
+    """Writes a configuration as PySlowFast does, in YAML of blocks."""
+    values = {
+        "frames": 8,
+        "rate": 8,
+        "arch": "i3d",
+        "name": "ResNet",
+        "function": "softmax",
+        "pool": (1, 2, 2),
+        "stride_1x1": "false",
+        "groups": 1,
+        "dilation": 1,
+    } | changes
+    t, h, w = values["pool"]
+    pools = f"  - - - {t}\n      - {h}\n      - {w}\n" * 4
+    groups = f"  - - {values['groups']}\n" * 4
+    return (
+        f"DATA:\n  NUM_FRAMES: {values['frames']}\n  SAMPLING_RATE: {values['rate']}\n"
+        f"MODEL:\n  ARCH: {values['arch']}\n  MODEL_NAME: {values['name']}\n"
+        f"NONLOCAL:\n  GROUP:\n{groups}  INSTANTIATION: {values['function']}\n  POOL:\n{pools}"
+        f"RESNET:\n  SPATIAL_DILATIONS:\n  - - 1\n  - - 1\n  - - 1\n  - - {values['dilation']}\n"
+        f"  STRIDE_1X1: {values['stride_1x1']}\n"
+    )
+
+
+def mmaction2(backbone="", block="mode='dot_product', sub_sample=True, use_scale=False", step=""):
+    """Writes a configuration as mmaction2 does, in Python."""
+    return (
+        "model = dict(\n    type='Recognizer3D',\n    backbone=dict(\n"
+        f"        type='ResNet3d', depth=50, conv1_kernel=(5, 7, 7), {backbone}\n"
+        f"        non_local_cfg=dict({block}),\n"
+        "        inflate=((1, 1, 1), (1, 0, 1, 0), (1, 0), (0, 1, 0))))\n"
+        "data_root = 'data/kinetics400'  # a folder\n"
+        "train_pipeline = [\n    dict(type='DecordInit'),\n"
+        "    dict(type='SampleFrames', clip_len=32, frame_interval=2, num_clips=1)]\n"
+        f"{step}"
+    )
+
+
+LONG = "conv1_stride_t=2, pool1_stride_t=2,"
+
+
+def checkpoint(model, names, text):
+    return dataclasses.replace(samples.checkpoint(model, names), configuration=text)
+
+
+STATED = [
+    (slowfast(), {}, {}),
+    (slowfast(function="dot_product"), {"instantiation": "dot_product"}, {}),
+    (slowfast(pool=(2, 2, 2)), {"block_options": {"subsample": (2, 2, 2)}}, {}),
+    (slowfast(pool=(1, 1, 1)), {"block_options": {"subsample": False}}, {}),
+    (slowfast(arch="slow_i3d"), {"pool2": False}, {}),
+    (slowfast(name="ResNet_nopool"), {"pool2": False}, {}),
+    (slowfast(frames=32, rate=4), {"clip": "32x4"}, {}),
+    (slowfast(stride_1x1="true"), {"stride_at": "conv_a"}, {}),
+    (slowfast(frames=16, rate=4, groups=2), {"clip": "16x4"}, {"res3": 4, "res4": 4}),
+]
+
+
+@pytest.mark.parametrize(("text", "extra", "groups"), STATED)
+def test_slowfast(text, extra, groups):
+    found = architecture(checkpoint(samples.network(blocks=samples.BLOCKS), "slowfast", text))
+    assert open_questions(found) == []
+    expected = {"clip": "8x8", "instantiation": "embedded_gaussian"} | extra
+    chosen = options(found)
+    for name in ("clip", "instantiation", "pool2", "stride_at", "block_options"):
+        assert chosen.get(name) == expected.get(name), name
+    assert chosen.get("group_size", {}) == groups
+    model = build(found)
+    assert model.make_block("res3").operation.group_size == groups.get("res3")
+
+
+def test_choices_come_before_the_configuration():
+    found = architecture(checkpoint(samples.network(blocks=samples.BLOCKS), "slowfast", slowfast()))
+    choices = Choices(clip="32x4", pool2=False, instantiation="dot_product", key_pool=(2, 2, 2))
+    chosen = options(found, choices)
+    assert (chosen["clip"], chosen["pool2"], chosen["instantiation"]) == (
+        "32x4",
+        False,
+        "dot_product",
+    )
+    assert chosen["block_options"] == {"subsample": (2, 2, 2)}
+
+
+def test_a_clip_that_no_layout_has_stays_open():
+    """PySlowFast has no strides in time before pool2, other than what 32x2 stands for here."""
+    text = slowfast(frames=32, rate=2)
+    found = architecture(checkpoint(samples.network(), "slowfast", text))
+    [question] = open_questions(found)
+    assert question.name == "clip"
+    expected = "its configuration has 32x2 with strides in time of 1 in conv1 and 1 in pool1"
+    assert expected in str(question)
+
+
+MM_STATED = [
+    (mmaction2(LONG), {"clip": "32x2", "instantiation": "dot_product"}),
+    (mmaction2(LONG, "mode='embedded_gaussian', use_scale=False"), {"clip": "32x2"}),
+    (
+        mmaction2(LONG, "mode='embedded_gaussian'"),
+        {"clip": "32x2", "block_options": {"use_scale": True}},
+    ),
+    (
+        mmaction2(LONG + "style='caffe',"),
+        {"clip": "32x2", "instantiation": "dot_product", "stride_at": "conv_a"},
+    ),
+    (
+        mmaction2(
+            "with_pool2=False,",
+            step="test_pipeline = [dict(type='SampleFrames', clip_len=8, frame_interval=8)]\n",
+        ),
+        {"clip": "8x8", "instantiation": "dot_product", "pool2": False},
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "extra"), MM_STATED)
+def test_mmaction2(text, extra):
+    model = samples.network(blocks=samples.BLOCKS, preset="mmcv")
+    found = architecture(checkpoint(model, "mmaction2", text))
+    assert open_questions(found) == []
+    chosen = options(found)
+    expected = {"instantiation": "embedded_gaussian"} | extra
+    for name in ("clip", "instantiation", "pool2", "stride_at", "block_options"):
+        assert chosen.get(name) == expected.get(name), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "backbone", "layout"),
+    [
+        ("C2D", "", ((0, 0, 0), True)),
+        ("ResNet", "", ((0, 1, 1), False)),
+    ],
+)
+def test_networks_for_images_of_mmaction2(kind, backbone, layout):
+    text = f"model = dict(backbone=dict(type='{kind}', depth=50))\n"
+    text += "val_pipeline = [dict(type='SampleFrames', clip_len=8, frame_interval=8)]"
+    found = architecture(checkpoint(samples.network("c2d", preset="mmcv"), "mmaction2", text))
+    model = build(found)
+    padding, has_pool2 = layout
+    assert (model.layout.pool1.padding, model.layout.pool2 is not None) == (padding, has_pool2)
+
+
+UNSUPPORTED = [
+    ("slowfast", slowfast(dilation=2), r"SPATIAL_DILATIONS 1, 1, 1, 2 in res2 to res5"),
+    ("mmaction2", mmaction2("dilations=(1, 1, 1, 2),"), "dilations of 1, 1, 1, 2"),
+    ("mmaction2", mmaction2("norm_cfg=dict(type='BN3d', eps=0.001),"), "ε of 0.001"),
+    ("mmaction2", mmaction2(LONG, "mode='gaussian'"), "has the pairwise function gaussian, whose"),
+]
+
+
+@pytest.mark.parametrize(("names", "text", "message"), UNSUPPORTED)
+def test_what_no_network_here_has(names, text, message):
+    preset = "mmcv" if names == "mmaction2" else "slowfast"
+    model = samples.network(blocks=samples.BLOCKS, preset=preset)
+    with pytest.raises(ValueError, match=rf"^weights\.bin, named as in {names}: .*{message}"):
+        architecture(checkpoint(model, names, text))
+
+
+def test_pools_that_differ_by_stage():
+    text = "NONLOCAL: {POOL: [[[1, 2, 2]], [[1, 2, 2]], [[2, 2, 2]], [[1, 2, 2]]]}"
+    with pytest.raises(ValueError, match="pools keys differently by stage"):
+        read_configuration(text, "slowfast", "c2d", PLACES)
+    # Pools of stages without blocks do not matter.
+    stated = read_configuration(text, "slowfast", "c2d", {"res4": (0,)})
+    assert stated.key_pool == (2, 2, 2)
+
+
+HOSTILE = [
+    ("slowfast", "!!python/object/apply:os.system ['touch {path}']"),
+    ("slowfast", "MODEL: !!python/name:os.system"),
+    ("slowfast", "[" * 50_000),
+    ("slowfast", "{a: " * 20_000),
+    ("slowfast", "- " * 40_000),
+    ("slowfast", "a: &a [1, 1]\nb: &b [*a, *a]\nMODEL: {<<: [*b, *b], ARCH: *b}"),
+    ("slowfast", "&a [*a]"),
+    ("slowfast", "MODEL: &m {ARCH: *m}"),
+    ("slowfast", "MODEL: [1, 2]\nDATA: 7\nNONLOCAL:\n  POOL: {a: b}\n  GROUP: x\nRESNET: null"),
+    ("slowfast", "DATA: {NUM_FRAMES: 99999999999999999999, SAMPLING_RATE: -3}"),
+    ("slowfast", "x" * (MAX_CHARACTERS + 1)),
+    ("slowfast", "\x00\x1b[2J"),
+    ("mmaction2", "import os\nos.system('touch {path}')"),
+    ("mmaction2", "model = __import__('os').system('touch {path}')"),
+    ("mmaction2", "model = dict(a=lambda: 1)"),
+    ("mmaction2", "model = " + "(" * 90_000),
+    ("mmaction2", "model = " + "dict(a=" * 10_000),
+    ("mmaction2", "model = " + "-" * 90_000 + "1"),
+    ("mmaction2", "model = " + "1+" * 40_000 + "1"),
+    ("mmaction2", "'" + r"\'" * 49_000),
+    ("mmaction2", '"' * 99_000),
+    ("mmaction2", "model = dict(backbone=dict(type=('ResNet3d',), conv1_stride_t='x'"),
+    ("mmaction2", "model = (dict(backbone=3))\ntest_pipeline = 5"),
+    ("mmaction2", "test_pipeline = [3, dict(type='SampleFrames', clip_len=[], frame_interval={})]"),
+    ("mmaction2", "x = " + "0" * 90_000),
+    ("mmaction2", ""),
+]
+
+
+@pytest.mark.parametrize(("names", "text"), HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_configurations_state_nothing(names, text, tmp_path):
+    start = time.monotonic()
+    stated = read_configuration(
+        text.replace("{path}", str(tmp_path / "touched")), names, "i3d_3x1x1", PLACES
+    )
+    assert stated in (NOT_STATED, read_configuration("model = dict()", names, "c2d", PLACES))
+    assert time.monotonic() - start < 20
+    assert not list(tmp_path.iterdir())
+
+
+def test_literals_of_python():
+    text = "a = dict(b=(1, -2.5e-3), c=['x' 'y', None], d=True)\ne = {'f': ('g'), 'h': ()}  # i"
+    assert parse_python(text) == {
+        "a": {"b": ["1", "-2.5e-3"], "c": ["xy", None], "d": "True"},
+        "e": {"f": "g", "h": []},
+    }
+    for odd in ("a = b", "a.b = 1", "a = f(1)", "a = dict(1)", "a = [1 2]", "a = (1", "a ="):
+        assert parse_python(odd) is None, odd
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"cfg": forge.text("MODEL: 1")},
+        {"meta": forge.mapping({"cfg": forge.text("MODEL: 1")})},
+        {"meta": forge.mapping({"epoch": forge.number(1), "config": forge.text("MODEL: 1")})},
+    ],
+)
+def test_where_a_file_has_its_configuration(place, tmp_path):
+    arrays = {"conv1.weight": np.ones((2, 3), np.float32)}
+    state, contents = forge.state_dict(arrays)
+    path = tmp_path / "checkpoint.pyth"
+    entries = forge.mapping({"model_state": state} | place)
+    path.write_bytes(forge.zipped(entries, contents))
+    assert read(path).configuration == "MODEL: 1"
+    path.write_bytes(forge.zipped(state, contents))
+    assert read(path).configuration == ""
