@@ -1,17 +1,19 @@
 r"""Predicts the classes of a video, and shows where the network looked.
 
-    python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pkl --preset slowfast
+    python -m experiments.predict VIDEO --weights I3D_NLN_8x8_R50.pkl --preset slowfast \
+        --clip 8x8 --instantiation embedded_gaussian --pool2 True --key-pool 1 2 2
     python -m experiments.predict VIDEO --weights FILE --clip 32x4 --classes classes.txt
     python -m experiments.predict VIDEO --weights runs/kinetics/weights.safetensors \
         --recipe toy_mp4 --page looked.html
     python -m experiments.predict VIDEO --weights runs/charades/weights.safetensors \
         --recipe toy_mp4 --data charades
 
-The network is inferred from published weights; weights of this project need the recipe that they
-were trained with. Prints the classes with the highest scores, which are the mean over 10 clips × 3
-crops, or the maximum for Charades. Networks of 400 classes have the names of Kinetics-400 unless
---classes names others. Draws, on the middle clip, how much attention each position receives in the
-last non-local block, and the 20 largest weights of the position that receives most.
+The network is inferred from published weights, and what they do not show is asked for; weights of
+this project need the recipe that they were trained with. Prints the classes with the highest
+scores, which are the mean over 10 clips × 3 crops, or the maximum for Charades. Networks of 400
+classes have the names of Kinetics-400 unless --classes names others. Draws, on the middle clip, how
+much attention each position receives in the last non-local block, and the 20 largest weights of the
+position that receives most.
 """
 
 import dataclasses

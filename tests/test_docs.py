@@ -86,7 +86,7 @@ def test_flags_named_in_the_pages_exist(monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit_info:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         assert exit_info.value.code == 0
-        flags = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+        flags = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
         assert {argument for argument in arguments if argument.startswith("--")} <= flags, (
             page,
             command,

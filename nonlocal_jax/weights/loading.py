@@ -12,6 +12,7 @@ from nonlocal_jax import checks
 from nonlocal_jax.files import PathLike
 from nonlocal_jax.terminal import printable
 from nonlocal_jax.types import PRNGKeyArray
+from nonlocal_jax.weights.contradictions import warn_of_contradictions
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.folding import fold_entries
 from nonlocal_jax.weights.load_reports import LoadedWeight, LoadReport
@@ -40,7 +41,10 @@ def load(
 
     Args:
         path: The file or folder, local or remote, such as gs://bucket/file.
-        model: The network. Its depth, kind and places of blocks must be those of the file.
+        model: The network. Its depth, kind and places of blocks must be those of the file. Its
+            poolings, strides and pairwise function have no weights, so the file need not show them:
+            `python -m nonlocal_jax.weights inspect` lists what it leaves open. If a configuration
+            in the file states others, there is a warning.
         initialise: The parts that keep their initial values where the file has none that fit:
             "classifier" (for another number of classes), "nonlocal" (for files of a network without
             blocks), "statistics" (for files without running statistics).
@@ -143,6 +147,7 @@ def load_checkpoint(
     if entry_problems or leaf_problems:
         raise ValueError(_misfit(checkpoint, table, model, entry_problems, leaf_problems))
 
+    warn_of_contradictions(checkpoint, model)
     initial = _initial_values(model, example, rng, missing)
     rows += [
         LoadedWeight("", leaf, (), initial[leaf].shape, "keeps its initial value")

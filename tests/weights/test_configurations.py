@@ -1,5 +1,6 @@
 """Configurations in a file answer what its arrays leave open, and nothing of them is executed."""
 
+import contextlib
 import dataclasses
 import time
 
@@ -9,13 +10,10 @@ from weights import forge, samples
 
 from nonlocal_jax.weights import read
 from nonlocal_jax.weights.build import Choices, build, open_questions, options
-from nonlocal_jax.weights.configurations import (
-    MAX_CHARACTERS,
-    NOT_STATED,
-    parse_python,
-    read_configuration,
-)
+from nonlocal_jax.weights.configurations import NOT_STATED, read_configuration
 from nonlocal_jax.weights.infer import architecture
+from nonlocal_jax.weights.literals import MAX_CHARACTERS, parse_python
+from nonlocal_jax.weights.loading import load_checkpoint
 
 PLACES = {"res3": (1,), "res4": (0,)}
 
@@ -255,3 +253,29 @@ def test_where_a_file_has_its_configuration(place, tmp_path):
     assert read(path).configuration == "MODEL: 1"
     path.write_bytes(forge.zipped(state, contents))
     assert read(path).configuration == ""
+
+
+CONTRADICTIONS = [
+    (slowfast(), {}, None),
+    (slowfast(frames=32, rate=4), {}, None),
+    (slowfast(), {"instantiation": "dot_product"}, "'dot_product' instead of 'embedded_gaussian'"),
+    (slowfast(function="dot_product"), {}, "'embedded_gaussian' instead of 'dot_product'"),
+    (slowfast(name="ResNet_nopool"), {}, "pool2=True instead of False"),
+    (slowfast(), {"pool2": False}, "pool2=False instead of True"),
+    (slowfast(pool=(2, 2, 2)), {}, r"key_pool=\(1, 2, 2\) instead of \(2, 2, 2\)"),
+    (slowfast(), {"block_options": {"subsample": False}}, r"key_pool=\(1, 1, 1\) instead of"),
+    (slowfast(stride_1x1="true"), {}, "stride_at='conv_b' instead of 'conv_a'"),
+    (slowfast(dilation=2), {"pool2": False}, None),  # no network here has it
+]
+
+
+@pytest.mark.parametrize(("text", "options", "message"), CONTRADICTIONS)
+def test_a_network_that_contradicts_the_configuration(text, options, message):
+    """It is loaded, since it is what was asked for, with a warning."""
+    blocks = samples.tiny_network(blocks={"res3": (0,)}, **options)
+    file = checkpoint(blocks, "slowfast", text)
+    expectation = (
+        contextlib.nullcontext() if message is None else pytest.warns(UserWarning, match=message)
+    )
+    with expectation:
+        load_checkpoint(file, blocks)
