@@ -50,7 +50,7 @@ OutputFile = Annotated[AnyPathOption, tyro.conf.arg(metavar="OUT")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect(Choices):
-    """Show the entries of a file, their native names, and the call that builds the network."""
+    """Show the entries of a file, what it leaves open, and the call that builds the network."""
 
     file: InputFile  # the file, or the folder of Orbax
 
