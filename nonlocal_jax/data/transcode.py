@@ -14,7 +14,7 @@ from typing import Any
 
 from nonlocal_jax import files
 from nonlocal_jax.data import VideoError
-from nonlocal_jax.data.decode.conversion import quarter_turns
+from nonlocal_jax.data.decode.conversion import read_orientation
 from nonlocal_jax.data.video import Video
 from nonlocal_jax.lazy import extra
 
@@ -143,7 +143,9 @@ def _scaling_graph(frame: Any, shorter: int, time_base: Fraction) -> Any:
     )
     # interl=-1 scales the two fields of an interlaced frame separately.
     scaling = graph.add("scale", f"{width}:{height}:flags=bicubic:out_range=tv:interl=-1")
-    turns = [graph.add("transpose", "cclock") for _ in range(quarter_turns(frame))]
+    orientation = read_orientation(frame)
+    flips = [graph.add("vflip")] if orientation.is_flipped else []
+    turns = [graph.add("transpose", "cclock") for _ in range(orientation.turns)]
     target = graph.add("format", "yuv420p"), graph.add("buffersink")
-    graph.link_nodes(source, scaling, *turns, *target).configure()
+    graph.link_nodes(source, scaling, *flips, *turns, *target).configure()
     return graph

@@ -1,5 +1,8 @@
 """Makes the video files that tests read: every container, codec and oddity that was met."""
 
+import struct
+from fractions import Fraction
+
 import av
 import numpy as np
 
@@ -16,15 +19,43 @@ def scene(count, height, width):
     return frames.astype(np.uint8)
 
 
-def encode(file, frames, codec, pix_fmt="yuv420p", options=None):
-    """Writes frames with any codec of FFmpeg."""
+def encode(file, frames, codec, pix_fmt="yuv420p", options=None, rate=25, times=None):
+    """Writes frames with any codec of FFmpeg; times are in seconds, and rounded to milliseconds."""
     with av.open(str(file), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(1000 * times[number]), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+# Coefficients a, b, c, d of display matrices, which map (x, y) to (a x + c y, b x + d y), y down:
+# the four rotations, and the four mirrored ones. The filters are FFmpeg's for `-autorotate`.
+ORIENTATIONS = {
+    "upright": ((1, 0, 0, 1), ()),
+    "clockwise": ((0, 1, -1, 0), (("transpose", "clock"),)),
+    "upside_down": ((-1, 0, 0, -1), (("hflip", None), ("vflip", None))),
+    "counterclockwise": ((0, -1, 1, 0), (("transpose", "cclock"),)),
+    "mirrored": ((-1, 0, 0, 1), (("hflip", None),)),
+    "flipped": ((1, 0, 0, -1), (("vflip", None),)),
+    "transposed": ((0, 1, 1, 0), (("transpose", "cclock_flip"),)),
+    "mirrored_clockwise": ((0, -1, -1, 0), (("transpose", "clock_flip"),)),
+}
+
+
+def set_display_matrix(file, coefficients):
+    """Writes a display matrix to the track header of an MP4 file."""
+    content = file.read_bytes()
+    start = content.index(b"tkhd") + 44
+    a, b, c, d = (round(65536 * x) for x in coefficients)
+    matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    file.write_bytes(content[:start] + matrix + content[start + len(matrix) :])
 
 
 def remux(old, new, change=lambda number, packet: packet, options=None):

@@ -27,6 +27,9 @@ FORMATS = (
     "jpeg_pipe",
     "png_pipe",
 )
+# Formats of pictures by their first bytes. FFmpeg would go by the file name, and take a name that
+# ends in .jpg, or has a character such as % or *, for a sequence of files.
+PICTURES = {b"\xff\xd8\xff": "jpeg_pipe", b"\x89PN": "png_pipe"}
 # A remote file is fetched as a whole: for the few MB of a clip, one request is faster than the many
 # that FFmpeg's seeking would make, and no request can fail while it decodes.
 MAX_REMOTE_BYTES = 1 << 30
@@ -62,6 +65,7 @@ class Container:
             if not size:
                 raise VideoError(f"{path}: the file is empty.")
             self._content = self._fetch(path, size) if isinstance(path, RemotePath) else None
+            self._format = PICTURES.get(self._first_bytes(path, 3))
         except OSError as error:
             raise VideoError(f"{path}: cannot be opened ({ffmpeg_message(error)}).") from error
         self._open()
@@ -74,6 +78,12 @@ class Container:
             )
         return path.read_bytes()
 
+    def _first_bytes(self, path: AnyPath, count: int) -> bytes:
+        if isinstance(path, RemotePath):
+            return self._content[:count] if self._content else b""
+        with path.open("rb") as file:
+            return file.read(count)
+
     def _open(self) -> None:
         with extra("experiments"):
             import av
@@ -85,7 +95,7 @@ class Container:
             lenient = {"metadata_errors": "replace"}
         try:
             source = f"file:{self.path}" if self._content is None else io.BytesIO(self._content)
-            self._file = av.open(source, "r", options=options, **lenient)
+            self._file = av.open(source, "r", self._format, options=options, **lenient)
         except (av.FFmpegError, ValueError) as error:
             reason = ffmpeg_message(error)
             raise VideoError(f"{self.path}: not a video that can be read ({reason}).") from error

@@ -1,8 +1,9 @@
-"""From decoded frames to RGB pixels: cropped, scaled and rotated as a player shows them.
+"""From decoded frames to RGB pixels: cropped, scaled and oriented as a player shows them.
 
 FFmpeg's filters do the work, on the part of the frame that is asked for.
 """
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from nonlocal_jax.data import VideoError
 from nonlocal_jax.files import AnyPath
 
 MAX_FRAME_PIXELS = 1 << 26  # 8192 × 8192; a small file can claim frames that fill the memory
-QUARTER_TURN = 90  # degrees
+# Kinds of side data of a frame have smaller numbers than this. FFmpeg 8 has 32 kinds.
+MAX_SIDE_DATA_TYPES = 64
 
 
 class Window(NamedTuple):
@@ -38,6 +40,22 @@ class Window(NamedTuple):
 
 
 Crop = Callable[[int, int], Window]  # from height and width of a frame as it is shown
+
+
+class Orientation(NamedTuple):
+    """How a player flips and rotates the frames of a file, in this order.
+
+    Attributes:
+        is_flipped: Whether a frame is turned upside down, so that its first row becomes its last.
+        turns: Quarter turns counterclockwise, from 0 to 3.
+    """
+
+    is_flipped: bool
+    turns: int
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Converts (height, width) of a stored frame to that of the frame as it is shown."""
+        return (width, height) if self.turns % 2 else (height, width)
 
 
 class Converter:
@@ -78,28 +96,30 @@ class Converter:
 
     def _convert(self, frame: Any) -> np.ndarray:
         check_size(self._path, frame.width, frame.height, self._max_pixels)
-        turns = quarter_turns(frame)
-        key = (frame.width, frame.height, frame.format.name, turns)
+        orientation = read_orientation(frame)
+        key = (frame.width, frame.height, frame.format.name, orientation)
         if key not in self._graphs:
-            self._graphs[key] = self._make_graph(frame, turns)
+            self._graphs[key] = self._make_graph(frame, orientation)
         graph = self._graphs[key]
         if graph is None:
             pixels = frame.to_ndarray(format="rgb24")
         else:
             graph.push(frame)
             pixels = _pixel_view(graph.pull())
-        return np.rot90(pixels, turns)
+        if orientation.is_flipped:
+            pixels = pixels[::-1]
+        return np.rot90(pixels, orientation.turns)
 
-    def _make_graph(self, frame: Any, turns: int) -> Any:
+    def _make_graph(self, frame: Any, orientation: Orientation) -> Any:
         """Builds the filters for frames of one kind; None if the whole frame is kept as it is."""
         if self._crop is None:
             return None
-        height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+        height, width = orientation.shape(frame.height, frame.width)
         window = self._crop(height, width)
         _check_window(window, height, width)
         check_size(self._path, *window.size, self._max_pixels)
-        rectangle = _stored_rectangle(window, height, width, turns)
-        size = window.size[::-1] if turns % 2 else window.size
+        rectangle = _stored_rectangle(window, height, width, orientation)
+        size = orientation.shape(*window.size)
         is_whole = rectangle[2:] == (frame.height, frame.width)
         if is_whole and size == rectangle[2:]:
             return None
@@ -118,20 +138,24 @@ def _check_window(window: Window, height: int, width: int) -> None:
 Rectangle = tuple[int, int, int, int]  # top, left, rows, columns
 
 
-def _stored_rectangle(window: Window, height: int, width: int, turns: int) -> Rectangle:
+def _stored_rectangle(
+    window: Window, height: int, width: int, orientation: Orientation
+) -> Rectangle:
     """Finds a window of the frame as it is shown in the frame as it is stored.
 
     Args:
         window: The window.
         height: Rows of the frame as it is shown.
         width: Columns, likewise.
-        turns: Quarter turns counterclockwise from the stored to the shown frame.
+        orientation: What turns the stored frame into the shown one.
     """
     top, left, rows, columns = window[:4]
-    for _ in range(turns):
+    for _ in range(orientation.turns):
         # Undo one turn: (row, column) comes from (column, height - row) of the frame before it.
         top, left, rows, columns = left, height - top - rows, columns, rows
         height, width = width, height
+    if orientation.is_flipped:
+        top = height - top - rows
     return top, left, rows, columns
 
 
@@ -177,9 +201,53 @@ def _pixel_view(frame: Any) -> np.ndarray:
     return pixels.reshape(frame.height, frame.width, 3)
 
 
-def quarter_turns(frame: Any) -> int:
-    """Returns how many quarter turns counterclockwise a player rotates the frame by."""
-    return round(frame.rotation / QUARTER_TURN) % 4
+def read_orientation(frame: Any) -> Orientation:
+    """Reads the orientation of a decoded frame from its display matrix.
+
+    The matrix maps stored coordinates (x, y) to (a x + c y, b x + d y), where y points down. The
+    result is that of FFmpeg's `autorotate`, except that other angles are rounded to quarter turns.
+    """
+    matrix = _display_matrix(frame)
+    if matrix is None:
+        return Orientation(is_flipped=False, turns=0)
+    a, b, _, c, d = map(int, matrix[:5])
+    # Each column is scaled to length 1. A matrix with an empty column, of a damaged file, rotates
+    # by nothing.
+    lengths = math.hypot(a, c), math.hypot(b, d)
+    clockwise = math.atan2(b / lengths[1], a / lengths[0]) if all(lengths) else 0.0
+    return Orientation(is_flipped=a * d < b * c, turns=round(-clockwise / (math.pi / 2)) % 4)
+
+
+def _display_matrix(frame: Any) -> np.ndarray | None:
+    """Returns the nine numbers of the display matrix; None if the frame has none."""
+    try:
+        side_data = frame.side_data
+    except ValueError:
+        # PyAV 18 and 19 fail if any side data is of a kind that FFmpeg added later, such as EXIF.
+        side_data = _without_unknown_side_data(frame).side_data
+    matrix = side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else np.frombuffer(matrix, np.int32)
+
+
+def _without_unknown_side_data(frame: Any) -> Any:
+    """Returns the frame without side data of kinds that PyAV does not know."""
+    import av
+    from av.sidedata.sidedata import Type
+
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
+    )
+    known: set[Any] = {kind.value for kind in Type}
+    deletions = [
+        graph.add("sidedata", f"mode=delete:type={kind}")
+        for kind in range(MAX_SIDE_DATA_TYPES)
+        if kind not in known
+    ]
+    graph.link_nodes(source, *deletions, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
 
 
 def check_size(path: AnyPath, width: int, height: int, max_pixels: int = MAX_FRAME_PIXELS) -> None:
