@@ -12,9 +12,11 @@ from jaxtyping import Float, Int
 
 from nonlocal_jax import checks
 from nonlocal_jax.data.decode.conversion import Window
+from nonlocal_jax.data.decode.timeline import TIME_ROUNDING
 from nonlocal_jax.layers.presets import PRESETS, Preset
 
 ClipIndices = Int[np.ndarray, "clips t"]  # numbers of the frames of each clip
+FrameTimes = Float[np.ndarray, " count"]  # when each frame of a video is shown, in seconds
 Crops = Literal["three", "centre", "full"]
 SamplingRule = Literal["consecutive", "slowfast"]
 ShortVideoRule = Literal["loop", "hold"]
@@ -71,13 +73,17 @@ class InTime:
         conventions = PRESETS[preset].input
         return cls(frames, stride, fps, conventions.sampling, conventions.short_video)
 
-    def clip(self, count: int, rate: float, share: float) -> Int[np.ndarray, " t"]:
+    def clip(
+        self, count: int, rate: float, share: float, times: FrameTimes | None = None
+    ) -> Int[np.ndarray, " t"]:
         """Computes the frames of one clip.
 
         Args:
             count: Number of frames of the video.
-            rate: Frame rate of the video, frames a second.
+            rate: Average frame rate of the video, frames a second.
             share: Where the clip starts, from 0 (with the video) to 1 (so that both end together).
+            times: When each frame is shown, in seconds after the first one. Used with `fps` if the
+                frame rate varies. None means that it is constant.
 
         Returns:
             (T,), each from 0 to count - 1.
@@ -86,6 +92,9 @@ class InTime:
         array([3, 5, 7, 9])
         >>> InTime(frames=4, stride=2).clip(5, 30.0, 0.5)  # too short
         array([0, 2, 4, 1])
+        >>> times = np.array([0.0, 0.1, 0.2, 0.3, 1.0])  # the rate is 4 on average
+        >>> InTime(frames=3, stride=1, fps=10.0).clip(5, 4.0, 0.0, times)
+        array([0, 1, 2])
         """
         step = self.stride * (rate / self.fps if self.fps else 1.0)
         positions: np.ndarray
@@ -99,9 +108,15 @@ class InTime:
                 first = min(math.floor(share * (latest_start + 1)), latest_start)
             positions = first + np.arange(self.frames) * step
         indices = positions.astype(np.int64)
-        return indices % count if self.short == "loop" else np.clip(indices, 0, count - 1)
+        indices = indices % count if self.short == "loop" else np.clip(indices, 0, count - 1)
+        if self.fps is None or times is None or _are_evenly_spaced(times, rate):
+            return indices
+        seconds = (indices + positions % 1) / rate
+        return np.searchsorted(times, seconds + TIME_ROUNDING, side="right") - 1
 
-    def clips(self, count: int, rate: float, clips: int) -> ClipIndices:
+    def clips(
+        self, count: int, rate: float, clips: int, times: FrameTimes | None = None
+    ) -> ClipIndices:
         """Computes the frames of clips evenly spaced in time.
 
         The first clip starts with the video and the last one ends with it. A single clip is in the
@@ -109,8 +124,9 @@ class InTime:
 
         Args:
             count: Number of frames of the video.
-            rate: Frame rate of the video, frames a second.
+            rate: Average frame rate of the video, frames a second.
             clips: Number of clips.
+            times: When each frame is shown, as in `clip`.
 
         >>> InTime(frames=2, stride=1).clips(10, 30.0, 3)
         array([[0, 1],
@@ -119,7 +135,12 @@ class InTime:
         """
         checks.at_least("clips", clips, 1)
         shares = [0.5] if clips == 1 else [i / (clips - 1) for i in range(clips)]
-        return np.stack([self.clip(count, rate, share) for share in shares])
+        return np.stack([self.clip(count, rate, share, times) for share in shares])
+
+
+def _are_evenly_spaced(times: FrameTimes, rate: float) -> bool:
+    """Whether times are those of a constant frame rate, up to rounding."""
+    return bool(np.abs(times - np.arange(len(times)) / rate).max() <= TIME_ROUNDING)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from nonlocal_jax.data.decode.conversion import (
     Window,
     ffmpeg_message,
 )
-from nonlocal_jax.data.decode.timeline import Timeline, WrongTimesError
+from nonlocal_jax.data.decode.timeline import TIME_ROUNDING, Timeline, WrongTimesError
 from nonlocal_jax.files import PathLike, as_path
 
 MAX_READ_BYTES = 1 << 32  # an hour of 112×112 pixels at 30 frames a second
@@ -106,15 +106,21 @@ class Video:
 
     @property
     def rate(self) -> float:
-        """Average number of frames a second."""
+        """Average number of frames a second, from the times of the first and the last frame.
+
+        If the rate that the file states agrees with them up to rounding, it is the stated one. It
+        is also used for a single frame, and for a file without times.
+        """
         stream = self._container.stream
-        rate = stream.average_rate or stream.guessed_rate
-        if rate:
-            return float(rate)
-        times = self.timeline.times
-        if times is None or len(times) < 2:
-            return DEFAULT_RATE
-        return float((len(times) - 1) / ((times[-1] - times[0]) * self.time_base))
+        stated = [float(rate) for rate in (stream.guessed_rate, stream.average_rate) if rate]
+        intervals = len(self) - 1
+        duration = self.timeline.span * self.time_base
+        if not intervals or not duration:
+            return stated[0] if stated else DEFAULT_RATE
+        for rate in stated:
+            if abs(intervals / rate - duration) <= TIME_ROUNDING:
+                return rate
+        return float(intervals / duration)
 
     @property
     def time_base(self) -> Fraction:
@@ -200,8 +206,8 @@ class Video:
         Args:
             indices: Numbers of the frames, in any order. Repeated ones are decoded once.
             crop: Chooses the part of each frame and the size to scale it to. It is called with
-                height and width of the frame as it is shown, after the rotation that the file asks
-                for. None reads the whole frame as it is.
+                height and width of the frame as it is shown, after the flip and the rotation that
+                the file asks for. None reads the whole frame as it is.
             out: Array to write to. None allocates one.
 
         Returns:

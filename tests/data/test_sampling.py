@@ -47,6 +47,51 @@ def test_stride_in_seconds():
     np.testing.assert_array_equal(InTime(4, 2, fps=30.0).clip(100, 15.0, 0.0), [0, 1, 2, 3])
 
 
+def test_stride_in_seconds_of_a_varying_rate():
+    """Frames are those shown at each time, by hand. Three of four gaps are short."""
+    times = np.cumsum([0, 0.1, 0.1, 0.1, 0.7, 0.1, 0.1, 0.1, 0.7])  # to 2.0; 4 a second on average
+    in_time = InTime(4, 1, fps=5.0)
+    np.testing.assert_array_equal(in_time.clip(9, 4.0, 0.0, times), [0, 2, 3, 3])
+    np.testing.assert_array_equal(in_time.clip(9, 4.0, 1.0, times), [7, 7, 7, 8])  # from 1.5
+    np.testing.assert_array_equal(in_time.clips(9, 4.0, 2, times), [[0, 2, 3, 3], [7, 7, 7, 8]])
+    # Without fps, frames are counted whatever their times.
+    np.testing.assert_array_equal(InTime(4, 1).clip(9, 4.0, 0.0, times), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("rule", ["consecutive", "slowfast"])
+@pytest.mark.parametrize("short", ["loop", "hold"])
+def test_varying_rates_give_frames_of_the_video(rule, short):
+    generator = np.random.default_rng(0)
+    for count in (1, 2, 3, 20, 300):
+        times = np.cumsum(generator.exponential(0.04, count))
+        times -= times[0]
+        rate = (count - 1) / times[-1] if count > 1 else 25.0
+        for fps in (0.5, 30.0, 100.0):
+            indices = InTime(8, 3, fps, rule, short).clips(count, rate, 5, times)
+            assert indices.min() >= 0
+            assert indices.max() < count
+            assert short == "loop" or (np.diff(indices) >= 0).all()
+
+
+@pytest.mark.parametrize("rate", [24.0, 25.0, 30000 / 1001, 30.0, 59.94])
+@pytest.mark.parametrize("rule", ["consecutive", "slowfast"])
+def test_times_in_milliseconds_are_those_of_a_constant_rate(rate, rule):
+    """Matroska rounds times, which must not change the frames."""
+    times = np.round(np.arange(200) / rate, 3)
+    for fps in (10.0, 25.0, 30.0, 60.0):
+        in_time = InTime(8, 2, fps, rule)
+        expected = in_time.clips(200, rate, 7)
+        np.testing.assert_array_equal(in_time.clips(200, rate, 7, times), expected)
+
+
+def test_rounding_of_a_varying_rate_does_not_repeat_frames():
+    """Each frame but one is shown for 1/30 s, in milliseconds."""
+    exact = np.delete(np.arange(60) / 30, 50)
+    times = np.round(exact, 3)
+    clip = InTime(20, 2, fps=30.0).clip(59, 58 / times[-1], 0.0, times)
+    np.testing.assert_array_equal(clip, np.arange(0, 40, 2))
+
+
 def test_test_clips_reach_from_the_start_to_the_end():
     clips = InTime(32, 2).clips(300, 30.0, 10)
     assert clips.shape == (10, 32)

@@ -14,6 +14,8 @@ import numpy as np
 
 from nonlocal_jax.data.decode.container import Container
 
+# Seconds by which times may be wrong. Matroska, WebM and FLV round them to milliseconds.
+TIME_ROUNDING = 1e-3
 # Packets to look at before the index is trusted: enough to see whether B-frames are reordered.
 FIRST_PACKETS = 64
 # Decoders whose files often give B-frames their decoding times, as the AVI format has no others.
@@ -39,6 +41,7 @@ class Timeline:
             which is checked while decoding.
         step: Time between consecutive frames if the timeline comes from an index of a constant
             frame rate; 0 if every packet was read.
+        span: Time from the first frame to the last, also if `times` is None; 0 if it is unknown.
     """
 
     times: Sequence[int] | None
@@ -46,6 +49,7 @@ class Timeline:
     count: int
     exact: bool = False
     step: int = 0
+    span: int = 0
 
 
 def index_timeline(container: Container) -> Timeline | None:
@@ -77,7 +81,7 @@ def index_timeline(container: Container) -> Timeline | None:
     # Every keyframe is assumed to be shown as long after it is decoded as the first one is.
     delay = start - decoding_times[0]
     keyframes = [entry.timestamp + delay for entry in entries if entry.is_keyframe]
-    return Timeline(times, keyframes, len(times), step=step)
+    return Timeline(times, keyframes, len(times), step=step, span=_span(times))
 
 
 def _starts_at_keyframe(container: Container) -> bool:
@@ -138,7 +142,7 @@ def packet_timeline(container: Container) -> Timeline | None:
         return None
     if times and not (starts_at_keyframe and ascending[0] == keyframes[0]):
         return _trimmed_timeline(container, times, sorted(keyframes))
-    return Timeline(ascending, sorted(keyframes), len(times))
+    return Timeline(ascending, sorted(keyframes), len(times), span=_span(ascending))
 
 
 def _is_hidden(packet: Any) -> bool:
@@ -162,7 +166,7 @@ def _trimmed_timeline(
             break
         decoded.append(frame.pts)
     decoded += sorted(time for time in times if time >= second_keyframe)
-    return Timeline(decoded, keyframes, len(decoded))
+    return Timeline(decoded, keyframes, len(decoded), span=_span(decoded))
 
 
 def decoded_timeline(container: Container) -> Timeline:
@@ -174,5 +178,10 @@ def decoded_timeline(container: Container) -> Timeline:
         if frame.key_frame:
             keyframes.append(frame.pts)
     if None in times or any(late <= early for early, late in itertools.pairwise(times)):
-        return Timeline(None, (), len(times), exact=True)
-    return Timeline(times, keyframes, len(times), exact=True)
+        known = sorted(time for time in times if time is not None)
+        return Timeline(None, (), len(times), exact=True, span=_span(known))
+    return Timeline(times, keyframes, len(times), exact=True, span=_span(times))
+
+
+def _span(ascending: Sequence[int]) -> int:
+    return ascending[-1] - ascending[0] if ascending else 0
