@@ -5,7 +5,6 @@ process reads it. Each core decodes with one thread: several decoders of one thr
 sooner than one decoder with several threads.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -22,7 +21,16 @@ from nonlocal_jax import checks, files
 from nonlocal_jax.data import DataError, VideoError
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.image_frames import open_frames
-from nonlocal_jax.data.sampling import CROPS, ClipIndices, Crops, InSpace, InTime, crops, whole
+from nonlocal_jax.data.sampling import (
+    CROPS,
+    ClipIndices,
+    Crops,
+    FrameTimes,
+    InSpace,
+    InTime,
+    crops,
+    whole,
+)
 from nonlocal_jax.data.video import Window
 from nonlocal_jax.layers.presets import PRESETS, Preset
 from nonlocal_jax.remote_paths import RemotePath
@@ -118,7 +126,8 @@ class TrainingClips:
             crop = functools.partial(self.in_space.window, shares=shares[1:])
             try:
                 with open_frames(record) as video:
-                    frames = self.in_time.clip(len(video), video.rate, shares[0])
+                    times = _times(self.in_time, video)
+                    frames = self.in_time.clip(len(video), video.rate, shares[0], times)
                     video.read(frames, crop, inputs[place])
                     labels = _clip_labels(self.annotations, record, video, frames)
                     return labels, failures[0] if failures else ""
@@ -181,7 +190,8 @@ class CentreClips:
         """Writes a clip to `inputs[place]`; returns why it cannot be read, or ""."""
         try:
             with open_frames(self.annotations.records[index]) as video:
-                frames = self.in_time.clips(len(video), video.rate, 1)[0]
+                times = _times(self.in_time, video)
+                frames = self.in_time.clips(len(video), video.rate, 1, times)[0]
                 video.read(frames, self._window, inputs[place])
         except VideoError as error:
             inputs[place] = 0  # the array is not initialised
@@ -251,7 +261,9 @@ class TestingClips:
             VideoError: The video cannot be read.
         """
         with open_frames(self.annotations.records[index]) as video:
-            clips = [self.in_time.clips(len(video), video.rate, count) for count in (self.clips, 1)]
+            sample = functools.partial(self.in_time.clips, len(video), video.rate)
+            times = _times(self.in_time, video)
+            clips = [sample(self.clips, times), sample(1, times)]
             # Clips of short videos overlap; each frame is decoded once.
             frames, places = np.unique(np.concatenate(clips), return_inverse=True)
             pixels = video.read(frames, functools.partial(whole, shorter=self.size))
@@ -288,17 +300,19 @@ class Watch:
             share: Share of them that may fail.
             say: Called with a message when a video fails for the first time.
             file: Records failures as one JSON object per line, for when the run is resumed. Each
-                process needs its own file.
+                process needs its own file. Lines that are damaged are ignored, since a video that
+                cannot be read is found and recorded again.
         """
         self.records, self.share, self.say, self.file = records, share, say, file
         self.failed: dict[int, str] = {}
         if file is None or not file.exists():
             return
-        for line in file.read_text().splitlines():
-            # If the run was killed while it wrote, the last line is incomplete.
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                self.failed[row[RECORD]] = row[FAILURE]
+        text = file.read_bytes().decode("utf-8", "replace")
+        for line in text.split("\n"):
+            self.failed |= _recorded_failure(line, records)
+        # If the run was killed while it wrote, the last line is incomplete.
+        if text and not text.endswith("\n"):
+            files.append_line(file, "")
 
     def __call__(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
         """Passes batches of `TrainingClips` or `CentreClips` on, without "record" and "failure".
@@ -326,8 +340,25 @@ class Watch:
             files.append_line(self.file, json.dumps({RECORD: record, FAILURE: failure}))
 
 
+def _recorded_failure(line: str, records: int) -> dict[int, str]:
+    """Returns the record and the failure of a line, or nothing if the line is damaged."""
+    try:
+        row = json.loads(line)
+        record, failure = row[RECORD], row[FAILURE]
+    # The nesting of a damaged line may be too deep for the parser.
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {}
+    is_valid = type(record) is int and 0 <= record < records and isinstance(failure, str)
+    return {record: failure} if is_valid else {}
+
+
 def _empty_clips(count: int, in_time: InTime, size: int) -> np.ndarray:
     return np.empty((count, in_time.frames, size, size, 3), np.uint8)
+
+
+def _times(in_time: InTime, video: Any) -> FrameTimes | None:
+    """Returns when each frame is shown, in seconds, if the choice of frames depends on it."""
+    return video.seconds(np.arange(len(video))) if in_time.fps else None
 
 
 def _batch(
