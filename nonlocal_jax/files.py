@@ -6,6 +6,7 @@ passes.
 """
 
 import contextlib
+import glob
 import os
 import re
 import secrets
@@ -18,6 +19,8 @@ from nonlocal_jax.remote_paths import URL, RemotePath, is_protocol
 
 COLLAPSED_URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>[^/].*)", re.DOTALL)
 LOCAL_PROTOCOLS = ("file", "local")
+MAX_NAME_BYTES = 255  # longest name of a file, on all common file systems
+PARTIAL_RANDOM_BYTES = 4
 
 AnyPath: TypeAlias = Path | RemotePath
 PathLike: TypeAlias = str | os.PathLike[str] | RemotePath  # what users may pass for a path
@@ -102,12 +105,12 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     path = as_path(path)
     if isinstance(path, RemotePath):
         with tempfile.TemporaryDirectory() as folder:
-            partial = Path(folder, f".{path.name}.partial")
+            partial = Path(folder, _partial_name(path))
             yield partial
             path.upload(partial)
         return
     path = path.resolve() if path.is_symlink() else path
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(_partial_name(path))
     try:
         yield partial
         if path.exists():
@@ -118,6 +121,29 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def partial_files(path: Path) -> list[Path]:
+    """Finds the temporary files of `atomic_write` for a path: in use, or left by killed processes.
+
+    The temporary files of another path in the same directory are found as well if both names are
+    too long to be kept and start alike.
+    """
+    random = "[0-9a-f]" * (2 * PARTIAL_RANDOM_BYTES)
+    return list(path.parent.glob(f".{glob.escape(_partial_stem(path))}.{random}.partial"))
+
+
+def _partial_name(path: AnyPath) -> str:
+    return f".{_partial_stem(path)}.{secrets.token_hex(PARTIAL_RANDOM_BYTES)}.partial"
+
+
+def _partial_stem(path: AnyPath) -> str:
+    """Returns the name of a file, cut so that the name of its temporary file is not too long."""
+    room = MAX_NAME_BYTES - len("..") - 2 * PARTIAL_RANDOM_BYTES - len(".partial")
+    stem = path.name[:room]
+    while len(os.fsencode(stem)) > room:
+        stem = stem[:-1]
+    return stem
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -273,7 +272,7 @@ def _transcode(command: Transcode) -> int:
         record.path: command.out / _relative_target(plain_path(record.path), root)
         for record in videos.records
     }
-    _check_targets(command, targets)
+    _check_targets(command, videos, targets)
     results = transcode_all(
         list(targets.items()),
         command.threads,
@@ -285,7 +284,10 @@ def _transcode(command: Transcode) -> int:
     for source, error in _show_progress("copying", results, len(targets)):
         if error is not None:
             failed[source] = str(error)
-    _write_list(command, videos, targets, failed)
+    if videos.format != "folder":
+        copies = {source: target for source, target in targets.items() if source not in failed}
+        with files.atomic_write(command.out / command.list.name) as partial:
+            partial.write_bytes(_list_content(command, videos, copies))
     copied = len(targets) - len(failed)
     folder = printable(command.out)
     print(f"{copied:,} videos in {folder}, {len(failed):,} could not be copied")
@@ -293,21 +295,49 @@ def _transcode(command: Transcode) -> int:
     return 1 if failed else 0
 
 
-def _check_targets(command: Transcode, targets: dict[AnyPath, Path]) -> None:
-    """Raises an error if a copy would replace the list, an original, or another copy."""
-    sources: dict[Path, AnyPath] = {}
-    for source, target in targets.items():
-        if target in sources:
-            raise ValueError(f"{sources[target]} and {source} would have the same copy, {target}.")
-        sources[target] = source
+def _check_targets(command: Transcode, videos: Annotations, targets: dict[AnyPath, Path]) -> None:
+    """Raises an error if a copy would be outside the folder, or replace what is not a copy."""
+    if command.out.exists() and not command.out.is_dir():
+        raise ValueError(f"{command.out} is a file; choose a folder for the copies.")
+    outputs = dict(targets)
+    if videos.format != "folder":
+        outputs[command.list] = command.out / command.list.name
     # The real paths, since a folder of copies may be a link to that of the originals.
     inputs = (*targets, command.list)
     originals = {os.path.realpath(path) for path in inputs if isinstance(path, Path)}
-    for target in (*sources, command.out / command.list.name):
-        if os.path.realpath(target) in originals:
+    folder = os.path.realpath(command.out)
+    sources: dict[Path, AnyPath] = {}
+    for source, target in outputs.items():
+        real = Path(os.path.realpath(target.parent), target.name)
+        if real in sources:
+            raise ValueError(f"{sources[real]} and {source} would have the same copy, {target}.")
+        sources[real] = source
+        if not {str(real), os.path.realpath(target)}.isdisjoint(originals):
             raise ValueError(
                 f"{target} would be replaced by a copy; choose another folder than {command.out}."
             )
+        if not real.is_relative_to(folder):
+            raise ValueError(
+                f"{target} would be written outside {command.out}, to {real}, because of a "
+                "symbolic link; remove the link, or choose another folder."
+            )
+    if videos.format != "folder":
+        _check_list(outputs[command.list], _list_content(command, videos, targets))
+
+
+def _check_list(file: Path, content: bytes) -> None:
+    """Raises an error if a list exists that an earlier run cannot have written.
+
+    Args:
+        file: The list of the copies.
+        content: What it will have if every video can be copied.
+    """
+    if not os.path.lexists(file):
+        return
+    if not file.is_file() or not set(file.read_bytes().split(b"\n")) <= set(content.split(b"\n")):
+        raise ValueError(
+            f"{file} exists and is not a list of these copies; move it, or choose another folder."
+        )
 
 
 def _relative_target(path: Any, root: AnyPath) -> Path:
@@ -319,30 +349,16 @@ def _relative_target(path: Any, root: AnyPath) -> Path:
     return Path(path.relative_to(base)).with_suffix(".mp4")
 
 
-def _write_list(
-    command: Transcode,
-    videos: Annotations,
-    targets: dict[AnyPath, Path],
-    failed: dict[AnyPath, str],
-) -> None:
-    """Writes the list of the copies.
-
-    A folder needs none, and a CSV has no file names, so it is copied. Any other list gets the lines
-    of the videos that were copied.
-    """
-    if videos.format == "folder":
-        return
-    target_list = command.out / command.list.name
+def _list_content(command: Transcode, videos: Annotations, targets: dict[AnyPath, Path]) -> bytes:
+    """Returns the list of the copies: a line for each target, or a CSV, which has no file names."""
     if videos.format in ("kinetics", "charades"):
-        with files.local_copy(command.list) as local_list:
-            shutil.copyfile(local_list, target_list)
-        return
+        return command.list.read_bytes()
     lines = [
         f"{targets[record.path].relative_to(command.out)} {record.labels[0]}\n"
         for record in videos.records
-        if record.path not in failed
+        if record.path in targets
     ]
-    target_list.write_text("".join(lines))
+    return "".join(lines).encode()
 
 
 def _show_progress(description: str, work: Iterable[Any], total: int) -> Iterable[Any]:

@@ -3,14 +3,15 @@
 By default the shorter side of a copy is 256 pixels, and every 32nd frame is a keyframe.
 """
 
+import contextlib
 import functools
-import glob
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nonlocal_jax import files
 from nonlocal_jax.data import VideoError
@@ -18,14 +19,21 @@ from nonlocal_jax.data.decode.conversion import read_orientation
 from nonlocal_jax.data.video import Video
 from nonlocal_jax.lazy import extra
 
+if sys.platform != "win32":
+    import fcntl
+
+# Frames a second that the encoder is told. Frames keep their times, whatever their rate.
+MIN_RATE, MAX_RATE = Fraction(1, 1001), Fraction(1000)
+
 
 def transcode(
     source: files.AnyPath, target: Path, *, shorter: int = 256, keyframes: int = 32, crf: int = 18
 ) -> None:
     """Copies a video as H.264 in MP4, without sound.
 
-    Frames are rotated as they are shown and keep their times. The copy is written atomically, and
-    partial copies that killed processes left behind are removed.
+    Frames are flipped and rotated as they are shown, and keep their times. The copy is written
+    atomically, so several processes may write it at the same time. Partial copies that killed
+    processes left behind are removed.
 
     Args:
         source: The file.
@@ -41,13 +49,15 @@ def transcode(
     with extra("experiments"):
         import av
 
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; remove it, or choose another name.")
     target.parent.mkdir(parents=True, exist_ok=True)
     # The name of a partial file is random, so the next write would not replace it.
-    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        stale.unlink(missing_ok=True)
+    for partial in files.partial_files(target):
+        _remove_if_unused(partial)
     options = {"crf": str(crf), "g": str(keyframes)}
     try:
-        with Video(source) as video, files.atomic_write(target) as partial:
+        with Video(source) as video, files.atomic_write(target) as partial, _in_use(partial):
             copy = functools.partial(_copy, video, partial, shorter, options)
             video.retry_on_wrong_times(copy)
     except av.FFmpegError as error:
@@ -55,15 +65,45 @@ def transcode(
         raise VideoError(f"{source}: cannot be copied to {target} ({reason}).") from error
 
 
+@contextlib.contextmanager
+def _in_use(partial: Path) -> Iterator[None]:
+    """Creates a partial copy and locks it, so that no other process removes it meanwhile.
+
+    Where files cannot be locked, other processes cannot lock it either, and leave it alone.
+    """
+    while True:
+        with partial.open("wb") as file:
+            with contextlib.suppress(OSError):
+                _lock(file, wait=True)
+            # It may have been removed before it was locked.
+            if partial.exists():
+                yield
+                return
+
+
+def _remove_if_unused(partial: Path) -> None:
+    # An error means that another process is writing it, or has just finished or removed it.
+    with contextlib.suppress(OSError), partial.open("rb+") as file:
+        _lock(file, wait=False)
+        partial.unlink()
+
+
+def _lock(file: IO[bytes], *, wait: bool) -> None:
+    if sys.platform != "win32":
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> None:
     import av
     from av.codec.context import Flags
 
-    rate = Fraction(video.rate).limit_denominator(1001)
+    rate = min(max(Fraction(video.rate).limit_denominator(1001), MIN_RATE), MAX_RATE)
     # Without times in the file, frames are spaced evenly.
     has_times = video.timeline.times is not None
     time_base = video.time_base if has_times else 1 / rate
-    with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    # The prefix keeps FFmpeg from taking a folder name with a colon for a protocol.
+    url = f"file:{file}"
+    with av.open(url, "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream: Any = container.add_stream("libx264", rate=rate, options=options)
         stream.codec_context.thread_count = 1  # several videos are copied side by side
         stream.codec_context.color_range = av.video.reformatter.ColorRange.MPEG
@@ -90,6 +130,8 @@ def transcode_all(
 ) -> Iterator[tuple[files.AnyPath, VideoError | OSError | None]]:
     """Copies many videos in parallel. Copies that exist are kept.
 
+    Anything else that has the name of a copy, such as a folder or an empty file, is an error.
+
     Args:
         pairs: Each file and its copy.
         threads: Videos to copy at a time.
@@ -114,8 +156,13 @@ def transcode_all(
 
 
 def _transcode_if_missing(source: files.AnyPath, target: Path, options: dict[str, int]) -> None:
-    if not target.exists():
+    try:
+        target.lstat()
+    except FileNotFoundError:
         transcode(source, target, **options)
+        return
+    if not target.is_file() or not target.stat().st_size:
+        raise FileExistsError(f"{target} exists, but is not a copy of {source}; remove it.")
 
 
 def _scaled_frames(video: Video, shorter: int) -> Iterator[Any]:
