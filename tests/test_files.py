@@ -196,6 +196,35 @@ def test_a_file_is_replaced_when_it_is_complete(folder):
     assert not partial.exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["a", "x" * 237, "x" * 238, "x" * 251, "x" * 255, "é" * 127, "走" * 85, "[x]*" * 63]
+)
+def test_names_of_up_to_255_bytes(tmp_path, name):
+    file = tmp_path / name
+    (tmp_path / ".a.0a1b2c3d.part").touch()  # not one of them
+    before = set(tmp_path.iterdir())
+    for text in ("old", "new"):
+        with files.atomic_write(file) as partial:
+            partial.write_text(text)
+            assert files.partial_files(file) == [partial]
+            assert len(os.fsencode(partial.name)) <= 255
+        assert file.read_text() == text
+        assert files.partial_files(file) == []
+    assert set(tmp_path.iterdir()) == {*before, file}
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    file = tmp_path / os.fsdecode(b"\xff\xfe" * 126)
+    with files.atomic_write(file) as partial:
+        partial.write_text("new")
+    assert file.read_text() == "new"
+
+
+def test_names_that_are_too_long_remotely(remote):
+    files.write_text(remote / ("x" * 300), "new")
+    assert (remote / ("x" * 300)).read_text() == "new"
+
+
 def test_lines_are_appended(folder):
     for line in ("a", "b"):
         files.append_line(folder / "log", line)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nonlocal_jax import files
 from nonlocal_jax.data import VideoError
@@ -57,7 +57,13 @@ def transcode(
         _remove_if_unused(partial)
     options = {"crf": str(crf), "g": str(keyframes)}
     try:
-        with Video(source) as video, files.atomic_write(target) as partial, _in_use(partial):
+        # The lock is released last, after the partial copy was renamed.
+        with (
+            contextlib.ExitStack() as lock,
+            Video(source) as video,
+            files.atomic_write(target) as partial,
+        ):
+            lock.enter_context(_create_locked(partial))
             copy = functools.partial(_copy, video, partial, shorter, options)
             video.retry_on_wrong_times(copy)
     except av.FFmpegError as error:
@@ -65,32 +71,27 @@ def transcode(
         raise VideoError(f"{source}: cannot be copied to {target} ({reason}).") from error
 
 
-@contextlib.contextmanager
-def _in_use(partial: Path) -> Iterator[None]:
-    """Creates a partial copy and locks it, so that no other process removes it meanwhile.
+def _create_locked(partial: Path) -> contextlib.AbstractContextManager[Any]:
+    """Creates a partial copy and locks it until it is closed, so that no other process removes it.
 
     Where files cannot be locked, other processes cannot lock it either, and leave it alone.
     """
-    while True:
-        with partial.open("wb") as file:
-            with contextlib.suppress(OSError):
-                _lock(file, wait=True)
-            # It may have been removed before it was locked.
-            if partial.exists():
-                yield
-                return
+    while sys.platform != "win32":
+        file = partial.open("wb")
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if partial.exists():
+            return file
+        file.close()  # another process removed it before it was locked
+    return contextlib.nullcontext()
 
 
 def _remove_if_unused(partial: Path) -> None:
     # An error means that another process is writing it, or has just finished or removed it.
     with contextlib.suppress(OSError), partial.open("rb+") as file:
-        _lock(file, wait=False)
-        partial.unlink()
-
-
-def _lock(file: IO[bytes], *, wait: bool) -> None:
-    if sys.platform != "win32":
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if sys.platform != "win32":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> None:

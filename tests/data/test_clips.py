@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from data.files import remux
+from data.files import encode, remux
 from PIL import Image
 
 from nonlocal_jax.data import DataError, VideoError, annotations, augment, stand_in
@@ -186,6 +186,60 @@ def test_watch_counts_a_video_once(lists, tmp_path):
     list(resumed(dict(batch) for batch in epochs))
     assert len(messages) == len(resumed.failed) == 1
     assert "cut.mp4" in resumed.failed[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", {}),
+        (b"\n\n", {}),
+        (b'{"record": 3, "failure": "a.mp4: empty"}\n', {3: "a.mp4: empty"}),
+        (b'{"record": 3, "failure": "a\xff.mp4: empty"}\n', {3: "a\ufffd.mp4: empty"}),
+        (b'{"record": 3, "failurf": "x"}\n{"record": 4, "failure": "y"}\n', {4: "y"}),
+        (b'null\n5\n[]\n"x"\n{}\n\xff\n{"record": 4, "failure": "y"}', {4: "y"}),
+        (b'{"record": [1], "failure": "x"}\n', {}),
+        (b'{"record": 1.5, "failure": "x"}\n{"record": true, "failure": "x"}\n', {}),
+        (b'{"record": 10, "failure": "x"}\n{"record": -1, "failure": "x"}\n', {}),
+        (b'{"record": 1, "failure": null}\n', {}),
+        (b"[" * 100_000 + b"\n", {}),
+        (b'{"record": ' + b"9" * 5000 + b', "failure": "x"}\n', {}),
+    ],
+)
+def test_damaged_logs_of_unreadable_videos(tmp_path, content, expected):
+    """What is damaged is ignored, and nothing recorded later is lost."""
+    file = tmp_path / "unreadable-train-0.jsonl"
+    file.write_bytes(content)
+    messages = []
+    watch = Watch(10, 0.5, messages.append, file)
+    assert watch.failed == expected
+    list(watch([{"record": np.array([2]), "failure": np.array(["b.mp4: empty"])}]))
+    assert messages == [f"{len(expected) + 1} of 10 videos cannot be read: b.mp4: empty"]
+    assert Watch(10, 0.5, messages.append, file).failed == {**expected, 2: "b.mp4: empty"}
+    assert file.read_bytes().startswith(content)
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.mkv", "a.mp4"])
+def test_fps_counts_in_the_time_of_a_varying_rate(tmp_path, name):
+    """The brightness of a frame tells its number. The file states 1000 frames a second."""
+    times = np.array([0, 0.04, 0.08, 0.2, 0.3, 0.6, 0.62, 0.64, 0.66, 0.68, 1.0, 1.1])
+    brightness = np.arange(12, dtype=np.uint8)[:, None, None, None] * 20
+    frames = np.broadcast_to(brightness, (12, 32, 48, 3))
+    codec = "libvpx" if name == "a.webm" else "libx264"
+    encode(tmp_path / name, frames, codec, rate=1000, times=times)
+    videos = Annotations((Record(tmp_path / name, (0,)),), 1)
+    source = TestingClips(videos, InTime(5, 1, fps=5.0), clips=2, crops="full", size=16)
+    first, last, _ = source.read(0)
+    # By hand: the frames shown at 0, 0.2, 0.4, 0.6 and 0.8 s.
+    assert (first.mean((1, 2, 3)) / 20).round().tolist() == [0, 3, 4, 5, 9]
+    # The rate is 10, so the last start that fits is frame 11 - 8, which is at 0.3 s on average.
+    assert (last.mean((1, 2, 3)) / 20).round().tolist() == [4, 4, 9, 9, 11]
+    batch = CentreClips(videos, InTime(3, 1, fps=2.0), 16, 16).read(np.array([0]))
+    assert (batch["inputs"][0].mean((1, 2, 3)) / 20).round().tolist() == [2, 5, 11]  # from 0.1 s
+    batch = TrainingClips(videos, InTime(3, 1, fps=2.0), InSpace(16, (16, 16))).read(np.array([0]))
+    expected = InTime(3, 1, fps=2.0).clip(
+        12, 10.0, np.random.default_rng([0, 0, 0]).random(4)[0], times
+    )
+    assert (batch["inputs"][0].mean((1, 2, 3)) / 20).round().tolist() == expected.tolist()
 
 
 def test_a_list_without_readable_videos(tmp_path):

@@ -1,6 +1,7 @@
 """Copies of videos: their orientation and rate, and what happens to everything else on the disk."""
 
 import contextlib
+import fcntl
 import os
 import resource
 import shutil
@@ -84,42 +85,46 @@ def test_copies_of_a_varying_rate_have_the_same_rate(tmp_path):
 
 
 def test_partial_copies_are_removed_unless_a_process_writes_them(tmp_path):
-    with files.atomic_write(tmp_path / "a.mp4") as partial:
-        with transcode._in_use(partial):
-            assert files.partial_files(tmp_path / "a.mp4") == [partial]
-            transcode._remove_if_unused(partial)
-            assert partial.exists()
+    partial = tmp_path / ".a.mp4.0a1b2c3d.partial"
+    with transcode._create_locked(partial):
         transcode._remove_if_unused(partial)
-        assert not partial.exists()
-        transcode._remove_if_unused(partial)  # another process was faster
-        partial.touch()
+        assert files.partial_files(tmp_path / "a.mp4") == [partial]
+    transcode._remove_if_unused(partial)
+    assert not partial.exists()
+    transcode._remove_if_unused(partial)  # another process was faster
 
 
-def test_a_partial_copy_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
-    partial, lock, removed = tmp_path / ".a.mp4.00000000.partial", transcode._lock, []
+def test_a_finished_copy_is_not_removed_before_it_has_its_name(tmp_path, sources, monkeypatch):
+    target, fsync, found = tmp_path / "a.mp4", os.fsync, []
 
-    def lock_late(file, *, wait):
+    def remove_and_fsync(number):
+        found.extend(files.partial_files(target))
+        transcode._remove_if_unused(found[0])
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", remove_and_fsync)
+    transcode.transcode(sources / "a.mkv", target, shorter=32)
+    assert len(found) == 1
+    assert target.is_file()
+
+
+@pytest.mark.parametrize("can_lock", [True, False])
+def test_a_partial_copy_that_is_removed_before_it_is_locked(tmp_path, monkeypatch, can_lock):
+    partial, flock, removed = tmp_path / ".a.mp4.00000000.partial", fcntl.flock, []
+
+    def lock_late(file, operation):
         if not removed:
             partial.unlink()
             removed.append(file)
-        lock(file, wait=wait)
+        if not can_lock:
+            raise OSError("locks are not supported")
+        flock(file, operation)
 
-    monkeypatch.setattr(transcode, "_lock", lock_late)
-    with transcode._in_use(partial):
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with transcode._create_locked(partial):
         transcode._remove_if_unused(partial)
         assert partial.exists()
     assert removed
-
-
-def test_partial_copies_stay_where_files_cannot_be_locked(tmp_path, monkeypatch):
-    def refuse(file, *, wait):
-        raise OSError("locks are not supported")
-
-    monkeypatch.setattr(transcode, "_lock", refuse)
-    partial = tmp_path / ".a.mp4.00000000.partial"
-    with transcode._in_use(partial):
-        transcode._remove_if_unused(partial)
-        assert partial.exists()
 
 
 def test_threads_that_write_the_same_copy(tmp_path, sources):
