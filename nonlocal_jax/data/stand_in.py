@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -153,7 +154,7 @@ def make(
     numbers: Mapping[Split, int] | None = None,
     threads: int = 2,
 ) -> dict[Split, Path]:
-    """Writes a data set. If it exists already, it is kept.
+    """Writes a data set. If it exists already, it is kept; a part of one is replaced.
 
     Args:
         folder: Folder for the videos and the lists.
@@ -163,6 +164,9 @@ def make(
 
     Returns:
         The list of each split. `classes.txt` in the same folder has the names of the classes.
+
+    Raises:
+        FileExistsError: The folder has a file of the same name that this function did not write.
     """
     numbers = numbers or NUMBERS
     suffix = "txt" if data_set == "kinetics" else "csv"
@@ -171,12 +175,22 @@ def make(
         "test": folder / f"test.{suffix}",
     }
     marker = folder / "stand_in.json"
-    contents = {"data_set": data_set, "numbers": dict(numbers)}
-    if marker.exists() and json.loads(marker.read_text()) == contents:
+    counts = {split: numbers[split] for split in lists}
+    contents = json.dumps({"data_set": data_set, "numbers": counts})
+    if marker.exists() and marker.read_bytes() == contents.encode():
         return lists
+    videos_of_split = {
+        split: [SyntheticVideo(data_set, split, number) for number in range(numbers[split])]
+        for split in lists
+    }
     folder.mkdir(parents=True, exist_ok=True)
+    if not marker.exists():
+        names = ["classes.txt", "damaged.mp4", "sound.mp4"]
+        names += [f"{video.name}.mp4" for video in itertools.chain(*videos_of_split.values())]
+        _check_missing([*lists.values(), *(folder / name for name in names)])
+        files.write_text(marker, "{}")  # if this is interrupted, it tells whose files these are
     for split, file in lists.items():
-        videos = [SyntheticVideo(data_set, split, number) for number in range(numbers[split])]
+        videos = videos_of_split[split]
         with ThreadPoolExecutor(threads) as pool:
             results = pool.map(functools.partial(_write_video, folder), videos)
             actions = {video.name: found for video, found in zip(videos, results, strict=True)}
@@ -185,8 +199,14 @@ def make(
             names += _write_unreadable(folder)
         file.write_text(_list_text(data_set, names, actions))
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    files.write_text(marker, json.dumps(contents))  # last: it tells that everything was written
+    files.write_text(marker, contents)  # last: it tells that everything was written
     return lists
+
+
+def _check_missing(outputs: Iterable[Path]) -> None:
+    for output in outputs:
+        if os.path.lexists(output):
+            raise FileExistsError(f"{output} exists already; choose another folder.")
 
 
 def _write_video(folder: Path, video: SyntheticVideo) -> tuple[Action, ...]:

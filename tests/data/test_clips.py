@@ -91,6 +91,31 @@ def test_the_stand_in_is_the_same_each_time(lists, tmp_path):
     assert (tmp_path / "train.txt").read_text().splitlines() == kept
 
 
+@pytest.mark.parametrize("name", ["classes.txt", "train.txt", "test0000.mp4", "damaged.mp4"])
+def test_the_stand_in_replaces_no_other_files(tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=rf"{name} exists already; choose another folder"):
+        stand_in.make(tmp_path, "kinetics", numbers={"train": 2, "test": 1})
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_the_stand_in_is_completed_after_an_interruption(tmp_path, monkeypatch):
+    def interrupt(folder):
+        raise KeyboardInterrupt
+
+    numbers = {"train": 2, "test": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(stand_in, "_write_unreadable", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            stand_in.make(tmp_path, "kinetics", numbers=numbers)
+    written = stand_in.make(tmp_path, "kinetics", numbers=numbers)["train"].stat().st_mtime_ns
+    assert len(annotations.read(tmp_path / "train.txt")) == 4
+    assert (
+        stand_in.make(tmp_path, "kinetics", numbers=numbers)["train"].stat().st_mtime_ns == written
+    )
+
+
 def test_digits_move_as_their_class_says(lists):
     """The centre of the bright pixels moves up or down."""
     for record in lists["kinetics"]["train"].records[:TRAIN]:
