@@ -76,6 +76,23 @@ def test_copies_of_extreme_rates(tmp_path, gap):
         assert video.rate == pytest.approx(1 / gap)
 
 
+def test_copies_of_a_slow_rate_without_times(tmp_path):
+    """Two of the frames have the same time, so copies are spaced evenly, if not by an hour."""
+    encode(tmp_path / "a.mkv", scene(4, 32, 48), "mpeg4", rate=1000, times=np.arange(4) * 3600)
+
+    def change(number, packet):
+        packet.pts = packet.dts = 0 if number == 1 else packet.pts
+        return packet
+
+    remux(tmp_path / "a.mkv", tmp_path / "b.mkv", change)
+    transcode.transcode(tmp_path / "b.mkv", tmp_path / "b.mp4", shorter=32)
+    with Video(tmp_path / "b.mkv") as video:
+        assert video.timeline.times is None
+        assert video.rate == pytest.approx(1 / 3600)
+    with Video(tmp_path / "b.mp4") as video:
+        np.testing.assert_allclose(video.seconds(np.arange(4)), np.arange(4) * 1001, rtol=1e-3)
+
+
 def test_copies_of_a_varying_rate_have_the_same_rate(tmp_path):
     times = np.round(np.cumsum(np.random.default_rng(0).uniform(0.01, 0.056, 40)), 3)
     encode(tmp_path / "a.mkv", scene(40, 32, 48), "mpeg4", rate=1000, times=times)
