@@ -110,6 +110,9 @@ class Video:
 
         If the rate that the file states agrees with them up to rounding, it is the stated one. It
         is also used for a single frame, and for a file without times.
+
+        Raises:
+            VideoError: The file has no frame or cannot be read.
         """
         stream = self._container.stream
         stated = [float(rate) for rate in (stream.guessed_rate, stream.average_rate) if rate]

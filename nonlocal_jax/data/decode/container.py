@@ -95,7 +95,7 @@ class Container:
             lenient = {"metadata_errors": "replace"}
         try:
             source = f"file:{self.path}" if self._content is None else io.BytesIO(self._content)
-            self._file = av.open(source, "r", self._format, options=options, **lenient)
+            self._file = av.open(source, "r", format=self._format, options=options, **lenient)
         except (av.FFmpegError, ValueError) as error:
             reason = ffmpeg_message(error)
             raise VideoError(f"{self.path}: not a video that can be read ({reason}).") from error
