@@ -34,8 +34,9 @@ from nonlocal_jax.data import DataError, VideoError, annotations, stand_in
 from nonlocal_jax.data.annotations import Annotations, Record
 from nonlocal_jax.data.clips import cores
 from nonlocal_jax.data.image_frames import open_frames
+from nonlocal_jax.data.lists import writing
 from nonlocal_jax.data.lists.folders import lies_in, plain_path
-from nonlocal_jax.data.lists.writing import write_folder
+from nonlocal_jax.data.lists.writing import path_line, write_folder
 from nonlocal_jax.data.toy_video import Split
 from nonlocal_jax.data.transcode import transcode_all
 from nonlocal_jax.files import AnyPath
@@ -199,7 +200,7 @@ def _check(command: Check) -> int:
     table.add_column("quantity")
     table.add_column("value")
     for row in _summary(videos, len(records), readable, len(failures)):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
     _print_first([*videos.left_out, *failures])
     return 1 if failures else 0
@@ -353,11 +354,11 @@ def _list_content(command: Transcode, videos: Annotations, targets: dict[AnyPath
     """Returns the list of the copies: a line for each target, or a CSV, which has no file names."""
     if videos.format in ("kinetics", "charades"):
         return command.list.read_bytes()
-    lines = [
-        f"{targets[record.path].relative_to(command.out)} {record.labels[0]}\n"
-        for record in videos.records
-        if record.path in targets
-    ]
+    lines = []
+    for record in videos.records:
+        if target := targets.get(record.path):
+            with writing.naming(target):
+                lines.append(path_line(str(target.relative_to(command.out)), record.labels[0]))
     return "".join(lines).encode()
 
 

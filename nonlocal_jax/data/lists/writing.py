@@ -59,11 +59,11 @@ def write_folder(
     base: Any = folder.absolute()  # of the same kind as the path of every record
     lines, names = [], []
     for record in videos.records:
-        with _naming(record.path):
+        with naming(record.path):
             path = str(record.path.absolute().relative_to(base))
             lines.append(path_line(path, record.labels[0]))
     for name in videos.names:
-        with _naming(folder / name):
+        with naming(folder / name):
             names.append(f"{name_field(name)}\n")
     # Nested, so that no list is left behind if the names cannot be written.
     with files.atomic_write(list_file) as partial:
@@ -72,7 +72,8 @@ def write_folder(
 
 
 @contextlib.contextmanager
-def _naming(path: AnyPath) -> Iterator[None]:
+def naming(path: AnyPath) -> Iterator[None]:
+    """Context manager that names the file in the errors of `path_line` and `name_field`."""
     try:
         yield
     except ValueError as error:
