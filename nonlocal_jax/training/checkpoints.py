@@ -10,11 +10,12 @@ afterwards; the digests do. At gs://, where nothing can be renamed, Orbax writes
 `commit_success.txt` last instead, and ignores a checkpoint without it.
 """
 
-import hashlib
-import json
+import dataclasses
+import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,22 +26,27 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from nonlocal_jax import checks, files
 from nonlocal_jax.remote_paths import orbax_can_use
+from nonlocal_jax.training.checkpoint_record import (
+    DamagedError,
+    MismatchError,
+    can_read_metrics,
+    check_leaves,
+    describe,
+    leaves_by_path,
+    read_record,
+    seal,
+)
 from nonlocal_jax.training.digests import digests
+from nonlocal_jax.training.distributed import on_every_process
 
 Tree = Any
 logger = logging.getLogger(__name__)
 
+__all__ = ["CheckpointError", "Checkpoints", "MismatchError", "Restored"]
+
 
 class CheckpointError(Exception):
     """No checkpoint of a directory can be trusted, or one cannot be written."""
-
-
-class MismatchError(ValueError):
-    """A checkpoint belongs to another model or optimiser."""
-
-
-class _DamagedError(Exception):
-    """One checkpoint cannot be trusted."""
 
 
 class Restored(NamedTuple):
@@ -88,19 +94,56 @@ class Checkpoints:
                 "checkpoints must be in a local directory or at gs://, where Orbax writes arrays; "
                 f"got {self.folder}."
             )
+        if isinstance(self.folder, Path) and self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} must be a directory of checkpoints; got a file.")
+        self._keep, self._best, self._mode = keep, best, mode
         # Orbax warns at a save without the metric: a state that was not evaluated has the worst.
         self._worst = {} if best is None else {best: -math.inf if mode == "max" else math.inf}
-        self._manager = ocp.CheckpointManager(
+        self._scores: dict[int, float] = {}
+        self._manager = self._open()
+        if best is not None:
+            self._read_scores()
+
+    def _open(self) -> Any:
+        best = self._best
+        policies: list[Any] = [preservation_policy.LatestN(self._keep)]
+        if best is not None:
+            policies.append(_Best(self._scores))
+        return ocp.CheckpointManager(
             str(self.folder),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_preservation_policy(keep, best, mode),
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
                 # Without `best_fn` Orbax does not write metrics.
                 best_fn=None if best is None else lambda metrics: metrics[best],
-                best_mode=mode,
+                best_mode=self._mode,
+                # Otherwise Orbax reads the metrics, and raises at those that are damaged. Not
+                # always: it then knows no times, and Orbax 0.12.8 fails to save at a preemption.
+                lightweight_initialize=self._has_unreadable_metrics(),
             ),
             item_names=("state", "record"),
         )
+
+    def _has_unreadable_metrics(self) -> bool:
+        if not self.folder.exists():
+            return False
+        steps = [entry for entry in self.folder.iterdir() if entry.name.isdecimal()]
+        return not all(can_read_metrics(folder) for folder in steps)
+
+    def _read_scores(self) -> None:
+        for step in self.steps:
+            try:
+                self._scores[step] = self._score(self._content(step)["metrics"])
+            except DamagedError:  # `restore` reports it; until then nothing deletes it
+                self._scores.pop(step, None)
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        """Returns a number that is larger for a better checkpoint."""
+        if self._best is None:
+            return -math.inf
+        value = metrics.get(self._best, math.nan)
+        sign = 1 if self._mode == "max" else -1
+        return -math.inf if math.isnan(value) else sign * value
 
     @property
     def steps(self) -> list[int]:
@@ -127,13 +170,20 @@ class Checkpoints:
                 Earlier checkpoints are intact.
         """
         self.wait()
-        sealed = _seal({"step": step, "leaves": _describe(state), "record": dict(record)})
+        # Without a best metric Orbax does not write any.
+        kept_metrics = self._worst and {**self._worst, **(metrics or {})}
+        content = {
+            "step": step,
+            "leaves": describe(state),
+            "record": dict(record),
+            "metrics": kept_metrics,
+        }
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(sealed)
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(seal(content))
         )
-        scores = {**self._worst, **(metrics or {})} or None
+        self._scores[step] = self._score(kept_metrics)
         try:
-            self._manager.save(step, args=items, metrics=scores, force=True)
+            self._manager.save(step, args=items, metrics=kept_metrics or None, force=True)
         except Exception as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {error}"
@@ -177,7 +227,8 @@ class Checkpoints:
             MismatchError: If the checkpoint has other leaves, or a leaf of another shape or dtype.
             CheckpointError: If there are checkpoints, but none can be trusted.
         """
-        if not self.steps:
+        steps = sorted({*self.steps, *self._other_entries()}, reverse=True)
+        if not steps:
             return None
         if shardings is None:
             shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), like)
@@ -186,111 +237,94 @@ class Checkpoints:
             like,
             shardings,
         )
+        restored: Restored | None = None
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps):
+        for step in steps:
             try:
-                restored = self._restore(step, target)
-            except _DamagedError as error:
+                content = on_every_process(functools.partial(self._content, step), DamagedError)
+                if restored is None:
+                    restored = self._restore(step, content, target)
+            except DamagedError as error:
                 damaged[step] = str(error)
                 logger.warning("the checkpoint of step %d is damaged: %s", step, error)
-                continue
-            for damaged_step in damaged:  # Orbax would refuse to save these steps again
-                self._move_aside(damaged_step)
-            return restored
-        reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
-        raise CheckpointError(
-            f"no checkpoint in {self.folder} can be trusted ({reasons}). Start again in another "
-            "directory, or move them away."
-        )
+        if restored is None:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be trusted ({reasons}). Start again in "
+                "another directory, or move them away."
+            )
+        if damaged:  # Orbax would refuse to save these steps again
+            self._move_aside(*damaged)
+        return restored
 
-    def _restore(self, step: int, target: Tree) -> Restored:
-        content = _unseal(self._read(step, record=ocp.args.JsonRestore()).record)
-        if content["step"] != step:
-            raise _DamagedError(f"it is that of step {content['step']}")
-        _check_leaves(content["leaves"], _leaves_by_path(target), step)
-        state = self._read(step, state=ocp.args.StandardRestore(target)).state
-        read = dict(zip(_leaves_by_path(state), digests(state), strict=True))
+    def _other_entries(self) -> list[int]:
+        """Returns the steps whose name a file or a broken link has. Orbax would overwrite it."""
+        if not isinstance(self.folder, Path):
+            return []
+        names = [entry.name for entry in self.folder.iterdir() if not entry.is_dir()]
+        return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
+
+    def _content(self, step: int) -> dict[str, Any]:
+        return read_record(self.folder / str(step), step)
+
+    def _restore(self, step: int, content: Mapping[str, Any], target: Tree) -> Restored:
         leaves = content["leaves"]
+        check_leaves(leaves, leaves_by_path(target), step)
+        state = on_every_process(functools.partial(self._read_state, step, target), DamagedError)
+        read = dict(zip(leaves_by_path(state), digests(state), strict=True))
         if changed := [path for path in leaves if leaves[path]["digest"] != read[path]]:
-            raise _DamagedError(
+            raise DamagedError(
                 f"{len(changed)} of its arrays changed on the disk, the first {changed[0]}"
             )
         return Restored(step, state, content["record"])
 
-    def _read(self, step: int, **items: Any) -> Any:
+    def _read_state(self, step: int, target: Tree) -> Tree:
+        # Not by `CheckpointManager.restore`, in which a process waits for one that has failed.
+        handler = ocp.StandardCheckpointHandler()
+        folder = self._manager.directory / str(step) / "state"
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return handler.restore(folder, args=ocp.args.StandardRestore(target))
         except Exception as error:  # a damaged file makes Orbax raise nearly any exception
-            raise _DamagedError(f"{type(error).__name__}: {error}".splitlines()[0][:300]) from error
+            raise DamagedError(f"{type(error).__name__}: {error}".splitlines()[0][:300]) from error
+        finally:
+            handler.close()
 
-    def _move_aside(self, step: int) -> None:
-        multihost_utils.sync_global_devices(f"all processes have read step {step}")
+    def _move_aside(self, *steps: int) -> None:
+        multihost_utils.sync_global_devices("all processes have read the checkpoints")
         if jax.process_index() == 0:
             folder = self._manager.directory
-            free = folder / f"corrupt-{step}"
-            number = 0
-            while free.exists():
-                number += 1
-                free = folder / f"corrupt-{step}-{number}"
-            (folder / str(step)).rename(free)
-        multihost_utils.sync_global_devices(f"step {step} is moved aside")
-        self._manager.reload()
+            for step in steps:
+                free = folder / f"corrupt-{step}"
+                number = 0
+                while free.exists():
+                    number += 1
+                    free = folder / f"corrupt-{step}-{number}"
+                try:
+                    (folder / str(step)).rename(free)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"the damaged checkpoint {folder / str(step)} cannot be moved to {free}: "
+                        f"{error.strerror or error}."
+                    ) from error
+        multihost_utils.sync_global_devices("the damaged checkpoints are moved aside")
+        # `CheckpointManager.reload` would read the metrics.
+        self._manager.close()
+        self._manager = self._open()
 
 
-def _preservation_policy(keep: int, best: str | None, mode: str) -> Any:
-    """Returns Orbax's policy that keeps the latest checkpoints and the best one."""
-    policies: list[Any] = [preservation_policy.LatestN(keep)]
-    if best is not None:
-        sign = 1 if mode == "max" else -1
-        best_one = preservation_policy.BestN(
-            get_metric_fn=lambda metrics: sign * metrics[best],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        policies.append(best_one)
-    return preservation_policy.AnyPreservationPolicy(policies)
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """Orbax's policy that keeps the best checkpoint, and those whose score is unknown.
 
+    Attributes:
+        scores: Score of each step, of which the largest is best. It is read at every save.
+    """
 
-def _seal(content: Mapping[str, Any]) -> dict[str, str]:
-    text = json.dumps(content, sort_keys=True)
-    return {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    scores: Mapping[int, float]
 
-
-def _unseal(sealed: Any) -> dict[str, Any]:
-    text = sealed.get("text", "") if isinstance(sealed, dict) else ""
-    if not text or hashlib.sha256(text.encode()).hexdigest() != sealed.get("sha256"):
-        raise _DamagedError("its record changed on the disk")
-    return json.loads(text)
-
-
-def _describe(state: Tree) -> dict[str, Any]:
-    """Returns shape, dtype and digest of every leaf, by path."""
-    leaves = _leaves_by_path(state)
-    return {
-        path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest}
-        for (path, leaf), digest in zip(leaves.items(), digests(state), strict=True)
-    }
-
-
-def _leaves_by_path(tree: Tree) -> dict[str, Any]:
-    """Returns the leaves by path, in the order of `jax.tree.leaves`."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _check_leaves(saved: Mapping[str, Any], expected: Mapping[str, Any], step: int) -> None:
-    """Checks that paths, shapes and dtypes of a checkpoint are the expected ones."""
-    start = f"the checkpoint of step {step} belongs to another model or optimiser: "
-    if extra := [path for path in saved if path not in expected]:
-        raise MismatchError(
-            f"{start}it has {extra[0]}, which this one does not have ({len(extra)} in all)."
-        )
-    if missing := [path for path in expected if path not in saved]:
-        raise MismatchError(f"{start}it lacks {missing[0]} ({len(missing)} in all).")
-    for path, leaf in expected.items():
-        shape, dtype = tuple(saved[path]["shape"]), saved[path]["dtype"]
-        if (shape, dtype) != (tuple(leaf.shape), str(leaf.dtype)):
-            own_type = f"{leaf.dtype} {tuple(leaf.shape)}"
-            raise MismatchError(f"{start}{path} is {dtype} {shape} in it, and {own_type} here.")
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Says of each checkpoint whether it is kept."""
+        steps = [info.step for info in checkpoints]
+        ranked = sorted((self.scores[step], step) for step in steps if step in self.scores)
+        best = [step for _, step in ranked[-1:]]
+        return [step in best or step not in self.scores for step in steps]

@@ -1,8 +1,13 @@
 """Training on several hosts: one process on each, all running the same program."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+Result = TypeVar("Result")
 
 MESSAGE_BYTES = 1024  # a broadcast array needs one size on all processes
 
@@ -55,3 +60,27 @@ def broadcast_message(message: str | None) -> str | None:
     buffer[: len(encoded)] = list(encoded)
     received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer)))
     return received.rstrip(b"\0").decode(errors="ignore") or None
+
+
+def on_every_process(read: Callable[[], Result], error_type: type[Exception]) -> Result:
+    """Calls a function that may fail on one process only, and then raises on all.
+
+    Processes read different parts of a file. Those that can would wait for the others forever.
+
+    Args:
+        read: Function without arguments.
+        error_type: Error that `read` raises, whose constructor takes a message.
+    """
+    result: Any = None
+    own_error: Exception | None = None
+    try:
+        result = read()
+    except error_type as error:
+        own_error = error
+    if jax.process_count() > 1:
+        failed = np.asarray(multihost_utils.process_allgather(np.asarray(own_error is not None)))
+        if own_error is None and failed.any():
+            own_error = error_type(f"process {int(failed.ravel().argmax())} cannot read it")
+    if own_error is not None:
+        raise own_error
+    return result
