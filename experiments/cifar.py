@@ -38,6 +38,7 @@ from experiments.shared.command_line import (
     PlainConsole,
     ProcessOptions,
     command,
+    connect,
     exit_on,
     parse,
     settings,
@@ -340,11 +341,11 @@ def dry_run(config: Config) -> None:
 def main(config: Config) -> training.Result | None:
     """Trains a network, or describes what would be trained."""
     hint = " Or train on --dataset digits, which comes with scikit-learn."
-    with exit_on(ValueError, ImportError), exit_on(DataError, hint=hint):
-        if config.distributed:
-            training.initialize(
-                config.coordinator, config.processes, config.process_id, timeout=config.timeout
-            )
+    with (
+        exit_on(ValueError, ImportError, training.DistributedError),
+        exit_on(DataError, hint=hint),
+    ):
+        connect(config)
         if config.dry_run:
             dry_run(config)
             return None

@@ -21,6 +21,7 @@ TRAINING_ERRORS = (
     training.CheckpointError,
     training.MismatchError,
     training.NonFiniteError,
+    training.DistributedError,
 )
 
 
@@ -154,6 +155,23 @@ def settings(config: Any, excluded: Collection[str]) -> dict[str, Any]:
     """Returns the fields of a config by name, except the excluded ones."""
     fields = dataclasses.asdict(config)
     return {name: value for name, value in fields.items() if name not in excluded}
+
+
+def connect(config: ProcessOptions) -> None:
+    """Connects this process to the others with --distributed.
+
+    Raises:
+        ValueError: The options are incomplete, out of range, or need --distributed.
+        DistributedError: The processes cannot be connected.
+    """
+    addresses = config.coordinator, config.processes, config.process_id
+    if config.distributed:
+        training.initialize(*addresses, timeout=config.timeout)
+    elif addresses != (None, None, None):
+        raise ValueError(
+            "--coordinator, --processes and --process-id require --distributed, without which each "
+            "process would train alone. Add it, or leave them out."
+        )
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -13,8 +14,22 @@ import numpy as np
 
 from nonlocal_jax import files, training
 from nonlocal_jax.files import AnyPath
+from nonlocal_jax.terminal import printable
 
 HEADER = ("run", "data", "parameters", "seeds", "accuracy, %", "steps", "training time, s")
+
+
+FIELDS = {
+    "command": str,
+    "hardware": str,
+    "data": str,
+    "parameters": int,
+    "steps": int,
+    "seconds": int | float,
+    "metrics": dict,
+}
+LARGEST_INTEGER = 1 << 53  # up to which floats hold every integer
+SHOWN_CHARACTERS = 200  # of a value in an error
 
 
 def hardware() -> str:
@@ -44,33 +59,91 @@ def read(folder: AnyPath) -> dict[str, Any]:
     """Reads the results of a finished run, with its configuration and its folder.
 
     Raises:
-        ValueError: `results.json` or `config.json` is missing or incomplete.
+        ValueError: `results.json` or `config.json` is missing, incomplete or damaged.
     """
-    try:
-        results = json.loads((folder / "results.json").read_text())
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} must be the folder of a finished run, with config.json and results.json: "
-            f"{error}."
-        ) from error
+    results, config = _read_object(folder, "results.json"), _read_object(folder, "config.json")
+    file = folder / "results.json"
+    for name, kind in FIELDS.items():
+        if not isinstance(results.get(name), kind):
+            raise ValueError(
+                f"{name} in {file} must be there and of the type that a run writes; "
+                f"got {_shown(results.get(name))}. Run the experiment again."
+            )
+    numbers = {"accuracy": results["metrics"].get("accuracy"), "seconds": results["seconds"]}
+    for name, value in numbers.items():
+        if not _is_number(value) or not math.isfinite(value):
+            raise ValueError(f"{name} in {file} must be a finite number; got {_shown(value)}.")
     return {**results, "config": config, "folder": folder}
 
 
-def read_log(folder: AnyPath, kind: str) -> list[dict[str, Any]]:
-    """Reads the logged rows of one kind, "train" or "evaluation".
+def _read_object(folder: AnyPath, name: str) -> dict[str, Any]:
+    file = folder / name
+    start = f"{folder} must be the folder of a finished run, with config.json and results.json: "
+    try:
+        content = json.loads(file.read_text())
+        json.dumps(content)  # fails if the content is nested too deeply
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{start}{file}: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{start}{file} must be a JSON object; got {_shown(content)}.")
+    return content
+
+
+def read_log(folder: AnyPath, kind: str, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Reads the logged rows of one kind.
+
+    Args:
+        folder: Folder of a run.
+        kind: "train" or "evaluation".
+        metrics: Metrics that each of these rows must have.
+
+    Returns:
+        Rows with "step", "kind" and numbers.
 
     Raises:
-        ValueError: The log is missing or has lines that are not JSON.
+        ValueError: The log is missing or has lines that are not such rows.
     """
     file = folder / "metrics.jsonl"
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = file.read_text().splitlines()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} must be the log of a run, one JSON row per line: {error}."
         ) from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is None or (row["kind"] == kind and not row.keys() >= set(metrics)):
+            names = ", ".join(("step", "kind", *metrics))
+            raise ValueError(
+                f"{file} must be the log of a run, one JSON row per line with {names}; got "
+                f"{_shown(line)} in line {number}. Delete the line."
+            )
+        rows.append(row)
     return [row for row in rows if row["kind"] == kind]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """Returns a row of a log, or None if the line is not one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        return None
+    numbers = [value for name, value in row.items() if name != "kind"]
+    is_row = isinstance(row.get("step"), int) and all(_is_number(value) for value in numbers)
+    return row if is_row else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON can be a float. Integers of JSON can be too large."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST_INTEGER)
+
+
+def _shown(value: Any) -> str:
+    text = printable(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
 
 
 def group_by_recipe(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -101,8 +174,8 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         first = group[0]
         seconds = statistics.mean(run["seconds"] for run in group)
         cells = (
-            first["folder"].name,
-            first["data"],
+            printable(first["folder"].name),
+            printable(first["data"]),
             f"{first['parameters']:,}",
             str(len(group)),
             percent([run["metrics"]["accuracy"] for run in group], 2),
@@ -111,7 +184,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    lines += [f"- {run['folder'].name}: `{run['command']}`, {run['hardware']}" for run in runs]
+    for run in runs:
+        line = f"- {run['folder'].name}: `{run['command']}`, {run['hardware']}"
+        lines.append(printable(line))
     return "\n".join(lines)
 
 
@@ -124,15 +199,18 @@ def draw_curves(folders: Sequence[AnyPath], file: AnyPath, title: str = "") -> N
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for i, folder in enumerate(folders):
-        train, evaluation = read_log(folder, "train"), read_log(folder, "evaluation")
+        train, evaluation = (
+            read_log(folder, kind, ("loss", "accuracy")) for kind in ("train", "evaluation")
+        )
+        name = printable(folder.name).replace("$", r"\$")  # matplotlib would set it as mathematics
         for ax, metric in zip(axes, ("loss", "accuracy"), strict=True):
             steps, means = _smoothed(train, metric)
-            label = f"{folder.name}, training"
+            label = f"{name}, training"
             ax.plot(steps, means, color=f"C{i}", linewidth=1, alpha=0.5, label=label)
             if evaluation:
                 steps = [row["step"] for row in evaluation]
                 values = [row[metric] for row in evaluation]
-                label = f"{folder.name}, held out"
+                label = f"{name}, held out"
                 ax.plot(steps, values, color=f"C{i}", marker="o", markersize=4, label=label)
             ax.set(xlabel="step", ylabel=metric)
     axes[0].set_yscale("log")

@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from experiments.shared.building import build
-from experiments.shared.command_line import TRAINING_ERRORS, PlainConsole, choose, exit_on
+from experiments.shared.command_line import TRAINING_ERRORS, PlainConsole, choose, connect, exit_on
 from experiments.shared.multi_view import test
 from experiments.shared.recipes import Config, Recipe, recipe_table
 from experiments.shared.video_training import dry_run, initial, train
-from nonlocal_jax import training
 from nonlocal_jax.data import DataError, annotations, stand_in
 from nonlocal_jax.data.annotations import Annotations
 from nonlocal_jax.data.clips import cores
@@ -45,10 +44,7 @@ def run(
     recipe = dataclasses.replace(recipe, num_classes=config.num_classes or recipe.num_classes)
     console = PlainConsole()
     with exit_on(DataError, ValueError, OSError, ImportError, *TRAINING_ERRORS):
-        if config.distributed:
-            training.initialize(
-                config.coordinator, config.processes, config.process_id, timeout=config.timeout
-            )
+        connect(config)
         if config.dry_run:
             dry_run(config, recipe)
             return None

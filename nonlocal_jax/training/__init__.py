@@ -38,6 +38,7 @@ from nonlocal_jax.training.optimiser import (
     step_schedule,
 )
 from nonlocal_jax.training.preview import dry_run
+from nonlocal_jax.training.rendezvous import DistributedError
 from nonlocal_jax.training.run import Run, RunError
 from nonlocal_jax.training.step import Trainer, TrainState, pmap_step, train_step
 from nonlocal_jax.training.stop import Stopped
@@ -46,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "Checkpoints",
     "Classification",
+    "DistributedError",
     "Loss",
     "MismatchError",
     "NonFiniteError",

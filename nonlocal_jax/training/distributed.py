@@ -7,6 +7,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from nonlocal_jax import checks
+from nonlocal_jax.training.rendezvous import meet
+
 Result = TypeVar("Result")
 
 MESSAGE_BYTES = 1024  # a broadcast array needs one size on all processes
@@ -32,16 +35,20 @@ def initialize(
             a heartbeat after which a process counts as dead and the others exit.
 
     Raises:
-        ValueError: If only some of the three arguments are passed.
-        RuntimeError: If the others do not connect in time. JAX may instead end the process and log
-            the same reason.
+        ValueError: If only some of the three arguments are passed, or they are out of range.
+        DistributedError: If the port of the coordinator is in use, a process does not come in time,
+            or processes were started with different arguments. Where the cluster provides the
+            arguments, JAX ends the process instead and logs the reason.
     """
+    checks.at_least("timeout", timeout, 1)
     passed = [argument is not None for argument in (coordinator, processes, process_id)]
     if any(passed) and not all(passed):
         raise ValueError(
             "coordinator, processes and process_id must be passed together, or not at all if the "
             f"cluster provides them; got {coordinator!r}, {processes}, {process_id}."
         )
+    if coordinator is not None and processes is not None and process_id is not None:
+        meet(coordinator, processes, process_id, timeout)
     jax.distributed.initialize(
         coordinator,
         processes,

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from nonlocal_jax import checks
-from nonlocal_jax.training.checkpoints import Checkpoints
+from nonlocal_jax.training.checkpoints import Checkpoints, MismatchError, Restored
 from nonlocal_jax.training.compilation import compiled, sharded_step
 from nonlocal_jax.training.evaluator import Evaluator
 from nonlocal_jax.training.losses import Batch
@@ -23,6 +23,7 @@ from nonlocal_jax.training.step import Trainer, TrainState, batch_size
 from nonlocal_jax.training.stop import Stopped, StopSignals
 
 Tree = Any
+RECORDED = ("seconds", "evaluated", "metrics")  # in each checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def fit(
             state, step = init(trainer, *arguments), 0
         else:
             state, step = restored.state, restored.step
-            clock.seconds = restored.record["seconds"]
+            clock.seconds = _seconds(restored)
             evaluator.restore(restored.record)
         run.open_log(step)
         with Bar(console or Console(), options.steps, step) as bar:
@@ -151,6 +152,17 @@ def fit(
             state = loop.train(state, step, shardings, data)
     run.upload()
     return Result(state, evaluator.metrics, clock.seconds)
+
+
+def _seconds(restored: Restored) -> float:
+    missing = [name for name in RECORDED if name not in restored.record]
+    if missing:
+        raise MismatchError(
+            f"the record of the checkpoint of step {restored.step} must have "
+            f"{', '.join(RECORDED)}, as `fit` saves it; it lacks {', '.join(missing)}. Use another "
+            "directory."
+        )
+    return float(restored.record["seconds"])
 
 
 def _init(

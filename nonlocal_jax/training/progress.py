@@ -14,6 +14,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from nonlocal_jax.terminal import printable
 
 SHOWN_METRICS = ("loss", "accuracy", "learning_rate")
 
@@ -23,10 +26,10 @@ class Bar:
 
     def __init__(self, console: Console, steps: int, step: int) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
+            TextColumn("{task.fields[metrics]}", markup=False),
             TextColumn("left:"),
             TimeRemainingColumn(elapsed_when_finished=True),
         )
@@ -66,9 +69,9 @@ class Bar:
         self._progress.refresh()
 
     def say(self, line: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the bar, as it is except for control characters."""
         if jax.process_index() == 0:
-            self.console.print(line, highlight=False)
+            self.console.print(Text(printable(line)))
 
 
 class Clock:

@@ -14,6 +14,7 @@ copied before every checkpoint and at the end. Nothing keeps two runs out of one
 
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -27,15 +28,14 @@ import numpy as np
 from nonlocal_jax import files
 from nonlocal_jax.lazy import extra
 from nonlocal_jax.training.distributed import broadcast_message
+from nonlocal_jax.training.run_config import RunError, check_config
 
 with extra("experiments"):
     from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
-
-class RunError(Exception):
-    """A directory cannot be used for this run; the message says why."""
+__all__ = ["Run", "RunError"]
 
 
 class Run:
@@ -76,6 +76,7 @@ class Run:
         self.config = json.loads(json.dumps(config, default=str))
         self.may_differ = may_differ
         self.writes = jax.process_index() == 0
+        self._watched: list[Any] = []  # open files that must not be removed
         self._log_file: Any = None
         self._events: Any = None
 
@@ -83,8 +84,8 @@ class Run:
         """Locks the directory.
 
         Raises:
-            RunError: If another process uses it, it belongs to another configuration, or it cannot
-                be written.
+            RunError: If another process uses it, it belongs to another configuration, a file in it
+                is damaged, or it cannot be written.
         """
         # Every process must raise if process 0 does, or the others would wait for it forever.
         problem = broadcast_message(self._acquire() if self.writes else None)
@@ -103,7 +104,10 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._lock is not None:
                 self._lock.acquire()
-            self._check_config()
+            self._check_kinds()
+            check_config(self.folder, self.config, self.may_differ)
+            if self._lock is not None:
+                self._watched.append(Path(self._lock.lock_file).open("rb"))  # noqa: SIM115
         except Timeout:
             return (
                 f"another process is training in {self.folder}; wait for it, or use another "
@@ -123,9 +127,11 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in (self._log_file, self._events):
+        removal = self._removal()
+        for file in (*self._watched, self._events):
             if file is not None:
                 file.close()
+        self._watched = []
         self._events = None  # a closed one cannot be flushed
         if self._temporary is not None:
             try:
@@ -138,10 +144,23 @@ class Run:
                 self._temporary.cleanup()
         if self.writes:
             self._release()
+        if removal and not isinstance(error, RunError):
+            raise RunError(removal) from error
 
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
+
+    def _removal(self) -> str | None:
+        """Returns which file of this run was removed while it is in use, if any."""
+        for file in self._watched:
+            # Another file may have the name by now; the open one then has no links.
+            if not Path(file.name).exists() or os.fstat(file.fileno()).st_nlink == 0:
+                return (
+                    f"{file.name} was removed while a run was using it. Nothing more can be saved "
+                    f"in {self.folder}; start again, without removing files of a run that goes on."
+                )
+        return None
 
     def upload(self) -> None:
         """Copies the files that grow to a remote directory; does nothing if it is local.
@@ -165,26 +184,19 @@ class Run:
                 raise RunError(f"{target} cannot be written: {error.strerror}.") from error
             self._uploaded[file] = version
 
-    def _check_config(self) -> None:
-        file = self.folder / "config.json"
-        if file.exists():
-            try:
-                stored = json.loads(file.read_text())
-            except ValueError as error:
-                raise RunError(
-                    f"{file} must be JSON; got {error}. Repair it, or use another directory."
-                ) from error
-            for name in _differences(stored, self.config):
-                if name.split(".")[0] not in self.may_differ:
-                    raise RunError(
-                        f"{name} must be {_value(stored, name)}, as when the run in {self.folder} "
-                        f"started; got {_value(self.config, name)}. Change it back, or use another "
-                        "directory."
-                    )
-        files.write_text(file, json.dumps(self.config, indent=2) + "\n")
+    def _check_kinds(self) -> None:
+        file, folder = self.folder / "metrics.jsonl", self.folder / "checkpoints"
+        if file.exists() and not file.is_file():
+            raise RunError(f"{file} must be a file, the log of the run; move it away.")
+        if folder.exists() and not folder.is_dir():
+            raise RunError(f"{folder} must be a directory of checkpoints; move it away.")
 
     def open_log(self, step: int) -> None:
-        """Continues the log after `step`; rows of later steps and half-written rows are dropped."""
+        """Continues the log after `step`; rows of later steps and half-written rows are dropped.
+
+        Raises:
+            RunError: If the log cannot be read or written.
+        """
         if not self.writes:
             return
         # TensorBoard takes a second to import, and only process 0 needs it.
@@ -193,12 +205,20 @@ class Run:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         stored, file = self.folder / "metrics.jsonl", self.growing / "metrics.jsonl"
-        if stored.exists():
-            lines = stored.read_text(errors="replace").splitlines()
-            kept = [line + "\n" for line in lines if _step_of_row(line) <= step]
-            files.write_text(file, "".join(kept))
-        self._log_file = file.open("a")
-        self._events = EventFileWriter(str(self.growing))
+        try:
+            if stored.exists():
+                lines = stored.read_text(errors="replace").splitlines()
+                steps = [_step_of_row(line) for line in lines]
+                rows = zip(lines, steps, strict=True)
+                kept = [f"{line}\n" for line, own in rows if own is not None and own <= step]
+                files.write_text(file, "".join(kept))
+            self._log_file = file.open("a")
+            self._events = EventFileWriter(str(self.growing))
+        except OSError as error:
+            raise RunError(
+                f"{stored} must be a file that can be read and written: {error.strerror or error}."
+            ) from error
+        self._watched.append(self._log_file)
         # This event makes TensorBoard drop the points that it has of later steps.
         restart = SessionLog(status=SessionLog.START)
         self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=restart))
@@ -212,12 +232,14 @@ class Run:
             values: Metrics.
 
         Raises:
-            RunError: If the log cannot be written.
+            RunError: If the log cannot be written, or a file of the run was removed.
         """
         if not self.writes:
             return
         if self._log_file is None:
             self.open_log(step - 1)
+        if removal := self._removal():
+            raise RunError(removal)
         try:
             self._log_file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
             self._log_file.flush()
@@ -259,26 +281,10 @@ class Run:
         return file
 
 
-def _step_of_row(line: str) -> float:
+def _step_of_row(line: str) -> int | None:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a row that a kill cut off
-        return float("inf")
-
-
-def _differences(stored: Any, current: Any, prefix: str = "") -> list[str]:
-    """Lists the names of values that differ; nested names are joined by dots."""
-    if not isinstance(stored, dict) or not isinstance(current, dict):
-        return [] if stored == current else [prefix]
-    names = [*stored, *(name for name in current if name not in stored)]
-    found: list[str] = []
-    for name in names:
-        path = f"{prefix}.{name}" if prefix else name
-        found += _differences(stored.get(name), current.get(name), path)
-    return found
-
-
-def _value(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # a row that a kill cut off
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
