@@ -48,7 +48,7 @@ def initialize(
             f"cluster provides them; got {coordinator!r}, {processes}, {process_id}."
         )
     if coordinator is not None and processes is not None and process_id is not None:
-        meet(coordinator, processes, process_id, timeout)
+        meet(coordinator, processes, process_id, float(timeout))
     jax.distributed.initialize(
         coordinator,
         processes,

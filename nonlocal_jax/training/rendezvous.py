@@ -57,8 +57,8 @@ def meet(coordinator: str, processes: int, process_id: int, timeout: float) -> N
     except OSError as error:
         raise DistributedError(
             f"process 0 must be able to listen at port {port} of this machine, for coordinator "
-            f"{coordinator}; got: {error.strerror}. Stop the program that uses the port, or choose "
-            "another port for all processes."
+            f"{coordinator}; got: {os.strerror(error.errno or 0)}. Stop the program that uses the "
+            "port, or choose another port for all processes."
         ) from error
     with server:
         _gather(server, coordinator, processes, timeout)

@@ -12,6 +12,7 @@ the log, TensorBoard's events and the profile are written to a temporary local d
 copied before every checkpoint and at the end. Nothing keeps two runs out of one remote directory.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -129,8 +130,10 @@ class Run:
     ) -> None:
         removal = self._removal()
         for file in (*self._watched, self._events):
-            if file is not None:
-                file.close()
+            # TensorBoard opens its file by name, so it cannot write what is left.
+            with contextlib.suppress(OSError) if removal else contextlib.nullcontext():
+                if file is not None:
+                    file.close()
         self._watched = []
         self._events = None  # a closed one cannot be flushed
         if self._temporary is not None:
@@ -240,13 +243,6 @@ class Run:
             self.open_log(step - 1)
         if removal := self._removal():
             raise RunError(removal)
-        try:
-            self._log_file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-            self._log_file.flush()
-        except OSError as error:
-            raise RunError(
-                f"the log in {self.folder} cannot be written: {error.strerror}."
-            ) from error
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -255,7 +251,14 @@ class Run:
             for name, value in values.items()
         ]
         event = Event(wall_time=time.time(), step=step, summary=Summary(value=points))
-        self._events.add_event(event)
+        try:
+            self._log_file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._log_file.flush()
+            self._events.add_event(event)
+        except OSError as error:
+            raise RunError(
+                f"the log in {self.folder} cannot be written: {error.strerror}."
+            ) from error
 
     def keep_batch(self, step: int, batch: Any, values: Mapping[str, float]) -> files.AnyPath:
         """Saves the batch, or this process's rows of it, whose step was not finite.

@@ -139,9 +139,40 @@ def test_one_is_killed_and_the_other_ends(killed, tmp_path):
 def test_one_that_never_comes_is_not_waited_for_forever(tmp_path):
     joint = joint_options(0, free_port())
     process = start("--timeout 5", tmp_path, *joint, module="experiments.cifar")
-    printed, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode != 0
-    assert "deadline" in printed.lower()
+    printed = finish(process, 1)
+    assert printed.startswith("error: all 2 processes must connect to 127.0.0.1:")
+    assert "before the deadline, 5 s; missing: process 1. Start each" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
+def test_different_numbers_of_processes_are_noticed(counts, tmp_path):
+    port = free_port()
+    processes = []
+    for i, count in enumerate(counts):
+        joint = joint_options(i, port)
+        joint[joint.index("--processes") + 1] = str(count)
+        output = tmp_path / str(i)
+        processes.append(start("--timeout 600", output, *joint, module="experiments.cifar"))
+    for process in processes:
+        printed = " ".join(finish(process, 1).split())
+        message = f"process 0 was started with {counts[0]}, process 1 with {counts[1]}."
+        assert printed.startswith("error: all processes must be started with the same number")
+        assert printed.endswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_port_in_use(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        joint = joint_options(0, server.getsockname()[1])
+        printed = finish(start("", tmp_path, *joint, module="experiments.cifar"), 1)
+    assert printed.startswith("error: process 0 must be able to listen at port")
+    assert "Address already in use" in printed
+
+
+def test_addresses_without_distributed(tmp_path):
+    _, *address = joint_options(0, free_port())
+    printed = finish(start("", tmp_path, *address, module="experiments.cifar"), 1)
+    assert "--coordinator, --processes and --process-id require --distributed" in printed
 
 
 def test_a_refused_folder_is_refused_on_both(tmp_path):

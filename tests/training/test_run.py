@@ -1,6 +1,7 @@
 """A run's directory has one owner, one configuration, and a log in which each step is once."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training.processes import PATIENCE
 
-from nonlocal_jax.training import Run, RunError
+from nonlocal_jax.training import Run, RunError, Stopped
 
 CONFIG = {"learning_rate": 0.1, "model": {"depth": 20, "blocks": ["res2_1"]}, "workers": 2}
 
@@ -119,3 +120,111 @@ def test_tensorboard_reads_the_same(tmp_path):
     assert set(events.Tags()["scalars"]) == {"train/loss", "evaluation/accuracy"}
     loss = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert loss == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3)), (4, 40.0)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 10_000, "must be JSON; got "),
+        (b"\xff{}", "must be JSON; got "),
+        (b"", "must be JSON; got "),
+        (b"[1]", r"must be a JSON object; got \[1\]"),
+        (b"null", "must be a JSON object; got None"),
+        (b'{"a\\u001b[2J": 1}', r"a\\x1b\[2J must be 1, as when the run in .*config.json"),
+        (b'{"a": "\\ud800"}', r"a must be \\ud800, as when"),
+    ],
+)
+def test_a_damaged_configuration(content, message, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=message), Run(tmp_path, {}):
+        pass
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", "config.json must be a file that can be read: Is a directory"),
+        ("metrics.jsonl", "metrics.jsonl must be a file, the log of the run"),
+        (".lock", "must be a directory that can be written: Is a directory"),
+    ],
+)
+def test_a_folder_in_place_of_a_file(name, message, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(RunError, match=message), Run(tmp_path, CONFIG):
+        pass
+
+
+def test_a_file_in_place_of_the_checkpoints(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(RunError, match="checkpoints must be a directory"), Run(tmp_path, CONFIG):
+        pass
+    (tmp_path / "checkpoints").unlink()
+    with Run(tmp_path, CONFIG):  # the directory is free again
+        pass
+
+
+@pytest.mark.parametrize(
+    "row", ["[" * 10_000, '{"step": ' + "9" * 4000 + "}", '{"step": 1e999}', "[]", '{"step": "1"}']
+)
+def test_rows_that_are_damaged_are_dropped(row, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{row}\n{{"step": 1, "kind": "train"}}\n{row}')
+    with Run(tmp_path, CONFIG) as run:
+        run.open_log(1)
+    assert rows(tmp_path) == [{"step": 1, "kind": "train"}]
+
+
+REMOVALS = {
+    "folder": shutil.rmtree,
+    "lock": lambda folder: (folder / ".lock").unlink(),
+    "log": lambda folder: (folder / "metrics.jsonl").unlink(),
+    "moved": lambda folder: folder.rename(folder.with_name("moved")),
+}
+
+
+def put_back(folder):
+    """Makes the files again, as another run in the directory would."""
+    folder.mkdir(exist_ok=True)
+    for name in (".lock", "metrics.jsonl"):
+        (folder / name).touch()
+
+
+def log_and_remove(run, remove):
+    run.log(1, "train", {"loss": 1.0})
+    run._events.flush()  # a thread writes them, and would create its file again
+    remove(run.folder)
+
+
+@pytest.mark.parametrize("removed", REMOVALS)
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_a_removed_folder_is_an_error_at_the_next_step(removed, is_made_again, tmp_path):
+    folder = tmp_path / "run"
+
+    def train():
+        with Run(folder, CONFIG) as run:
+            log_and_remove(run, REMOVALS[removed])
+            if is_made_again:
+                put_back(folder)
+            run.log(2, "train", {"loss": 1.0})
+
+    if removed == "moved" and is_made_again:
+        train()  # the files still exist, as they do on a file system that replaces open files
+        return
+    with pytest.raises(RunError, match=rf"{folder}/.* was removed while a run was using it"):
+        train()
+
+
+@pytest.mark.parametrize("error", [None, OSError("what followed"), Stopped(3)])
+def test_a_folder_removed_after_the_last_step(error, tmp_path):
+    folder = tmp_path / "run"
+
+    def train():
+        with Run(folder, CONFIG) as run:
+            log_and_remove(run, shutil.rmtree)
+            if error is not None:
+                raise error
+
+    with pytest.raises(RunError, match="was removed") as raised:
+        train()
+    assert raised.value.__cause__ is error

@@ -1,0 +1,151 @@
+"""The first contact of processes: all come, or every one gets the reason in one line."""
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from nonlocal_jax import training
+from nonlocal_jax.training import DistributedError, rendezvous
+
+
+@pytest.fixture
+def address():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    return f"127.0.0.1:{port}"
+
+
+def start(address, arguments, timeout=60.0):
+    """Starts a thread for each (processes, process_id); returns them and what they will raise."""
+    raised = [None] * len(arguments)
+
+    def meet(number, processes, process_id):
+        try:
+            rendezvous.meet(address, processes, process_id, timeout)
+        except DistributedError as error:
+            raised[number] = str(error)
+
+    threads = [
+        threading.Thread(target=meet, args=(number, *argument))
+        for number, argument in enumerate(arguments)
+    ]
+    for thread in threads:
+        thread.start()
+    return threads, raised
+
+
+def meet_all(address, arguments, timeout=60.0):
+    threads, raised = start(address, arguments, timeout)
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def connect(address, content):
+    """Connects as another program would; retries until process 0 listens."""
+    host, port = address.split(":")
+    while True:
+        try:
+            connection = socket.create_connection((host, int(port)))
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+        else:
+            connection.sendall(content)
+            return connection
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_all_come_and_the_port_is_free_again(processes, address):
+    arguments = [(processes, i) for i in reversed(range(processes))]
+    for _ in range(2):
+        assert meet_all(address, arguments) == [None] * processes
+
+
+@pytest.mark.parametrize(("own", "other"), [(2, 3), (3, 2), (7, 2)])
+def test_different_numbers_of_processes(own, other, address):
+    first, second = meet_all(address, [(own, 0), (other, 1)])
+    assert first == second
+    assert f"process 0 was started with {own}, process 1 with {other}." in first
+
+
+def test_the_same_index_twice(address):
+    raised = meet_all(address, [(3, 0), (3, 1), (3, 1)])
+    assert len(set(raised)) == 1
+    assert "two were started as process 1." in raised[0]
+
+
+def test_a_process_that_never_comes(address):
+    raised = meet_all(address, [(4, 0), (4, 2)], timeout=1.0)
+    assert raised[0] == raised[1]
+    message = f"all 4 processes must connect to {address} before the deadline, 1 s; missing: "
+    assert raised[0].startswith(f"{message}process 1, 3. ")
+
+
+def test_process_0_that_never_comes(address):
+    (raised,) = meet_all(address, [(2, 1)], timeout=0.5)
+    assert f"process 0 must answer at {address} before the deadline, 0.5 s; got: " in raised
+    assert "refused" in raised
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", ""])
+def test_a_port_in_use(host, address):
+    port = int(address.split(":")[1])
+    with socket.create_server((host, port)):
+        (raised,) = meet_all(address, [(2, 0)])
+    assert f"process 0 must be able to listen at port {port} of this machine" in raised
+    assert "got: Address already in use. Stop the program that uses the port" in raised
+
+
+@pytest.mark.parametrize("content", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\n", b"[" * 5000])
+def test_other_programs_are_ignored(content, address):
+    threads, raised = start(address, [(2, 0)])
+    with connect(address, content):
+        assert meet_all(address, [(2, 1)]) == [None]
+    threads[0].join()
+    assert raised == [None]
+
+
+def test_an_answer_of_another_program(address):
+    with socket.create_server(("127.0.0.1", int(address.split(":")[1]))) as server:
+
+        def answer():
+            with server.accept()[0] as connection:
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        (raised,) = meet_all(address, [(2, 1)], timeout=0.15)
+        thread.join()
+    assert "got: what answers there is not process 0. Start process 0 there" in raised
+
+
+def test_a_process_that_is_started_again(address):
+    threads, raised = start(address, [(3, 0)])
+    hello = json.dumps({"process": 1, "processes": 3}).encode() + b"\n"
+    connect(address, hello).close()
+    assert meet_all(address, [(3, 1), (3, 2)]) == [None, None]
+    threads[0].join()
+    assert raised == [None]
+
+
+@pytest.mark.parametrize(
+    "coordinator", ["localhost", ":1234", "localhost:", "a:b", "a:0", "a:70000"]
+)
+def test_an_address_that_is_none(coordinator):
+    with pytest.raises(ValueError, match=r"coordinator must be host:port, such as 10.0.0.1:1234"):
+        training.initialize(coordinator, 2, 0)
+
+
+@pytest.mark.parametrize(("processes", "process_id"), [(2, 2), (2, -1), (1, 1), (0, 0)])
+def test_an_index_that_is_not_below_the_number(processes, process_id):
+    with pytest.raises(ValueError, match=rf"process_id must be from 0 to .*; got {process_id}"):
+        training.initialize("localhost:1234", processes, process_id)
+
+
+def test_a_timeout_of_nothing():
+    with pytest.raises(ValueError, match="timeout must be at least 1; got 0"):
+        training.initialize("localhost:1234", 2, 0, timeout=0)
