@@ -17,8 +17,6 @@ from nonlocal_jax.files import AnyPath
 from nonlocal_jax.terminal import printable
 
 HEADER = ("run", "data", "parameters", "seeds", "accuracy, %", "steps", "training time, s")
-
-
 FIELDS = {
     "command": str,
     "hardware": str,

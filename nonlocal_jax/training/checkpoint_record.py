@@ -11,6 +11,7 @@ from nonlocal_jax.files import AnyPath
 from nonlocal_jax.training.digests import digests
 
 Tree = Any
+LARGEST_INTEGER = 1 << 53  # up to which floats hold every integer
 LEAF_FIELDS = {"shape": list, "dtype": str, "digest": str}
 
 
@@ -85,9 +86,7 @@ def read_record(folder: AnyPath, step: int) -> dict[str, Any]:
     metrics = _read_json(file)
     if metrics is None:
         metrics = {}
-    is_valid = isinstance(metrics, dict) and all(
-        isinstance(value, int | float) for value in metrics.values()
-    )
+    is_valid = isinstance(metrics, dict) and all(map(_is_number, metrics.values()))
     # Earlier versions did not put the metrics into the record.
     sealed_metrics = content.setdefault("metrics", metrics)
     # As text, NaN equals NaN.
@@ -103,6 +102,11 @@ def can_read_metrics(folder: AnyPath) -> bool:
     except DamagedError:
         return False
     return True
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON can be a float. Integers of JSON can be too large."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST_INTEGER)
 
 
 def _as_text(content: Any) -> str:

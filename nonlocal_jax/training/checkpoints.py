@@ -1,7 +1,9 @@
 """Checkpoints written by Orbax, asynchronous and atomic, with a digest of every array.
 
     <folder>/<step>/state/        arrays, in Orbax's format
-    <folder>/<step>/record/       JSON: shape, dtype and digest of every array, and the run's record
+    <folder>/<step>/record/       JSON: shape, dtype and digest of every array, the metrics, and the
+                                  run's record
+    <folder>/<step>/metrics/      the metrics again, in Orbax's format
     <folder>/corrupt-<step>...    a damaged checkpoint, moved aside
 
 Orbax writes into a temporary directory and renames it when everything is there, so a process killed
@@ -83,7 +85,7 @@ class Checkpoints:
 
         Raises:
             ValueError: If a number or the mode is out of range.
-            CheckpointError: If the directory is remote and not at gs://.
+            CheckpointError: If the directory is a file, or remote and not at gs://.
             OSError: If the directory cannot be written.
         """
         checks.at_least("keep", keep, 1)
@@ -171,7 +173,8 @@ class Checkpoints:
         """
         self.wait()
         # Without a best metric Orbax does not write any.
-        kept_metrics = self._worst and {**self._worst, **(metrics or {})}
+        written = {**self._worst, **(metrics or {})} if self._best is not None else {}
+        kept_metrics = {name: float(value) for name, value in written.items()}
         content = {
             "step": step,
             "leaves": describe(state),
@@ -213,8 +216,8 @@ class Checkpoints:
     def restore(self, like: Tree, shardings: Tree | None = None) -> Restored | None:
         """Reads the latest checkpoint that can be trusted.
 
-        A checkpoint that cannot be read, or whose arrays changed on the disk, is reported and moved
-        aside.
+        A checkpoint that cannot be read, or whose arrays or metrics changed on the disk, is
+        reported and moved aside. So is an earlier one whose record or metrics are damaged.
 
         Args:
             like: Expected structure, shapes and dtypes: a tree of arrays or `jax.ShapeDtypeStruct`.

@@ -121,6 +121,7 @@ def read_metrics(folder):
         {"accuracy": float("nan")},
         {"accuracy": None},
         {"accuracy": "0.2"},
+        {"accuracy": 10**400},
         {"loss": 0.4},
         {"accurabz": 0.2},
     ],

@@ -78,11 +78,11 @@ def is_held(folder):
     return (folder / "held").exists()
 
 
-def kill_often(folder, kills, seed):
+def kill_often(folder, kills, seed, damage=None):
     """Kills a run again and again, some steps after the checkpoint from which each start continued.
 
-    Every other kill comes while a checkpoint is being written. Returns what the last start, which
-    is left alone, printed.
+    Every other kill comes while a checkpoint is being written. `damage`, if any, gets the number of
+    each kill after it. Returns what the last start, which is left alone, printed.
     """
     rng = np.random.default_rng(seed)
     for number in range(kills):
@@ -101,8 +101,11 @@ def kill_often(folder, kills, seed):
             wait_for(lambda: is_saving(folder) or is_held(folder), process)
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
-        assert process.wait(PATIENCE) == -signal.SIGKILL
-        process.stdout.close()
+        printed, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == -signal.SIGKILL
+        assert "Traceback" not in printed, printed
+        if damage:
+            damage(number)
     return start_and_finish(folder)
 
 
@@ -116,6 +119,47 @@ def test_killed_while_it_trains_and_while_it_saves(undisturbed, run_folder):
 def test_killed_again_and_again(seed, undisturbed, run_folder):
     assert "resumed at step" in kill_often(run_folder, 5, seed + 1)
     assert outcome(run_folder) == undisturbed
+
+
+@pytest.mark.faults
+def test_killed_and_one_byte_flipped_of_the_latest_checkpoint(
+    undisturbed, run_folder, mutated_files
+):
+    """Every file of a checkpoint gets its turn."""
+    rng = np.random.default_rng(0)
+    flipped = []
+
+    def flip(number):
+        folder = run_folder / "checkpoints"
+        if sum(path.name.isdecimal() for path in folder.glob("*")) < 2:
+            return
+        latest = folder / str(saved_step(run_folder))
+        files = sorted(path for path in latest.rglob("*") if path.is_file())
+        file = files[np.random.default_rng(1).permutation(len(files))[number % len(files)]]
+        content = bytearray(file.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(content)
+        flipped.append(str(file.relative_to(folder)))
+
+    kills = max(mutated_files // 25, 2)
+    assert "resumed at step" in kill_often(run_folder, kills, 0, flip)
+    moved = sorted(path.name for path in (run_folder / "checkpoints").glob("corrupt-*"))
+    print(f"{kills} kills, {len(flipped)} flips: {flipped}; moved aside: {moved}")
+    assert flipped
+    assert outcome(run_folder) == undisturbed
+
+
+@pytest.mark.parametrize("removed", ["folder", "lock"])
+def test_a_folder_that_is_removed_while_it_trains(removed, run_folder):
+    process = start(run_folder, hold_at=8)
+    wait_for(lambda: is_held(run_folder), process)
+    if removed == "folder":
+        run_folder.rename(run_folder.with_name("moved"))
+    else:
+        (run_folder / ".lock").unlink()
+    go_file(run_folder).touch()
+    printed = finish(process, code=1)
+    assert f"RunError: {run_folder}/.lock was removed while a run was using it" in printed
 
 
 def test_terminated_it_saves_and_exits_with_75(undisturbed, run_folder):

@@ -144,6 +144,24 @@ def test_one_that_never_comes_is_not_waited_for_forever(tmp_path):
     assert "before the deadline, 5 s; missing: process 1. Start each" in " ".join(printed.split())
 
 
+@needs_four
+def test_a_file_that_only_one_process_reads_is_damaged(alone, tmp_path):
+    """The other one can read its part, and takes the same checkpoint before."""
+    folder = tmp_path / "run"
+    for process in start_two(folder, "--placement", "sharded"):
+        finish(process)
+    files = (folder / "checkpoints" / str(STEPS) / "state").rglob("d/*")
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    for process in start_two(folder, "--placement", "sharded"):
+        printed = finish(process)
+        assert f"the checkpoint of step {STEPS} is damaged" in printed
+    assert (folder / "checkpoints" / f"corrupt-{STEPS}").is_dir()
+    assert_equal(folder, alone)
+
+
 @pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
 def test_different_numbers_of_processes_are_noticed(counts, tmp_path):
     port = free_port()
