@@ -16,7 +16,8 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,8 +286,12 @@ class Checkpoints:
         # Not by `CheckpointManager.restore`, in which a process waits for one that has failed.
         handler = ocp.StandardCheckpointHandler()
         folder = self._manager.directory / str(step) / "state"
+        previous_hook = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_report_unless_late, previous_hook)
         try:
-            return handler.restore(folder, args=ocp.args.StandardRestore(target))
+            state = handler.restore(folder, args=ocp.args.StandardRestore(target))
+            sys.unraisablehook = previous_hook  # not after an error: the late ones come later
+            return state
         except Exception as error:  # a damaged file makes Orbax raise nearly any exception
             raise DamagedError(f"{type(error).__name__}: {error}".splitlines()[0][:300]) from error
         finally:
@@ -313,6 +318,16 @@ class Checkpoints:
         # `CheckpointManager.reload` would read the metrics.
         self._manager.close()
         self._manager = self._open()
+
+
+def _report_unless_late(report: Callable[[Any], None], unraisable: Any) -> None:
+    """Hook for errors that cannot be raised, without those that a damaged array leaves behind.
+
+    Orbax closes its event loop at the first array that it cannot read. TensorStore, which still
+    reads others, would print a traceback for each of them.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
 
 
 @dataclasses.dataclass(frozen=True)
