@@ -129,13 +129,13 @@ def test_killed_and_one_byte_flipped_of_the_latest_checkpoint(
     rng = np.random.default_rng(0)
     flipped = []
 
-    def flip(number):
+    def flip(_):
         folder = run_folder / "checkpoints"
         if sum(path.name.isdecimal() for path in folder.glob("*")) < 2:
             return
         latest = folder / str(saved_step(run_folder))
         files = sorted(path for path in latest.rglob("*") if path.is_file())
-        file = files[np.random.default_rng(1).permutation(len(files))[number % len(files)]]
+        file = files[np.random.default_rng(1).permutation(len(files))[len(flipped) % len(files)]]
         content = bytearray(file.read_bytes())
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
         file.write_bytes(content)
