@@ -12,7 +12,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo quick test test-faults check parity tpu bench docs notebooks lock clean
 
-demo: $(READY)  ## train a control and a non-local network on toy videos, offline, in about 3 minutes on 2 cores
+demo: $(READY)  ## train a control and a non-local network on toy videos, offline: after the installation about 3 minutes on 2 idle cores
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
 
 quick: $(READY)  ## the tests without processes, browser, notebooks and whole networks, in about 4 minutes on 2 cores
