@@ -43,22 +43,6 @@ def is_unfinished(folder: AnyPath) -> bool:
     return (folder / "config.json").exists() and not (folder / "results.json").exists()
 
 
-def read_finished(folder: AnyPath) -> dict[str, Any]:
-    """Reads the results of a finished run.
-
-    Raises:
-        ValueError: The folder has none, or they have no accuracy.
-    """
-    run = results.read(folder)
-    metrics = run.get("metrics", {})
-    if "accuracy" not in metrics:
-        raise ValueError(
-            f"{folder} must be the folder of a run that measures accuracy; "
-            f"got {', '.join(metrics) or 'no metrics'}."
-        )
-    return run
-
-
 def progress(folder: AnyPath, rows: Sequence[dict[str, Any]]) -> str:
     """Returns the line of an unfinished run, whose training has logged some rows."""
     reached = f"at step {rows[-1]['step']:,}" if rows else "before its first logged step"
@@ -69,7 +53,7 @@ def main(config: Config) -> None:
     with exit_on(OSError, ValueError, KeyError):
         unfinished = [folder for folder in config.runs if is_unfinished(folder)]
         finished = [folder for folder in config.runs if folder not in unfinished]
-        lines = [results.table([read_finished(folder) for folder in finished])] if finished else []
+        lines = [results.table([results.read(folder) for folder in finished])] if finished else []
         drawn = list(finished)
         for folder in unfinished:
             has_log = (folder / "metrics.jsonl").exists()

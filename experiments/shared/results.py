@@ -57,7 +57,8 @@ def read(folder: AnyPath) -> dict[str, Any]:
     """Reads the results of a finished run, with its configuration and its folder.
 
     Raises:
-        ValueError: `results.json` or `config.json` is missing, incomplete or damaged.
+        ValueError: `results.json` or `config.json` is missing, incomplete or damaged, or the run
+            does not measure accuracy.
     """
     results, config = _read_object(folder, "results.json"), _read_object(folder, "config.json")
     file = folder / "results.json"
@@ -67,7 +68,13 @@ def read(folder: AnyPath) -> dict[str, Any]:
                 f"{name} in {file} must be there and of the type that a run writes; "
                 f"got {_shown(results.get(name))}. Run the experiment again."
             )
-    numbers = {"accuracy": results["metrics"].get("accuracy"), "seconds": results["seconds"]}
+    metrics = results["metrics"]
+    if "accuracy" not in metrics:
+        raise ValueError(
+            f"{file} must be the results of a run that measures accuracy; "
+            f"got {', '.join(metrics) or 'no metrics'}."
+        )
+    numbers = {"accuracy": metrics["accuracy"], "seconds": results["seconds"]}
     for name, value in numbers.items():
         if not _is_number(value) or not math.isfinite(value):
             raise ValueError(f"{name} in {file} must be a finite number; got {_shown(value)}.")

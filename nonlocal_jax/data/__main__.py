@@ -287,7 +287,10 @@ def _transcode(command: Transcode) -> int:
             failed[source] = str(error)
     if videos.format != "folder":
         copies = {source: target for source, target in targets.items() if source not in failed}
-        with files.atomic_write(command.out / command.list.name) as partial:
+        file = command.out / command.list.name
+        if file.is_symlink():  # which `atomic_write` would write through
+            file.unlink()
+        with files.atomic_write(file) as partial:
             partial.write_bytes(_list_content(command, videos, copies))
     copied = len(targets) - len(failed)
     folder = printable(command.out)

@@ -82,6 +82,6 @@ def test_a_report_needs_accuracies(tmp_path):
     (run / "results.json").write_text(json.dumps(record))
     with pytest.raises(
         SystemExit,
-        match=r"a must be the folder of a run that measures accuracy; got hit_at_1, loss\.",
+        match=r"results.json must be the results .* accuracy; got hit_at_1, loss\.",
     ):
         report.main(report.Config((run,), tmp_path / "out"))
