@@ -201,7 +201,8 @@ def load(config: Config, picture: AnyPath) -> tuple[Network, Views, tuple[str, .
             source = TestingClips(video, loaded.sampling, config.clips, config.crops, loaded.size)
             return loaded, source.read(0), names
     except OSError as error:
-        raise SystemExit(f"error: {printable(error.filename)}: {error.strerror}.") from error
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise SystemExit(f"error: {printable(reason)}.") from error
 
 
 def predict(config: Config, loaded: Network, views: Views) -> np.ndarray:

@@ -113,10 +113,10 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     partial = path.with_name(_partial_name(path))
     try:
         yield partial
-        if path.exists():
-            partial.chmod(path.stat().st_mode & 0o777)
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
+        if path.exists():
+            partial.chmod(path.stat().st_mode & 0o777)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -274,3 +274,14 @@ def test_a_link_is_followed(tmp_path):
         "link-not-there",
         "link-there",
     ]
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o400])
+def test_a_read_only_file_is_replaced(tmp_path, mode):
+    """As users other than root see it: the new file is flushed before it is read-only."""
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+    file.chmod(mode)
+    files.write_text(file, "new")
+    assert file.read_text() == "new"
+    assert file.stat().st_mode & 0o777 == mode

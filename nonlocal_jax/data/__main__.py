@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return _make_stand_in(command)
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(_printable_lines(f"error: {reason}"), file=sys.stderr)
     except (DataError, ValueError, ImportError) as error:
         print(_printable_lines(f"error: {error}"), file=sys.stderr)

@@ -177,13 +177,35 @@ def make(
     marker = folder / "stand_in.json"
     counts = {split: numbers[split] for split in lists}
     contents = json.dumps({"data_set": data_set, "numbers": counts})
-    if marker.exists() and marker.read_bytes() == contents.encode():
+    if _has(marker, contents):
         return lists
+    with extra("experiments"):
+        from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".stand_in.lock"):  # the other processes of a run wait for the first
+        if not _has(marker, contents):
+            _write_data_set(folder, data_set, lists, numbers, threads)
+            files.write_text(marker, contents)  # last: it tells that everything was written
+    return lists
+
+
+def _has(marker: Path, contents: str) -> bool:
+    return marker.exists() and marker.read_bytes() == contents.encode()
+
+
+def _write_data_set(
+    folder: Path,
+    data_set: DataSet,
+    lists: Mapping[Split, Path],
+    numbers: Mapping[Split, int],
+    threads: int,
+) -> None:
+    marker = folder / "stand_in.json"
     videos_of_split = {
         split: [SyntheticVideo(data_set, split, number) for number in range(numbers[split])]
         for split in lists
     }
-    folder.mkdir(parents=True, exist_ok=True)
     if not marker.exists():
         names = ["classes.txt", "damaged.mp4", "sound.mp4"]
         names += [f"{video.name}.mp4" for video in itertools.chain(*videos_of_split.values())]
@@ -199,8 +221,6 @@ def make(
             names += _write_unreadable(folder)
         file.write_text(_list_text(data_set, names, actions))
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    files.write_text(marker, contents)  # last: it tells that everything was written
-    return lists
 
 
 def _check_missing(outputs: Iterable[Path]) -> None:

@@ -116,6 +116,7 @@ class ScoreFolder:
         Raises:
             ValueError: A file in the folder has no scores or is damaged, or the files do not match.
                 The message names the file.
+            OSError: A file cannot be read.
         """
         folder = files.as_path(folder)
         self.folder, self.writer, self.every = folder, writer, every
@@ -129,12 +130,15 @@ class ScoreFolder:
             self._read_part(part)
 
     def _read_part(self, part: files.AnyPath) -> None:
+        content = part.read_bytes()
         try:
-            videos, failures, tables = _decode(part.read_bytes())
+            videos, failures, tables = _decode(content)
             for row, video in enumerate(videos):
                 scores = {name: table[row] for name, table in tables.items()}
                 self._check_names(scores)
                 self.found[video] = scores
+        except MemoryError:
+            raise
         # Damaged files raise many kinds of errors in zipfile and NumPy, also undocumented ones.
         except Exception as error:
             raise ValueError(

@@ -193,7 +193,7 @@ class NonLocalOperation(nn.Module):
         self._check_groups(positions)
         g_params = self.variables.get("params", {}).get("g", {})
         if "kernel" in g_params:  # not while parameters are initialised
-            checks.channels("x", x.shape, g_params["kernel"].shape[0])
+            checks.channels("x", x.shape, nn.meta.unbox(g_params["kernel"]).shape[0])
         if mask is None:
             return
         if getattr(mask, "dtype", None) != jnp.bool_:
@@ -230,7 +230,8 @@ class NonLocalOperation(nn.Module):
             raise ValueError(
                 f"subsample must have {len(positions)} sizes of at least 1; got {window}."
             )
-        if any(size > length for size, length in zip(window, positions, strict=True)):
+        lengths = zip(window, positions, strict=True)
+        if any(isinstance(length, int) and size > length for size, length in lengths):
             raise ValueError(
                 f"the subsampling window {window} must not be larger than the map {positions}; "
                 "use a smaller one."

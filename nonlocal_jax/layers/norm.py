@@ -93,9 +93,9 @@ class BatchNorm(nn.BatchNorm):
         if not self.is_initializing() and not self.is_mutable_collection("batch_stats"):
             place = "/".join(self.path) or "the norm"
             raise ValueError(
-                'training needs mutable=["batch_stats"] in the call of apply, which then returns '
-                f"(output, updates): {place} updates its running statistics. In NNX, pass it to "
-                "the call of the ToNNX module. Without train=True, they are used instead."
+                f"{place} updates its running statistics in training: pass "
+                'mutable=["batch_stats"] to apply, which then returns (output, updates), or in NNX '
+                "to the call of the ToNNX module. For evaluation, pass train=False."
             )
 
     def _batch_statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:

@@ -49,7 +49,8 @@ class VideoResNet(nn.Module):
         layout: Strides and poolings.
         nonlocal_blocks: By stage, the residual blocks that a non-local block follows, counted from
             0.
-        make_block: Makes a non-local block, given the stage and a name.
+        make_block: Makes a non-local block, given the stage, `name`, `dtype` and `param_dtype`, and
+            `axis_name` where positions are split.
         norm: Makes a norm.
         num_classes: Number of logits.
         zero_init_residual: Whether each residual branch starts at 0, by the scale of its last norm.
@@ -215,7 +216,7 @@ class VideoResNet(nn.Module):
         windows = logits.shape[1] * logits.shape[2]
         # log(mean(softmax)), without leaving the logarithm
         total = jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=(1, 2))
-        return total - math.log(windows)
+        return total - jnp.log(jnp.asarray(windows, total.dtype))
 
     def _sow_output(self, name: str, x: Array) -> Array:
         self.sow("intermediates", name, x)
@@ -234,7 +235,8 @@ class VideoResNet(nn.Module):
                 f"frames, for the strides of this layout; got {t}."
             )
         smallest = video_tables.smallest_clip(self.layout)
-        if any(size < minimum for size, minimum in zip((t, h, w), smallest, strict=True)):
+        sizes = zip((t, h, w), smallest, strict=True)
+        if any(isinstance(size, int) and size < minimum for size, minimum in sizes):
             frames, rows, columns = smallest
             raise ValueError(
                 f"clip must have at least {frames} frames of {rows}×{columns} pixels for the "

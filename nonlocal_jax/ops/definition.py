@@ -120,8 +120,9 @@ def widen(x: Array) -> Array:
 
 
 def wide_dtype(dtype: Any) -> jnp.dtype:
-    """Returns float32 for half precision, and any other floating dtype as it is.
+    """Returns float32 for integers and half precision, and any other dtype as it is.
 
     Unlike `jnp.promote_types`, it does not depend on JAX's promotion rules, which may be strict.
     """
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+    is_wide = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32
+    return jnp.dtype(dtype) if is_wide else jnp.dtype(jnp.float32)

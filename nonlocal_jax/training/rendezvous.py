@@ -101,7 +101,7 @@ def _gather(server: socket.socket, coordinator: str, processes: int, timeout: fl
             stack.enter_context(connection)
             hello = _receive(connection, min(remaining, HELLO_SECONDS))
             process, own_count = hello.get("process"), hello.get("processes")
-            if not isinstance(process, int) or not isinstance(own_count, int):
+            if type(process) is not int or type(own_count) is not int or process < 1:
                 continue  # not one of ours
             problem = _conflict(process, own_count, processes, connections)
             connections[process] = connection
@@ -124,6 +124,8 @@ def _conflict(
             "all processes must be started with the same number of processes; process 0 was "
             f"started with {processes}, process {process} with {own_count}."
         )
+    if process >= processes:
+        return f"the index of a process must be below {processes}; one was started as {process}."
     if process in connections and not _has_ended(connections[process]):
         return f"each process must have its own index; two were started as process {process}."
     return ""

@@ -161,4 +161,4 @@ def _borders(levels: Bands, columns: Any, rows: Any, half: float) -> Any:
 
 
 def _tick(value: float, _: Any = None) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}"
+    return f"{value:,.0f}" if abs(value) >= 99.5 else f"{value:.2g}"

@@ -44,8 +44,7 @@ def geometries(
     """Returns the geometry of the input of every non-local block, by name, or the obstacle.
 
     What combines all positions is left out: other non-local blocks on the path and sums over whole
-        axes, such as the
-    statistics of norms.
+    axes, such as the statistics of norms.
 
     Args:
         apply: `model.apply` of any Linen module, or the function that `functional` returns.

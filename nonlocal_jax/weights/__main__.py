@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return _verify(command)
     except OSError as error:
-        _print_error(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
+        _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 2
     except ValueError as error:
         _print_error(str(error))

@@ -181,7 +181,7 @@ def test_only_names_that_need_quotes_have_them(tmp_path):
     assert main(["index", str(tmp_path)]) == 0
     lines = ['"long jump/a.mp4" 0', "run/a-1_b.mp4 1", "走る/é.mp4 2"]
     assert (tmp_path / "list.txt").read_text(encoding="utf-8").splitlines() == lines
-    assert (tmp_path / "classes.txt").read_text(encoding="utf-8") == '"long jump"\nrun\n走る\n'
+    assert (tmp_path / "classes.txt").read_text(encoding="utf-8") == "long jump\nrun\n走る\n"
     assert path_line('say "f".mp4', 3) == '"say ""f"".mp4" 3\n'
     for character in ",;|'#\t\ufeff\x85":
         assert path_line(f"a{character}.mp4", 3) == f'"a{character}.mp4" 3\n'

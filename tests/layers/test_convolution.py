@@ -4,6 +4,7 @@ import functools
 
 import chex
 import convolution_oracle as oracle
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -243,3 +244,11 @@ def test_channels_that_the_kernel_does_not_fit(groups):
         convolution.apply(variables, jnp.moveaxis(x, -1, 1))
     with pytest.raises(ValueError, match=r"got shape \(2, 3, 5, 7, 8\)\.(\n|$)"):
         convolution.apply(variables, jnp.ones((2, 3, 5, 7, 8)))
+
+
+def test_a_kernel_with_metadata():
+    init = nn.with_partitioning(nn.initializers.he_normal(), (None, None, None, None, "model"))
+    convolution, x = VideoConv(4, (3, 3, 3), kernel_init=init), jnp.ones((2, 3, 5, 7, 6))
+    boxed = convolution.init(jax.random.key(0), x)
+    y = convolution.apply(boxed, x)
+    np.testing.assert_array_equal(y, convolution.apply(nn.meta.unbox(boxed), x))

@@ -92,6 +92,8 @@ def test_variables_with_metadata():
     variables = nl.layers.insert(trained_variables(), partitioned(fresh_variables()))
     expected = nl.layers.insert(trained_variables(), fresh_variables())
     chex.assert_trees_all_equal(variables, partitioned(expected))
+    network = Network("embedded_gaussian")
+    np.testing.assert_array_equal(network.apply(variables, X), network.apply(expected, X))
 
 
 def test_under_jit_and_as_shapes():

@@ -57,6 +57,22 @@ def test_gradients_are_exported_with_symbolic_sizes(name, sizes):
     )
 
 
+@pytest.mark.usefixtures("as_users_see_it")
+@pytest.mark.networks
+@pytest.mark.parametrize("preset", ["paper", "caffe2"])
+def test_inference_is_exported_with_symbolic_sizes(preset):
+    model = video_resnet(kind="i3d_3x1x1", preset=preset, **VIDEO | {"head_window": (2, 2)})
+    clip = normal((2, 9, 96, 32, 3))
+    variables = random_variables(model, clip)
+    constraints = ["t >= 7", "h >= 3"]
+    sizes = jax.export.symbolic_shape("b, t, 32*h, 32, 3", constraints=constraints)
+    symbolic = jax.ShapeDtypeStruct(sizes, jnp.float32)
+    function = jax.jit(model.apply)
+    exported = jax.export.export(function, platforms=PLATFORMS)(variables, symbolic)
+    logits = jax.export.deserialize(exported.serialize()).call(variables, clip)
+    np.testing.assert_allclose(logits, function(variables, clip), rtol=1e-4, atol=1e-4)
+
+
 def gradient(model, variables, images):
     """Returns the gradient of a training step, by the parameters."""
 

@@ -257,6 +257,8 @@ def _frame_list_record(
 ) -> Record:
     frames, frame_labels = [], []
     for number, fields in rows:
+        while len(fields) > 5 and not fields[-1].strip():  # separators at the end of the line
+            fields = fields[:-1]
         if len(fields) != 5:
             text = table.delimiter.join(fields)
             raise LineError(

@@ -8,6 +8,7 @@ from typing import Any
 from nonlocal_jax import files
 from nonlocal_jax.data import DataError
 from nonlocal_jax.data.lists.records import Annotations
+from nonlocal_jax.data.lists.text import unquoted_name
 from nonlocal_jax.files import AnyPath
 from nonlocal_jax.terminal import printable
 
@@ -64,7 +65,8 @@ def write_folder(
             lines.append(path_line(path, record.labels[0]))
     for name in videos.names:
         with naming(folder / name):
-            names.append(f"{name_field(name)}\n")
+            quoted = name_field(name)  # which checks the name
+            names.append(f"{name if unquoted_name(name) == name else quoted}\n")
     # Nested, so that no list is left behind if the names cannot be written.
     with files.atomic_write(list_file) as partial:
         partial.write_text("".join(lines), encoding="utf-8")

@@ -66,7 +66,7 @@ class VideoConv(nn.Module):
         if not all(size % 2 for size in self.kernel_size):
             raise ValueError(f"kernel_size must be odd along every axis; got {self.kernel_size}.")
         if self.has_variable("params", "kernel"):
-            stored: Array = self.get_variable("params", "kernel")
+            stored: Array = nn.meta.unbox(self.get_variable("params", "kernel"))
             checks.channels("x", x.shape, stored.shape[-2] * self.groups)
         channels = x.shape[-1]
         if channels % self.groups or self.features % self.groups:
