@@ -3,6 +3,7 @@
 A new block is the identity, so a network that lacks one gives the same answers.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nonlocal_jax.layers.model_functions import functional, module_path
+from nonlocal_jax.layers.model_functions import fresh_trace, functional, module_path
 from nonlocal_jax.layers.residual_ratio import RESIDUAL_RATIO, report_residual_ratios
 from nonlocal_jax.layers.response import PairwiseCall, tap
 from nonlocal_jax.types import Array, Scalar
@@ -83,13 +84,16 @@ def describe(
     operations: dict[Path, str] = {}
     transformed: set[Path] = set()
 
-    def record(call: PairwiseCall) -> None:
+    def record(call: PairwiseCall) -> Array:
         module = call.module if call.block is None else call.block
         path = module_path(module)
         operations.setdefault(path, type(call.module).__name__)
         # Inside nn.scan a module sees one layer of the stacked parameters.
         if _shapes(module.variables.get("params", {})) != _shapes(_lookup(params, path)):
             transformed.add(path)
+        # `fresh_trace` disables jit, which would unroll the loops of implementations.
+        with jax.disable_jit(False):
+            return call.respond()
 
     def ratios(variables: Any, x: Array) -> dict[Path, Array | None]:
         reported: dict[Path, Array] = {}
@@ -97,7 +101,9 @@ def describe(
         def record_ratio(block: nn.Module, ratio: Scalar) -> None:
             reported[module_path(block)] = ratio
 
-        with tap(record), report_residual_ratios(record_ratio):
+        # A jitted method of an NNX module may have been traced before, and then reports nothing.
+        tracing = contextlib.nullcontext() if is_linen else fresh_trace()
+        with tracing, tap(record), report_residual_ratios(record_ratio):
             _, state = apply(variables, x, mutable=["intermediates"], **kwargs)
         if transformed:
             raise ValueError(_transformed_blocks(operations, is_linen))

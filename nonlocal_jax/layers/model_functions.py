@@ -1,14 +1,19 @@
 """Linen and NNX models as functions of their variables, and where their blocks are."""
 
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from nonlocal_jax.types import Array
 
 # Begins the name of a Linen module inside an NNX model; the path of its `ToNNX` follows.
 NNX_MARK = "nonlocal_jax.nnx:"
+TRACES = itertools.count()
 
 
 def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
@@ -44,6 +49,17 @@ def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
         return (y, {}) if mutable else y
 
     return apply, state
+
+
+@contextlib.contextmanager
+def fresh_trace() -> Iterator[None]:
+    """Context manager in which all methods of modules run in Python, even if traced before.
+
+    `disable_jit` inlines `jax.jit`. Other transformations cache their traces by a context that
+    includes the XLA metadata, so a new number in the metadata makes every cache miss.
+    """
+    with jax.disable_jit(), set_xla_metadata(nonlocal_jax_trace=str(next(TRACES))):
+        yield
 
 
 def module_path(module: nn.Module) -> tuple[str, ...]:

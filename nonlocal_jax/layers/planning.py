@@ -1,5 +1,6 @@
 """The memory of a network's non-local blocks, by implementation, as the compiler reports it."""
 
+import contextlib
 import dataclasses
 import inspect
 import time
@@ -14,7 +15,7 @@ import numpy as np
 from nonlocal_jax import ops
 from nonlocal_jax.layers.block import NonLocalBlock
 from nonlocal_jax.layers.instantiations import NonLocalOperation
-from nonlocal_jax.layers.model_functions import functional, module_path
+from nonlocal_jax.layers.model_functions import fresh_trace, functional, module_path
 from nonlocal_jax.layers.response import PairwiseCall, tap
 from nonlocal_jax.types import Array, Instantiation
 
@@ -196,10 +197,15 @@ def _find_operations(
             inputs[module_path(context.module)] = args, kwargs
         return method(*args, **kwargs)
 
-    def record_operation(call: PairwiseCall) -> None:
+    def record_operation(call: PairwiseCall) -> Array:
         path = module_path(call.module)
-        if path in operations:
-            return
+        if path not in operations:
+            operations[path] = operation_of(call)
+        # `fresh_trace` disables jit, which would unroll the loops of implementations.
+        with jax.disable_jit(False):
+            return call.respond()
+
+    def operation_of(call: PairwiseCall) -> _Operation:
         block = call.module if call.block is None else call.block
         place = module_path(block)
         args, kwargs = jax.tree.map(_shape, inputs[place])
@@ -212,7 +218,7 @@ def _find_operations(
             implementation=call.implementation,
         )
         available = (cost for cost in explanation.costs if cost.refusal is None)
-        operations[path] = _Operation(
+        return _Operation(
             place=place,
             module=_drop_axis_name(block.unbind()[0]),
             path=call.module.path[len(block.path) :],
@@ -225,13 +231,16 @@ def _find_operations(
             implementations=tuple(cost.implementation for cost in available),
         )
 
-    if isinstance(model, nn.Module):
+    is_linen = isinstance(model, nn.Module)
+    if is_linen:
         apply, variables = model.init_with_output, jax.random.key(0)
     else:
         apply, variables = functional(model, None)
 
     def trace(variables: Any, x: Array) -> Any:
-        with tap(record_operation), nn.intercept_methods(record_inputs):
+        # A jitted method of an NNX module may have been traced before, and then reports nothing.
+        tracing = contextlib.nullcontext() if is_linen else fresh_trace()
+        with tracing, tap(record_operation), nn.intercept_methods(record_inputs):
             return apply(variables, x, **kwargs)
 
     jax.eval_shape(trace, variables, x)

@@ -14,7 +14,8 @@ import socket
 import time
 from typing import Any
 
-HELLO_SECONDS = 5.0  # for the first line of a connection: port scanners send none
+CONNECT_SECONDS = 5.0
+HELLO_SECONDS = 1.0  # for the first line of a connection: port scanners send none
 ANSWER_SECONDS = 10.0  # added to the timeout: process 0 may have started later
 RETRY_SECONDS = 0.2
 LONGEST_LINE = 2000  # bytes
@@ -102,7 +103,8 @@ def _gather(server: socket.socket, coordinator: str, processes: int, timeout: fl
             hello = _receive(connection, min(remaining, HELLO_SECONDS))
             process, own_count = hello.get("process"), hello.get("processes")
             if type(process) is not int or type(own_count) is not int or process < 1:
-                continue  # not one of ours
+                connection.close()  # not one of ours, or slow: then it tries again
+                continue
             problem = _conflict(process, own_count, processes, connections)
             connections[process] = connection
             peers.append(connection)
@@ -150,7 +152,7 @@ def _join(host: str, port: int, processes: int, process_id: int, timeout: float)
     while (remaining := deadline - time.monotonic()) > 0:
         answer: dict[str, Any] = {}
         try:
-            with socket.create_connection((host, port), min(remaining, HELLO_SECONDS)) as peer:
+            with socket.create_connection((host, port), min(remaining, CONNECT_SECONDS)) as peer:
                 _send(peer, {"process": process_id, "processes": processes})
                 answer = _receive(peer, timeout + ANSWER_SECONDS)
             reason = "what answers there is not process 0"
@@ -173,11 +175,17 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _receive(connection: socket.socket, seconds: float) -> dict[str, Any]:
-    """Returns the message of a connection; an empty one if none comes."""
-    connection.settimeout(seconds)
+    """Returns the message of a connection; an empty one if none comes in time."""
+    deadline = time.monotonic() + seconds
+    line = b""
     try:
-        with connection.makefile("rb") as stream:
-            message = json.loads(stream.readline(LONGEST_LINE))
+        while not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            part = connection.recv(LONGEST_LINE - len(line))
+            if not part:
+                break
+            line += part
+        message = json.loads(line)
     except (OSError, ValueError, RecursionError):
         return {}
     return message if isinstance(message, dict) else {}

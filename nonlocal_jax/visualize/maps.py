@@ -14,13 +14,12 @@ import numpy as np
 
 from nonlocal_jax.layers import PairwiseCall, SumLayout, tap
 from nonlocal_jax.layers.instantiations import to_rows
-from nonlocal_jax.layers.model_functions import functional
+from nonlocal_jax.layers.model_functions import fresh_trace, functional
 from nonlocal_jax.types import Array, Instantiation
 from nonlocal_jax.visualize.affinity_map import AffinityMap
 from nonlocal_jax.visualize.geometry import Geometry, GeometryError
 from nonlocal_jax.visualize.tracing import (
     block_name,
-    fresh_trace,
     geometries,
     numbered,
 )

@@ -6,36 +6,21 @@ then follows the traced program up to the marks. Any network has a geometry this
 combines positions by windows: convolutions, pooling and slices.
 """
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from nonlocal_jax.layers import PairwiseCall, VideoConv, tap
-from nonlocal_jax.layers.model_functions import module_path
+from nonlocal_jax.layers.model_functions import fresh_trace, module_path
 from nonlocal_jax.types import Array
 from nonlocal_jax.visualize.geometry import Geometry, GeometryError
 from nonlocal_jax.visualize.receptive_fields import batch_fields, find_marked
 
 MARK = "nonlocal_jax.visualize:"
-TRACES = itertools.count()
-
-
-@contextlib.contextmanager
-def fresh_trace() -> Iterator[None]:
-    """Context manager in which all methods of modules run in Python, even if traced before.
-
-    `disable_jit` inlines `jax.jit`. Other transformations cache their traces by a context that
-    includes the XLA metadata, so a new number in the metadata makes every cache miss.
-    """
-    with jax.disable_jit(), set_xla_metadata(nonlocal_jax_trace=str(next(TRACES))):
-        yield
 
 
 def geometries(

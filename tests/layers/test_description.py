@@ -197,6 +197,15 @@ class TestNnx:
         same = jax.tree.map(lambda new, old: bool((new == old).all()), nnx.state(network), before)
         assert all(jax.tree.leaves(same))
 
+    def test_jitted_methods_that_were_traced_before(self, x):
+        network = nnx_network(transform=nnx.jit)
+        expected = nl.describe(nnx_network(), None, x)
+        for _ in range(2):
+            network(x)
+            assert [str(block) for block in nl.describe(network, None, x)] == list(
+                map(str, expected)
+            )
+
     def test_a_linen_network_inside(self, x):
         bridged = nnx.bridge.ToNNX(Network(), rngs=nnx.Rngs(0)).lazy_init(x)
         described = nl.describe(bridged, None, x, expected=2)

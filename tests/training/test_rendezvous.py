@@ -1,5 +1,6 @@
 """The first contact of processes: all come, or every one gets the reason in one line."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -107,6 +108,46 @@ def test_other_programs_are_ignored(content, address):
         assert meet_all(address, [(2, 1)]) == [None]
     threads[0].join()
     assert raised == [None]
+
+
+@pytest.mark.parametrize("delay", [None, 0.1], ids=["silent", "slow"])
+def test_other_programs_that_never_finish_a_line(delay, address):
+    """They neither keep process 0 from the others nor use up its time."""
+    threads, raised = start(address, [(2, 0)])
+    strangers = [connect(address, b"{") for _ in range(3)]
+    stop = threading.Event()
+
+    def send_slowly():
+        while not stop.wait(delay):
+            for stranger in strangers:
+                with contextlib.suppress(OSError):
+                    stranger.send(b" ")
+
+    if delay is not None:
+        sender = threading.Thread(target=send_slowly)
+        sender.start()
+    assert meet_all(address, [(2, 1)]) == [None]
+    threads[0].join()
+    assert raised == [None]
+    stop.set()
+    for stranger in strangers:
+        stranger.close()
+
+
+@pytest.mark.parametrize("index", [-1, 0, True, 1.0, "1"])
+def test_an_index_that_is_none(index, address):
+    threads, raised = start(address, [(2, 0)], timeout=1.0)
+    hello = json.dumps({"process": index, "processes": 2}).encode() + b"\n"
+    with connect(address, hello):
+        threads[0].join()
+    assert "missing: process 1" in raised[0]
+
+
+def test_an_index_that_is_too_large(address):
+    threads, raised = start(address, [(2, 0)])
+    with connect(address, json.dumps({"process": 9, "processes": 2}).encode() + b"\n"):
+        threads[0].join()
+    assert "must be below 2; one was started as 9" in raised[0]
 
 
 def test_an_answer_of_another_program(address):
