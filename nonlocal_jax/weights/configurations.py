@@ -42,6 +42,12 @@ class Configuration:
 
 
 NOT_STATED = Configuration()
+# MODEL.ARCH of PySlowFast, in all of its versions.
+HAS_POOL2 = {
+    **dict.fromkeys(("c2d", "i3d"), True),
+    **dict.fromkeys(("2d", "c2d_nopool", "i3d_nopool"), False),
+    **dict.fromkeys(("slow", "slowonly", "slow_c2d", "slow_i3d"), False),
+}
 STRIDES_AT: dict[str, StrideAt] = {
     **{"True": "conv_a", "true": "conv_a", "False": "conv_b", "false": "conv_b"},  # STRIDE_1X1
     **{"caffe": "conv_a", "pytorch": "conv_b"},  # style of mmaction2
@@ -63,7 +69,7 @@ def read_configuration(text: str, source: str, kind: str, places: Places) -> Con
     Raises:
         ValueError: It states what no network here has.
 
-    >>> text = "MODEL: {ARCH: c2d, MODEL_NAME: ResNet_nopool}"
+    >>> text = "MODEL: {ARCH: c2d_nopool}"
     >>> read_configuration(text, "slowfast", "c2d", {}).pool2
     False
     """
@@ -75,7 +81,8 @@ def read_configuration(text: str, source: str, kind: str, places: Places) -> Con
 
 
 def _slowfast(config: Node, places: Places) -> Configuration:
-    model, resnet, nonlocal_ = config["MODEL"], config["RESNET"], config["NONLOCAL"]
+    resnet, nonlocal_ = config["RESNET"], config["NONLOCAL"]
+    pool2 = HAS_POOL2.get(config["MODEL"]["ARCH"].text)
     for name, usual in (
         ("SPATIAL_STRIDES", ["1", "2", "2", "2"]),
         ("SPATIAL_DILATIONS", ["1"] * 4),
@@ -86,11 +93,6 @@ def _slowfast(config: Node, places: Places) -> Configuration:
                 f"its configuration has RESNET.{name} {', '.join(found)} in res2 to res5, which "
                 f"must be {', '.join(usual)} in the networks here"
             )
-    pool2 = {"c2d": True, "i3d": True, "2d": False, "slow_c2d": False, "slow_i3d": False}.get(
-        model["ARCH"].text
-    )
-    if "nopool" in model["MODEL_NAME"].text.lower():
-        pool2 = False
     frames, rate = config["DATA"]["NUM_FRAMES"].number, config["DATA"]["SAMPLING_RATE"].number
     stages = [stage for stage in STAGES if places.get(stage)]
     functions: dict[str, Instantiation] = {

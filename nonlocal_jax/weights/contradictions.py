@@ -1,5 +1,6 @@
 """Where a network is another than the configuration in a file of its weights states."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -10,6 +11,8 @@ from nonlocal_jax.models import VideoResNet
 from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.infer import architecture
 from nonlocal_jax.weights.readers import Checkpoint
+
+STACK_LEVEL = 5  # of the call of `load`
 
 
 def warn_of_contradictions(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -25,9 +28,15 @@ def warn_of_contradictions(checkpoint: Checkpoint, model: nn.Module) -> None:
     if not checkpoint.configuration or not isinstance(model, VideoResNet):
         return
     try:
-        found = architecture(checkpoint)
+        architecture(dataclasses.replace(checkpoint, configuration=""))
     except ValueError:
         return  # whether the arrays fit is checked by `load`, and that is enough to load them
+    try:
+        found = architecture(checkpoint)
+    except ValueError as error:
+        message = f"{error} The network that was loaded computes something else."
+        warnings.warn(message, stacklevel=STACK_LEVEL)
+        return
     stated = {
         "instantiation": found.instantiation,
         "key_pool": found.configuration.key_pool,
@@ -45,7 +54,7 @@ def warn_of_contradictions(checkpoint: Checkpoint, model: nn.Module) -> None:
             f"the network has {', '.join(differences)}, which the configuration in "
             f"{printable(checkpoint.path)} states. Without a reason for this, build it as "
             "`python -m nonlocal_jax.weights inspect` shows.",
-            stacklevel=5,  # the call of `load`
+            stacklevel=STACK_LEVEL,
         )
 
 

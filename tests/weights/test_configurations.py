@@ -24,7 +24,6 @@ def slowfast(**changes):
         "frames": 8,
         "rate": 8,
         "arch": "i3d",
-        "name": "ResNet",
         "function": "softmax",
         "pool": (1, 2, 2),
         "stride_1x1": "false",
@@ -36,7 +35,7 @@ def slowfast(**changes):
     groups = f"  - - {values['groups']}\n" * 4
     return (
         f"DATA:\n  NUM_FRAMES: {values['frames']}\n  SAMPLING_RATE: {values['rate']}\n"
-        f"MODEL:\n  ARCH: {values['arch']}\n  MODEL_NAME: {values['name']}\n"
+        f"MODEL:\n  ARCH: {values['arch']}\n\n"
         f"NONLOCAL:\n  GROUP:\n{groups}  INSTANTIATION: {values['function']}\n  POOL:\n{pools}"
         f"RESNET:\n  SPATIAL_DILATIONS:\n  - - 1\n  - - 1\n  - - 1\n  - - {values['dilation']}\n"
         f"  STRIDE_1X1: {values['stride_1x1']}\n"
@@ -70,7 +69,12 @@ STATED = [
     (slowfast(pool=(2, 2, 2)), {"block_options": {"subsample": (2, 2, 2)}}, {}),
     (slowfast(pool=(1, 1, 1)), {"block_options": {"subsample": False}}, {}),
     (slowfast(arch="slow_i3d"), {"pool2": False}, {}),
-    (slowfast(name="ResNet_nopool"), {"pool2": False}, {}),
+    (slowfast(arch="c2d_nopool"), {"pool2": False}, {}),
+    (
+        slowfast(arch="i3d_nopool", frames=16, rate=4, groups=2),
+        {"clip": "16x4", "pool2": False},
+        {"res3": 8, "res4": 8},
+    ),
     (slowfast(frames=32, rate=4), {"clip": "32x4"}, {}),
     (slowfast(stride_1x1="true"), {"stride_at": "conv_a"}, {}),
     (slowfast(frames=16, rate=4, groups=2), {"clip": "16x4"}, {"res3": 4, "res4": 4}),
@@ -260,12 +264,12 @@ CONTRADICTIONS = [
     (slowfast(frames=32, rate=4), {}, None),
     (slowfast(), {"instantiation": "dot_product"}, "'dot_product' instead of 'embedded_gaussian'"),
     (slowfast(function="dot_product"), {}, "'embedded_gaussian' instead of 'dot_product'"),
-    (slowfast(name="ResNet_nopool"), {}, "pool2=True instead of False"),
+    (slowfast(arch="i3d_nopool"), {}, "pool2=True instead of False"),
     (slowfast(), {"pool2": False}, "pool2=False instead of True"),
     (slowfast(pool=(2, 2, 2)), {}, r"key_pool=\(1, 2, 2\) instead of \(2, 2, 2\)"),
     (slowfast(), {"block_options": {"subsample": False}}, r"key_pool=\(1, 1, 1\) instead of"),
     (slowfast(stride_1x1="true"), {}, "stride_at='conv_b' instead of 'conv_a'"),
-    (slowfast(dilation=2), {"pool2": False}, None),  # no network here has it
+    (slowfast(dilation=2), {}, "SPATIAL_DILATIONS .* computes something else"),
 ]
 
 
