@@ -72,7 +72,7 @@ class BatchNorm(nn.BatchNorm):
         if use_running_average:
             mean, var = running_mean.value, running_var.value
         else:
-            self._check_mutable()
+            _check_mutable(self)
             mean, var = self._batch_statistics(x, mask)
             if not self.is_initializing():
                 keep = self.momentum
@@ -88,15 +88,6 @@ class BatchNorm(nn.BatchNorm):
             shift = shift + beta.astype(jnp.float32)
         y = widen(x) * self._broadcast(scale, x) + self._broadcast(shift, x)
         return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
-
-    def _check_mutable(self) -> None:
-        if not self.is_initializing() and not self.is_mutable_collection("batch_stats"):
-            place = "/".join(self.path) or "the norm"
-            raise ValueError(
-                f"{place} updates its running statistics in training: pass "
-                'mutable=["batch_stats"] to apply, which then returns (output, updates), or in NNX '
-                "to the call of the ToNNX module. For evaluation, pass train=False."
-            )
 
     def _batch_statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
         """Mean and biased variance of each channel, over all devices of `axis_name`."""
@@ -127,6 +118,16 @@ class BatchNorm(nn.BatchNorm):
         real = jnp.broadcast_to(mask, x.shape)
         total = jax.lax.psum(jnp.sum(x, axes, where=real), **devices)
         return total / jax.lax.psum(jnp.sum(real, axes), **devices)
+
+
+def _check_mutable(norm: BatchNorm) -> None:
+    if not norm.is_initializing() and not norm.is_mutable_collection("batch_stats"):
+        place = "/".join(norm.path) or "the norm"
+        raise ValueError(
+            f"{place} updates its running statistics in training: pass "
+            'mutable=["batch_stats"] to apply, which then returns (output, updates), or in NNX '
+            "to the call of the ToNNX module. For evaluation, pass train=False."
+        )
 
 
 class Affine(nn.Module):
