@@ -6,6 +6,7 @@ sizes and shapes. One of them is stored on its side. Among the training files, o
 one has only sound.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -183,10 +184,16 @@ def make(
         from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".stand_in.lock"):  # the other processes of a run wait for the first
-        if not _has(marker, contents):
-            _write_data_set(folder, data_set, lists, numbers, threads)
-            files.write_text(marker, contents)  # last: it tells that everything was written
+    lock = folder / ".stand_in.lock"
+    with FileLock(lock):  # the other processes of a run wait for the first
+        try:
+            if not _has(marker, contents):
+                _write_data_set(folder, data_set, lists, numbers, threads)
+                files.write_text(marker, contents)  # last: it tells that everything was written
+        finally:
+            # A process that still waits at the removed file finds everything written.
+            with contextlib.suppress(OSError):  # where open files cannot be removed
+                lock.unlink()
     return lists
 
 

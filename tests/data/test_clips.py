@@ -1,6 +1,7 @@
 """Clips depend on list, seed, epoch and number. Unreadable videos are replaced and counted."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import jax
@@ -114,6 +115,16 @@ def test_the_stand_in_is_completed_after_an_interruption(tmp_path, monkeypatch):
     assert (
         stand_in.make(tmp_path, "kinetics", numbers=numbers)["train"].stat().st_mtime_ns == written
     )
+
+
+def test_several_threads_that_make_the_stand_in(tmp_path):
+    """They find what the first one wrote, as the processes of a run do."""
+    numbers = {"train": 2, "test": 1}
+    with ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(stand_in.make, tmp_path, "kinetics", numbers=numbers) for _ in range(4)]
+    assert len({str(future.result()) for future in made}) == 1
+    assert len(annotations.read(tmp_path / "train.txt")) == 4
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_digits_move_as_their_class_says(lists):

@@ -59,7 +59,7 @@ def test_gradients_are_exported_with_symbolic_sizes(name, sizes):
 
 @pytest.mark.usefixtures("as_users_see_it")
 @pytest.mark.networks
-@pytest.mark.parametrize("preset", ["paper", "caffe2"])
+@pytest.mark.parametrize("preset", ["paper", "slowfast"])
 def test_inference_is_exported_with_symbolic_sizes(preset):
     model = video_resnet(kind="i3d_3x1x1", preset=preset, **VIDEO | {"head_window": (2, 2)})
     clip = normal((2, 9, 96, 32, 3))
