@@ -17,3 +17,12 @@ def printable(text: object) -> str:
     if characters.isprintable():
         return characters
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in characters)
+
+
+def printable_lines(text: object) -> str:
+    r"""Returns text whose control characters are written as escapes, except the ends of lines.
+
+    >>> printable_lines("a\x07\nb")
+    'a\\x07\nb'
+    """
+    return "\n".join(map(printable, str(text).split("\n")))

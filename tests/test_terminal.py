@@ -1,6 +1,6 @@
 import pytest
 
-from nonlocal_jax.terminal import printable
+from nonlocal_jax.terminal import printable, printable_lines
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,7 @@ def test_control_characters_are_escaped(text, expected):
 
 def test_other_objects_are_converted():
     assert printable(ValueError("a\x00")) == r"a\x00"
+
+
+def test_lines_are_kept():
+    assert printable_lines("a\x1b[2J\nb\r\n") == "a\\x1b[2J\nb\\r\n"

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from nonlocal_jax import training
-from nonlocal_jax.terminal import printable
+from nonlocal_jax.terminal import printable_lines
 
 C = TypeVar("C")
 
@@ -50,7 +50,9 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*(_escaped(o) if isinstance(o, str) else o for o in objects), **options)
+        super().print(
+            *(printable_lines(o) if isinstance(o, str) else o for o in objects), **options
+        )
 
 
 def parse(
@@ -188,9 +190,4 @@ def exit_on(*errors: type[Exception], hint: str = "") -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise SystemExit(_escaped(f"error: {error}{hint}")) from error
-
-
-def _escaped(text: str) -> str:
-    """Escapes control characters, except the ends of lines."""
-    return "\n".join(map(printable, text.split("\n")))
+        raise SystemExit(printable_lines(f"error: {error}{hint}")) from error

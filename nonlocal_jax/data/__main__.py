@@ -42,7 +42,7 @@ from nonlocal_jax.data.transcode import transcode_all
 from nonlocal_jax.files import AnyPath
 from nonlocal_jax.path_options import AnyPathOption, LocalPathOption
 from nonlocal_jax.remote_paths import RemotePath
-from nonlocal_jax.terminal import printable
+from nonlocal_jax.terminal import printable, printable_lines
 
 MAX_PROBLEMS = 20  # unreadable videos to print
 
@@ -153,9 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _make_stand_in(command)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(_printable_lines(f"error: {reason}"), file=sys.stderr)
+        print(printable_lines(f"error: {reason}"), file=sys.stderr)
     except (DataError, ValueError, ImportError) as error:
-        print(_printable_lines(f"error: {error}"), file=sys.stderr)
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
     return 2
 
 
@@ -376,10 +376,6 @@ def _show_progress(description: str, work: Iterable[Any], total: int) -> Iterabl
     # The estimate averages over 10 minutes, because videos differ much in length.
     with Progress(*columns, speed_estimate_period=600) as progress:
         yield from progress.track(work, total, description=description)
-
-
-def _printable_lines(text: str) -> str:
-    return "\n".join(map(printable, text.split("\n")))
 
 
 def _print_first(problems: Sequence[str]) -> None:

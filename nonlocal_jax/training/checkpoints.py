@@ -12,6 +12,7 @@ afterwards; the digests do. At gs://, where nothing can be renamed, Orbax writes
 `commit_success.txt` last instead, and ignores a checkpoint without it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -135,10 +136,9 @@ class Checkpoints:
 
     def _read_scores(self) -> None:
         for step in self.steps:
-            try:
+            # `restore` reports a damaged one; until then nothing deletes it.
+            with contextlib.suppress(DamagedError):
                 self._scores[step] = self._score(self._content(step)["metrics"])
-            except DamagedError:  # `restore` reports it; until then nothing deletes it
-                self._scores.pop(step, None)
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         """Returns a number that is larger for a better checkpoint."""

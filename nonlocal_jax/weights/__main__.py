@@ -20,7 +20,7 @@ import tyro
 
 from nonlocal_jax.path_options import AnyPathOption
 from nonlocal_jax.remote_paths import RemotePath
-from nonlocal_jax.terminal import printable
+from nonlocal_jax.terminal import printable, printable_lines
 from nonlocal_jax.weights.build import build, build_any, call, notes
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.infer import Architecture, architecture
@@ -112,8 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_error(message: str) -> None:
-    lines = "\n".join(map(printable, message.split("\n")))
-    print(f"error: {lines}", file=sys.stderr)
+    print(f"error: {printable_lines(message)}", file=sys.stderr)
 
 
 def _inspect(command: Inspect) -> int:

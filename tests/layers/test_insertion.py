@@ -162,6 +162,18 @@ class TestNnx:
         np.testing.assert_array_equal(network(X), trunk(X))
 
 
+@pytest.mark.parametrize("collections", [("params",), ()], ids=["Linen", "NNX"])
+def test_new_modules_with_the_names_of_trained_ones(collections):
+    """Modules are told apart by their whole path, below the collections of Linen."""
+
+    def nested(**stages):
+        tree = {name: {"conv": {"kernel": np.full(2, value)}} for name, value in stages.items()}
+        return {"params": tree} if collections else tree
+
+    trained, fresh = nested(stage1=1.0), nested(stage1=0.0, stage2=2.0)
+    chex.assert_trees_all_equal(nl.layers.insert(trained, fresh), nested(stage1=1.0, stage2=2.0))
+
+
 class TestErrors:
     def test_a_layer_with_another_name(self):
         trained = trained_variables()
