@@ -311,6 +311,7 @@ class EmbeddedGaussian(NonLocalOperation):
     use_scale: bool = False
 
     def pairwise(self, theta: Array) -> dict[str, Any]:
+        checks.one_of("use_scale", self.use_scale, (True, False))
         scale = theta.shape[-1] ** -0.5 if self.use_scale else 1.0
         return {"instantiation": "embedded_gaussian", "scale": scale}
 

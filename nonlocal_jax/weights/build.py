@@ -1,5 +1,6 @@
 """Building the network to which a file of weights belongs, or the call that builds it."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,15 +10,20 @@ import flax.linen as nn
 from nonlocal_jax import models
 from nonlocal_jax.layers.conventions import ClipFormat
 from nonlocal_jax.layers.presets import PRESETS, Preset
+from nonlocal_jax.models.video_tables import LONG_CLIPS
 from nonlocal_jax.types import Instantiation
 from nonlocal_jax.weights.entries import naming_tables
 from nonlocal_jax.weights.infer import MNIST, Architecture
 from nonlocal_jax.weights.published import hint
 from nonlocal_jax.weights.questions import (
     NO_CHOICES,
+    SHORT_CLIPS,
     Choices,
     OpenQuestionsError,
     bias_options,
+    chosen_clip,
+    chosen_pool2,
+    has_long_clips,
     open_questions,
     possible_presets,
 )
@@ -37,6 +43,8 @@ __all__ = [
 BLOCK_COUNTS = (0, 1, 5, 10)
 LONG_MAPS = ("32x4", "128x1")
 USUAL_KEY_POOL = (1, 2, 2)  # the window of `subsample=True` in a video
+# Choices that are options of the blocks, and their names there.
+BLOCK_OPTIONS = {"key_pool": "subsample", "use_scale": "use_scale"}
 
 
 def options(found: Architecture, choices: Choices = NO_CHOICES) -> dict[str, Any]:
@@ -111,12 +119,16 @@ def call(found: Architecture, choices: Choices = NO_CHOICES) -> str:
     _check_choices(found, choices)
     arguments = likely_options(found, choices)
     for question in open_questions(found, choices):
-        if question.name == "key_pool":
+        if question.name in BLOCK_OPTIONS:
             block_options = arguments.pop("block_options", {})
-            arguments["block_options"] = block_options | {"subsample": ...}
+            open_option = {BLOCK_OPTIONS[question.name]: ...}
+            arguments["block_options"] = block_options | open_option
         else:
             arguments[question.name] = ...
-        if question.name == "clip" and _group_sizes(found, "32x4"):
+        decides_groups = question.name == "clip" or (
+            question.name == "pool2" and found.configuration.groups
+        )
+        if decides_groups and group_sizes(found, "32x4", True):
             arguments["group_size"] = ...
     positional = ("instantiation",) if found.network == MNIST else ("depth", "kind")
     parts = [_code(arguments.pop(name)) for name in positional if name in arguments]
@@ -130,15 +142,17 @@ def notes(found: Architecture, choices: Choices = NO_CHOICES) -> list[str]:
         return []
     lines = []
     presets = possible_presets(found, choices)
+    asked = {question.name for question in open_questions(found, choices)}
     for preset in presets:
         block = PRESETS[preset].block
         facts = [f"ε of BatchNorm is {block.epsilon:.8g}"]
-        if found.nonlocal_blocks:
+        if found.nonlocal_blocks and "use_scale" not in asked:
             scale = likely_options(found, choices).get("block_options", {}).get("use_scale")
             inside = PRESETS[preset].backbone.use_scale
             default = block.use_scale if inside is None else inside
             is_scaled = default if scale is None else scale
             facts.append(f"softmax logits are {'' if is_scaled else 'not '}scaled by d^-0.5")
+        if found.nonlocal_blocks:
             facts.append(f"keys are pooled {block.pool_order} φ and g")
         lines.append(f"conventions of preset {preset}: {', '.join(facts)}")
     if choices.stride_at is None and found.configuration.stride_at is None:
@@ -161,7 +175,8 @@ def likely_options(found: Architecture, choices: Choices) -> dict[str, Any]:
         return {"instantiation": _instantiation(found, choices)}
     presets = possible_presets(found, choices)
     preset = presets[0]
-    clip = choices.clip or found.configuration.clip or "8x8"
+    clip = chosen_clip(found, choices) or "8x8"
+    has_pool2 = chosen_pool2(found, choices) is not False
     arguments: dict[str, Any] = {
         "depth": found.depth,
         "kind": choices.kind or ("c2d" if found.kind == "image" else found.kind),
@@ -171,10 +186,12 @@ def likely_options(found: Architecture, choices: Choices) -> dict[str, Any]:
     }
     if found.num_classes is not None:
         arguments["num_classes"] = found.num_classes
-    if (found.pool2 if choices.pool2 is None else choices.pool2) is False:
+    if not has_pool2:
         arguments["pool2"] = False
     if found.nonlocal_blocks:
-        arguments |= _block_arguments(found, choices, preset, clip)
+        arguments |= _block_arguments(found, choices, preset)
+        if group_size := group_sizes(found, clip, has_pool2):
+            arguments["group_size"] = group_size
     if found.frozen_bn or choices.fold:
         arguments["frozen_bn"] = True
     if (choices.stride_at or found.configuration.stride_at) == "conv_a":
@@ -188,10 +205,22 @@ def likely_options(found: Architecture, choices: Choices) -> dict[str, Any]:
 def _check_choices(found: Architecture, choices: Choices) -> None:
     """Checks that the choices do not contradict what the names show."""
     if found.network == MNIST:
-        for name in ("clip", "kind", "preset", "pool2", "key_pool", "stride_at", "fold"):
-            value = getattr(choices, name)
-            if value is not None and value is not False:
-                raise ValueError(f"{MNIST} has no {name} to choose; got {value!r}.")
+        for field in dataclasses.fields(Choices):
+            value = getattr(choices, field.name)
+            if field.name != "instantiation" and value != field.default:
+                raise ValueError(f"{MNIST} has no {field.name} to choose; got {value!r}.")
+    if choices.clip in LONG_CLIPS and not has_long_clips(found, choices):
+        source = PRESETS["slowfast"].title if found.source == "caffe2" else found.source
+        raise ValueError(
+            f"clip must be {', '.join(SHORT_CLIPS)} for a file of {source}, whose networks have no "
+            f"strides in time before pool2; got {choices.clip}."
+        )
+    instantiation = choices.instantiation or found.instantiation
+    if choices.use_scale is not None and instantiation not in (None, "embedded_gaussian"):
+        raise ValueError(
+            f"only the embedded Gaussian has use_scale to choose; got use_scale="
+            f"{choices.use_scale} for {instantiation}."
+        )
     table = naming_tables().get(found.source)
     if table is not None and table.shows_pool2 and choices.pool2 is False:
         raise ValueError(f"pool2 must be True, as the names of {found.source} show; got False.")
@@ -240,16 +269,12 @@ def _places(
     return model.nonlocal_blocks
 
 
-def _block_arguments(
-    found: Architecture, choices: Choices, preset: Preset, clip: ClipFormat
-) -> dict[str, Any]:
-    """Returns the arguments that the non-local blocks need."""
+def _block_arguments(found: Architecture, choices: Choices, preset: Preset) -> dict[str, Any]:
+    """Returns the arguments that the non-local blocks need, whatever the clip."""
     instantiation = _instantiation(found, choices)
     arguments: dict[str, Any] = {"instantiation": instantiation}
     if block_options := _block_options(found, choices, preset, instantiation):
         arguments["block_options"] = block_options
-    if group_size := _group_sizes(found, clip):
-        arguments["group_size"] = group_size
     return arguments
 
 
@@ -264,7 +289,8 @@ def _block_options(
         block["subsample"] = False
     elif key_pool not in (None, USUAL_KEY_POOL):
         block["subsample"] = key_pool
-    use_scale = found.configuration.use_scale
+    stated_scale = found.configuration.use_scale
+    use_scale = stated_scale if choices.use_scale is None else choices.use_scale
     default = PRESETS[preset].backbone.use_scale
     default = PRESETS[preset].block.use_scale if default is None else default
     is_embedded = instantiation == "embedded_gaussian"
@@ -273,10 +299,15 @@ def _block_options(
     return block
 
 
-def _group_sizes(found: Architecture, clip: ClipFormat) -> dict[str, int]:
+def group_sizes(found: Architecture, clip: ClipFormat, has_pool2: bool) -> dict[str, int]:
     """Returns the frames of a temporal group of the blocks, by stage."""
-    if found.configuration.group_size:
-        return dict(found.configuration.group_size)
+    if found.configuration.groups:
+        frames = int(clip.partition("x")[0])
+        frames_after_pool2 = frames // 2 if has_pool2 else frames
+        return {
+            stage: max((frames if stage == "res2" else frames_after_pool2) // count, 1)
+            for stage, count in found.configuration.groups.items()
+        }
     table = naming_tables().get(found.source)
     group_size = dict(table.frozen_group_size) if table else {}
     is_frozen = found.frozen_bn and not found.nonlocal_norm

@@ -27,7 +27,7 @@ class Configuration:
         instantiation: The pairwise function.
         key_pool: Window of the keys' max pooling.
         use_scale: Whether the logits of the embedded Gaussian are scaled.
-        group_size: Frames of a temporal group of the non-local blocks, by stage.
+        groups: Number of temporal groups of the non-local blocks, by stage, where it is not 1.
         stride_at: The convolution of a residual block that has the stride of its stage.
     """
 
@@ -37,7 +37,7 @@ class Configuration:
     instantiation: Instantiation | None = None
     key_pool: Triple | None = None
     use_scale: bool | None = None
-    group_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, int] = dataclasses.field(default_factory=dict)
     stride_at: StrideAt | None = None
 
 
@@ -48,6 +48,18 @@ HAS_POOL2 = {
     **dict.fromkeys(("2d", "c2d_nopool", "i3d_nopool"), False),
     **dict.fromkeys(("slow", "slowonly", "slow_c2d", "slow_i3d"), False),
 }
+SLOWFAST_USUAL = {"SPATIAL_STRIDES": ["1", "2", "2", "2"], "SPATIAL_DILATIONS": ["1"] * 4}
+MMACTION2_USUAL = {
+    "spatial_strides": ["1", "2", "2", "2"],
+    "temporal_strides": ["1"] * 4,
+    "strides": ["1", "2", "2", "2"],  # of its networks for images
+    "dilations": ["1"] * 4,
+    "conv1_stride_s": ["2"],
+    "pool1_stride_s": ["2"],
+    "with_pool1": ["True"],
+}
+# Strides in time of conv1 and pool1. None is unknown.
+Strides = tuple[int | None, int | None]
 STRIDES_AT: dict[str, StrideAt] = {
     **{"True": "conv_a", "true": "conv_a", "False": "conv_b", "false": "conv_b"},  # STRIDE_1X1
     **{"caffe": "conv_a", "pytorch": "conv_b"},  # style of mmaction2
@@ -82,17 +94,8 @@ def read_configuration(text: str, source: str, kind: str, places: Places) -> Con
 
 def _slowfast(config: Node, places: Places) -> Configuration:
     resnet, nonlocal_ = config["RESNET"], config["NONLOCAL"]
-    pool2 = HAS_POOL2.get(config["MODEL"]["ARCH"].text)
-    for name, usual in (
-        ("SPATIAL_STRIDES", ["1", "2", "2", "2"]),
-        ("SPATIAL_DILATIONS", ["1"] * 4),
-    ):
-        found = [stage[0].text for stage in resnet[name]]
-        if found and found != usual:
-            raise ValueError(
-                f"its configuration has RESNET.{name} {', '.join(found)} in res2 to res5, which "
-                f"must be {', '.join(usual)} in the networks here"
-            )
+    for name, usual in SLOWFAST_USUAL.items():
+        _check_usual(f"RESNET.{name}", [stage[0].text for stage in resnet[name]], usual)
     frames, rate = config["DATA"]["NUM_FRAMES"].number, config["DATA"]["SAMPLING_RATE"].number
     stages = [stage for stage in STAGES if places.get(stage)]
     functions: dict[str, Instantiation] = {
@@ -102,10 +105,10 @@ def _slowfast(config: Node, places: Places) -> Configuration:
     return Configuration(
         # It has no stride in time before pool2, whatever the clip.
         **_clip(frames, rate, strides=(1, 1)),
-        pool2=pool2,
+        pool2=HAS_POOL2.get(config["MODEL"]["ARCH"].text),
         instantiation=functions.get(nonlocal_["INSTANTIATION"].text),
         key_pool=_slowfast_key_pool(nonlocal_["POOL"], stages),
-        group_size=_slowfast_groups(nonlocal_["GROUP"], stages, frames, pool2),
+        groups=_slowfast_groups(nonlocal_["GROUP"], stages),
         stride_at=STRIDES_AT.get(resnet["STRIDE_1X1"].text),
     )
 
@@ -127,47 +130,34 @@ def _triple(node: Node) -> Triple | None:
     return None
 
 
-def _slowfast_groups(
-    groups: Node, stages: list[str], frames: int | None, pool2: bool | None
-) -> dict[str, int]:
-    """Converts numbers of temporal groups to numbers of frames in each."""
-    sizes = {}
-    for stage in stages:
-        count = groups[STAGES.index(stage)][0].number or 1
-        if count > 1 and frames is not None and pool2 is not None:
-            halves = pool2 and stage != "res2"
-            sizes[stage] = max(frames // (2 if halves else 1) // count, 1)
-    return sizes
+def _slowfast_groups(groups: Node, stages: list[str]) -> dict[str, int]:
+    counts = {stage: groups[STAGES.index(stage)][0].number or 1 for stage in stages}
+    return {stage: count for stage, count in counts.items() if count > 1}
+
+
+def _check_usual(name: str, found: list[str], usual: list[str]) -> None:
+    """Checks a setting that is the same in all networks here. An empty one is not stated."""
+    if found and found != usual:
+        raise ValueError(
+            f"its configuration has {name} of {', '.join(found):.80}, which must be "
+            f"{', '.join(usual)} in the networks here"
+        )
 
 
 def _mmaction2(config: Node, kind: str) -> Configuration:
     backbone = config["model"]["backbone"]
-    for name, usual in (("spatial_strides", ["1", "2", "2", "2"]), ("dilations", ["1"] * 4)):
-        found = [stage.text for stage in backbone[name]]
-        if found and found != usual:
-            raise ValueError(
-                f"its configuration has {name} of {', '.join(found)} in its four stages, which "
-                f"must be {', '.join(usual)} in the networks here"
-            )
+    for name, usual in MMACTION2_USUAL.items():
+        _check_usual(name, backbone[name].texts, usual)
     epsilon = backbone["norm_cfg"]["eps"].text
     if epsilon not in ("", "1e-5", "1e-05", "0.00001"):
-        raise ValueError(f"its configuration has ε of {epsilon}, which must be 1e-5 here")
-    # By default: strides in time of conv1 and pool1, and whether there is a pool2. To a network for
-    # images each frame is an image. C2D is such a network with poolings in time.
-    strides_and_pool2: dict[str, tuple[int, int, bool]] = {
-        "ResNet3d": (1, 1, True),
-        "ResNet3dSlowOnly": (1, 1, False),
-        "C2D": (1, 1, True),
-        "ResNet": (1, 1, False),
-    }
-    defaults = strides_and_pool2.get(backbone["type"].text)
-    if defaults is None:
+        raise ValueError(f"its configuration has ε of {epsilon:.40}, which must be 1e-5 here")
+    # Whether there is a pool2 by default. To a network for images each frame is an image. C2D is
+    # such a network with poolings in time.
+    has_pool2 = {"ResNet3d": True, "ResNet3dSlowOnly": False, "C2D": True, "ResNet": False}
+    pool2 = has_pool2.get(backbone["type"].text)
+    if pool2 is None:
         return NOT_STATED
-    conv1, pool1, pool2 = defaults
-    strides = (
-        backbone["conv1_stride_t"].number or conv1,
-        backbone["pool1_stride_t"].number or pool1,
-    )
+    strides = _mmaction2_strides(backbone, kind)
     block = backbone["non_local_cfg"]
     modes = {name: name for name in INSTANTIATIONS}
     # What mmcv does by default, where blocks are configured at all.
@@ -190,16 +180,31 @@ def _mmaction2(config: Node, kind: str) -> Configuration:
     )
 
 
-def _mmaction2_clip(config: Node, strides: tuple[int, int]) -> dict[str, Any]:
+def _mmaction2_strides(backbone: Node, kind: str) -> Strides:
+    """Returns the strides in time of conv1 and pool1.
+
+    Up to version 0.15, the default of ResNet3d was 2, with a conv1 of 5 frames. Since 0.16 it is 1,
+    with a conv1 of 3 frames. So where conv1 has its default, its kernel shows which one that is.
+    """
+    default: int | None = 1
+    if backbone["type"].text == "ResNet3d":
+        has_old_default = backbone["conv1_kernel"].value is None and kind.startswith("i3d")
+        default = 2 if has_old_default else None
+    names = ("conv1_stride_t", "pool1_stride_t")
+    conv1, pool1 = (backbone[name].number or default for name in names)
+    return conv1, pool1
+
+
+def _mmaction2_clip(config: Node, strides: Strides) -> dict[str, Any]:
     for name in ("test_pipeline", "val_pipeline", "train_pipeline"):
         for step in config[name]:
-            if step["type"].text == "SampleFrames":
+            if step["type"].text in ("SampleFrames", "DenseSampleFrames"):
                 frames, rate = step["clip_len"].number, step["frame_interval"].number
                 return _clip(frames, rate or 1, strides)
     return {}
 
 
-def _clip(frames: int | None, rate: int | None, strides: tuple[int, int]) -> dict[str, Any]:
+def _clip(frames: int | None, rate: int | None, strides: Strides) -> dict[str, Any]:
     """Returns the clip format, if its layout has these strides in time in conv1 and pool1."""
     if frames is None or rate is None:
         return {}
@@ -207,5 +212,5 @@ def _clip(frames: int | None, rate: int | None, strides: tuple[int, int]) -> dic
     expected = (2, 2) if name in LONG_CLIPS else (1, 1)
     if name in CLIP_FORMATS and strides == expected:
         return {"clip": name}
-    conv1, pool1 = strides
+    conv1, pool1 = (stride or "1 or 2 (by the version of mmaction2)" for stride in strides)
     return {"other_clip": f"{name} with strides in time of {conv1} in conv1 and {pool1} in pool1"}

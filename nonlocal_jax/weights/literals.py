@@ -30,6 +30,12 @@ class Node:
         return str(self.value) if isinstance(self.value, str | int | float) else ""
 
     @property
+    def texts(self) -> list[str]:
+        """The texts of a list, or of a single value; [] for anything else."""
+        texts = [node.text for node in self] or [self.text]
+        return [] if texts == [""] else texts
+
+    @property
     def number(self) -> int | None:
         """The integer that it is or spells, at most four digits long."""
         return int(self.text) if re.fullmatch("[0-9]{1,4}", self.text) else None
@@ -136,13 +142,23 @@ class _Parser:
             if name in ("True", "False", "None"):
                 return None if name == "None" else name
             if name == "dict":
-                self.take("mark", "(")
-                return dict(self._items(")", "=", depth))
+                return self._call_of_dict(depth)
             raise SyntaxError(f"{name} is no literal")
         mark = self.take("mark", "(", "[", "{")
         if mark == "{":
             return dict(self._items("}", ":", depth))
         return self._elements({"(": ")", "[": "]"}[mark], depth)
+
+    def _call_of_dict(self, depth: int) -> object:
+        """Reads `(a=1)`, or `({'a b': 1})`, as mmengine writes keys that are no identifiers."""
+        self.take("mark", "(")
+        if self.word != "{":
+            return dict(self._items(")", "=", depth))
+        mapping = self.value(depth + 1)
+        if self.word == ",":
+            self.take("mark", ",")
+        self.take("mark", ")")
+        return mapping
 
     def _items(self, end: str, between: str, depth: int) -> Iterator[tuple[str, object]]:
         while self.word != end:

@@ -68,15 +68,17 @@ def flags(choices: Choices) -> str:
     return " ".join(words)
 
 
+def published_file(file_name: str) -> PublishedFile | None:
+    """Returns the published file of this name, if there is one."""
+    return next((file for file in PUBLISHED_FILES if file.name == file_name), None)
+
+
 def hint(file_name: str) -> str:
     """Returns the answers for a published file of this name as a sentence; "" if there is none."""
-    for file in PUBLISHED_FILES:
-        if file.name == file_name:
-            return (
-                f"If it is {file.family}'s {file.name}, as its name says, pass: "
-                f"{flags(file.choices)}"
-            )
-    return ""
+    file = published_file(file_name)
+    if file is None:
+        return ""
+    return f"If it is {file.family}'s {file.name}, as its name says, pass: {flags(file.choices)}"
 
 
 KEYS = (1, 2, 2)
@@ -168,6 +170,7 @@ PUBLISHED_FILES: tuple[PublishedFile, ...] = (
         I3D_NL,
         clip="32x2",
         instantiation="embedded_gaussian",
+        use_scale=False,
     ),
     _mmaction2(
         _I3D_FILE.format("-nl-gaussian_8xb8"),

@@ -25,6 +25,11 @@ CAFFE2_PRESETS: tuple[Preset, ...] = ("caffe2", "slowfast")
 # Files with native names tell a preset only by the biases of their blocks, which several presets
 # share. These come first. They are followed by the other presets in the order of the table.
 PREFERRED_PRESETS: tuple[Preset, ...] = ("paper", "slowfast", "mmcv")
+# Non-local_pytorch has no video networks.
+VIDEO_PRESETS = tuple(preset for preset in PRESETS if preset != "non_local_pytorch")
+# Names whose networks have no stride in time before pool2, whatever the clip.
+SHORT_CLIP_NAMES = ("slowfast", "pytorchvideo")
+SHORT_CLIPS = tuple(clip for clip in CLIP_FORMATS if clip not in LONG_CLIPS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class Choices:
     pool2: bool | None = None
     # Frames, rows and columns of the window in which keys are pooled. 1 1 1 is no pooling.
     key_pool: Triple | None = None
+    # Whether the logits of the embedded Gaussian are scaled by d^-0.5.
+    use_scale: bool | None = None
     # The convolution of a residual block that has the stride: 1x1 (conv_a) or 3x3 (conv_b).
     stride_at: StrideAt | None = None
     # Fold running statistics of BatchNorm into affine maps.
@@ -94,7 +101,7 @@ def open_questions(found: Architecture, choices: Choices = NO_CHOICES) -> list[Q
     >>> found = Architecture("slowfast", "video_resnet", blocks=(3, 4, 6, 3), num_classes=400)
     >>> for question in open_questions(found):
     ...     print(question.name, question.answers)
-    clip ('8x8', '16x4', '32x4', '32x2', '128x1')
+    clip ('8x8', '16x4', '32x4')
     pool2 (True, False)
     """
     questions = []
@@ -108,6 +115,9 @@ def open_questions(found: Architecture, choices: Choices = NO_CHOICES) -> list[Q
     if found.nonlocal_blocks and not shows_pooling and choices.key_pool is None:
         reason = "the pooling of the keys has no weights; any window is possible"
         questions.append(Question("key_pool", ((1, 2, 2), (2, 2, 2), (1, 1, 1)), reason))
+    if _has_open_scale(found, choices):
+        reason = "the scale of the embedded Gaussian has no weights, and blocks of mmcv have both"
+        questions.append(Question("use_scale", (True, False), reason))
     return questions
 
 
@@ -120,24 +130,49 @@ def _network_questions(found: Architecture, choices: Choices) -> list[Question]:
         if found.source == NATIVE:
             reason = "the weights of a network do not name its source"
         questions.append(Question("preset", presets, reason))
+    if choices.preset is None and _has_open_padding(found, choices):
+        reason = (
+            "its kernels have one frame, as those of mmaction2's ResNet3d without inflation. That "
+            "pads pool1, and with pool2 no network here does; the C2D of this preset pads none"
+        )
+        questions.append(Question("preset", presets, reason))
     if choices.kind is None and found.kind == "image" and not _is_flat_c2d(found):
         reason = "the weights are those of an image network, which is inflated"
         questions.append(Question("kind", tuple(INFLATIONS), reason))
-    clip = choices.clip or found.configuration.clip
+    clip, can_be_long = chosen_clip(found, choices), has_long_clips(found, choices)
     if clip is None:
-        reason = (
-            f"strides in time have no weights; {' and '.join(LONG_CLIPS)} have some in conv1 and "
-            "pool1"
-        )
+        clips, reason = SHORT_CLIPS, "the length of a clip has no weights"
+        if can_be_long:
+            clips = CLIP_FORMATS
+            reason = (
+                f"strides in time have no weights; {' and '.join(LONG_CLIPS)} have some in conv1 "
+                "and pool1"
+            )
         if other := found.configuration.other_clip:
             reason += f"; its configuration has {other}"
-        questions.append(Question("clip", CLIP_FORMATS, reason))
+        questions.append(Question("clip", clips, reason))
     has_both = any(PRESETS[preset].backbone.without_pool2 for preset in presets)
-    is_open = choices.pool2 is None and found.pool2 is None
-    if is_open and has_both and clip not in LONG_CLIPS:
+    is_long = can_be_long and clip in LONG_CLIPS
+    if chosen_pool2(found, choices) is None and has_both and not is_long:
         reason = "the pooling in time after res2 has no weights, and some networks do not have it"
         questions.append(Question("pool2", (True, False), reason))
     return questions
+
+
+def chosen_clip(found: Architecture, choices: Choices) -> ClipFormat | None:
+    """Returns the clip that was chosen or that the configuration states."""
+    return choices.clip or found.configuration.clip
+
+
+def chosen_pool2(found: Architecture, choices: Choices) -> bool | None:
+    """Returns whether there is a pool2, as chosen or shown by the file."""
+    return found.pool2 if choices.pool2 is None else choices.pool2
+
+
+def has_long_clips(found: Architecture, choices: Choices) -> bool:
+    """Whether networks of the file's source can have strides in time in conv1 and pool1."""
+    is_model_zoo = found.source == "caffe2" and choices.preset == "slowfast"
+    return found.source not in SHORT_CLIP_NAMES and not is_model_zoo
 
 
 def possible_presets(found: Architecture, choices: Choices) -> tuple[Preset, ...]:
@@ -148,7 +183,7 @@ def possible_presets(found: Architecture, choices: Choices) -> tuple[Preset, ...
         return CAFFE2_PRESETS
     if not _has_names_of_several(found):
         return (PRESET_OF_NAMES[found.source],)
-    presets = tuple(dict.fromkeys((*PREFERRED_PRESETS, *PRESETS)))
+    presets = tuple(dict.fromkeys((*PREFERRED_PRESETS, *VIDEO_PRESETS)))
     instantiation = choices.instantiation or found.instantiation or "embedded_gaussian"
     fitting = tuple(
         preset
@@ -173,6 +208,25 @@ def bias_options(found: Architecture, preset: Preset) -> dict[str, Any]:
 def _has_names_of_several(found: Architecture) -> bool:
     """Whether networks of several presets have the names of this file."""
     return found.source in (NATIVE, "torchvision", "caffe2")
+
+
+def _has_open_scale(found: Architecture, choices: Choices) -> bool:
+    """Whether the logits may or may not be scaled. The other sources always do the same."""
+    instantiation = choices.instantiation or found.instantiation
+    is_stated = (choices.use_scale, found.configuration.use_scale) != (None, None)
+    can_scale = bool(found.nonlocal_blocks) and instantiation in (None, "embedded_gaussian")
+    return found.source == "mmaction2" and can_scale and not is_stated
+
+
+def _has_open_padding(found: Architecture, choices: Choices) -> bool:
+    """Whether mmaction2 may have padded pool1 of a C2D where no network here does.
+
+    A configuration that states the clip answers it: those of such networks are refused.
+    """
+    is_c2d = (found.source, found.kind, found.configuration.clip) == ("mmaction2", "c2d", None)
+    can_be_short = chosen_clip(found, choices) not in LONG_CLIPS
+    can_have_pool2 = chosen_pool2(found, choices) is not False
+    return is_c2d and can_be_short and can_have_pool2
 
 
 def _is_flat_c2d(found: Architecture) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from weights import forge, samples
 
 from nonlocal_jax.weights import read
-from nonlocal_jax.weights.build import Choices, build, open_questions, options
+from nonlocal_jax.weights.build import Choices, build, call, notes, open_questions, options
 from nonlocal_jax.weights.configurations import NOT_STATED, read_configuration
 from nonlocal_jax.weights.infer import architecture
 from nonlocal_jax.weights.literals import MAX_CHARACTERS, parse_python
@@ -19,7 +20,7 @@ PLACES = {"res3": (1,), "res4": (0,)}
 
 
 def slowfast(**changes):
-    """Writes a configuration as PySlowFast does, in YAML of blocks."""
+    """Writes a configuration as PySlowFast does, in YAML of blocks with sorted keys."""
     values = {
         "frames": 8,
         "rate": 8,
@@ -34,22 +35,40 @@ def slowfast(**changes):
     pools = f"  - - - {t}\n      - {h}\n      - {w}\n" * 4
     groups = f"  - - {values['groups']}\n" * 4
     return (
-        f"DATA:\n  NUM_FRAMES: {values['frames']}\n  SAMPLING_RATE: {values['rate']}\n"
-        f"MODEL:\n  ARCH: {values['arch']}\n\n"
-        f"NONLOCAL:\n  GROUP:\n{groups}  INSTANTIATION: {values['function']}\n  POOL:\n{pools}"
-        f"RESNET:\n  SPATIAL_DILATIONS:\n  - - 1\n  - - 1\n  - - 1\n  - - {values['dilation']}\n"
-        f"  STRIDE_1X1: {values['stride_1x1']}\n"
+        "BN:\n  FREEZE: false\n  NORM_TYPE: batchnorm\n  NUM_SPLITS: 1\n"
+        "DATA:\n  CROP_SIZE: 224\n  MEAN:\n  - 0.45\n  - 0.45\n  - 0.45\n"
+        f"  NUM_FRAMES: {values['frames']}\n  PATH_PREFIX: ''\n"
+        f"  SAMPLING_RATE: {values['rate']}\n"
+        f"MODEL:\n  ARCH: {values['arch']}\n  DROPOUT_RATE: 0.5\n  MODEL_NAME: ResNet\n\n"
+        f"NONLOCAL:\n  GROUP:\n{groups}  INSTANTIATION: {values['function']}\n"
+        f"  LOCATION:\n  - - []\n  - - - 1\n  - - - 0\n  - - []\n  POOL:\n{pools}"
+        "RESNET:\n  DEPTH: 50\n  NUM_BLOCK_TEMP_KERNEL:\n  - - 3\n  - - 4\n  - - 6\n  - - 3\n"
+        f"  SPATIAL_DILATIONS:\n  - - 1\n  - - 1\n  - - 1\n  - - {values['dilation']}\n"
+        "  SPATIAL_STRIDES:\n  - - 1\n  - - 2\n  - - 2\n  - - 2\n"
+        f"  STRIDE_1X1: {values['stride_1x1']}\n  TRANS_FUNC: bottleneck_transform\n"
     )
 
 
-def mmaction2(backbone="", block="mode='dot_product', sub_sample=True, use_scale=False", step=""):
-    """Writes a configuration as mmaction2 does, in Python."""
+def mmaction2(
+    backbone="",
+    block="mode='dot_product', sub_sample=True, use_scale=False",
+    step="",
+    conv1="conv1_kernel=(5, 7, 7),",
+):
+    """Writes a configuration as mmaction2 does, in Python, by the formatter of mmengine."""
     return (
+        "auto_scale_lr = dict(base_batch_size=64, enable=False)\n"
+        "default_hooks = dict(\n    checkpoint=dict(interval=5, type='CheckpointHook'))\n"
+        "launcher = 'none'\nload_from = None\n"
         "model = dict(\n    type='Recognizer3D',\n    backbone=dict(\n"
-        f"        type='ResNet3d', depth=50, conv1_kernel=(5, 7, 7), {backbone}\n"
+        f"        type='ResNet3d', depth=50, {conv1} conv_cfg=dict(type='Conv3d'), {backbone}\n"
+        "        norm_eval=False, pretrained2d=True,\n"
         f"        non_local_cfg=dict({block}),\n"
-        "        inflate=((1, 1, 1), (1, 0, 1, 0), (1, 0), (0, 1, 0))))\n"
+        "        inflate=((1, 1, 1), (1, 0, 1, 0), (1, 0), (0, 1, 0))),\n"
+        "    cls_head=dict(average_clips='prob', num_classes=7, type='I3DHead'))\n"
         "data_root = 'data/kinetics400'  # a folder\n"
+        "optim_wrapper = dict(\n    clip_grad=dict(max_norm=40, norm_type=2),\n"
+        "    paramwise_cfg=dict(custom_keys=dict({'backbone.conv1': dict(lr_mult=0.1)})))\n"
         "train_pipeline = [\n    dict(type='DecordInit'),\n"
         "    dict(type='SampleFrames', clip_len=32, frame_interval=2, num_clips=1)]\n"
         f"{step}"
@@ -129,11 +148,20 @@ MM_STATED = [
     ),
     (
         mmaction2(
-            "with_pool2=False,",
+            "conv1_stride_t=1, pool1_stride_t=1, with_pool2=False,",
             step="test_pipeline = [dict(type='SampleFrames', clip_len=8, frame_interval=8)]\n",
         ),
         {"clip": "8x8", "instantiation": "dot_product", "pool2": False},
     ),
+    (
+        mmaction2(
+            "conv1_stride_t=1, pool1_stride_t=1,",
+            step="val_pipeline = [dict(type='DenseSampleFrames', clip_len=16, frame_interval=4)]\n",
+        ),
+        {"clip": "16x4", "instantiation": "dot_product"},
+    ),
+    # An I3D whose conv1 has its default was trained up to version 0.15, whose strides were 2.
+    (mmaction2(conv1=""), {"clip": "32x2", "instantiation": "dot_product"}),
 ]
 
 
@@ -146,6 +174,77 @@ def test_mmaction2(text, extra):
     expected = {"instantiation": "embedded_gaussian"} | extra
     for name in ("clip", "instantiation", "pool2", "stride_at", "block_options"):
         assert chosen.get(name) == expected.get(name), name
+
+
+def test_strides_that_depend_on_the_version_of_mmaction2():
+    model = samples.network(blocks=samples.BLOCKS, preset="mmcv")
+    for backbone, first, second in (
+        ("", "1 or 2", "1 or 2"),
+        ("conv1_stride_t=1,", "1", "1 or 2"),
+    ):
+        found = architecture(checkpoint(model, "mmaction2", mmaction2(backbone)))
+        [question] = open_questions(found)
+        assert question.name == "clip"
+        expected = (
+            rf"has 32x2 with strides in time of {first}\b.* in conv1 and {second}\b.* in pool1"
+        )
+        assert re.search(expected, str(question))
+
+
+def test_a_clip_of_dense_sampling_that_no_layout_has():
+    step = "test_pipeline = [dict(type='DenseSampleFrames', clip_len=7, frame_interval=3)]\n"
+    model = samples.network(blocks=samples.BLOCKS, preset="mmcv")
+    found = architecture(checkpoint(model, "mmaction2", mmaction2(LONG, step=step)))
+    assert "7x3 with strides in time of 2 in conv1 and 2 in pool1" in str(open_questions(found)[0])
+
+
+@pytest.mark.parametrize("text", ["", mmaction2(conv1="")])
+def test_the_scale_of_mmaction2_is_asked_where_nothing_states_it(text):
+    model = samples.network(blocks=samples.BLOCKS, preset="mmcv")
+    found = architecture(checkpoint(model, "mmaction2", text))
+    others = Choices(clip="32x2", instantiation="embedded_gaussian")
+    if text:
+        assert open_questions(found, others) == []
+        return
+    [question] = open_questions(found, others)
+    assert question.name == "use_scale"
+    assert "block_options={'use_scale': ...}" in call(found, others)
+    assert not any("softmax logits" in note for note in notes(found, others))
+    for use_scale, expected in ((True, {"use_scale": True}), (False, None)):
+        choices = dataclasses.replace(others, use_scale=use_scale)
+        assert options(found, choices).get("block_options") == expected
+        scaled = "are scaled" if use_scale else "are not scaled"
+        assert any(f"softmax logits {scaled}" in note for note in notes(found, choices))
+    assert open_questions(found, Choices(clip="32x2", instantiation="dot_product")) == []
+    with pytest.raises(ValueError, match="only the embedded Gaussian has use_scale to choose"):
+        options(found, Choices(clip="32x2", instantiation="dot_product", use_scale=True))
+
+
+def test_choices_of_the_scale_come_before_the_configuration():
+    text = mmaction2(LONG, "mode='embedded_gaussian', use_scale=False")
+    model = samples.network(blocks=samples.BLOCKS, preset="mmcv")
+    found = architecture(checkpoint(model, "mmaction2", text))
+    assert "block_options" not in options(found)
+    assert options(found, Choices(use_scale=True))["block_options"] == {"use_scale": True}
+
+
+def test_temporal_groups_follow_the_choices():
+    text = slowfast(groups=2, arch="none of PySlowFast")
+    blocks = {"res2": (0,), **samples.BLOCKS}
+    found = architecture(checkpoint(samples.network(blocks=blocks), "slowfast", text))
+    assert [question.name for question in open_questions(found)] == ["pool2"]
+    assert "group_size=..., " in call(found)
+    for pool2, clip, sizes in (
+        (True, None, (4, 2, 2)),
+        (False, None, (4, 4, 4)),
+        (True, "16x4", (8, 4, 4)),
+    ):
+        chosen = options(found, Choices(pool2=pool2, clip=clip))
+        assert tuple(chosen["group_size"][stage] for stage in ("res2", "res3", "res4")) == sizes
+    # A choice also comes before what the configuration states about pool2.
+    found = architecture(checkpoint(samples.network(blocks=blocks), "slowfast", slowfast(groups=2)))
+    assert options(found)["group_size"]["res3"] == 2
+    assert options(found, Choices(pool2=False))["group_size"]["res3"] == 4
 
 
 @pytest.mark.parametrize(
@@ -165,8 +264,13 @@ def test_networks_for_images_of_mmaction2(kind, backbone, layout):
 
 
 UNSUPPORTED = [
-    ("slowfast", slowfast(dilation=2), r"SPATIAL_DILATIONS 1, 1, 1, 2 in res2 to res5"),
+    ("slowfast", slowfast(dilation=2), r"SPATIAL_DILATIONS of 1, 1, 1, 2, which must"),
     ("mmaction2", mmaction2("dilations=(1, 1, 1, 2),"), "dilations of 1, 1, 1, 2"),
+    ("mmaction2", mmaction2("temporal_strides=(1, 1, 1, 2),"), "temporal_strides of 1, 1, 1, 2"),
+    ("mmaction2", mmaction2("strides=(1, 2, 2, 1),"), "strides of 1, 2, 2, 1, which must be 1, 2"),
+    ("mmaction2", mmaction2("conv1_stride_s=1,"), "conv1_stride_s of 1, which must be 2"),
+    ("mmaction2", mmaction2("pool1_stride_s=1,"), "pool1_stride_s of 1, which must be 2"),
+    ("mmaction2", mmaction2("with_pool1=False,"), "with_pool1 of False, which must be True"),
     ("mmaction2", mmaction2("norm_cfg=dict(type='BN3d', eps=0.001),"), "ε of 0.001"),
     ("mmaction2", mmaction2(LONG, "mode='gaussian'"), "has the pairwise function gaussian, whose"),
 ]
@@ -178,6 +282,20 @@ def test_what_no_network_here_has(names, text, message):
     model = samples.network(blocks=samples.BLOCKS, preset=preset)
     with pytest.raises(ValueError, match=rf"^weights\.bin, named as in {names}: .*{message}"):
         architecture(checkpoint(model, names, text))
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ("slowfast", f"RESNET: {{SPATIAL_STRIDES: [[{'1' * 9000}]]}}"),
+        ("mmaction2", mmaction2(f"dilations=({'1, ' * 9000}),")),
+        ("mmaction2", mmaction2(f"norm_cfg=dict(eps='{'9' * 9000}'),")),
+    ],
+)
+def test_errors_repeat_only_the_start_of_a_setting(names, text):
+    with pytest.raises(ValueError, match="its configuration has ") as raised:
+        read_configuration(text, names, "i3d_3x1x1", PLACES)
+    assert len(str(raised.value)) < 300
 
 
 def test_pools_that_differ_by_stage():
@@ -236,7 +354,20 @@ def test_literals_of_python():
         "a": {"b": ["1", "-2.5e-3"], "c": ["xy", None], "d": "True"},
         "e": {"f": "g", "h": []},
     }
-    for odd in ("a = b", "a.b = 1", "a = f(1)", "a = dict(1)", "a = [1 2]", "a = (1", "a ="):
+    for end in (")", ",)"):
+        text = "a = dict({'b.c': 1, 'd': dict({})}" + end
+        assert parse_python(text) == {"a": {"b.c": "1", "d": {}}}
+    for odd in (
+        "a = dict({'b': 1}",
+        "a = dict({'b': 1}, c=2)",
+        "a = b",
+        "a.b = 1",
+        "a = f(1)",
+        "a = dict(1)",
+        "a = [1 2]",
+        "a = (1",
+        "a =",
+    ):
         assert parse_python(odd) is None, odd
 
 

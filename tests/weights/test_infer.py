@@ -34,6 +34,7 @@ KNOWN = {
     "instantiation": "embedded_gaussian",
     "pool2": True,
     "key_pool": (1, 2, 2),
+    "use_scale": False,
 }
 
 # The names of a file, and the arguments of the network that it was made from. The usual places of
@@ -172,6 +173,8 @@ def test_digits(instantiation, names):
         build(found, Choices(kind="c2d"))
     with pytest.raises(ValueError, match="has no pool2 to choose; got True"):
         build(found, Choices(pool2=True))
+    with pytest.raises(ValueError, match="has no use_scale to choose; got False"):
+        build(found, Choices(use_scale=False))
 
 
 def test_an_image_network():
@@ -248,8 +251,10 @@ QUESTIONS = [
     ("caffe2", {"preset": "caffe2"}, ["clip", "instantiation", "key_pool"]),
     ("caffe2", {"preset": "slowfast"}, ["clip", "pool2", "instantiation", "key_pool"]),
     ("slowfast", {"clip": "8x8"}, ["pool2", "instantiation", "key_pool"]),
-    ("slowfast", {"clip": "32x2"}, ["instantiation", "key_pool"]),  # all long clips have pool2
-    ("mmaction2", {}, ["clip", "pool2", "instantiation"]),
+    ("caffe2", {"preset": "caffe2", "clip": "32x2"}, ["instantiation", "key_pool"]),
+    ("mmaction2", {}, ["clip", "pool2", "instantiation", "use_scale"]),
+    # All long clips have pool2.
+    ("mmaction2", {"clip": "32x2", "instantiation": "dot_product"}, []),
 ]
 
 
@@ -261,11 +266,62 @@ def test_what_is_asked(names, chosen, questions):
     choices = Choices(**chosen)
     assert asked(found, choices) == questions
     for name in questions:
-        value = "{'subsample': ...}" if name == "key_pool" else "..."
-        argument = {"key_pool": "block_options"}.get(name, name)
-        assert f"{argument}={value}" in call(found, choices)
-    with pytest.raises(OpenQuestionsError):
-        options(found, choices)
+        block_option = {"key_pool": "subsample"}.get(name, name)
+        is_of_blocks = name in ("key_pool", "use_scale")
+        written = f"block_options={{'{block_option}': ...}}" if is_of_blocks else f"{name}=..."
+        assert written in call(found, choices)
+    if questions:
+        with pytest.raises(OpenQuestionsError):
+            options(found, choices)
+
+
+@pytest.mark.parametrize(
+    ("names", "preset", "source"),
+    [
+        ("slowfast", None, "slowfast"),
+        ("pytorchvideo", None, "pytorchvideo"),
+        ("caffe2", "slowfast", "PySlowFast"),
+    ],
+)
+def test_long_clips_of_sources_that_have_none(names, preset, source):
+    """Their networks have no stride in time before pool2, whatever the clip."""
+    found = architecture(samples.checkpoint(samples.network(preset="slowfast"), names))
+    choices = Choices(preset=preset)
+    question = next(q for q in open_questions(found, choices) if q.name == "clip")
+    assert question.answers == ("8x8", "16x4", "32x4")
+    long = dataclasses.replace(choices, clip="32x2")
+    assert ("pool2" in asked(found, long)) == (names != "pytorchvideo")
+    for function in (options, call, build_any):
+        message = rf"clip must be 8x8, 16x4, 32x4 for a file of {source}, .*; got 32x2"
+        with pytest.raises(ValueError, match=message):
+            function(found, long)
+
+
+def test_flat_kernels_with_a_time_axis_of_mmaction2():
+    """Its ResNet3d without inflation pads pool1, and its C2D, which this preset has, does not."""
+    found = architecture(samples.checkpoint(samples.network("c2d", preset="mmcv"), "mmaction2"))
+    assert asked(found) == ["preset", "clip", "pool2"]
+    short = Choices(clip="8x8", pool2=True)
+    [question] = open_questions(found, short)
+    assert str(question).startswith("--preset mmcv: its kernels have one frame, as those of ")
+    assert not any(build(found, dataclasses.replace(short, preset="mmcv")).layout.pool1.padding)
+    # Where both pad pool1, nothing is open.
+    for other in (Choices(clip="8x8", pool2=False), Choices(clip="32x2")):
+        assert build(found, other).layout.pool1.padding == (0, 1, 1)
+
+
+def test_no_preset_of_a_source_without_video_networks():
+    found = architecture(samples.checkpoint(samples.network(preset="slowfast"), "nonlocal_jax"))
+    assert open_questions(found)[0].answers == ("paper", "slowfast", "mmcv", "caffe2")
+
+
+@pytest.mark.usefixtures("as_users_see_it")
+def test_a_call_with_an_open_scale_fails(mmaction2):
+    found = architecture(mmaction2)
+    others = dataclasses.replace(answers(found), use_scale=None)
+    assert asked(found, others) == ["use_scale"]
+    with pytest.raises(ValueError, match=r"use_scale must be .*; got Ellipsis"):
+        samples.shapes(eval(call(found, others), {"nl": nl}))
 
 
 @pytest.mark.usefixtures("as_users_see_it")
