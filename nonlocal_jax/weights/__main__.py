@@ -25,7 +25,7 @@ from nonlocal_jax.weights.build import build, build_any, call, notes
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.infer import Architecture, architecture
 from nonlocal_jax.weights.load_reports import dims, table
-from nonlocal_jax.weights.loading import load_checkpoint
+from nonlocal_jax.weights.loading import load_arrays
 from nonlocal_jax.weights.matching import Part
 from nonlocal_jax.weights.names import flatten, unflatten
 from nonlocal_jax.weights.published import hint
@@ -104,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 return _verify(command)
     except OSError as error:
-        _print_error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        name = printable(error.filename or "")
+        _print_error(f"{name}: {error.strerror}" if name else str(error))
         return 2
     except ValueError as error:
         _print_error(str(error))
@@ -164,20 +165,28 @@ def _print_entries(checkpoint: Checkpoint, targets: dict[str, str]) -> None:
 
 def _convert(command: Convert) -> int:
     if command.out.exists() and not (command.overwrite and command.out.is_file()):
-        raise FileExistsError(f"{command.out} exists already; --overwrite replaces a file.")
+        raise FileExistsError(
+            f"{printable(command.out)} exists already; --overwrite replaces a file."
+        )
     folder = command.out.parent
     if not isinstance(folder, RemotePath) and not folder.is_dir():  # stores make folders
         raise FileNotFoundError(
-            f"{folder} is not a folder; {command.out.name} cannot be written there."
+            f"{printable(folder)} is not a folder; {printable(command.out.name)} cannot be written "
+            "there."
         )
     checkpoint = checkpoint_files.read(command.file)
-    found = architecture(checkpoint)
+    try:
+        found = architecture(checkpoint)
+        network = call(found, command)
+    except ValueError as error:  # raised again if it is about the arrays or the choices
+        found = architecture(dataclasses.replace(checkpoint, configuration=""))
+        network = f"none here, but its arrays were converted. {printable(error)}"
     model, load_options = build_any(found, command), _load_options(found, command)
-    variables, report = load_checkpoint(checkpoint, model, **load_options)
+    variables, report = load_arrays(checkpoint, model, **load_options)
     loaded = {weight.target for weight in report.weights if weight.source and weight.target}
     leaves = {path: leaf for path, leaf in flatten(variables).items() if path in loaded}
     save(command.out, unflatten(leaves), command.names)
-    print(f"network: {call(found, command)}")
+    print(f"network: {network}")
     summary = report.summary.partition(";")[0]
     print(f"{summary}; written to {printable(command.out)} by the names of {command.names}")
     return 0

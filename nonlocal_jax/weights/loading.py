@@ -43,8 +43,9 @@ def load(
         path: The file or folder, local or remote, such as gs://bucket/file.
         model: The network. Its depth, kind and places of blocks must be those of the file. Its
             poolings, strides and pairwise function have no weights, so the file need not show them:
-            `python -m nonlocal_jax.weights inspect` lists what it leaves open. If a configuration
-            in the file states others, there is a warning.
+            `python -m nonlocal_jax.weights inspect` lists what it leaves open. If the names or a
+            configuration in the file show others, or its own name is that of a published file with
+            others, there is a warning.
         initialise: The parts that keep their initial values where the file has none that fit:
             "classifier" (for another number of classes), "nonlocal" (for files of a network without
             blocks), "statistics" (for files without running statistics).
@@ -110,6 +111,15 @@ def load_with_report(
 
 
 def load_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, **options: Any
+) -> tuple[dict[str, Any], LoadReport]:
+    """Returns the results of `load` and of `load_report` for a file that was read before."""
+    variables, report = load_arrays(checkpoint, model, **options)
+    warn_of_contradictions(checkpoint, model)
+    return variables, report
+
+
+def load_arrays(
     checkpoint: Checkpoint,
     model: nn.Module,
     *,
@@ -118,7 +128,7 @@ def load_checkpoint(
     example: jax.ShapeDtypeStruct | None = None,
     rng: PRNGKeyArray | None = None,
 ) -> tuple[dict[str, Any], LoadReport]:
-    """Returns the results of `load` and of `load_report` for a file that was read before."""
+    """Does what `load_checkpoint` does, for a network of which only the arrays matter."""
     for part in initialise:
         checks.one_of("initialise", part, PARTS)
     example = example or getattr(model, "example", None)
@@ -147,7 +157,6 @@ def load_checkpoint(
     if entry_problems or leaf_problems:
         raise ValueError(_misfit(checkpoint, table, model, entry_problems, leaf_problems))
 
-    warn_of_contradictions(checkpoint, model)
     initial = _initial_values(model, example, rng, missing)
     rows += [
         LoadedWeight("", leaf, (), initial[leaf].shape, "keeps its initial value")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from weights import forge, samples
 from nonlocal_jax.weights import read
 from nonlocal_jax.weights.build import Choices, build, call, notes, open_questions, options
 from nonlocal_jax.weights.configurations import NOT_STATED, read_configuration
+from nonlocal_jax.weights.contradictions import warn_of_contradictions
 from nonlocal_jax.weights.infer import architecture
 from nonlocal_jax.weights.literals import MAX_CHARACTERS, parse_python
 from nonlocal_jax.weights.loading import load_checkpoint
@@ -390,27 +392,91 @@ def test_where_a_file_has_its_configuration(place, tmp_path):
     assert read(path).configuration == ""
 
 
+SCALED = mmaction2(LONG, "mode='embedded_gaussian', sub_sample=True")
 CONTRADICTIONS = [
-    (slowfast(), {}, None),
-    (slowfast(frames=32, rate=4), {}, None),
-    (slowfast(), {"instantiation": "dot_product"}, "'dot_product' instead of 'embedded_gaussian'"),
-    (slowfast(function="dot_product"), {}, "'embedded_gaussian' instead of 'dot_product'"),
-    (slowfast(arch="i3d_nopool"), {}, "pool2=True instead of False"),
-    (slowfast(), {"pool2": False}, "pool2=False instead of True"),
-    (slowfast(pool=(2, 2, 2)), {}, r"key_pool=\(1, 2, 2\) instead of \(2, 2, 2\)"),
-    (slowfast(), {"block_options": {"subsample": False}}, r"key_pool=\(1, 1, 1\) instead of"),
-    (slowfast(stride_1x1="true"), {}, "stride_at='conv_b' instead of 'conv_a'"),
-    (slowfast(dilation=2), {}, "SPATIAL_DILATIONS .* computes something else"),
+    ("slowfast", slowfast(), {}, None),
+    ("slowfast", slowfast(frames=32, rate=4), {}, None),
+    (
+        "slowfast",
+        slowfast(),
+        {"instantiation": "dot_product"},
+        "'dot_product' instead of 'embedded_gaussian'",
+    ),
+    (
+        "slowfast",
+        slowfast(function="dot_product"),
+        {},
+        "'embedded_gaussian' instead of 'dot_product'",
+    ),
+    ("slowfast", slowfast(arch="i3d_nopool"), {}, "pool2=True instead of False"),
+    ("slowfast", slowfast(), {"pool2": False}, "pool2=False instead of True"),
+    ("slowfast", slowfast(pool=(2, 2, 2)), {}, r"key_pool=\(1, 2, 2\) instead of \(2, 2, 2\)"),
+    (
+        "slowfast",
+        slowfast(),
+        {"block_options": {"subsample": False}},
+        r"key_pool=\(1, 1, 1\) instead of",
+    ),
+    ("slowfast", slowfast(stride_1x1="true"), {}, "stride_at='conv_b' instead of 'conv_a'"),
+    ("slowfast", slowfast(dilation=2), {}, "SPATIAL_DILATIONS .* computes something else"),
+    ("slowfast", slowfast(groups=2), {}, "group_size={'res3': None} instead of {'res3': 2}"),
+    ("slowfast", slowfast(groups=2), {"group_size": 2}, None),
+    ("mmaction2", SCALED, {}, "use_scale=False instead of True, which the configuration in"),
+    ("mmaction2", SCALED, {"block_options": {"use_scale": True}}, None),
+    # Without a configuration, by the names.
+    ("mmaction2", "", {}, None),
+    (
+        "mmaction2",
+        "",
+        {"block_options": {"subsample": False}},
+        r"subsample=False instead of True, which the names in weights\.bin show",
+    ),
+    (
+        "pytorchvideo",
+        "",
+        {"pool2": False},
+        r"pool2=False instead of True, which the names in weights\.bin show",
+    ),
+    ("pytorchvideo", "", {}, None),
 ]
 
 
-@pytest.mark.parametrize(("text", "options", "message"), CONTRADICTIONS)
-def test_a_network_that_contradicts_the_configuration(text, options, message):
-    """It is loaded, since it is what was asked for, with a warning."""
-    blocks = samples.tiny_network(blocks={"res3": (0,)}, **options)
-    file = checkpoint(blocks, "slowfast", text)
+@pytest.mark.parametrize(("names", "text", "options", "message"), CONTRADICTIONS)
+def test_a_network_that_contradicts_the_file(names, text, options, message):
+    """There is a warning. The network is still loaded, since it is what was asked for."""
+    preset = "mmcv" if names == "mmaction2" else "slowfast"
+    blocks = None if names == "pytorchvideo" else {"res3": (0,)}
+    file = checkpoint(samples.tiny_network(blocks=blocks, preset=preset), names, text)
     expectation = (
         contextlib.nullcontext() if message is None else pytest.warns(UserWarning, match=message)
     )
     with expectation:
-        load_checkpoint(file, blocks)
+        warn_of_contradictions(file, samples.tiny_network(blocks=blocks, preset=preset, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("C2D_NOPOOL_8x8_R50.pkl", {}, "pool2=True instead of False"),
+        ("C2D_NOPOOL_8x8_R50.pkl", {"pool2": False}, None),
+        ("another.pkl", {}, None),
+        ("I3D_8x8_R50.pkl", {"pool2": False}, "pool2=False instead of True"),
+    ],
+)
+def test_a_network_that_a_published_file_of_this_name_does_not_have(name, options, message):
+    model = samples.tiny_network("c2d", **options)
+    file = dataclasses.replace(samples.checkpoint(model, "caffe2"), path=Path("folder", name))
+    expectation = contextlib.nullcontext()
+    if message is not None:
+        origin = f"PySlowFast's published file has, by whose name folder/{name} is called"
+        expectation = pytest.warns(UserWarning, match=f"{message}, which {origin}")
+    with expectation:
+        warn_of_contradictions(file, model)
+
+
+def test_loading_warns_of_contradictions():
+    model = samples.tiny_network(blocks={"res3": (0,)})
+    file = checkpoint(model, "slowfast", slowfast(arch="i3d_nopool"))
+    with pytest.warns(UserWarning, match="pool2=True instead of False") as caught:
+        load_checkpoint(file, model)
+    assert len(caught) == 1

@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from weights import samples
+from weights import forge, samples
 
 import nonlocal_jax as nl
 from nonlocal_jax.weights import LoadedWeight, LoadReport, export, load, load_report, read, save
@@ -147,6 +147,38 @@ def test_convert_needs_no_answers(run, blocks, tmp_path):
     assert (code, errors) == (0, "")
     assert "clip=..." in output
     assert len(read(tmp_path / "out").arrays) == len(read(blocks).arrays)
+
+
+def test_convert_needs_no_network_that_computes_the_same(run, tmp_path):
+    """Whatever the configuration states, the arrays are those of the file."""
+    arrays = export(samples.weights(samples.tiny_network()), "slowfast")
+    state, contents = forge.state_dict(arrays)
+    refused = forge.text("RESNET: {SPATIAL_STRIDES: [[1], [2], [2], [1]]}")
+    entries = forge.mapping({"model_state": state, "cfg": refused})
+    (tmp_path / "file.pyth").write_bytes(forge.zipped(entries, contents))
+    assert run("verify", tmp_path / "file.pyth")[0] == 2
+    code, output, errors = run("convert", tmp_path / "file.pyth", tmp_path / "out")
+    assert (code, errors) == (0, "")
+    assert "network: none here, but its arrays were converted. " in output
+    assert "has RESNET.SPATIAL_STRIDES of 1, 2, 2, 1, which must be 1, 2, 2, 2" in output
+    assert len(read(tmp_path / "out").arrays) == len(arrays)
+
+
+def test_convert_does_not_warn_of_what_is_open(run, tmp_path):
+    path = tmp_path / "C2D_NOPOOL_8x8_R50.pkl"
+    save(path, samples.weights(samples.tiny_network("c2d")), names="caffe2")
+    assert run("convert", path, tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "a\nb"], ["convert", "a", "b\nc/out"]])
+def test_newlines_in_names_of_files_are_escaped(arguments, run, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").symlink_to(digits)
+    code, _, errors = run(*arguments)
+    assert code == 2
+    assert_one_line(errors, r"a\nb: No such" if arguments[0] == "inspect" else r"b\nc is not a")
+    (tmp_path / "x\ny").write_bytes(b"")
+    assert_one_line(run("convert", "a", "x\ny")[2], r"x\ny exists already")
 
 
 # A name that clears the screen, one that hides what precedes it, one with markup of rich, and one
