@@ -1,5 +1,7 @@
 """Folders of Orbax: those of its checkpointers, and of its manager, one level down.
 
+Of a training state, only the variables are read.
+
 The list of arrays, `_METADATA`, is read here, and the arrays by TensorStore. Orbax itself opens
 whatever path the list names, and allocates whatever the arrays declare.
 """
@@ -29,7 +31,9 @@ MAX_METADATA_BYTES = 16 << 20  # an entry takes about 300
 # Chunks of all arrays, which are read one by one: in any folder, and for each KiB of a folder.
 FREE_CHUNKS, CHUNKS_PER_KIB = 10_000, 32
 ARRAY_TYPES = ("jax.Array", "np.ndarray")
-NUMBER_TYPES = (*ARRAY_TYPES, "scalar")  # stored alike
+COLLECTIONS = (("params",), ("batch_stats",))  # of the variables of a network
+MAX_DEPTH = 3  # of the variables in a tree
+MAX_ITEMS = 100  # entries of a folder that may be the folder of the arrays
 
 
 class Entry(NamedTuple):
@@ -62,15 +66,7 @@ def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
             f"Orbax reads local folders and gs:// only; got {printable(path)}. "
             "Copy the folder to this machine."
         )
-    candidates = (path, path / "default")
-    folders = [folder for folder in candidates if (folder / "_METADATA").is_file()]
-    if not folders:
-        names = sorted(printable(entry.name) for entry in path.iterdir())
-        raise FileFormatError(
-            "it is a folder without the _METADATA of Orbax; "
-            f"it holds {', '.join(names[:8]) or 'nothing'}. Pass a file, or the folder of one step."
-        )
-    folder, size = folders[0], None
+    folder, size = _array_folder(path), None
     if isinstance(path, Path) and isinstance(folder, Path):  # object stores have no links
         size = _folder_bytes(path, folder)
         folder = Path(os.path.realpath(folder))  # TensorStore refuses `..`
@@ -80,8 +76,27 @@ def read_orbax(path: AnyPath, max_bytes: int) -> Contents:
         raise
     except Exception as error:  # TensorStore does not declare what it raises
         raise FileFormatError(
-            f"Orbax cannot read it ({type(error).__name__}: {printable(error):.200})."
+            f"TensorStore cannot read it ({type(error).__name__}: {printable(error):.200})."
         ) from error
+
+
+def _array_folder(path: AnyPath) -> AnyPath:
+    """Returns the folder that lists arrays: this one, its `default`, or the only one in it."""
+    usual: tuple[AnyPath, ...] = (path, path / "default")
+    for folder in usual:
+        if (folder / "_METADATA").is_file():
+            return folder
+    entries: list[AnyPath] = sorted(path.iterdir(), key=lambda entry: entry.name)
+    items = [entry for entry in entries[:MAX_ITEMS] if (entry / "_METADATA").is_file()]
+    if len(items) == 1:
+        return items[0]
+    shown = ", ".join(printable(entry.name) for entry in (items or entries)[:8])
+    if items:
+        raise FileFormatError(f"it holds several folders of arrays; pass one of {shown}.")
+    raise FileFormatError(
+        "it is a folder without the _METADATA of Orbax; "
+        f"it holds {shown or 'nothing'}. Pass a file, or the folder of one step."
+    )
 
 
 def _folder_bytes(path: Path, folder: Path) -> int:
@@ -110,20 +125,53 @@ def _read(folder: AnyPath, size: int | None, max_bytes: int) -> Contents:
 
     metadata = _read_metadata(folder / "_METADATA")
     entries = _entries(metadata)
-    numbers = [entry for entry in entries if entry.is_stored and entry.type in NUMBER_TYPES]
+    root = _variables_root(entries)
+    # Numbers that are ignored are opened too, for their type.
+    numbers = [
+        entry
+        for entry in entries
+        if entry.is_stored and (entry.type == "scalar" or _is_variable_array(entry, root))
+    ]
     specs = [_spec(folder, entry, metadata) for entry in numbers]
     context = tensorstore.Context()
     opened = [tensorstore.open(spec, read=True, open=True, context=context) for spec in specs]
     stores = {entry.name: store.result() for entry, store in zip(numbers, opened, strict=True)}
     _check_arrays(stores, size, max_bytes)
-    arrays = {entry.name: stores[entry.name] for entry in numbers if entry.type in ARRAY_TYPES}
+    depth = len(root or ())
+    names = {
+        entry.name: "/".join(entry.keys[depth:]) for entry in numbers if entry.type in ARRAY_TYPES
+    }
     ignored = {
         entry.name: _reason(entry, stores.get(entry.name))
         for entry in entries
-        if entry.name not in arrays
+        if entry.name not in names
     }
-    reads = {name: store.read() for name, store in arrays.items()}
+    reads = {names[path]: stores[path].read() for path in names}
     return {name: np.asarray(read.result()) for name, read in reads.items()}, ignored
+
+
+def _variables_root(entries: list[Entry]) -> tuple[str, ...] | None:
+    """Returns the keys above the variables, which are () for a `TrainState` of Flax.
+
+    None, which takes all arrays, if there are no variables, or several networks at one level.
+    """
+    for depth in range(MAX_DEPTH):
+        networks = [entry for entry in entries if entry.keys[depth : depth + 1] == ("params",)]
+        roots = {entry.keys[:depth] for entry in networks}
+        if len(roots) > 1:
+            return None
+        for root in roots:
+            below = {entry.keys[depth + 1 : depth + 2] for entry in networks}
+            # The `params` of a state may be all of its variables.
+            return (*root, "params") if ("params",) in below <= set(COLLECTIONS) else root
+    return None
+
+
+def _is_variable_array(entry: Entry, root: tuple[str, ...] | None) -> bool:
+    if entry.type not in ARRAY_TYPES or root is None:
+        return entry.type in ARRAY_TYPES
+    depth = len(root)
+    return entry.keys[:depth] == root and entry.keys[depth : depth + 1] in COLLECTIONS
 
 
 def _read_metadata(file: AnyPath) -> dict[str, Any]:
@@ -138,7 +186,7 @@ def _read_metadata(file: AnyPath) -> dict[str, Any]:
         raise FileFormatError(f"its _METADATA is not JSON ({printable(error):.100}).") from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("tree_metadata"), dict):
         raise FileFormatError(
-            "Orbax cannot read it: its _METADATA must be a JSON object with tree_metadata; "
+            "its _METADATA must be a JSON object with tree_metadata; "
             f"got {describe_value(metadata)}."
         )
     return metadata
@@ -196,7 +244,7 @@ def _base(folder: AnyPath) -> dict[str, str]:
 
 def _check_arrays(stores: dict[str, Any], size: int | None, max_bytes: int) -> None:
     """Checks what opened arrays declare, before they are read."""
-    nbytes = chunks = 0
+    nbytes = chunks = decoded_bytes = 0
     for name, store in stores.items():
         itemsize, layout = store.dtype.numpy_dtype.itemsize, store.chunk_layout
         if store.dtype.numpy_dtype.kind in "OSU":
@@ -206,7 +254,11 @@ def _check_arrays(stores: dict[str, Any], size: int | None, max_bytes: int) -> N
         chunk_shape = layout.read_chunk_template.shape
         chunks += math.prod(-(-n // c) for n, c in zip(store.shape, chunk_shape, strict=True))
         # A chunk is decoded as a whole, even if the array needs one number of it.
-        chunk_bytes = math.prod(layout.write_chunk_template.shape) * itemsize
+        write_shape = layout.write_chunk_template.shape
+        chunk_bytes = math.prod(write_shape) * itemsize
+        decoded_bytes += chunk_bytes * math.prod(
+            -(-n // c) for n, c in zip(store.shape, write_shape, strict=True)
+        )
         if chunk_bytes > max(FREE_BYTES, array_bytes):
             raise UnsafeFileError(
                 f"a chunk of {name!a:.80} would take {chunk_bytes} bytes, the whole array "
@@ -219,6 +271,8 @@ def _check_arrays(stores: dict[str, Any], size: int | None, max_bytes: int) -> N
     if size is None:
         return
     check_explained(nbytes, size, "its arrays")
+    # Links inside the folder, or chunks left out of it, cost nothing there.
+    check_explained(decoded_bytes, size, "the chunks of its arrays")
     max_chunks = FREE_CHUNKS + CHUNKS_PER_KIB * size // 1024
     if chunks > max_chunks:
         raise UnsafeFileError(
@@ -228,7 +282,9 @@ def _check_arrays(stores: dict[str, Any], size: int | None, max_bytes: int) -> N
 
 
 def _reason(entry: Entry, store: Any) -> str:
-    """Returns why an entry is ignored. `store` is its opened array, if it has one."""
+    """Returns why an entry is ignored. `store` is its array, if that was opened."""
+    if store is None and entry.is_stored and entry.type in ARRAY_TYPES:
+        return "training state"
     if store is not None:
         return ignored_reason(store.dtype.numpy_dtype.type().item())
     name = "str" if entry.type == "string" else printable(entry.type)

@@ -102,8 +102,14 @@ def refused(folder, error, match):
 def rename(folder, *keys):
     """Changes the keys of the kernel in the list of arrays."""
     with edited(folder / "_METADATA") as metadata:
-        entry = metadata["tree_metadata"]["('params', 'conv', 'kernel')"]
-        entry["key_metadata"] = [{"key": key, "key_type": 2} for key in keys]
+        set_keys(metadata, *keys)
+
+
+def set_keys(metadata, *keys):
+    """Changes the keys of the kernel, and lists no other variable, beside which it is none."""
+    del metadata["tree_metadata"]["('params', 'conv', 'bias')"]
+    entry = metadata["tree_metadata"]["('params', 'conv', 'kernel')"]
+    entry["key_metadata"] = [{"key": key, "key_type": 2} for key in keys]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,7 @@ def test_keys_name_no_place_outside(keys, folder, tmp_path):
 def test_unusual_keys_name_places_inside(keys, folder, tmp_path):
     """There, nothing is found, or TensorStore refuses the name."""
     rename(folder, *(key.replace("{outside}", str(tmp_path / "secret")) for key in keys))
-    refused(folder, FileFormatError, "Orbax cannot read it")
+    refused(folder, FileFormatError, "TensorStore cannot read it")
 
 
 def test_keys_may_name_folders_inside(folder):
@@ -170,6 +176,38 @@ def test_links_explain_no_memory(folder):
     with edited(folder / KERNEL / ".zarray") as zarray:
         zarray |= {"shape": [2**24], "chunks": [2**20]}
     refused(folder, UnsafeFileError, "its arrays would take 671[0-9]* bytes, which its size of 105")
+
+
+@pytest.mark.parametrize("layout", ["zarr", "zarr3"])
+def test_links_to_one_chunk_are_not_decoded_without_end(layout, saved, tmp_path):
+    """Of each chunk the array needs one row, and a chunk of zeros is small."""
+    rows, columns = 64, 2**20
+    folder = shutil.copytree(saved / layout, tmp_path / "checkpoint")
+    shutil.rmtree(folder / KERNEL)
+    is_zarr3 = layout == "zarr3"
+    spec = {
+        "driver": layout,
+        "kvstore": {"driver": "file", "path": f"{folder / KERNEL}/"},
+        "store_data_equal_to_fill_value": True,
+    }
+    if is_zarr3:
+        grid = {"name": "regular", "configuration": {"chunk_shape": [1, columns]}}
+        zstd = {"name": "zstd", "configuration": {"level": 3}}
+        spec["metadata"] = {"data_type": "float32", "shape": [rows, 8], "chunk_grid": grid}
+        spec["metadata"]["codecs"] = [{"name": "bytes"}, zstd]
+    else:
+        zstd = {"id": "zstd", "level": 3}
+        spec["metadata"] = {"dtype": "<f4", "shape": [rows, 8], "chunks": [1, columns]}
+        spec["metadata"]["compressor"] = zstd
+    store = tensorstore.open(spec, create=True).result()
+    store[:1].write(np.zeros((1, 8), "f4")).result()
+    names = ("c/{}/0", "c/0/0") if is_zarr3 else ("{}.0", "0.0")
+    for row in range(1, rows):
+        link = folder / KERNEL / names[0].format(row)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(folder / KERNEL / names[1])
+    message = "the chunks of its arrays would take 2684[0-9]* bytes, which its size of"
+    refused(folder, UnsafeFileError, message)
 
 
 def test_errors_of_the_file_system(folder, monkeypatch):
@@ -234,7 +272,7 @@ def test_chunks_of_zeros_expand_no_further_than_declared(folder):
     refused(folder, UnsafeFileError, "its arrays would take .* which its size of")
     with edited(folder / KERNEL / ".zarray") as zarray:
         zarray |= {"shape": [8], "chunks": [8]}
-    refused(folder, FileFormatError, "Orbax cannot read it .*End of data expected")
+    refused(folder, FileFormatError, "TensorStore cannot read it .*End of data expected")
 
 
 def damage(change):
@@ -257,14 +295,14 @@ LISTS = {  # changes of the list of arrays
         r"has a damaged entry, '\\x1b\[2J'",
     ),
     "control characters in a key": (
-        damage(lambda entry, _: entry.update(key_metadata=[{"key": "\x1b[2J"}])),
+        damage(lambda _, metadata: set_keys(metadata, "\x1b[2J")),
         r"does not exist|NOT_FOUND",
     ),
     "keys": (damage(lambda entry, _: entry.update(key_metadata={})), "has a damaged entry"),
     "a key": (damage(lambda entry, _: entry.update(key_metadata=[{"key": 1}])), "a damaged entry"),
     "surrogates": (
-        damage(lambda entry, _: entry.update(key_metadata=[{"key": "\ud800"}])),
-        "Orbax cannot read it",
+        damage(lambda _, metadata: set_keys(metadata, "\ud800")),
+        "TensorStore cannot read it",
     ),
     "type": (damage(lambda entry, _: entry.update(value_metadata={})), "has a damaged entry"),
     "twice": (
