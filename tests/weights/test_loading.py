@@ -75,6 +75,12 @@ def test_concatenation_of_mmaction2(path):
     assert w_f.shape == (1, 512, 1, 1)
     unpooled = {re.sub(r"\.(phi|g)\.0\.", r".\1.", name): array for name, array in arrays.items()}
     assert unpooled.keys() != arrays.keys()
+    model = samples.network(
+        blocks=samples.BLOCKS,
+        preset="mmcv",
+        instantiation="concatenation",
+        block_options={"subsample": False},
+    )
     samples.assert_equal(load(samples.write(path, unpooled), model), variables)
 
 

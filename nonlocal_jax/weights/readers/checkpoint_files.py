@@ -63,8 +63,9 @@ def read(path: PathLike, *, max_bytes: int = 8 << 30) -> Checkpoint:
 
     Args:
         path: A pickle of Caffe2, a file of `torch.save`, a safetensors file, or a folder that Orbax
-            wrote, of which only the variables are read if it has a training state. A remote file, such as gs://bucket/file, is copied to a temporary local one.
-            Nothing outside the file or folder is read.
+            wrote. Of a training state in such a folder, only the variables are read. A remote file,
+            such as gs://bucket/file, is copied to a temporary local one. Nothing outside the file
+            or folder is read.
         max_bytes: Limit of what the weights may take in memory, in bytes. They may also take no
             more than 32 times the size of the file, or 16 MiB if that is more. That limit is not
             checked for remote folders.
