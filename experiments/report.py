@@ -64,8 +64,8 @@ def main(config: Config) -> None:
         config.output.mkdir(parents=True, exist_ok=True)
         if drawn:
             results.draw_curves(drawn, config.output / "curves.png")
-    text = "\n".join(lines)
-    (config.output / "results.md").write_text(text + "\n")
+        text = "\n".join(lines)
+        (config.output / "results.md").write_text(text + "\n")
     PlainConsole().print(text)
 
 

@@ -97,6 +97,8 @@ def _read_object(folder: AnyPath, name: str) -> dict[str, Any]:
 def read_log(folder: AnyPath, kind: str, metrics: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Reads the logged rows of one kind.
 
+    A last line that is not finished is ignored: a running process is writing it, or was killed.
+
     Args:
         folder: Folder of a run.
         kind: "train" or "evaluation".
@@ -110,13 +112,15 @@ def read_log(folder: AnyPath, kind: str, metrics: Sequence[str] = ()) -> list[di
     """
     file = folder / "metrics.jsonl"
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text().splitlines(keepends=True)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} must be the log of a run, one JSON row per line: {error}."
         ) from error
+    if lines and not lines[-1].endswith("\n") and not _is_json(lines[-1]):
+        lines.pop()
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(map(str.rstrip, lines), 1):
         row = _row(line)
         if row is None or (row["kind"] == kind and not row.keys() >= set(metrics)):
             names = ", ".join(("step", "kind", *metrics))
@@ -126,6 +130,14 @@ def read_log(folder: AnyPath, kind: str, metrics: Sequence[str] = ()) -> list[di
             )
         rows.append(row)
     return [row for row in rows if row["kind"] == kind]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -196,7 +208,10 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_curves(folders: Sequence[AnyPath], file: AnyPath, title: str = "") -> None:
-    """Draws loss and accuracy by step, in training (thin lines) and on held-out data (markers)."""
+    """Draws loss and accuracy by step, in training (thin lines) and on held-out data (markers).
+
+    Runs that do not log accuracy, as with several classes per video, have the loss only.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -204,11 +219,10 @@ def draw_curves(folders: Sequence[AnyPath], file: AnyPath, title: str = "") -> N
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for i, folder in enumerate(folders):
-        train, evaluation = (
-            read_log(folder, kind, ("loss", "accuracy")) for kind in ("train", "evaluation")
-        )
+        metrics = ("loss", "accuracy") if _has_accuracy(folder) else ("loss",)
+        train, evaluation = (read_log(folder, kind, metrics) for kind in ("train", "evaluation"))
         name = printable(folder.name).replace("$", r"\$")  # matplotlib would set it as mathematics
-        for ax, metric in zip(axes, ("loss", "accuracy"), strict=True):
+        for ax, metric in zip(axes, metrics, strict=False):
             steps, means = _smoothed(train, metric)
             label = f"{name}, training"
             ax.plot(steps, means, color=f"C{i}", linewidth=1, alpha=0.5, label=label)
@@ -217,12 +231,18 @@ def draw_curves(folders: Sequence[AnyPath], file: AnyPath, title: str = "") -> N
                 values = [row[metric] for row in evaluation]
                 label = f"{name}, held out"
                 ax.plot(steps, values, color=f"C{i}", marker="o", markersize=4, label=label)
-            ax.set(xlabel="step", ylabel=metric)
+    for ax, metric in zip(axes, ("loss", "accuracy"), strict=True):
+        ax.set(xlabel="step", ylabel=metric)
     axes[0].set_yscale("log")
-    axes[1].legend(loc="lower right", frameon=False)
+    lines, labels = axes[0].get_legend_handles_labels()  # of all runs
+    axes[1].legend(lines, labels, loc="lower right", frameon=False)
     figure.suptitle(title)
     save_figure(figure, file)
     plt.close(figure)
+
+
+def _has_accuracy(folder: AnyPath) -> bool:
+    return any("accuracy" in row for row in read_log(folder, "train"))
 
 
 def save_figure(figure: Any, file: AnyPath) -> None:

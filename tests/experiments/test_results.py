@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments import report
+from experiments.shared import results
 
 
 def write_run(folder, seed, accuracy, **config):
@@ -73,6 +74,57 @@ def test_a_report_shows_unfinished_runs(tmp_path, capsys):
     report.main(report.Config((started,), tmp_path / "alone"))
     assert "unfinished" in (tmp_path / "alone" / "results.md").read_text()
     assert not (tmp_path / "alone" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("half", ['{"step": 1201, "ki', "{", '{"step": 1201, "kind": "train"'])
+def test_half_written_last_lines(half, tmp_path):
+    """A run that was killed, or still runs, may leave one."""
+    run = write_run(tmp_path / "run", 0, 0.9)
+    (run / "results.json").unlink()
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 1200, "kind": "train", "loss": 0.5, "accuracy": 0.6}\n' + half)
+    assert [row["step"] for row in results.read_log(run, "train")] == [1, 1200]
+    report.main(report.Config((run,), tmp_path / "out"))
+    assert "run: unfinished, at step 1,200" in (tmp_path / "out" / "results.md").read_text()
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write("\n")
+    with pytest.raises(SystemExit, match=r"got \{.* in line 4\. Delete the line"):
+        report.main(report.Config((run,), tmp_path / "out"))
+
+
+def test_a_last_line_without_its_end_counts(tmp_path):
+    run = write_run(tmp_path / "run", 0, 0.9)
+    log = run / "metrics.jsonl"
+    log.write_text(log.read_text().removesuffix("\n"))
+    assert [row["step"] for row in results.read_log(run, "evaluation")] == [10]
+
+
+def test_a_report_shows_unfinished_runs_with_several_classes_per_video(tmp_path, monkeypatch):
+    """Their logs have no accuracy."""
+    kinetics, charades = (write_run(tmp_path / name, 0, 0.9) for name in ("kinetics", "charades"))
+    (charades / "results.json").unlink()
+    log = [
+        {"step": 1, "kind": "train", "loss": 1.0, "hit_at_1": 0.1},
+        {"step": 1, "kind": "evaluation", "loss": 1.0, "hit_at_1": 0.1},
+    ]
+    (charades / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    figures = []
+    monkeypatch.setattr(results, "save_figure", lambda figure, file: figures.append(figure))
+    report.main(report.Config((kinetics, charades), tmp_path / "out"))
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "- charades: unfinished, at step 1; run its command again" in text
+    (figure,) = figures
+    losses, accuracies = ([line.get_label() for line in ax.lines] for ax in figure.axes)
+    assert accuracies == ["kinetics, training", "kinetics, held out"]
+    assert losses == [*accuracies, "charades, training", "charades, held out"]
+    assert [label.get_text() for label in figure.axes[1].get_legend().get_texts()] == losses
+
+
+def test_a_report_that_cannot_be_written(tmp_path):
+    run = write_run(tmp_path / "a", 0, 0.9)
+    (tmp_path / "out" / "results.md").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"error: .*directory: '.*results\.md'"):
+        report.main(report.Config((run,), tmp_path / "out"))
 
 
 def test_a_report_needs_accuracies(tmp_path):
