@@ -6,12 +6,11 @@ passes.
 """
 
 import contextlib
-import glob
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,6 +20,9 @@ COLLAPSED_URL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>[^/
 LOCAL_PROTOCOLS = ("file", "local")
 MAX_NAME_BYTES = 255  # longest name of a file, on all common file systems
 PARTIAL_RANDOM_BYTES = 4
+PARTIAL_NAME = re.compile(
+    rf"\.(?P<stem>.*)\.[0-9a-f]{{{2 * PARTIAL_RANDOM_BYTES}}}\.partial", re.DOTALL
+)
 
 AnyPath: TypeAlias = Path | RemotePath
 PathLike: TypeAlias = str | os.PathLike[str] | RemotePath  # what users may pass for a path
@@ -123,14 +125,24 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
         raise
 
 
-def partial_files(path: Path) -> list[Path]:
-    """Finds the temporary files of `atomic_write` for a path: in use, or left by killed processes.
+def partial_files(paths: Iterable[Path]) -> list[Path]:
+    """Finds the temporary files of `atomic_write`: in use, or left by killed processes.
 
-    The temporary files of another path in the same directory are found as well if both names are
-    too long to be kept and start alike.
+    Each directory is scanned once. The temporary files of another path in the same directory are
+    found as well if both names are too long to be kept and start alike.
+
+    Args:
+        paths: Paths that `atomic_write` was or may be called with.
     """
-    random = "[0-9a-f]" * (2 * PARTIAL_RANDOM_BYTES)
-    return list(path.parent.glob(f".{glob.escape(_partial_stem(path))}.{random}.partial"))
+    stems: dict[Path, set[str]] = {}
+    for path in paths:
+        stems.setdefault(path.parent, set()).add(_partial_stem(path))
+    return [
+        file
+        for folder, names in stems.items()
+        for file in folder.glob(".*.partial")
+        if (match := PARTIAL_NAME.fullmatch(file.name)) and match["stem"] in names
+    ]
 
 
 def _partial_name(path: AnyPath) -> str:

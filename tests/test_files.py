@@ -206,11 +206,27 @@ def test_names_of_up_to_255_bytes(tmp_path, name):
     for text in ("old", "new"):
         with files.atomic_write(file) as partial:
             partial.write_text(text)
-            assert files.partial_files(file) == [partial]
+            assert files.partial_files([file]) == [partial]
             assert len(os.fsencode(partial.name)) <= 255
         assert file.read_text() == text
-        assert files.partial_files(file) == []
+        assert files.partial_files([file]) == []
     assert set(tmp_path.iterdir()) == {*before, file}
+
+
+def test_partial_files_of_many_paths(tmp_path):
+    paths = [tmp_path / folder / name for folder in ("one", "two") for name in ("a.mp4", "b\n.mp4")]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    with contextlib.ExitStack() as stack:
+        partial = [stack.enter_context(files.atomic_write(path)) for path in paths]
+        for file in partial:
+            file.touch()
+        assert set(files.partial_files(paths)) == set(partial)
+        assert files.partial_files(paths[1:2]) == partial[1:2]
+        (tmp_path / "file").touch()
+        missing = [tmp_path / "none" / "a.mp4", tmp_path / "file" / "a.mp4", tmp_path / "a.mp4"]
+        assert files.partial_files(missing) == []
+        assert files.partial_files([]) == []
 
 
 def test_names_that_are_not_utf8(tmp_path):

@@ -307,16 +307,18 @@ def _check_targets(command: Transcode, videos: Annotations, targets: dict[AnyPat
     if videos.format != "folder":
         outputs[command.list] = command.out / command.list.name
     # The real paths, since a folder of copies may be a link to that of the originals.
-    inputs = (*targets, command.list)
-    originals = {os.path.realpath(path) for path in inputs if isinstance(path, Path)}
+    real_folder = functools.cache(os.path.realpath)
+    originals = {_real_path(path, real_folder) for path in targets if isinstance(path, Path)}
+    if isinstance(command.list, Path):
+        originals.add(os.path.realpath(command.list))
     folder = os.path.realpath(command.out)
     sources: dict[Path, AnyPath] = {}
     for source, target in outputs.items():
-        real = Path(os.path.realpath(target.parent), target.name)
+        real = Path(real_folder(target.parent), target.name)
         if real in sources:
             raise ValueError(f"{sources[real]} and {source} would have the same copy, {target}.")
         sources[real] = source
-        if not {str(real), os.path.realpath(target)}.isdisjoint(originals):
+        if not {str(real), _real_path(target, real_folder)}.isdisjoint(originals):
             raise ValueError(
                 f"{target} would be replaced by a copy; choose another folder than {command.out}."
             )
@@ -327,6 +329,12 @@ def _check_targets(command: Transcode, videos: Annotations, targets: dict[AnyPat
             )
     if videos.format != "folder":
         _check_list(outputs[command.list], _list_content(command, videos, targets))
+
+
+def _real_path(path: Path, real_folder: Callable[[Path], str]) -> str:
+    """Returns the real path of a file, whose folder is resolved once for all files in it."""
+    real = Path(real_folder(path.parent), path.name)
+    return os.path.realpath(path) if real.is_symlink() else str(real)
 
 
 def _check_list(file: Path, content: bytes) -> None:

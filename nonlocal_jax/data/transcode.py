@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fractions import Fraction
 from pathlib import Path
@@ -46,15 +46,19 @@ def transcode(
         VideoError: The file cannot be read to its end.
         OSError: The copy cannot be written.
     """
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; remove it, or choose another name.")
+    _remove_partial_copies([target])
+    _write_copy(source, target, shorter=shorter, keyframes=keyframes, crf=crf)
+
+
+def _write_copy(
+    source: files.AnyPath, target: Path, *, shorter: int, keyframes: int, crf: int
+) -> None:
     with extra("experiments"):
         import av
 
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder; remove it, or choose another name.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The name of a partial file is random, so the next write would not replace it.
-    for partial in files.partial_files(target):
-        _remove_if_unused(partial)
     options = {"crf": str(crf), "g": str(keyframes)}
     try:
         # The lock is released last, after the partial copy was renamed.
@@ -84,6 +88,15 @@ def _create_locked(partial: Path) -> contextlib.AbstractContextManager[Any]:
             return file
         file.close()  # another process removed it before it was locked
     return contextlib.nullcontext()
+
+
+def _remove_partial_copies(targets: Iterable[Path]) -> None:
+    """Removes what killed processes left: its names are random, so later copies do not replace it.
+
+    A folder of many copies takes long to scan, so this is done once for all of them.
+    """
+    for partial in files.partial_files(targets):
+        _remove_if_unused(partial)
 
 
 def _remove_if_unused(partial: Path) -> None:
@@ -127,20 +140,30 @@ def _copy(video: Video, file: Path, shorter: int, options: dict[str, str]) -> No
 
 
 def transcode_all(
-    pairs: Sequence[tuple[files.AnyPath, Path]], threads: int, **options: int
+    pairs: Sequence[tuple[files.AnyPath, Path]],
+    threads: int,
+    *,
+    shorter: int = 256,
+    keyframes: int = 32,
+    crf: int = 18,
 ) -> Iterator[tuple[files.AnyPath, VideoError | OSError | None]]:
     """Copies many videos in parallel. Copies that exist are kept.
 
-    Anything else that has the name of a copy, such as a folder or an empty file, is an error.
+    Partial copies that killed processes left behind are removed first. Anything else that has the
+    name of a copy, such as a folder or an empty file, is an error.
 
     Args:
         pairs: Each file and its copy.
         threads: Videos to copy at a time.
-        options: Passed to `transcode`.
+        shorter: As in `transcode`.
+        keyframes: As in `transcode`.
+        crf: As in `transcode`.
 
     Yields:
         Each file when it is done, and the error if it could not be copied.
     """
+    options = {"shorter": shorter, "keyframes": keyframes, "crf": crf}
+    _remove_partial_copies(target for _, target in pairs)
     with ThreadPoolExecutor(threads) as pool:
         jobs = {
             pool.submit(_transcode_if_missing, source, target, options): source
@@ -160,7 +183,7 @@ def _transcode_if_missing(source: files.AnyPath, target: Path, options: dict[str
     try:
         target.lstat()
     except FileNotFoundError:
-        transcode(source, target, **options)
+        _write_copy(source, target, **options)
         return
     if not target.is_file() or not target.stat().st_size:
         raise FileExistsError(f"{target} exists, but is not a copy of {source}; remove it.")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,17 +106,42 @@ def test_partial_copies_are_removed_unless_a_process_writes_them(tmp_path):
     partial = tmp_path / ".a.mp4.0a1b2c3d.partial"
     with transcode._create_locked(partial):
         transcode._remove_if_unused(partial)
-        assert files.partial_files(tmp_path / "a.mp4") == [partial]
+        assert files.partial_files([tmp_path / "a.mp4"]) == [partial]
     transcode._remove_if_unused(partial)
     assert not partial.exists()
     transcode._remove_if_unused(partial)  # another process was faster
+
+
+def test_folders_are_scanned_and_resolved_once(tmp_path, sources, monkeypatch):
+    """Not for each of a hundred thousand videos."""
+    folder, scanned, resolved = tmp_path / "small", [], []
+    folder.mkdir()
+    left_behind = [folder / f".{name}.mp4.0a1b2c3d.partial" for name in "abc"]
+    for file in left_behind:
+        file.touch()
+    glob, realpath = Path.glob, os.path.realpath
+
+    def scan(path, *arguments, **options):
+        scanned.append(path)
+        return glob(path, *arguments, **options)
+
+    def resolve(path, **options):
+        resolved.append(Path(path))
+        return realpath(path, **options)
+
+    monkeypatch.setattr(Path, "glob", scan)
+    monkeypatch.setattr(os.path, "realpath", resolve)
+    assert main(["transcode", str(sources / "list.txt"), str(folder), *SMALL]) == 0
+    assert scanned == [folder]
+    assert set(resolved) <= {folder, sources, sources / "list.txt"}
+    assert names(folder) == ["a.mp4", "b.mp4", "c.mp4", "list.txt"]
 
 
 def test_a_finished_copy_is_not_removed_before_it_has_its_name(tmp_path, sources, monkeypatch):
     target, fsync, found = tmp_path / "a.mp4", os.fsync, []
 
     def remove_and_fsync(number):
-        found.extend(files.partial_files(target))
+        found.extend(files.partial_files([target]))
         transcode._remove_if_unused(found[0])
         fsync(number)
 
