@@ -328,7 +328,11 @@ def _check_targets(command: Transcode, videos: Annotations, targets: dict[AnyPat
                 "symbolic link; remove the link, or choose another folder."
             )
     if videos.format != "folder":
-        _check_list(outputs[command.list], _list_content(command, videos, targets))
+        _check_list(
+            outputs[command.list],
+            _list_content(command, videos, targets),
+            _list_content(command, videos, targets, _unquoted_line),
+        )
 
 
 def _real_path(path: Path, real_folder: Callable[[Path], str]) -> str:
@@ -337,16 +341,22 @@ def _real_path(path: Path, real_folder: Callable[[Path], str]) -> str:
     return os.path.realpath(path) if real.is_symlink() else str(real)
 
 
-def _check_list(file: Path, content: bytes) -> None:
+def _unquoted_line(path: str, label: int) -> str:
+    """Returns the line of a list of copies as earlier versions wrote it."""
+    return f"{path} {label}\n"
+
+
+def _check_list(file: Path, *contents: bytes) -> None:
     """Raises an error if a list exists that an earlier run cannot have written.
 
     Args:
         file: The list of the copies.
-        content: What it will have if every video can be copied.
+        *contents: What it has if every video was copied, by this version and by earlier ones.
     """
     if not os.path.lexists(file):
         return
-    if not file.is_file() or not set(file.read_bytes().split(b"\n")) <= set(content.split(b"\n")):
+    lines = {line for content in contents for line in content.split(b"\n")}
+    if not file.is_file() or not set(file.read_bytes().split(b"\n")) <= lines:
         raise ValueError(
             f"{file} exists and is not a list of these copies; move it, or choose another folder."
         )
@@ -361,7 +371,12 @@ def _relative_target(path: Any, root: AnyPath) -> Path:
     return Path(path.relative_to(base)).with_suffix(".mp4")
 
 
-def _list_content(command: Transcode, videos: Annotations, targets: dict[AnyPath, Path]) -> bytes:
+def _list_content(
+    command: Transcode,
+    videos: Annotations,
+    targets: dict[AnyPath, Path],
+    write_line: Callable[[str, int], str] = path_line,
+) -> bytes:
     """Returns the list of the copies: a line for each target, or a CSV, which has no file names."""
     if videos.format in ("kinetics", "charades"):
         return command.list.read_bytes()
@@ -369,7 +384,7 @@ def _list_content(command: Transcode, videos: Annotations, targets: dict[AnyPath
     for record in videos.records:
         if target := targets.get(record.path):
             with writing.naming(target):
-                lines.append(path_line(str(target.relative_to(command.out)), record.labels[0]))
+                lines.append(write_line(str(target.relative_to(command.out)), record.labels[0]))
     return "".join(lines).encode()
 
 

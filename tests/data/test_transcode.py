@@ -358,6 +358,24 @@ def test_lists_that_are_not_of_these_copies_are_kept(tmp_path, sources, name, ca
     assert (folder / name).read_text() == text.replace(".mkv", ".mp4")
 
 
+def test_lists_of_versions_that_wrote_no_quotes_are_replaced(tmp_path, sources):
+    paths = ("long jump/a b.mkv", 'run/say "c", d.mkv', "e.mkv")
+    for path in paths:
+        (sources / path).parent.mkdir(exist_ok=True)
+        shutil.copy(sources / "a.mkv", sources / path)
+    lines = [f"{path} {number}\n" for number, path in enumerate(paths)]
+    (sources / "list.txt").write_text("".join(lines))
+    folder = tmp_path / "small"
+    command = ["transcode", str(sources / "list.txt"), str(folder), *SMALL]
+    assert main(command) == 0
+    written = (folder / "list.txt").read_text()
+    assert written.startswith('"long jump/a b.mp4" 0\n"run/say ""c"", d.mp4" 1\n')
+    for earlier in (lines, lines[1:]):  # the first video could not be copied, and then it could
+        (folder / "list.txt").write_text("".join(earlier).replace(".mkv", ".mp4"))
+        assert main(command) == 0
+        assert (folder / "list.txt").read_text() == written
+
+
 def test_a_list_grows_when_failed_videos_are_repaired(tmp_path, sources):
     folder, whole = tmp_path / "small", (sources / "b.mkv").read_bytes()
     (sources / "b.mkv").write_bytes(whole[:100])
