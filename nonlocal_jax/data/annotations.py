@@ -185,7 +185,7 @@ def index(
     and `._a.mp4`, and those of systems, such as `__MACOSX` and `@eaDir`. Neither do files without
     one of the suffixes in `VIDEO_SUFFIXES`, in lower or upper case, and links back to the folder
     or to one above it. A folder without any video is not a class, unless `names` has it; it is
-    listed in `left_out`.
+    listed in `left_out`. A folder that `names` has is never hidden.
 
     Args:
         folder: The folder.

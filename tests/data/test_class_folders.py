@@ -71,8 +71,22 @@ def test_folders_without_videos_are_no_classes_and_are_reported(tmp_path, capsys
     assert videos.left_out == (f"{tmp_path}/empty has no video, so it is not a class",)
     named = annotations.index(tmp_path, names=("empty", "jump", "run"))
     assert [record.labels for record in named.records] == [(1,), (2,)]
+    assert named.left_out == (f"{tmp_path}/empty has no video",)
     assert main(["index", str(tmp_path)]) == 0
     assert f"{tmp_path}/empty has no video" in capsys.readouterr().out
+
+
+def test_classes_that_are_named_are_not_hidden(tmp_path, copied):
+    names = ("recycled", "recycler", "run", "temporary_items", ".hack")
+    found = [name.replace("_", " ") for name in names]
+    make(tmp_path, [f"{name}/a.mp4" for name in found] + ["RECYCLER/b.mp4", "recycled/._a.mp4"])
+    for folder in (tmp_path, copied(tmp_path)):
+        videos = annotations.index(folder, names=names)
+        assert {record.path.parent.name: record.labels for record in videos.records} == {
+            name: (number,) for number, name in enumerate(found)
+        }
+        assert len(videos) == len(names)
+        assert annotations.index(folder).names == ("run",)
 
 
 def test_folders_are_named_like_the_classes_with_underscores(tmp_path):

@@ -25,7 +25,7 @@ def read_folder(
     folder: AnyPath, num_classes: int | None, names: Sequence[str], leave_out: bool
 ) -> Annotations:
     """Lists the videos; the arguments are those of `nonlocal_jax.data.annotations.index`."""
-    videos, left_out = _find_videos(folder, leave_out)
+    videos, left_out = _find_videos(folder, frozenset(map(comparable_name, names)), leave_out)
     if not videos:
         raise DataError(
             f"{folder} must have a folder for each class, with videos in it "
@@ -41,11 +41,22 @@ def read_folder(
     return Annotations(records, len(names), names=names, left_out=tuple(left_out), format="folder")
 
 
-def _find_videos(folder: AnyPath, leave_out: bool) -> tuple[dict[str, list[AnyPath]], list[str]]:
-    """Returns the videos of each class by its name, and what was left out with the reasons."""
+def _find_videos(
+    folder: AnyPath, named: frozenset[str], leave_out: bool
+) -> tuple[dict[str, list[AnyPath]], list[str]]:
+    """Finds the videos of each class.
+
+    Args:
+        folder: The folder with the folders of the classes.
+        named: Names of classes that the user passed, comparable. Their folders are never hidden.
+        leave_out: Whether to leave out links to files that do not exist.
+
+    Returns:
+        The videos of each class by its name, and what was left out with the reasons.
+    """
     videos: dict[str, list[AnyPath]] = {}
     left_out: list[str] = []
-    for inner in _visible(folder):
+    for inner in _visible(folder, named):
         if not _is_class_folder(inner, folder):
             continue
         files = [file for file in _visible(inner) if is_video(file.name)]
@@ -60,7 +71,10 @@ def _find_videos(folder: AnyPath, leave_out: bool) -> tuple[dict[str, list[AnyPa
         if files:
             videos[inner.name] = files
         else:
-            left_out.append(f"{inner} has no video, so it is not a class")
+            is_class = comparable_name(inner.name) in named
+            left_out.append(
+                f"{inner} has no video" + ("" if is_class else ", so it is not a class")
+            )
     return videos, left_out
 
 
@@ -76,10 +90,17 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
-def _visible(folder: AnyPath) -> list[AnyPath]:
-    """Returns what is in a folder, in an order that does not depend on Unicode normal forms."""
+def _visible(folder: AnyPath, named: frozenset[str] = frozenset()) -> list[AnyPath]:
+    """Returns what is not hidden in a folder, or is named.
+
+    The order does not depend on Unicode normal forms.
+    """
     try:
-        entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
+        entries = [
+            entry
+            for entry in folder.iterdir()
+            if not is_hidden(entry.name) or comparable_name(entry.name) in named
+        ]
     except OSError as error:
         if not isinstance(folder, Path):
             raise
