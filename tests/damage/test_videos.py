@@ -62,11 +62,17 @@ def copy_video(path):
         video.read(range(len(video)))
 
 
+@pytest.fixture(scope="module", params=VIDEOS)
+def undamaged(request, tmp_path_factory):
+    """The name of a video and its content."""
+    file = tmp_path_factory.mktemp("whole") / request.param
+    VIDEOS[request.param](file)
+    return request.param, file.read_bytes()
+
+
 @pytest.mark.parametrize("read", [read_frames, read_clips, copy_video])
-@pytest.mark.parametrize("name", VIDEOS)
-def test_damaged_videos(tmp_path, mutated_files, name, read):
-    VIDEOS[name](tmp_path / f"whole_{name}")
-    data = (tmp_path / f"whole_{name}").read_bytes()
+def test_damaged_videos(tmp_path, mutated_files, undamaged, read):
+    name, data = undamaged
     found = outcomes(read, tmp_path / name, data, mutated_files // 10, (VideoError,))
     print(name, read.__name__, dict(found))
     assert found["read"]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import time
 import unicodedata
 
 import numpy as np
@@ -257,12 +258,23 @@ def test_classes_of_kinetics_that_differ_in_underscores_are_one(folder):
     assert read(folder, text).names == ("riding a bike",)
 
 
-def test_long_lines_take_little_time(folder):
-    """Each line is read in about the time that copying it takes."""
-    rng = np.random.default_rng(0)
-    for characters in (" ", " ,", 'a"', 'a,"', '""', "a\t", "é "):
-        text = "".join(rng.choice(list(characters), 100_000)) + " 1"
-        assert split_label(text) is None or split_label(text).label == "1"
+@pytest.mark.parametrize("start", ["", '"'])
+@pytest.mark.parametrize("characters", [" ", " ,", 'a"', 'a,"', '""', "a\t", "é "])
+def test_the_time_of_long_lines_grows_linearly(characters, start):
+    """Four times as many characters take about 4 times as long; 16 times would be quadratic."""
+    text = "".join(np.random.default_rng(0).choice(list(characters), 80_000))
+
+    def seconds(length):
+        """Returns the least time, which other processes disturb least."""
+        line, times = f"{start}{text[:length]} 1", []
+        for _ in range(10):
+            before = time.process_time()
+            parsed = split_label(line)
+            times.append(time.process_time() - before)
+            assert parsed is None or parsed.label == "1"
+        return min(times)
+
+    assert seconds(80_000) < 10 * max(seconds(20_000), 1e-4)
 
 
 def test_class_names(folder):

@@ -21,15 +21,23 @@ from nonlocal_jax.data.__main__ import main
 from nonlocal_jax.data.video import Video
 
 SMALL = ("--shorter", "16")
+SECONDS = 120  # that threads and processes may take, which is far more than they need
+
+
+@pytest.fixture(scope="module")
+def small_video(tmp_path_factory):
+    file = tmp_path_factory.mktemp("video") / "small.mkv"
+    stand_in.write(file, scene(6, 32, 48))
+    return file
 
 
 @pytest.fixture
-def sources(tmp_path):
-    """A folder with videos in formats of old cameras, and a list of them."""
+def sources(tmp_path, small_video):
+    """A folder with videos in a format of old cameras, and a list of them."""
     folder = tmp_path / "sources"
     folder.mkdir()
     for name in ("a.mkv", "b.mkv", "c.mkv"):
-        stand_in.write(folder / name, scene(6, 32, 48))
+        shutil.copy(small_video, folder / name)
     (folder / "list.txt").write_text("a.mkv 0\nb.mkv 1\nc.mkv 1\n")
     return folder
 
@@ -170,26 +178,41 @@ def test_a_partial_copy_that_is_removed_before_it_is_locked(tmp_path, monkeypatc
     assert removed
 
 
-def test_threads_that_write_the_same_copy(tmp_path, sources):
-    """Each of them removes the partial copies that are not in use."""
-    failures = []
+def test_threads_that_write_the_same_copy(tmp_path, monkeypatch):
+    """One removes partial copies that are not in use while the other writes its own."""
+    source, target = tmp_path / "a.mkv", tmp_path / "a.mp4"
+    stand_in.write(source, scene(60, 32, 48))
+    scaled_frames, errors = transcode._scaled_frames, []
+    is_half_done, can_go_on = threading.Event(), threading.Event()
 
-    def run(target):
+    def pause_the_first(*arguments):
+        is_first = not is_half_done.is_set()
+        for number, frame in enumerate(scaled_frames(*arguments)):
+            if is_first and number == 55:  # the encoder gives out nothing before the 40th frame
+                is_half_done.set()
+                can_go_on.wait(SECONDS)
+            yield frame
+
+    def run():
         try:
-            transcode.transcode(sources / "a.mkv", target, shorter=32)
+            transcode.transcode(source, target, shorter=32)
         except Exception as error:
-            failures.append(error)
+            errors.append(error)
 
-    for trial in range(15):
-        target = tmp_path / f"{trial}.mp4"
-        threads = [threading.Thread(target=run, args=(target,)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        with Video(target) as video:
-            assert len(video.read(range(6))) == 6
-    assert not failures
+    monkeypatch.setattr(transcode, "_scaled_frames", pause_the_first)
+    first, second = (threading.Thread(target=run, daemon=True) for _ in range(2))
+    first.start()
+    assert is_half_done.wait(SECONDS)
+    (partial,) = files.partial_files([target])
+    second.start()
+    second.join(SECONDS)
+    assert target.exists()
+    assert partial.stat().st_size > 0
+    can_go_on.set()
+    first.join(SECONDS)
+    assert not errors
+    with Video(target) as video:
+        assert len(video.read(range(60))) == 60
     assert not list(tmp_path.glob(".*"))
 
 
@@ -201,23 +224,25 @@ def test_processes_that_write_the_same_folder(tmp_path, sources):
     folder = tmp_path / "copies"
     arguments = ["transcode", sources / "list.txt", folder, "--shorter", "192", "--threads", "1"]
     command = [sys.executable, "-m", "nonlocal_jax.data", *map(str, arguments)]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(2)
-    ]
-    while not list(folder.glob("*")):  # also finds names that start with a dot
-        time.sleep(0.01)
-    processes[0].kill()
-    assert processes[1].wait() == 0
-    assert main([str(word) for word in arguments]) == 0
-    assert processes[0].wait() < 0
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for _ in range(2):
+            options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            processes.append(stack.enter_context(subprocess.Popen(command, **options)))
+            stack.callback(processes[-1].kill)
+        deadline = time.monotonic() + SECONDS
+        while not list(folder.glob("*")):  # also finds names that start with a dot
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        processes[0].kill()
+        assert processes[0].wait(SECONDS) < 0
+        assert processes[1].wait(SECONDS) == 0
     assert set(names(folder)) >= {"a.mp4", "b.mp4", "c.mp4", "list.txt"}
+    assert main([str(word) for word in arguments]) == 0
+    assert names(folder) == ["a.mp4", "b.mp4", "c.mp4", "list.txt"]
     for name, count in (("a.mp4", 120), ("b.mp4", 6), ("c.mp4", 6)):
         with Video(folder / name) as video:
             assert len(video.read(range(count))) == count
-    (folder / "a.mp4").unlink()
-    assert main([str(word) for word in arguments]) == 0
-    assert names(folder) == ["a.mp4", "b.mp4", "c.mp4", "list.txt"]
 
 
 @pytest.mark.parametrize(
