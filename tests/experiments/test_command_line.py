@@ -1,15 +1,19 @@
 """What all command lines share: grouped help, flags, suggestions, and what is printed."""
 
 import dataclasses
+import importlib
 import io
 import re
+import sys
 
 import pytest
 
+import experiments
 from experiments import charades, cifar, kinetics, predict, report, toy_video
 from experiments.shared import command_line, recipes
 from experiments.shared.command_line import PlainConsole, parse
 from nonlocal_jax import training
+from nonlocal_jax.lazy import MissingExtraError
 
 EXPERIMENTS = {
     "kinetics": (kinetics.Config, recipes.GROUPS, ()),
@@ -156,3 +160,13 @@ def test_training_errors_are_one_printed_line(error):
 def test_settings_leave_out_the_excluded_fields():
     config = dataclasses.make_dataclass("Config", [("seed", int), ("dry_run", bool)])(3, True)
     assert command_line.settings(config, excluded=("dry_run",)) == {"seed": 3}
+
+
+def test_a_missing_extra_ends_commands_and_is_an_error_of_imports(monkeypatch):
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    message = r'filelock is required here and not installed: pip install "nonlocal_jax\[experiments'
+    with pytest.raises(MissingExtraError, match=f"^{message}"):
+        importlib.reload(experiments)
+    monkeypatch.setattr(sys, "argv", ["-m"])  # as while `python -m` looks for its module
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        importlib.reload(experiments)
