@@ -54,6 +54,7 @@ def test_every_module_of_data_is_documented(site):
     page = (site / "api" / "data.html").read_text()
     for file in (ROOT / "nonlocal_jax" / "data").glob("[a-z]*.py"):
         assert f'id="module-nonlocal_jax.data.{file.stem}"' in page, file.stem
+    assert 'id="nonlocal_jax.data.kinetics_400.CLASSES"' in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
