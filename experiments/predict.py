@@ -10,8 +10,9 @@ r"""Predicts the classes of a video, and shows where the network looked.
 
 The network is inferred from published weights, and what they do not show is asked for; weights of
 this project need the recipe that they were trained with. Prints the classes with the highest
-scores, which are the mean over 10 clips × 3 crops, or the maximum for Charades. Networks of 400
-classes have the names of Kinetics-400 unless --classes names others. Draws, on the middle clip, how
+scores, which are the mean over 10 clips × 3 crops, or the maximum for Charades, and whose names of
+classes these are. Networks of 400 classes have the names of Kinetics-400 unless --classes names
+others. Draws, on the middle clip, how
 much attention each position receives in the last non-local block, and the 20 largest weights of the
 position that receives most.
 """
@@ -181,6 +182,13 @@ def class_names(config: Config, num_classes: int) -> tuple[str, ...]:
     return names
 
 
+def source_of_names(config: Config, names: Sequence[str]) -> str:
+    """Tells whose names of classes are printed."""
+    if config.classes is not None:
+        return f"class names: {config.classes}"
+    return "class names: Kinetics-400" if names else "class numbers; --classes takes their names"
+
+
 def load(config: Config, picture: AnyPath) -> tuple[Network, Views, tuple[str, ...]]:
     """Loads the network, the views of the video and the class names, and checks all options.
 
@@ -297,6 +305,7 @@ def main(config: Config) -> list[tuple[str, float]]:
     for name, score in best:
         table.add_row(printable(name), f"{score:.3f}")
     console.print(table)
+    console.print(source_of_names(config, names))
     *_, middle = views
     show_attention(config, loaded, middle, picture, best[0], console)
     return best

@@ -113,7 +113,7 @@ def _score_videos(
                 stored.add(video, {"single": scores[-1], "many": combined})
                 correct += _is_correct(stored.found[video], videos, video)
             if len(stored.failures) > config.unreadable * len(videos):
-                raise DataError(_failure_message(stored.failures, len(videos)))
+                raise DataError(_failure_message(stored.failures, len(videos), config.unreadable))
             percent = 100 * correct / max(len(stored.found), 1)
             bar.update(task, advance=1, score=f"{percent:.1f}% correct so far")
             if stop.requested:
@@ -131,9 +131,10 @@ def _check_scores(stored: evaluation.ScoreFolder, videos: Annotations) -> None:
         scores = stored.found.get(video)
         shapes = expected if scores is None else {name: scores[name].shape for name in scores}
         if video >= len(videos) or shapes != expected:
+            got = f"{'scores' if video >= len(videos) else shapes} of video {video}"
             raise DataError(
-                f"{stored.folder} must hold scores of {len(videos):,} videos, by name and shape "
-                f"{expected}; got {shapes} of video {video}. Delete the folder to test again."
+                f"{stored.folder} must hold scores of {len(videos):,} videos, numbered from 0, by "
+                f"name and shape {expected}; got {got}. Delete the folder to test again."
             )
 
 
@@ -253,6 +254,8 @@ def _is_correct(scores: Mapping[str, np.ndarray], videos: Annotations, video: in
     return int(scores["many"].argmax()) in videos.records[video].labels
 
 
-def _failure_message(failures: Mapping[int, str], count: int) -> str:
+def _failure_message(failures: Mapping[int, str], count: int, share: float) -> str:
     reasons = "\n  ".join(failures.values())
-    return f"{len(failures)} of {count:,} videos cannot be read:\n  {reasons}"
+    return (
+        f"{len(failures):,} of {count:,} videos cannot be read, more than {share:.1%}:\n  {reasons}"
+    )

@@ -1,6 +1,7 @@
 """Predictions for one video, with weights of a run and with published weights."""
 
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -151,6 +152,26 @@ def test_names_of_kinetics_400(tmp_path):
     assert predict.class_names(config, 2) == ("up", "down")
     with pytest.raises(DataError, match=r"classes\.txt must name the 400 classes .*; got 2 names"):
         predict.class_names(config, 400)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "line"),
+    [
+        (None, kinetics_400.CLASSES, "class names: Kinetics-400"),
+        ("own.txt", kinetics_400.CLASSES, "class names: own.txt"),
+        (None, (), "class numbers; --classes takes their names"),
+    ],
+)
+def test_the_source_of_the_names_is_printed(classes, names, line, tmp_path, monkeypatch, capsys):
+    clip = np.zeros((1, 8, 8, 3), np.uint8)
+    network = predict.Network(types.SimpleNamespace(num_classes=400), {}, None, 8, "paper")
+    monkeypatch.setattr(predict, "load", lambda *_: (network, [clip, clip], names))
+    monkeypatch.setattr(predict, "predict", lambda *_: np.linspace(1, 0, 400))
+    monkeypatch.setattr(predict, "show_attention", lambda *_: None)
+    classes = classes and Path(classes)
+    best = predict.main(predict.Config(file=tmp_path / "a.mp4", weights=tmp_path, classes=classes))
+    assert best[0][0] == (names[0] if names else "0")
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_names_are_printed_as_they_are(tmp_path, monkeypatch, capsys):

@@ -272,24 +272,25 @@ def test_a_test_fails_on_too_many_unreadable_videos(tmp_path, video_options, mon
     recipe = kinetics.recipes()["toy_mp4"]
     videos = annotations.read(config.val_list, num_classes=6)
     monkeypatch.setattr(TestingClips, "read", unreadable)
-    with pytest.raises(DataError, match=r"2 of 6 videos cannot be read:\n  0\.mp4"):
+    with pytest.raises(DataError, match=r"2 of 6 videos cannot be read, more than 20\.0%:\n  0"):
         multi_view.test(config, recipe, "kinetics", tmp_path, videos, {}, Console(quiet=True))
 
 
 @pytest.mark.parametrize(
-    ("video", "scores"),
+    ("video", "scores", "got"),
     [
-        (6, {"single": np.zeros(6), "many": np.zeros(6)}),
-        (0, {"single": np.zeros(5), "many": np.zeros(5)}),
-        (0, {"single": np.zeros(6)}),
+        (6, {"single": np.zeros(6), "many": np.zeros(6)}, "scores"),
+        (0, {"single": np.zeros(5), "many": np.zeros(5)}, "{'single': (5,), 'many': (5,)}"),
+        (0, {"single": np.zeros(6)}, "{'single': (6,)}"),
     ],
 )
-def test_scores_of_another_test_are_not_used(video, scores, lists, tmp_path):
+def test_scores_of_another_test_are_not_used(video, scores, got, lists, tmp_path):
     videos = annotations.read(lists["kinetics"]["test"], num_classes=6)
     stored = evaluation.ScoreFolder(tmp_path)
     stored.add(video, scores)
     with pytest.raises(
-        DataError, match=rf"must hold scores of 6 videos.* of video {video}\. Delete"
+        DataError,
+        match=rf"hold scores of 6 videos.*; got {re.escape(got)} of video {video}\. Delete",
     ):
         multi_view._check_scores(stored, videos)
     fitting = evaluation.ScoreFolder(tmp_path / "fitting")
@@ -297,5 +298,5 @@ def test_scores_of_another_test_are_not_used(video, scores, lists, tmp_path):
     fitting.fail(4, "it is damaged")
     multi_view._check_scores(fitting, videos)
     fitting.fail(6, "it is damaged")
-    with pytest.raises(DataError, match="of video 6"):
+    with pytest.raises(DataError, match="got scores of video 6"):
         multi_view._check_scores(fitting, videos)
