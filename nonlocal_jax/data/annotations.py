@@ -11,11 +11,13 @@ The format is recognised by the first line, or by the list being a folder:
 | `original_vido_id video_id frame_id path labels` | one frame per line, Charades in PySlowFast |
 | a folder | `FOLDER/class name/video.mp4`, a folder of videos for each class |
 
-Fields are separated by commas, semicolons, tabs, bars or blanks. They are quoted as Python's csv
-module and pandas write them; columns that are not needed, blank lines and separators at the end of
-a line are ignored. In lines `path label` everything before the last separator is the path, so only
-a path that could be read in another way needs quotes. Where a line can be read in two ways, the
-file that exists decides. A file name may have another Unicode normal form than the list.
+Fields are separated by commas, semicolons, tabs, bars or blanks; other blanks of Unicode, such as
+U+3000, belong to a file name. Fields are quoted as Python's csv module and pandas write them; in a
+table, a quote that is not closed or has text after it is an error. Columns that are not needed,
+blank lines and separators at the end of a line are ignored. In lines `path label` everything before
+the last separator is the path, so only a path that could be read in another way needs quotes. Where
+a line can be read in two ways, the file that exists decides. A file name may have another Unicode
+normal form than the list.
 
 Videos of Kinetics are `youtube_id.mp4` or `youtube_id_000005_000015.mp4`, beside the list, in the
 root, or in folders of the classes. Any of the suffixes in `VIDEO_SUFFIXES` may replace `.mp4`; of

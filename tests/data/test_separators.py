@@ -99,6 +99,21 @@ def test_existing_files_decide_what_a_path_is(folder):
     assert [name for name, _ in found(folder, quoted)] == [" g.mp4", "g.mp4", "h.mp4,", "h.mp4"]
 
 
+@pytest.mark.parametrize("blank", ["\u3000", "\xa0", "\u2003"])
+def test_other_blanks_of_unicode_belong_to_names(blank, folder):
+    names = [f"{blank}a.mp4", f"a{blank}b.mp4", f"c.mp4{blank}", f"{blank} d.mp4"]
+    for name in (*names, "c.mp4", "d.mp4", "z.mp4"):
+        touch(folder / name)
+    rows = list(zip(names, range(len(names)), strict=True))
+    assert found(folder, "".join(f"{name} {label}\n" for name, label in rows)) == rows
+    table = "".join(f"{name},25,{label}\n" for name, label in rows)
+    assert found(folder, f"path,fps,label\n{table}") == rows
+    for text in (f"{blank}z.mp4 1\n", f"z.mp4{blank} 1\n", f"path,fps,label\n{blank}z.mp4,25,1\n"):
+        with pytest.raises(DataError, match=f"there is no file .*/({blank}z.mp4|z.mp4{blank})$"):
+            found(folder, text)
+    assert found(folder, f"z.mp4 1{blank}\n") == [("z.mp4", 1)]
+
+
 def test_other_readings_of_a_line_need_not_be_valid(folder, copied):
     """With its quotes or blanks, a URL would not be one, and lie outside of the root."""
     remote = copied(folder)

@@ -16,6 +16,7 @@ from nonlocal_jax.data import DataError
 from nonlocal_jax.data.lists.folders import Folders, LineError, normal_form
 from nonlocal_jax.data.lists.records import Action, ListFormat, Record
 from nonlocal_jax.data.lists.text import (
+    BLANKS,
     DELIMITERS,
     Table,
     csv_fields,
@@ -160,7 +161,7 @@ def _path_and_label_columns(
 ) -> Record:
     label = _integer(row[label_column], "a label")
     path = row[path_column]
-    names = tuple(dict.fromkeys((path, path.strip())))
+    names = tuple(dict.fromkeys((path, path.strip(BLANKS))))
     return Record(_first_file(folders, names), (label,), number)
 
 

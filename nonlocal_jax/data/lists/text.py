@@ -8,7 +8,8 @@ from nonlocal_jax.data import DataError
 from nonlocal_jax.files import AnyPath
 
 DELIMITERS = (",", ";", "\t", "|", " ")
-SEPARATORS = ",;|\t\v\f\r "  # between a path and its label there may be several of them
+BLANKS = "\t\v\f\r "  # other blanks of Unicode, such as U+3000 and U+00A0, belong to a file name
+SEPARATORS = ",;|" + BLANKS  # between a path and its label there may be several of them
 
 
 class PathLine(NamedTuple):
@@ -87,11 +88,11 @@ def split_label(line: str) -> PathLine | None:
     start = 1 + max(map(text.rfind, SEPARATORS))
     unstripped = text[: max(start - 1, 0)]
     path = unstripped.rstrip(SEPARATORS)
-    if not path.strip():
+    if not path.strip(BLANKS):
         return None
     # Existing files decide whether blanks or a comma beside the path belong to its name.
-    plain = dict.fromkeys((path.strip(), path, unstripped.strip(), unstripped))
-    return PathLine(_quoted_path(text.strip()), tuple(plain), text[start:].strip('"'))
+    plain = dict.fromkeys((path.strip(BLANKS), path, unstripped.strip(BLANKS), unstripped))
+    return PathLine(_quoted_path(text.strip(BLANKS)), tuple(plain), text[start:].strip('"'))
 
 
 def _quoted_path(text: str) -> str | None:
