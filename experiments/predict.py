@@ -12,9 +12,8 @@ The network is inferred from published weights, and what they do not show is ask
 this project need the recipe that they were trained with. Prints the classes with the highest
 scores, which are the mean over 10 clips × 3 crops, or the maximum for Charades, and whose names of
 classes these are. Networks of 400 classes have the names of Kinetics-400 unless --classes names
-others. Draws, on the middle clip, how
-much attention each position receives in the last non-local block, and the 20 largest weights of the
-position that receives most.
+others. Draws, on the middle clip, how much attention each position receives in the last non-local
+block, and the 20 largest weights of the position that receives most.
 """
 
 import dataclasses
