@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,13 +15,74 @@ Tree = Any
 LARGEST_INTEGER = 1 << 53  # up to which floats hold every integer
 LEAF_FIELDS = {"shape": list, "dtype": str, "digest": str}
 
+# A file that is missing, or is no file, is damage. After other system errors it may be intact.
+DAMAGE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# TensorStore and XLA raise errors whose text starts with one of absl's status codes.
+UNREACHABLE_STATUS = (
+    "ABORTED",
+    "CANCELLED",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+)
+SYSTEM_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # in the text of TensorStore
+# Packages that reach gs://. Not all of their errors are `OSError`s.
+REMOTE_PACKAGES = ("aiohttp", "gcsfs", "google.api_core", "google.auth", "requests", "tensorflow")
+
 
 class MismatchError(ValueError):
     """A checkpoint belongs to another model or optimiser."""
 
 
+class CheckpointError(Exception):
+    """No checkpoint of a directory can be trusted, or one cannot be read or written."""
+
+
 class DamagedError(Exception):
     """One checkpoint cannot be trusted."""
+
+
+def read_error(name: Any, error: BaseException) -> CheckpointError | DamagedError:
+    """Returns what to raise where reading failed.
+
+    Args:
+        name: What was read.
+        error: What reading raised.
+
+    Returns:
+        A `DamagedError`, or a `CheckpointError` if the files may be intact: the connection failed,
+        this process may not read them, or it ran out of memory.
+
+    >>> type(read_error("a file", ValueError("not JSON"))).__name__
+    'DamagedError'
+    >>> type(read_error("a file", OSError(5, "Input/output error"))).__name__
+    'CheckpointError'
+    """
+    reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    cause: BaseException | None = error
+    while cause is not None:
+        if _is_unreachable(cause):
+            return CheckpointError(
+                f"{name} cannot be read ({reason}). It may be intact, so nothing was changed. "
+                "Start again when it can be read."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return DamagedError(f"{name} cannot be read ({reason})")
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    text = str(error)
+    if code := SYSTEM_ERROR.search(text):
+        error = OSError(int(code[1]), text)  # of the subclass for this number
+    if isinstance(error, OSError):
+        return not isinstance(error, DAMAGE_ERRORS)
+    return (
+        isinstance(error, MemoryError)
+        or text.startswith(UNREACHABLE_STATUS)
+        or type(error).__module__.startswith(REMOTE_PACKAGES)
+    )
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, str]:
@@ -77,7 +139,8 @@ def read_record(folder: AnyPath, step: int) -> dict[str, Any]:
         The content that was sealed. Its "metrics" are never missing.
 
     Raises:
-        DamagedError: If the record or the metrics cannot be read, or changed on the disk.
+        DamagedError: If the record or the metrics are missing, or changed on the disk.
+        CheckpointError: If they cannot be read now, and may be intact.
     """
     content = unseal(_read_json(folder / "record" / "metadata"))
     if content["step"] != step:
@@ -96,7 +159,11 @@ def read_record(folder: AnyPath, step: int) -> dict[str, Any]:
 
 
 def can_read_metrics(folder: AnyPath) -> bool:
-    """Whether Orbax can read the metrics of a checkpoint, if there are any."""
+    """Whether Orbax can read the metrics of a checkpoint, if there are any.
+
+    Raises:
+        CheckpointError: If they cannot be read now, and may be intact.
+    """
     try:
         _read_json(_metrics_file(folder))
     except DamagedError:
@@ -124,7 +191,7 @@ def _read_json(file: AnyPath) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise DamagedError(f"{file} cannot be read ({error})") from error
+        raise read_error(file, error) from error
 
 
 def describe(state: Tree) -> dict[str, Any]:

@@ -24,33 +24,30 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from nonlocal_jax import checks, files
 from nonlocal_jax.remote_paths import orbax_can_use
 from nonlocal_jax.training.checkpoint_record import (
+    CheckpointError,
     DamagedError,
     MismatchError,
     can_read_metrics,
     check_leaves,
     describe,
     leaves_by_path,
+    read_error,
     read_record,
     seal,
 )
 from nonlocal_jax.training.digests import digests
-from nonlocal_jax.training.distributed import on_every_process
+from nonlocal_jax.training.distributed import broadcast_message, on_every_process
 
 Tree = Any
 logger = logging.getLogger(__name__)
 
 __all__ = ["CheckpointError", "Checkpoints", "MismatchError", "Restored"]
-
-
-class CheckpointError(Exception):
-    """No checkpoint of a directory can be trusted, or one cannot be written."""
 
 
 class Restored(NamedTuple):
@@ -87,7 +84,8 @@ class Checkpoints:
 
         Raises:
             ValueError: If a number or the mode is out of range.
-            CheckpointError: If the directory is a file, or remote and not at gs://.
+            CheckpointError: If the directory is a file, or remote and not at gs://, or the metrics
+                of its checkpoints cannot be read now, and may be intact.
             OSError: If the directory cannot be written.
         """
         checks.at_least("keep", keep, 1)
@@ -105,11 +103,13 @@ class Checkpoints:
         self._worst = {} if best is None else {best: -math.inf if mode == "max" else math.inf}
         self._scores: dict[int, float] = {}
         self._manager = self._open()
+        self._hook: functools.partial[None] | None = None
         if best is not None:
-            self._read_scores()
+            on_every_process(self._read_scores, CheckpointError)
 
     def _open(self) -> Any:
         best = self._best
+        is_lightweight = on_every_process(self._has_unreadable_metrics, CheckpointError)
         policies: list[Any] = [preservation_policy.LatestN(self._keep)]
         if best is not None:
             policies.append(_Best(self._scores))
@@ -123,7 +123,7 @@ class Checkpoints:
                 best_mode=self._mode,
                 # Otherwise Orbax reads the metrics, and raises at those that are damaged. Not
                 # always: it then knows no times, and Orbax 0.12.8 fails to save at a preemption.
-                lightweight_initialize=self._has_unreadable_metrics(),
+                lightweight_initialize=is_lightweight,
             ),
             item_names=("state", "record"),
         )
@@ -213,6 +213,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            self._report_late_errors()
 
     def restore(self, like: Tree, shardings: Tree | None = None) -> Restored | None:
         """Reads the latest checkpoint that can be trusted.
@@ -229,7 +230,8 @@ class Checkpoints:
 
         Raises:
             MismatchError: If the checkpoint has other leaves, or a leaf of another shape or dtype.
-            CheckpointError: If there are checkpoints, but none can be trusted.
+            CheckpointError: If there are checkpoints, but none can be trusted; if one cannot be
+                read now, and may be intact; or if a damaged one cannot be moved aside.
         """
         steps = sorted({*self.steps, *self._other_entries()}, reverse=True)
         if not steps:
@@ -245,7 +247,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in steps:
             try:
-                content = on_every_process(functools.partial(self._content, step), DamagedError)
+                read = functools.partial(self._content, step)
+                content = on_every_process(read, DamagedError, CheckpointError)
                 if restored is None:
                     restored = self._restore(step, content, target)
             except DamagedError as error:
@@ -274,7 +277,8 @@ class Checkpoints:
     def _restore(self, step: int, content: Mapping[str, Any], target: Tree) -> Restored:
         leaves = content["leaves"]
         check_leaves(leaves, leaves_by_path(target), step)
-        state = on_every_process(functools.partial(self._read_state, step, target), DamagedError)
+        read_state = functools.partial(self._read_state, step, target)
+        state = on_every_process(read_state, DamagedError, CheckpointError)
         read = dict(zip(leaves_by_path(state), digests(state), strict=True))
         if changed := [path for path in leaves if leaves[path]["digest"] != read[path]]:
             raise DamagedError(
@@ -286,38 +290,53 @@ class Checkpoints:
         # Not by `CheckpointManager.restore`, in which a process waits for one that has failed.
         handler = ocp.StandardCheckpointHandler()
         folder = self._manager.directory / str(step) / "state"
-        previous_hook = sys.unraisablehook
-        sys.unraisablehook = functools.partial(_report_unless_late, previous_hook)
+        self._hide_late_errors()
         try:
-            state = handler.restore(folder, args=ocp.args.StandardRestore(target))
-            sys.unraisablehook = previous_hook  # not after an error: the late ones come later
-            return state
+            return handler.restore(folder, args=ocp.args.StandardRestore(target))
         except Exception as error:  # a damaged file makes Orbax raise nearly any exception
-            raise DamagedError(f"{type(error).__name__}: {error}".splitlines()[0][:300]) from error
+            raise read_error(folder, error) from error
         finally:
             handler.close()
 
+    def _hide_late_errors(self) -> None:
+        """Sets the hook for errors that a damaged array leaves behind: some come much later."""
+        if self._hook is None:
+            self._hook = functools.partial(_report_unless_late, sys.unraisablehook)
+            sys.unraisablehook = self._hook
+
+    def _report_late_errors(self) -> None:
+        """Removes the hook again, unless there is another one by now."""
+        if self._hook is not None and sys.unraisablehook is self._hook:
+            sys.unraisablehook = self._hook.args[0]
+        self._hook = None
+
     def _move_aside(self, *steps: int) -> None:
-        multihost_utils.sync_global_devices("all processes have read the checkpoints")
-        if jax.process_index() == 0:
-            folder = self._manager.directory
-            for step in steps:
-                free = folder / f"corrupt-{step}"
-                number = 0
-                while free.exists():
-                    number += 1
-                    free = folder / f"corrupt-{step}-{number}"
-                try:
-                    (folder / str(step)).rename(free)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"the damaged checkpoint {folder / str(step)} cannot be moved to {free}: "
-                        f"{error.strerror or error}."
-                    ) from error
-        multihost_utils.sync_global_devices("the damaged checkpoints are moved aside")
+        # Every process must raise if process 0 does, or the others would wait for it forever.
+        problem = broadcast_message(self._rename(steps) if jax.process_index() == 0 else None)
+        if problem:
+            raise CheckpointError(problem)
         # `CheckpointManager.reload` would read the metrics.
         self._manager.close()
         self._manager = self._open()
+
+    def _rename(self, steps: Sequence[int]) -> str | None:
+        """Renames damaged checkpoints; returns what is wrong, if anything."""
+        folder = self._manager.directory
+        for step in steps:
+            free = folder / f"corrupt-{step}"
+            number = 0
+            try:
+                while free.exists():
+                    number += 1
+                    free = folder / f"corrupt-{step}-{number}"
+                (folder / str(step)).rename(free)
+            except Exception as error:  # remote file systems have their own errors
+                reason = getattr(error, "strerror", None) or error
+                return (
+                    f"the damaged checkpoint {folder / str(step)} cannot be moved to {free}: "
+                    f"{reason}. Move it away, and start again."
+                )
+        return None
 
 
 def _report_unless_late(report: Callable[[Any], None], unraisable: Any) -> None:

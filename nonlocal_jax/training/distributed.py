@@ -58,36 +58,43 @@ def initialize(
     )
 
 
-def broadcast_message(message: str | None) -> str | None:
-    """Returns the message of process 0 on every process; None stays None."""
+def broadcast_message(message: str | None, source: int = 0) -> str | None:
+    """Returns the message of one process on every process; None stays None."""
     if jax.process_count() == 1:
         return message
     buffer = np.zeros(MESSAGE_BYTES, np.uint8)
     encoded = (message or "").encode()[:MESSAGE_BYTES]
     buffer[: len(encoded)] = list(encoded)
-    received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer)))
+    is_source = jax.process_index() == source
+    received = bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer, is_source)))
     return received.rstrip(b"\0").decode(errors="ignore") or None
 
 
-def on_every_process(read: Callable[[], Result], error_type: type[Exception]) -> Result:
+def on_every_process(read: Callable[[], Result], *error_types: type[Exception]) -> Result:
     """Calls a function that may fail on one process only, and then raises on all.
 
     Processes read different parts of a file. Those that can would wait for the others forever.
 
     Args:
         read: Function without arguments.
-        error_type: Error that `read` raises, whose constructor takes a message.
+        *error_types: Errors that `read` raises, whose constructors take a message. If processes
+            raise several of them, all raise the one that is listed last.
     """
     result: Any = None
     own_error: Exception | None = None
     try:
         result = read()
-    except error_type as error:
+    except error_types as error:
         own_error = error
     if jax.process_count() > 1:
-        failed = np.asarray(multihost_utils.process_allgather(np.asarray(own_error is not None)))
-        if own_error is None and failed.any():
-            own_error = error_type(f"process {int(failed.ravel().argmax())} cannot read it")
+        own_kind = 0 if own_error is None else 1 + error_types.index(type(own_error))
+        gathered = multihost_utils.process_allgather(np.array([own_kind]))
+        kinds = np.asarray(gathered).ravel()
+        if kinds.any():
+            source = int(kinds.argmax())
+            message = broadcast_message(str(own_error), source)
+            if own_kind != kinds[source]:
+                own_error = error_types[kinds[source] - 1](f"process {source}: {message}")
     if own_error is not None:
         raise own_error
     return result

@@ -3,17 +3,24 @@ file.
 """
 
 import collections
+import errno
 import gc
+import itertools
 import json
 import os
+import pathlib
 import shutil
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from damage.mutation import outcomes
+from etils import epath
+from orbax.checkpoint import StandardCheckpointHandler
 
 from experiments.shared import results
+from nonlocal_jax import training
 from nonlocal_jax.training import CheckpointError, Checkpoints, Run, RunError
 
 # What Orbax leaves behind when it finds a damaged file itself.
@@ -196,6 +203,72 @@ def test_what_a_killed_save_leaves(step, is_file, copied):
     assert not left.is_dir()
 
 
+TENSORSTORE = "Error opening \"zarr\" driver: Failed to read: Error [os_error_code='{}'] [spec='']"
+SYSTEM_ERRORS = [
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    TimeoutError(),
+    ConnectionResetError("the connection was reset"),
+]
+OTHER_ERRORS = [  # of the packages that read arrays
+    MemoryError(),
+    ValueError("UNAVAILABLE: " + TENSORSTORE.format(errno.ECONNRESET)),
+    ValueError("UNKNOWN: " + TENSORSTORE.format(errno.EIO)),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."),
+]
+
+
+def raising(error):
+    def read(*arguments, **options):
+        raise error
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        *itertools.product(["state"], SYSTEM_ERRORS + OTHER_ERRORS),
+        *itertools.product(["record", "metrics"], SYSTEM_ERRORS),
+    ],
+    ids=repr,
+)
+def test_files_that_cannot_be_reached_are_not_damaged(part, error, copied, monkeypatch):
+    """Also not where they are only looked at, when the directory is opened."""
+    folder = copied()
+    before = sorted(folder.rglob("*"))
+    if part == "state":
+        monkeypatch.setattr(StandardCheckpointHandler, "restore", raising(error))
+    else:
+        original = pathlib.Path.read_text
+
+        def read_text(path, *arguments, **options):
+            if path.parent == folder / "2" / part:
+                raise error
+            return original(path, *arguments, **options)
+
+        monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+    message = rf"{folder}/2/{part}.* cannot be read \({type(error).__name__}: .*It may be intact"
+    with pytest.raises(CheckpointError, match=message) as raised:
+        resume(folder)
+    assert raised.value.__cause__ is error
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR])
+def test_files_that_are_missing_or_folders_are_damaged(code, copied, monkeypatch):
+    original = StandardCheckpointHandler.restore
+
+    def restore(self, folder, *arguments, **options):
+        if folder.parent.name == "2":
+            raise ValueError("FAILED_PRECONDITION: " + TENSORSTORE.format(code))
+        return original(self, folder, *arguments, **options)
+
+    monkeypatch.setattr(StandardCheckpointHandler, "restore", restore)
+    assert resume(copied()) == 1
+
+
 def test_only_damaged_checkpoints_are_an_error(copied):
     folder = copied()
     for step in (1, 2):
@@ -205,6 +278,47 @@ def test_only_damaged_checkpoints_are_an_error(copied):
         checkpoints.restore(state(0))
     checkpoints.close()
     assert checkpoints.steps == [1, 2]
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved(copied, monkeypatch):
+    folder = copied()
+    (folder / "2/record/metadata").write_text("{")
+    error = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(type(epath.Path(folder)), "rename", raising(error))
+    message = r"/2 cannot be moved to .*/corrupt-2: Permission denied\. Move it away"
+    with pytest.raises(CheckpointError, match=message):
+        resume(folder)
+
+
+def test_all_processes_learn_that_a_damaged_checkpoint_cannot_be_moved(copied, monkeypatch):
+    """This process is not the one that moves it."""
+    folder = copied()
+    (folder / "2/record/metadata").write_text("{")
+    checkpoints = Checkpoints(folder, best="accuracy")
+    module = training.checkpoints
+    own_messages = []
+
+    def broadcast_message(message):
+        own_messages.append(message)
+        return "the damaged checkpoint cannot be moved"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.jax, "process_index", lambda: 1)
+        patch.setattr(module, "broadcast_message", broadcast_message)
+        patch.setattr(checkpoints, "_rename", None)
+        with pytest.raises(CheckpointError, match="the damaged checkpoint cannot be moved"):
+            checkpoints.restore(state(0))
+    assert own_messages == [None]
+    checkpoints.close()
+
+
+def test_the_hook_for_errors_that_cannot_be_raised_is_removed(copied):
+    previous = sys.unraisablehook
+    for file in ("state/_METADATA", "state/manifest.ocdbt"):
+        folder = copied()
+        flip(folder / "2" / file)
+        assert resume(folder) == 1
+        assert sys.unraisablehook is previous
 
 
 def test_a_directory_that_is_a_file(tmp_path):
