@@ -77,7 +77,8 @@ class Run:
         self.config = json.loads(json.dumps(config, default=str))
         self.may_differ = may_differ
         self.writes = jax.process_index() == 0
-        self._watched: list[Any] = []  # open files that must not be removed
+        # Open files: the lock and the log must not be removed while the run is using them.
+        self._lock_file: Any = None
         self._log_file: Any = None
         self._events: Any = None
 
@@ -108,13 +109,14 @@ class Run:
             self._check_kinds()
             check_config(self.folder, self.config, self.may_differ)
             if self._lock is not None:
-                self._watched.append(Path(self._lock.lock_file).open("rb"))  # noqa: SIM115
+                self._lock_file = Path(self._lock.lock_file).open("rb")  # noqa: SIM115
         except Timeout:
             return (
                 f"another process is training in {self.folder}; wait for it, or use another "
                 "directory."
             )
         except OSError as error:
+            self._release()
             reason = error.strerror or error
             return f"{self.folder} must be a directory that can be written: {reason}."
         except RunError as error:
@@ -129,39 +131,46 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         removal = self._removal()
-        for file in (*self._watched, self._events):
+        with contextlib.ExitStack() as stack:  # what is added first happens last
+            if self.writes:
+                stack.callback(self._release)
+            if self._temporary is not None:
+                stack.callback(self._temporary.cleanup)
             # TensorBoard opens its file by name, so it cannot write what is left.
             with contextlib.suppress(OSError) if removal else contextlib.nullcontext():
-                if file is not None:
-                    file.close()
-        self._watched = []
-        self._events = None  # a closed one cannot be flushed
-        if self._temporary is not None:
-            try:
-                self.upload()
-            except RunError as upload_error:
-                if error is None:
-                    raise
-                logger.warning("%s", upload_error)  # what ended the run is the error to report
-            finally:
-                self._temporary.cleanup()
-        if self.writes:
-            self._release()
+                self._close_log()
+            if self._temporary is not None:
+                try:
+                    self.upload()
+                except RunError as upload_error:
+                    if error is None:
+                        raise
+                    logger.warning("%s", upload_error)  # what ended the run is reported instead
         if removal and not isinstance(error, RunError):
             raise RunError(removal) from error
 
     def _release(self) -> None:
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
         if self._lock is not None:
             self._lock.release()
 
+    def _close_log(self) -> None:
+        log_file, events = self._log_file, self._events
+        self._log_file = self._events = None
+        with contextlib.ExitStack() as stack:
+            for file in (log_file, events):
+                if file is not None:
+                    stack.callback(file.close)
+
     def _removal(self) -> str | None:
         """Returns which file of this run was removed while it is in use, if any."""
-        for file in self._watched:
-            # Another file may have the name by now; the open one then has no links.
-            if not Path(file.name).exists() or os.fstat(file.fileno()).st_nlink == 0:
+        for file in (self._lock_file, self._log_file):
+            if file is not None and _is_removed(file):
                 return (
-                    f"{file.name} was removed while a run was using it. Nothing more can be saved "
-                    f"in {self.folder}; start again, without removing files of a run that goes on."
+                    f"{file.name} was removed while a run was using it, so the run cannot go on. "
+                    f"Start it again, and do not remove files in {self.folder} until it has ended."
                 )
         return None
 
@@ -215,13 +224,13 @@ class Run:
                 rows = zip(lines, steps, strict=True)
                 kept = [f"{line}\n" for line, own in rows if own is not None and own <= step]
                 files.write_text(file, "".join(kept))
+            self._close_log()  # `fit` may be called again
             self._log_file = file.open("a")
             self._events = EventFileWriter(str(self.growing))
         except OSError as error:
             raise RunError(
                 f"{stored} must be a file that can be read and written: {error.strerror or error}."
             ) from error
-        self._watched.append(self._log_file)
         # This event makes TensorBoard drop the points that it has of later steps.
         restart = SessionLog(status=SessionLog.START)
         self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=restart))
@@ -282,6 +291,20 @@ class Run:
         row = {"step": step, **{name: str(value) for name, value in values.items()}}
         file.with_suffix(".json").write_text(json.dumps(row) + "\n")
         return file
+
+
+def _is_removed(file: Any) -> bool:
+    """Whether the path of an open file is now missing, or that of another file.
+
+    The number of links of the open file does not show this on FUSE file systems, some of which
+    report a constant.
+    """
+    try:
+        return not os.path.samestat(Path(file.name).stat(), os.fstat(file.fileno()))
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # it cannot be seen; the next write reports what is wrong
+        return False
 
 
 def _step_of_row(line: str) -> int | None:

@@ -1,15 +1,20 @@
 """A run's directory has one owner, one configuration, and a log in which each step is once."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from training.processes import PATIENCE
 
 from nonlocal_jax.training import Run, RunError, Stopped
+from nonlocal_jax.training import run as run_module
 
 CONFIG = {"learning_rate": 0.1, "model": {"depth": 20, "blocks": ["res2_1"]}, "workers": 2}
 
@@ -212,6 +217,74 @@ def test_a_removed_folder_is_an_error_at_the_next_step(removed, is_made_again, t
 
     with pytest.raises(RunError, match=rf"{folder}/.* was removed while a run was using it"):
         train()
+
+
+@pytest.mark.parametrize("links", [0, 1, 2])
+def test_the_number_of_links_does_not_matter(links, tmp_path, monkeypatch):
+    """FUSE file systems may report any."""
+    original = os.fstat
+
+    def fstat(descriptor):
+        status = list(original(descriptor))
+        status[3] = links
+        return os.stat_result(status)
+
+    def train():
+        with Run(tmp_path, CONFIG) as run:
+            monkeypatch.setattr(os, "fstat", fstat)  # not earlier: filelock relies on the number
+            run.log(1, "train", {"loss": 1.0})
+            run.log(2, "train", {"loss": 1.0})
+            (tmp_path / "metrics.jsonl").unlink()
+            (tmp_path / "metrics.jsonl").touch()
+            run.log(3, "train", {"loss": 1.0})
+
+    with pytest.raises(RunError, match=r"metrics.jsonl was removed"):
+        train()
+
+
+def open_files():
+    return sorted(file.path for file in psutil.Process().open_files())
+
+
+def fail(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        (event_file_writer.EventFileWriter, "__init__"),
+        (event_file_writer.EventFileWriter, "close"),
+        (run_module, "check_config"),
+    ],
+    ids=lambda failing: failing[1],
+)
+def test_a_run_that_fails_leaves_no_file_open(failing, tmp_path, monkeypatch):
+    def train():
+        with Run(tmp_path, {}) as run:
+            run.log(1, "train", {"loss": 1.0})
+            run._events._async_writer.close()  # as the `close` that fails would have done
+
+    before = open_files()
+    with monkeypatch.context() as patch:
+        patch.setattr(*failing, fail)
+        with pytest.raises((RunError, OSError), match="No space left"):
+            train()
+    assert open_files() == before
+    with Run(tmp_path, {}):  # the directory is free again
+        pass
+
+
+def test_a_run_is_entered_and_its_log_opened_again(tmp_path):
+    before = open_files()
+    run = Run(tmp_path, CONFIG)
+    for step in (1, 2):
+        with run:
+            run.open_log(step - 1)
+            run.open_log(step - 1)
+            run.log(step, "train", {"loss": 1.0})
+    assert open_files() == before
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("error", [None, OSError("what followed"), Stopped(3)])
