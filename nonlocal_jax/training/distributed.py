@@ -1,7 +1,8 @@
 """Training on several hosts: one process on each, all running the same program."""
 
+import operator
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import jax
 import numpy as np
@@ -17,8 +18,8 @@ MESSAGE_BYTES = 1024  # a broadcast array needs one size on all processes
 
 def initialize(
     coordinator: str | None = None,
-    processes: int | None = None,
-    process_id: int | None = None,
+    processes: SupportsIndex | None = None,
+    process_id: SupportsIndex | None = None,
     *,
     timeout: int = 120,
 ) -> None:
@@ -28,7 +29,9 @@ def initialize(
     first three are.
 
     Args:
-        coordinator: Address host:port of process 0, which every process can reach.
+        coordinator: Address host:port of process 0, which every process can reach. If process 0 is
+            reached through another address than its own, JAX's environment variable
+            JAX_COORDINATOR_BIND_ADDRESS says where it listens.
         processes: Number of processes.
         process_id: Index of this process, from 0.
         timeout: Seconds to wait for the others to connect. It is also the number of seconds without
@@ -47,12 +50,17 @@ def initialize(
             "coordinator, processes and process_id must be passed together, or not at all if the "
             f"cluster provides them; got {coordinator!r}, {processes}, {process_id}."
         )
-    if coordinator is not None and processes is not None and process_id is not None:
-        meet(coordinator, processes, process_id, float(timeout))
+    # JAX and JSON take no integers of NumPy.
+    count = None if processes is None else operator.index(processes)
+    own_id = None if process_id is None else operator.index(process_id)
+    bind_address: str | None = None
+    if coordinator is not None and count is not None and own_id is not None:
+        bind_address = meet(coordinator, count, own_id, float(timeout))
     jax.distributed.initialize(
         coordinator,
-        processes,
-        process_id,
+        count,
+        own_id,
+        coordinator_bind_address=bind_address,
         initialization_timeout=timeout,
         heartbeat_timeout_seconds=timeout,
     )

@@ -4,10 +4,13 @@ JAX ends a process by a signal or with a C++ stack if the port of the coordinato
 process never comes, and does not notice that the processes were started with different numbers of
 processes. So process 0 first listens at the port itself. Every other process sends its index and
 the number of processes, and process 0 answers when all have come, or when something is wrong.
+
+Process 0 listens at the coordinator's address only, as far as it is known which one that is.
 """
 
 import contextlib
 import errno
+import ipaddress
 import json
 import os
 import socket
@@ -20,20 +23,31 @@ ANSWER_SECONDS = 10.0  # added to the timeout: process 0 may have started later
 RETRY_SECONDS = 0.2
 LONGEST_LINE = 2000  # bytes
 SHOWN_PROCESSES = 10
+BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's, for a coordinator behind another address
+# Errors of an address that this machine does not have: none, no such family, no scope.
+NOT_LOCAL = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
 
 
 class DistributedError(RuntimeError):
     """The processes of a run cannot be connected; the message says why."""
 
 
-def meet(coordinator: str, processes: int, process_id: int, timeout: float) -> None:
+def meet(coordinator: str, processes: int, process_id: int, timeout: float) -> str | None:
     """Waits until all processes have come. The port is free afterwards.
+
+    Process 0 listens at JAX_COORDINATOR_BIND_ADDRESS if that is set, and otherwise at the address
+    of the coordinator. It listens at all addresses if this machine does not have that one, or if
+    its name resolves to a loopback address, such as 127.0.1.1 on Debian, where no other machine can
+    reach it.
 
     Args:
         coordinator: Address host:port of process 0.
         processes: Number of processes.
         process_id: Index of this process, from 0.
         timeout: Seconds to wait.
+
+    Returns:
+        Address host:port at which process 0 listened, and JAX should; None in other processes.
 
     Raises:
         ValueError: If the address is not host:port, or the index is not below the number.
@@ -48,31 +62,74 @@ def meet(coordinator: str, processes: int, process_id: int, timeout: float) -> N
         )
     if process_id:
         _join(host, port, processes, process_id, timeout)
-        return
-    # JAX's variable for a coordinator that is reached through another address.
-    bind_address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
-    if bind_address:
-        port = _split(bind_address)[1]
+        return None
+    bind_address = os.environ.get(BIND_VARIABLE)
     try:
-        server = _listen(port)
+        if bind_address:
+            server = _listen_at(*_split(bind_address, BIND_VARIABLE))
+        else:
+            server = _listen(host, port)
     except OSError as error:
+        place = f"{bind_address}, which is {BIND_VARIABLE}" if bind_address else f"port {port}"
+        is_of_name = isinstance(error, socket.gaierror)
+        reason = error.strerror if is_of_name else os.strerror(error.errno or 0)
         raise DistributedError(
-            f"process 0 must be able to listen at port {port} of this machine, for coordinator "
-            f"{coordinator}; got: {os.strerror(error.errno or 0)}. Stop the program that uses the "
+            f"process 0 must be able to listen at {place} of this machine, for coordinator "
+            f"{coordinator}; got: {reason}. Stop the program that uses the "
             "port, or choose another port for all processes."
         ) from error
+    own_host, own_port = server.getsockname()[:2]
     with server:
         _gather(server, coordinator, processes, timeout)
+    return f"[{own_host}]:{own_port}" if ":" in own_host else f"{own_host}:{own_port}"
 
 
-def _split(address: str) -> tuple[str, int]:
+def _split(address: str, name: str = "coordinator") -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not (port.isdecimal() and port.isascii()) or not 0 < int(port) < 65536:
-        raise ValueError(f"coordinator must be host:port, such as 10.0.0.1:1234; got {address!r}.")
+        raise ValueError(f"{name} must be host:port, such as 10.0.0.1:1234; got {address!r}.")
     return host.strip("[]"), int(port)
 
 
-def _listen(port: int) -> socket.socket:
+def _listen(host: str, port: int) -> socket.socket:
+    """Listens at the address of a host, or at all addresses if this machine cannot tell which."""
+    try:
+        server = _listen_at(host, port)
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno in NOT_LOCAL:
+            return _listen_everywhere(port)
+        raise
+    own_address = ipaddress.ip_address(server.getsockname()[0].partition("%")[0])
+    if own_address.is_loopback and host != "localhost" and not _is_address(host):
+        server.close()
+        return _listen_everywhere(port)
+    return server
+
+
+def _listen_at(host: str, port: int) -> socket.socket:
+    """Listens at the first address of a host that this machine has."""
+    if host == "::":
+        return _listen_everywhere(port)
+    problem: OSError | None = None
+    for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        try:
+            return socket.create_server(address, family=family)
+        except OSError as error:
+            problem = error
+            if error.errno not in NOT_LOCAL:
+                break
+    raise problem or OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _listen_everywhere(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)

@@ -6,6 +6,8 @@ import socket
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from nonlocal_jax import training
@@ -185,6 +187,75 @@ def test_an_address_that_is_none(coordinator):
 def test_an_index_that_is_not_below_the_number(processes, process_id):
     with pytest.raises(ValueError, match=rf"process_id must be from 0 to .*; got {process_id}"):
         training.initialize("localhost:1234", processes, process_id)
+
+
+class TestWhereProcess0Listens:
+    """JAX gets the address, too."""
+
+    @pytest.fixture
+    def initialize(self, monkeypatch):
+        """Initialises one process of one; returns what JAX gets in place of opening the port."""
+
+        def call(coordinator, bind_address=None, hosts=None):
+            calls = []
+            with monkeypatch.context() as patch:
+                patch.setattr(jax.distributed, "initialize", lambda *a, **b: calls.append((a, b)))
+                if bind_address is not None:
+                    patch.setenv("JAX_COORDINATOR_BIND_ADDRESS", bind_address)
+                if hosts is not None:
+                    original = socket.getaddrinfo
+                    resolve = lambda host, *a, **b: original(hosts[host], *a, **b)  # noqa: E731
+                    patch.setattr(socket, "getaddrinfo", resolve)
+                training.initialize(coordinator, np.int64(1), np.int32(0))
+            ((arguments, options),) = calls
+            assert arguments == (coordinator, 1, 0)
+            assert [type(number) for number in arguments[1:]] == [int, int]
+            return options["coordinator_bind_address"]
+
+        return call
+
+    @pytest.fixture
+    def port(self, address):
+        return int(address.split(":")[1])
+
+    @pytest.fixture
+    def everywhere(self, port):
+        host = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
+        return f"{host}:{port}"
+
+    def test_at_the_address_of_the_coordinator(self, initialize, port):
+        """The port may be in use at other addresses of this machine."""
+        with socket.create_server(("127.0.0.2", port)):
+            assert initialize(f"127.0.0.1:{port}") == f"127.0.0.1:{port}"
+        assert initialize(f"127.0.0.2:{port}") == f"127.0.0.2:{port}"
+
+    def test_localhost(self, initialize, port):
+        assert initialize(f"localhost:{port}") in (f"127.0.0.1:{port}", f"[::1]:{port}")
+
+    def test_everywhere_if_this_machine_does_not_have_the_address(
+        self, initialize, port, everywhere
+    ):
+        assert initialize(f"192.0.2.1:{port}") == everywhere  # an address for documentation
+        assert initialize(f"[2001:db8::1]:{port}") == everywhere
+
+    @pytest.mark.parametrize("own", ["127.0.1.1", "192.0.2.1", "no such host"])
+    def test_everywhere_if_a_name_does_not_tell(self, own, initialize, port, everywhere):
+        assert initialize(f"node0:{port}", hosts={"node0": own}) == everywhere
+
+    def test_at_the_address_of_the_variable(self, initialize, port, everywhere):
+        with socket.create_server(("127.0.0.2", port)):
+            bound = initialize(f"node0:{port + 1}", bind_address=f"127.0.0.1:{port}")
+            assert bound == f"127.0.0.1:{port}"
+        if socket.has_dualstack_ipv6():
+            assert initialize("node0:1", bind_address=f"[::]:{port}") == everywhere
+        assert initialize("node0:1", bind_address=f"0.0.0.0:{port}") == f"0.0.0.0:{port}"
+
+    def test_a_variable_that_is_no_address_of_this_machine(self, initialize, port):
+        message = rf"listen at 192.0.2.1:{port}, which is JAX_COORDINATOR_BIND_ADDRESS.*; got: "
+        with pytest.raises(DistributedError, match=message + "Cannot assign requested address"):
+            initialize("node0:1", bind_address=f"192.0.2.1:{port}")
+        with pytest.raises(ValueError, match=r"JAX_COORDINATOR_BIND_ADDRESS must be host:port"):
+            initialize("node0:1", bind_address="192.0.2.1")
 
 
 def test_a_timeout_of_nothing():
