@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 Values = Float[np.ndarray, "h w"]
 Bands = Int[np.ndarray, "h w"]
+Edges = Float[np.ndarray, " edges"]
 
-BANDS = 5  # equal steps of the square root of |value|, up to the largest; the lowest has no outline
+BANDS = 5  # the lowest has no outline
+FLAT = 0.01  # of the largest value; a map that varies less is drawn in one band
 # Brighter is larger. Colour-blind people can tell the colours apart (the tests measure it), and
 # negative outlines are dashed.
 POSITIVE_BANDS = ("#a8327d", "#e8553a", "#fda50f", "#f7f78f")
@@ -37,14 +39,40 @@ LOW_FIGURE = 2.5  # inches; a lower bar has no room for the ten edges of signed 
 DASH_GAP = (0.35, 0.65)  # of the side of a cell, where a negative outline is interrupted
 
 
-def bands(values: Any, largest: float) -> Any:
-    """Returns the bands of values: 0 to 4 by the square root of |value|, with the sign of value.
+def weight_edges(values: Any) -> Edges:
+    """Returns the edges of bands for weights: equal steps of the square root of |value| from 0.
 
-    >>> bands(np.array([0.03, 0.05, 0.17, 0.9, 1.0, -0.5]), 1.0)
+    A few weights are much larger than the others, which equal steps would not tell apart.
+
+    >>> weight_edges(np.array([[0.2, -1.0]]))
+    array([0.  , 0.04, 0.16, 0.36, 0.64, 1.  ])
+    """
+    largest = float(np.abs(values).max()) or 1.0
+    return largest * (np.arange(BANDS + 1) / BANDS) ** 2
+
+
+def equal_edges(values: Any) -> Edges:
+    """Returns the edges of bands for positive values: equal steps from the smallest to the largest.
+
+    If the values hardly differ, the steps start at 0, so that rounding is not shown.
+
+    >>> equal_edges(np.array([[70.0, 80.0]]))
+    array([70., 72., 74., 76., 78., 80.])
+    """
+    smallest, largest = float(np.min(values)), float(np.max(values))
+    if largest - smallest < FLAT * largest:
+        smallest = 0.0
+    return np.linspace(smallest, largest, BANDS + 1)
+
+
+def bands(values: Any, edges: Edges) -> Any:
+    """Returns the bands of values: 0 to 4 by |value| between the edges, with the sign of value.
+
+    >>> bands(np.array([0.03, 0.05, 0.17, 0.9, 1.0, -0.5]), weight_edges(np.array([1.0])))
     array([ 0,  1,  2,  4,  4, -3])
     """
-    steps = np.floor(BANDS * np.sqrt(np.abs(values) / largest))
-    return (np.sign(values) * steps.clip(0, BANDS - 1)).astype(int)
+    levels = np.searchsorted(edges[1:-1], np.abs(values), side="right")
+    return np.sign(values).astype(int) * levels
 
 
 def draw_bands(
@@ -54,6 +82,7 @@ def draw_bands(
     side: str,
     values: Any,
     label: str,
+    edges: Edges,
 ) -> bool:
     """Draws values over frames, with one colour bar for all of them.
 
@@ -64,48 +93,50 @@ def draw_bands(
         side: "queries" or "keys": the cells that have the values.
         values: (rows, T, H, W), one map for each row of panels.
         label: Label of the colour bar.
+        edges: Edges of the bands of |value|, ascending.
 
     Returns:
         Whether there are negative values, whose outlines are dashed.
     """
     values = np.asarray(values, float)
-    largest = float(np.abs(values).max()) or 1.0
     signed = bool((values < 0).any())
-    colours = _colours(largest, signed)
+    colours = _colours(edges, signed)
     columns, rows = scene.edges(side)
     for panel_row, maps in zip(panels, values, strict=True):
         for panel, ax in enumerate(panel_row):
             frame = panel if side == "queries" else scene.key_frame(panel)
-            outlines = _draw_frame(ax, columns, rows, maps[frame], largest, colours)
+            outlines = _draw_frame(ax, columns, rows, maps[frame], edges, colours)
     axes = list(itertools.chain(*panels))
-    edges = colours["norm"].boundaries
+    ticks = colours["norm"].boundaries
     height = figure.bbox.height / figure.dpi
-    ticks = edges[::3] if signed and height < LOW_FIGURE else edges
+    ticks = ticks[::3] if signed and height < LOW_FIGURE else ticks
+    digits = _tick_digits(ticks)
     style: dict[str, Any] = {"spacing": "uniform", "shrink": 0.9, "ticks": ticks}
-    figure.colorbar(outlines, ax=axes, label=label, format=_tick, **style)
+    figure.colorbar(
+        outlines, ax=axes, label=label, format=lambda value, _: _tick(value, digits), **style
+    )
     return signed
 
 
-def _colours(largest: float, signed: bool) -> dict[str, Any]:
+def _colours(edges: Edges, signed: bool) -> dict[str, Any]:
     """Returns the colour map and the norm of the outlines and of their bar."""
     from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
 
-    edges = largest * (np.arange(1, BANDS + 1) / BANDS) ** 2
     negative = NEGATIVE_BANDS[::-1] if signed else ()
-    edges = np.concatenate([-edges[::-1] if signed else [0.0], edges])
+    boundaries = np.concatenate([-edges[:0:-1], edges[1:]]) if signed else edges
     colours = [*negative, to_rgba(GREY, GREY_OPACITY), *POSITIVE_BANDS]
-    norm = BoundaryNorm(edges.tolist(), len(colours), clip=True)
+    norm = BoundaryNorm(boundaries.tolist(), len(colours), clip=True)
     return {"cmap": ListedColormap(colours), "norm": norm}
 
 
 def _draw_frame(
-    ax: "Axes", columns: Any, rows: Any, values: Values, largest: float, colours: dict[str, Any]
+    ax: "Axes", columns: Any, rows: Any, values: Values, edges: Edges, colours: dict[str, Any]
 ) -> Any:
     """Draws one map on one frame; returns the outlines, whose colours the bar shows."""
     from matplotlib.collections import PolyCollection
     from matplotlib.colors import ListedColormap
 
-    levels = bands(values, largest)
+    levels = bands(values, edges)
     opacity = GREY_OPACITY * (1 - np.abs(levels) / (BANDS - 1))
     ax.pcolormesh(columns, rows, values, cmap=ListedColormap([GREY]), alpha=opacity)
     cell = min(np.diff(columns).max(), np.diff(rows).max())
@@ -160,5 +191,15 @@ def _borders(levels: Bands, columns: Any, rows: Any, half: float) -> Any:
     return np.stack(corners, axis=-1).reshape(-1, 4, 2)
 
 
-def _tick(value: float, _: Any = None) -> str:
-    return f"{value:,.0f}" if abs(value) >= 99.5 else f"{value:.2g}"
+def _tick_digits(ticks: Any) -> int:
+    """Returns the number of digits, at least 2, that tells ticks apart."""
+    choices = range(2, 7)
+    for digits in choices:
+        if len({_tick(value, digits) for value in ticks}) == len(ticks):
+            return digits
+    return choices[-1]
+
+
+def _tick(value: Any, digits: int) -> str:
+    is_whole = abs(value) >= 10**digits - 0.5
+    return f"{value:,.0f}" if is_whole else f"{value:.{digits}g}"

@@ -58,10 +58,11 @@ def explore(
     """Writes a page that shows what any position of any block attends to.
 
     Positions are selected by mouse, touch or keyboard. The page opens with one of them selected,
-    and its arrows grow, unless the browser is set to reduce motion. Colours are those of `heatmap`.
-    The file contains everything it shows and loads nothing from elsewhere. For each position the
-    largest weights are stored, as many as fit into `max_bytes`, in steps of 1/127 of the square
-    root of the largest; the page states how many of the keys these are.
+    and its arrows grow, unless the browser is set to reduce motion. The colours of a position are
+    those of a `heatmap` of this position alone, since each has its own scale. The file contains
+    everything it shows and loads nothing from elsewhere. For each position the largest weights are
+    stored, as many as fit into `max_bytes`, in steps of 1/127 of the square root of the largest;
+    the page states how many of the keys these are.
 
     Args:
         maps: The maps that `affinities` returned, or one of them. The page uses the names of the

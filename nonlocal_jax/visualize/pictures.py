@@ -14,7 +14,7 @@ from jaxtyping import Float
 from nonlocal_jax import checks
 from nonlocal_jax.visualize import measures
 from nonlocal_jax.visualize.affinity_map import AffinityMap
-from nonlocal_jax.visualize.overlay import draw_bands
+from nonlocal_jax.visualize.overlay import draw_bands, equal_edges, weight_edges
 from nonlocal_jax.visualize.panels import (
     NEGATIVE,
     POSITIVE,
@@ -140,9 +140,9 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
 
     Cells whose weights are in the same band of the colour bar are outlined together, in the colour
     of the band, so the frames remain visible inside. The bar shows shares as multiples of the
-    uniform share, with the signs of the weights; negative weights have dashed outlines. The larger
-    a weight, the less its cell is greyed. Cells of the lowest band have no outline. A circle marks
-    the position.
+    uniform share, with the signs of the weights; negative weights have dashed outlines. Its scale
+    is that of all positions, up to the largest of their weights. The larger a weight, the less its
+    cell is greyed. Cells of the lowest band have no outline. A circle marks the position.
 
     Args:
         affinity: A map that `affinities` returned.
@@ -166,7 +166,7 @@ def heatmap(affinity: AffinityMap, clip: Any, queries: Any, *, sample: int = 0) 
         )
     heat = _relative_weights(selected, queries).reshape(count, *scene.keys.grid)
     figure, panels = frame_panels(scene, None, rows=count)
-    signed = draw_bands(figure, panels, scene, "keys", heat, "× uniform")
+    signed = draw_bands(figure, panels, scene, "keys", heat, "× uniform", weight_edges(heat))
     for row, query in zip(panels, queries, strict=True):
         panel, *pixel = scene.place(_video_position(query), "queries")
         _circle(row[panel], pixel)
@@ -190,7 +190,8 @@ def entropy(affinity: AffinityMap, clip: Any, *, sample: int = 0) -> "Figure":
     """Draws the effective number of keys that each position attends to.
 
     This is exp(H_i), where H_i is the entropy of the shares of position i. Positions are outlined
-    in the colours of the bar, as in `heatmap`.
+    in the colours of the bar, as in `heatmap`, but the bands are equal steps from the smallest to
+    the largest number.
 
     Args:
         affinity: A map that `affinities` returned.
@@ -207,7 +208,8 @@ def entropy(affinity: AffinityMap, clip: Any, *, sample: int = 0) -> "Figure":
     effective_keys = np.exp(measures.entropy(selected)[0]).reshape(scene.queries.grid)
     key_count = int(selected.counted().max())
     figure, panels = frame_panels(scene)
-    draw_bands(figure, panels, scene, "queries", effective_keys[None], "effective keys")
+    edges = equal_edges(effective_keys)
+    draw_bands(figure, panels, scene, "queries", effective_keys[None], "effective keys", edges)
     _caption(
         figure, selected, f"exp(entropy) of the shares of each position, out of {key_count} keys"
     )
@@ -237,7 +239,7 @@ def received(
     selected, scene = select_clip(affinity, clip, sample)
     heat = measures.received(selected)[0].reshape(scene.keys.grid)
     figure, panels = frame_panels(scene, axes)
-    draw_bands(figure, panels, scene, "keys", heat[None], "× uniform")
+    draw_bands(figure, panels, scene, "keys", heat[None], "× uniform", weight_edges(heat))
     _caption(
         figure, selected, "attention received from all positions", WEIGHTS[selected.instantiation]
     )

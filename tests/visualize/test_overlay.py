@@ -176,7 +176,7 @@ def test_negative_weights_have_dashed_outlines_and_cold_colours():
     drawn = ~np.ma.getmaskarray(outlines.get_array()).reshape(heat.shape[0], 5, heat.shape[1], 5)
     middle = drawn[:, 2].any(axis=-1) | drawn[:, :, :, 2].any(axis=1)
     corners = drawn[:, 0, :, 0] | drawn[:, 0, :, 4] | drawn[:, 4, :, 0] | drawn[:, 4, :, 4]
-    levels = overlay.bands(heat, np.abs(heat).max())
+    levels = overlay.bands(heat, overlay.weight_edges(heat))
     assert not middle[levels < 0].any()
     assert corners[levels < 0].any()
     assert middle[levels > 0].any()
@@ -226,9 +226,59 @@ def test_an_outline_contrasts_with_every_photograph():
 def test_bands_are_equal_steps_of_the_square_root():
     edges = 3.0 * (np.arange(6) / 5) ** 2
     inside = (edges[1:] + edges[:-1]) / 2
-    assert overlay.bands(inside, 3.0).tolist() == [0, 1, 2, 3, 4]
-    assert overlay.bands(-inside, 3.0).tolist() == [0, -1, -2, -3, -4]
-    assert overlay.bands(np.array([3.0, -3.0, 0.0]), 3.0).tolist() == [4, -4, 0]
+    np.testing.assert_allclose(overlay.weight_edges(np.array([1.0, -3.0])), edges)
+    assert overlay.bands(inside, edges).tolist() == [0, 1, 2, 3, 4]
+    assert overlay.bands(-inside, edges).tolist() == [0, -1, -2, -3, -4]
+    assert overlay.bands(np.array([3.0, -3.0, 0.0]), edges).tolist() == [4, -4, 0]
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_outlines_are_where_the_colour_bar_changes(picture):
+    """Also for values at the edges of the bands: both are computed from the same edges."""
+    panel = PICTURES[picture](photographs()["warm"]).axes[0]
+    outlines = panel.collections[1]
+    boundaries = np.array(outlines.norm.boundaries)
+    edges = boundaries[-5:] if boundaries[0] < 0 else boundaries[1:]
+    first = 0.0 if boundaries[0] < 0 else boundaries[0]
+    values = np.concatenate([edges[:-1], np.nextafter(edges, 0)])
+    levels = overlay.bands(values, np.array([first, *edges]))
+    colours = [matplotlib.colors.to_rgba(c) for c in (overlay.GREY, *overlay.POSITIVE_BANDS)]
+    for level, colour in zip(levels, outlines.to_rgba(values), strict=True):
+        np.testing.assert_allclose(colour[:3], colours[level][:3])
+
+
+def test_numbers_of_keys_have_equal_bands_from_the_smallest_to_the_largest():
+    """Positions that attend to nearly all keys are told apart, as trained networks have them."""
+    edges = overlay.equal_edges(np.array([[330.0, 380.0]]))
+    np.testing.assert_allclose(edges, [330, 340, 350, 360, 370, 380])
+    values = np.array([330.0, 345.0, 355.0, 365.0, 380.0])
+    assert overlay.bands(values, edges).tolist() == [0, 1, 2, 3, 4]
+    figure = PICTURES["entropy"](photographs()["warm"])
+    values = figure.axes[0].collections[0].get_array()
+    boundaries = figure.axes[0].collections[1].norm.boundaries
+    np.testing.assert_allclose(boundaries, np.linspace(values.min(), values.max(), 6))
+    levels = overlay.bands(values, np.array(boundaries))
+    assert set(levels.flat) == {0, 1, 2, 3, 4}
+
+
+def test_a_flat_map_shows_no_rounding():
+    edges = overlay.equal_edges(np.array([[391.99, 392.0]]))
+    np.testing.assert_allclose(edges, 392 * np.arange(6) / 5)
+    assert overlay.bands(np.array([391.99, 392.0]), edges).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("ticks", "labels"),
+    [
+        ([0, 0.037, 0.15, 0.337, 0.6, 0.94], ["0", "0.037", "0.15", "0.34", "0.6", "0.94"]),
+        ([49.5, 49.6, 49.7], ["49.5", "49.6", "49.7"]),
+        ([1200.2, 1200.4], ["1200.2", "1200.4"]),
+        ([120.0, 3400.0], ["120", "3,400"]),
+    ],
+)
+def test_ticks_have_the_digits_that_tell_them_apart(ticks, labels):
+    digits = overlay._tick_digits(ticks)
+    assert [overlay._tick(tick, digits) for tick in ticks] == labels
 
 
 def test_neighbours_of_the_same_band_share_an_outline():

@@ -12,7 +12,7 @@ from visualize.networks import OneBlock, TwoBlocks, clips, random_variables
 
 import nonlocal_jax as nl
 from nonlocal_jax.visualize import affinities, explore, measures, to_pixels
-from nonlocal_jax.visualize.overlay import NEGATIVE_BANDS, POSITIVE_BANDS, bands
+from nonlocal_jax.visualize.overlay import NEGATIVE_BANDS, POSITIVE_BANDS, bands, weight_edges
 from nonlocal_jax.visualize.page import _first_query, _Weights
 from nonlocal_jax.visualize.scene import select_clip
 
@@ -28,6 +28,7 @@ QUIET = (
     "--disable-component-update",
     "--disable-sync",
 )
+EDGES = weight_edges(np.array([127.0**2]))  # of the bands of squared levels
 DESKTOP = {"viewport": {"width": 1000, "height": 800}}
 PHONE = {
     "viewport": {"width": 390, "height": 780},
@@ -202,7 +203,7 @@ def test_frames_and_heat_are_drawn_at_their_positions(page, maps):
     np.testing.assert_allclose(colours(page, points), frames, atol=1.5)
     show_only(page, "heat")
     row = affinity[0].rows(query)[0, 0].reshape(-1)
-    levels = bands(np.round(127 * np.sqrt(np.abs(row) / np.abs(row).max())) ** 2, 127.0**2)
+    levels = bands(np.round(127 * np.sqrt(np.abs(row) / np.abs(row).max())) ** 2, EDGES)
     alpha = 0.6 * (1 - levels[15:, None] / 4)
     expected = alpha * 128 + (1 - alpha) * frames
     np.testing.assert_allclose(colours(page, points), expected, atol=4)
@@ -231,8 +232,8 @@ def test_outlines_have_exactly_the_colours_of_the_legend(load, file, maps, ratio
         page.evaluate("query => select(query)", list(query))
         row = maps["first"][0].rows(query)[0, 0]
         largest = np.abs(row).max()
-        stored = np.round(127 * np.sqrt(np.abs(row) / largest)) / 127
-        levels = set((np.sign(row) * bands(stored**2, 1.0)).reshape(-1).tolist()) - {0}
+        stored = np.round(127 * np.sqrt(np.abs(row) / largest))
+        levels = set((np.sign(row) * bands(stored**2, EDGES)).reshape(-1).tolist()) - {0}
         counts, legend = page.evaluate(count_colours), page.evaluate(read_legend)
         uniform = largest * row.size / np.abs(row).sum()
         for sign, arm in ((1, POSITIVE_BANDS), (-1, NEGATIVE_BANDS)):
