@@ -1,5 +1,10 @@
 """Every notebook runs from the first to the last cell and equals its Python file."""
 
+import hashlib
+import http.client
+import io
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import jupytext
@@ -51,3 +56,51 @@ def test_it_runs(file, tmp_path, monkeypatch):
     assert types & {"stream", "display_data", "execute_result"}
     written = [path.name for path in tmp_path.iterdir()]
     assert written == FILES_WRITTEN.get(file.stem, [])
+
+
+def download_function(**constants):
+    """Returns `download` of notebook 03, with other constants."""
+    notebook = nbformat.read(FOLDER / "03_your_network.ipynb", 4)
+    (source,) = [c.source for c in code_cells(notebook) if "def download" in c.source]
+    names = {"hashlib": hashlib, "http": http, "urllib": urllib}
+    exec(source, names)
+    names |= constants
+    return names["download"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        http.client.IncompleteRead(b"part", 100),
+        http.client.RemoteDisconnected(),
+        urllib.error.URLError("no host"),
+        TimeoutError(),
+        ConnectionResetError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("when", ["opening", "reading"])
+def test_a_download_that_fails(when, error, tmp_path, monkeypatch):
+    class Response(io.BytesIO):
+        def read(self, *arguments):
+            raise error
+
+    def urlopen(*arguments, **options):
+        if when == "opening":
+            raise error
+        return Response()
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    assert not download_function()(tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"the expected file", b"the expected", b"another file, longer"]
+)
+def test_only_the_expected_file_is_kept(content, tmp_path, monkeypatch):
+    expected = b"the expected file"
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **b: io.BytesIO(content))
+    download = download_function(SIZE=17, SHA256=hashlib.sha256(expected).hexdigest())
+    assert download(tmp_path / "file") == (content == expected)
+    assert (tmp_path / "file").exists() == (content == expected)
