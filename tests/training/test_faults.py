@@ -70,6 +70,11 @@ def saved_step(folder):
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
+def created(path):
+    """When a checkpoint got its name; 0 if it is deleted meanwhile."""
+    return path.stat().st_ctime if path.exists() else 0
+
+
 def is_saving(folder):
     return any("tmp" in path.name for path in (folder / "checkpoints").glob("*"))
 
@@ -78,34 +83,37 @@ def is_held(folder):
     return (folder / "held").exists()
 
 
-def kill_often(folder, kills, seed, damage=None):
+def start_and_kill(folder, rng, is_due, saving=False):
+    """Starts a run and kills it soon after `is_due()`, perhaps while a checkpoint is written."""
+    (folder / "held").unlink(missing_ok=True)
+    process = start(folder, killed=True)
+    wait_for(is_due, process)
+    if saving:
+        wait_for(lambda: is_saving(folder) or is_held(folder), process)
+    time.sleep(rng.uniform(0, 0.03))
+    process.kill()
+    printed, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGKILL
+    assert "Traceback" not in printed, printed
+
+
+def kill_often(folder, kills, seed):
     """Kills a run again and again, some steps after the checkpoint from which each start continued.
 
-    Every other kill comes while a checkpoint is being written. `damage`, if any, gets the number of
-    each kill after it. Returns what the last start, which is left alone, printed.
+    Every other kill comes while a checkpoint is being written. Returns what the last start, which
+    is left alone, printed.
     """
     rng = np.random.default_rng(seed)
     for number in range(kills):
         goal = saved_step(folder) + rng.integers(1, 12)
-        (folder / "held").unlink(missing_ok=True)
         begun = time.time()
-        process = start(folder, killed=True)
         log = folder / "metrics.jsonl"
 
         def has_reached_goal(goal=goal, begun=begun, log=log):
             is_current = log.exists() and log.stat().st_mtime > begun
             return is_held(folder) or (is_current and last_step(folder) >= goal)
 
-        wait_for(has_reached_goal, process)
-        if number % 2:
-            wait_for(lambda: is_saving(folder) or is_held(folder), process)
-        time.sleep(rng.uniform(0, 0.03))
-        process.kill()
-        printed, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == -signal.SIGKILL
-        assert "Traceback" not in printed, printed
-        if damage:
-            damage(number)
+        start_and_kill(folder, rng, has_reached_goal, saving=number % 2 == 1)
     return start_and_finish(folder)
 
 
@@ -127,26 +135,37 @@ def test_killed_and_one_byte_flipped_of_the_latest_checkpoint(
 ):
     """Every file of a checkpoint gets its turn."""
     rng = np.random.default_rng(0)
-    flipped = []
+    checkpoints = run_folder / "checkpoints"
+    kills = max(mutated_files // 25, 2)
+    flipped, moved = [], []
 
-    def flip(_):
-        folder = run_folder / "checkpoints"
-        if sum(path.name.isdecimal() for path in folder.glob("*")) < 2:
-            return
-        latest = folder / str(saved_step(run_folder))
+    def finish_and_check():
+        assert "resumed at step" in start_and_finish(run_folder)
+        assert outcome(run_folder) == undisturbed
+        moved.extend(sorted(path.name for path in checkpoints.glob("corrupt-*")))
+
+    for number in range(kills):
+        if saved_step(run_folder) >= HOLD_AT - 15:  # too few checkpoints are left to be saved
+            finish_and_check()
+            shutil.rmtree(run_folder)
+            go_file(run_folder).unlink()
+        begun = time.time()
+
+        def has_saved(begun=begun):
+            """Whether this start has saved a checkpoint, and there is one before it."""
+            complete = [path for path in checkpoints.glob("*") if path.name.isdecimal()]
+            return len(complete) >= 2 and created(checkpoints / str(saved_step(run_folder))) > begun
+
+        start_and_kill(run_folder, rng, has_saved, saving=number % 2 == 1)
+        latest = checkpoints / str(saved_step(run_folder))
         files = sorted(path for path in latest.rglob("*") if path.is_file())
-        file = files[np.random.default_rng(1).permutation(len(files))[len(flipped) % len(files)]]
+        file = files[np.random.default_rng(1).permutation(len(files))[number % len(files)]]
         content = bytearray(file.read_bytes())
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
         file.write_bytes(content)
-        flipped.append(str(file.relative_to(folder)))
-
-    kills = max(mutated_files // 25, 2)
-    assert "resumed at step" in kill_often(run_folder, kills, 0, flip)
-    moved = sorted(path.name for path in (run_folder / "checkpoints").glob("corrupt-*"))
-    print(f"{kills} kills, {len(flipped)} flips: {flipped}; moved aside: {moved}")
-    assert flipped
-    assert outcome(run_folder) == undisturbed
+        flipped.append(str(file.relative_to(checkpoints)))
+    finish_and_check()
+    print(f"{kills} kills, each with a flip: {flipped}; moved aside: {moved}")
 
 
 @pytest.mark.parametrize("removed", ["folder", "lock"])
