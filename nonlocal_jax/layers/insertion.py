@@ -1,29 +1,25 @@
 """Trained variables in a network that has new blocks."""
 
-from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 Path = tuple[str, ...]
 MAX_NAMED = 5  # paths that an error lists
 
 
-def insert(trained: Any, fresh: Any, *, new: Sequence[str] = ()) -> Any:
+def insert(trained: Any, fresh: Any) -> Any:
     """Puts the variables of a trained network into those of a network with new blocks.
 
     Each variable of `trained` takes the place of the one with the same path in `fresh`, in every
-    collection, running statistics included. Only non-local blocks keep the variables of `fresh`. A
-    new block is the identity, so the output of the network stays the same.
+    collection, running statistics included. Modules that only `fresh` has keep their variables. A
+    new block is the identity, so the output stays the same where nothing but blocks is new.
 
     Args:
         trained: All variables of the trained network: the Linen variables of all collections, or
             the `nnx.state` of an NNX module.
         fresh: All variables of the network with blocks, from `init` or `nnx.state`.
-        new: Names of further modules that `trained` does not have, such as blocks of other kinds,
-            or a head for other classes. These may change the output.
 
     Returns:
         Variables of the structure of `fresh`.
@@ -31,8 +27,7 @@ def insert(trained: Any, fresh: Any, *, new: Sequence[str] = ()) -> Any:
     Raises:
         ValueError: If a trained variable has no place in `fresh`, its shape differs there, or
             `trained` has a part of the variables of a module, such as the scale of a BatchNorm
-            without its running statistics. If `trained` lacks a module that is neither a
-            `NonLocalBlock` nor named by `new`, or `new` names none that it lacks.
+            without its running statistics.
 
     Source: section 3.3, where blocks are added to pre-trained networks.
 
@@ -54,57 +49,31 @@ def insert(trained: Any, fresh: Any, *, new: Sequence[str] = ()) -> Any:
     >>> bool((Network(has_block=True).apply(variables, x) == before).all())
     True
     """
-    old, fresh_leaves = _leaves_by_path(trained), _leaves_by_path(fresh)
-    if homeless := [path for path in old if path not in fresh_leaves]:
+    old, new = _leaves_by_path(trained), _leaves_by_path(fresh)
+    if homeless := [path for path in old if path not in new]:
         raise ValueError(
             "Each variable of trained must have a place in fresh, the variables of the network "
             f"with blocks; got {_listed(homeless)} without one. Give the layers the same names in "
             "both networks."
         )
     for path, leaf in old.items():
-        if np.shape(leaf) != np.shape(fresh_leaves[path]):
+        if np.shape(leaf) != np.shape(new[path]):
             raise ValueError(
                 f"{'/'.join(path)} must have the same shape in trained and in fresh; got "
-                f"{np.shape(leaf)} and {np.shape(fresh_leaves[path])}."
+                f"{np.shape(leaf)} and {np.shape(new[path])}."
             )
     # Fresh running statistics would not fit the trained scale of a BatchNorm.
     depth = 1 if "params" in fresh else 0  # Linen has collections above the modules
     modules = {path[depth:-1] for path in old}
-    new_paths = [path for path in fresh_leaves if path not in old]
-    if missing := [path for path in new_paths if path[depth:-1] in modules]:
+    if missing := [path for path in new if path not in old and path[depth:-1] in modules]:
         raise ValueError(
             "trained must have all variables of its modules, in all collections; got none for "
             f"{_listed(missing)}. Pass everything that the trained network has, such as "
             'both "params" and "batch_stats".'
         )
-    for name in new:
-        if not any(name in path[depth:] for path in new_paths):
-            raise ValueError(f"new must name modules that trained does not have; got {name!r}.")
-    blocks = _blocks({path[depth:-1] for path in new_paths})
-
-    def may_be_new(path: Path) -> bool:
-        is_in_block = any(path[depth:end] in blocks for end in range(depth, len(path)))
-        is_named = any(name in path[depth:] for name in new)
-        is_random_state = not jnp.issubdtype(fresh_leaves[path].dtype, jnp.inexact)
-        return is_in_block or is_named or is_random_state
-
-    if missing := [path for path in new_paths if not may_be_new(path)]:
-        raise ValueError(
-            "trained must have all variables of fresh, except those of non-local blocks; got none "
-            f"for {_listed(missing)}. Pass the names of modules that are meant to be new as new=, "
-            f'such as new=["{missing[0][depth]}"].'
-        )
     return jax.tree.unflatten(
-        jax.tree.structure(fresh), [old.get(path, leaf) for path, leaf in fresh_leaves.items()]
+        jax.tree.structure(fresh), [old.get(path, leaf) for path, leaf in new.items()]
     )
-
-
-def _blocks(modules: Collection[Path]) -> set[Path]:
-    """Returns the paths of the non-local blocks, which all have an `operation` and an `out`."""
-    parents = {
-        path[:depth] for path in modules for depth, name in enumerate(path) if name == "operation"
-    }
-    return {parent for parent in parents if (*parent, "out") in modules}
 
 
 def _leaves_by_path(variables: Any) -> dict[Path, Any]:

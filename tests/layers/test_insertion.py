@@ -173,13 +173,6 @@ class TestNnx:
         nnx.update(network, nl.layers.insert(nnx.merge_state(*trained), nnx.state(network)))
         np.testing.assert_array_equal(network(X), trunk(X))
 
-    def test_a_head_is_not_lost(self):
-        trunk, network = self.pair()
-        pure = nnx.to_pure_dict(nnx.state(trunk))
-        del pure["head"]
-        with pytest.raises(ValueError, match="got none for head/bias, head/kernel"):
-            nl.layers.insert(pure, nnx.state(network))
-
     def test_pure_dicts(self):
         trunk, network = self.pair()
         pure = nnx.to_pure_dict(nnx.state(trunk))
@@ -196,47 +189,8 @@ def test_new_modules_with_the_names_of_trained_ones(collections):
         return {"params": tree} if collections else tree
 
     trained, fresh = nested(stage1=1.0), nested(stage1=0.0, stage2=2.0)
-    variables = nl.layers.insert(trained, fresh, new=["stage2"])
+    variables = nl.layers.insert(trained, fresh)
     chex.assert_trees_all_equal(variables, nested(stage1=1.0, stage2=2.0))
-
-
-class TestModulesThatAreNoBlocks:
-    def without(self, *names):
-        trained = trained_variables()
-        for collection in trained.values():
-            for name in names:
-                collection.pop(name, None)
-        return trained
-
-    def test_a_head_is_not_lost(self):
-        expected = r"got none for params/head/bias, params/head/kernel\. .* new=\[\"head\"\]"
-        with pytest.raises(ValueError, match=expected):
-            nl.layers.insert(self.without("head"), fresh_variables())
-
-    def test_a_stage_with_a_block_is_not_lost(self):
-        """Only the block inside it is new."""
-        expected = r"got none for .*/stage2/norm/mean, .*/stage2/conv/bias, .* new=\[\"stage2\"\]"
-        with pytest.raises(ValueError, match=expected) as raised:
-            nl.layers.insert(self.without("stage2"), fresh_variables())
-        assert "nonlocal" not in str(raised.value)
-
-    def test_a_head_that_is_meant_to_be_new(self):
-        fresh = fresh_variables()
-        variables = nl.layers.insert(self.without("head"), fresh, new=["head"])
-        chex.assert_trees_all_equal(variables["params"]["head"], fresh["params"]["head"])
-        expected = trained_variables()["params"]["stage1"]
-        chex.assert_trees_all_equal(variables["params"]["stage1"], expected)
-
-    @pytest.mark.parametrize("name", ["haed", "stage1"])
-    def test_a_name_of_nothing_new(self, name):
-        message = f"new must name modules that trained does not have; got '{name}'"
-        with pytest.raises(ValueError, match=message):
-            nl.layers.insert(self.without("head"), fresh_variables(), new=["head", name])
-
-    def test_a_module_with_an_operation_is_no_block(self):
-        network = {"params": {"layer": {"operation": {"kernel": np.ones(2)}}}}
-        with pytest.raises(ValueError, match="got none for params/layer/operation/kernel"):
-            nl.layers.insert({"params": {}}, network)
 
 
 class TestErrors:
