@@ -4,6 +4,7 @@ Rank promotion raises, annotations are checked, warnings are errors, and there a
 CPU devices.
 """
 
+import gc
 import hashlib
 import os
 import platform
@@ -79,6 +80,16 @@ def pytest_sessionstart(session):
     for entry in cache_folder().glob("*-cache"):  # never in a folder that the user has chosen
         if entry.stat().st_mtime < oldest:
             entry.unlink(missing_ok=True)
+
+
+def pytest_collection_finish():
+    """Looks for cycles of objects less often.
+
+    Traced and compiled functions are kept, and are millions of objects. To look through all of them
+    again and again took a tenth of the time of all tests.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Values, statistics and gradients are compared.
 import functools
 
 import chex
+import compiled
 import convolution_oracle
 import flax.linen as nn
 import jax
@@ -15,7 +16,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import nonlocal_jax as nl
-from nonlocal_jax.compiler.programs import Program
 from nonlocal_jax.types import Instantiation
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="four devices are absent")
@@ -158,7 +158,7 @@ def test_a_pooling_takes_frames_from_its_neighbours(window, strides, padding):
 
 def numbers_communicated(function, *operands):
     """Returns the numbers that each kind of collective returns on a device."""
-    program = Program(jax.jit(function).lower(*operands).compile().as_text())
+    program = compiled.program(jax.jit(function).lower(*operands))
     return {collective.opcode: collective.bytes / 4 for collective in program.collectives()}
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import compiled
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nonlocal_jax.compiler.programs import Program
 from nonlocal_jax.layers import BatchNorm, DotProduct, VideoConv
 from nonlocal_jax.models import video_resnet
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 SMALL = {
-    "depth": (1, 1, 2, 1),
-    "nonlocal_blocks": 1,
+    "depth": (1, 1, 1, 1),
+    "nonlocal_blocks": {"res3": (0,)},
     "num_classes": 5,
     "dropout": 0.5,
     "width_per_group": 8,
@@ -148,8 +148,8 @@ def is_bias_of_shortcut(path):
 
 @pytest.mark.networks
 def test_only_what_is_needed_is_communicated():
-    small = {"depth": (1, 1, 1, 1), "nonlocal_blocks": {"res3": (0,)}, "dropout": 0.0}
-    make = functools.partial(video_resnet, **SMALL | small, instantiation="dot_product")
+    options = {"dropout": 0.0, "instantiation": "dot_product"}
+    make = functools.partial(video_resnet, **SMALL | options)
     alone, split = make(), make(axis_name="positions")
     x = jax.ShapeDtypeStruct((3, 8, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(alone.init, jax.random.key(0), x)
@@ -171,7 +171,7 @@ def test_only_what_is_needed_is_communicated():
         out_specs=P(),
         check_vma=False,
     )
-    program = Program(jax.jit(mapped).lower(variables, x).compile().as_text())
+    program = compiled.program(jax.jit(mapped).lower(variables, x))
     numbers = {collective.opcode: collective.bytes / 4 for collective in program.collectives()}
     frames, sums, first = needed_numbers(alone, variables, x)
     leaves = jax.tree.leaves_with_path(variables["params"])

@@ -2,6 +2,7 @@
 
 import functools
 
+import compiled
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,7 +15,6 @@ from ops.operands import (
     value_and_gradients,
 )
 
-from nonlocal_jax.compiler.programs import Program
 from nonlocal_jax.ops.kernels import dense, reassociated, sorted_keys, streaming
 from nonlocal_jax.ops.softmax_rows import Rows
 from nonlocal_jax.ops.softmax_tiles import Tiles
@@ -55,7 +55,7 @@ def compile_on(devices, function):
         spec = PartitionSpec("data") if x.ndim == 3 else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return Program(jax.jit(function).lower(jax.tree.map(place, operands)).compile().as_text())
+    return compiled.program(jax.jit(function).lower(jax.tree.map(place, operands)))
 
 
 @pytest.mark.parametrize(("instantiation", "kernel"), PATHS, ids=lambda x: getattr(x, "name", x))
@@ -74,5 +74,5 @@ def test_flops_count_the_iterations_of_a_loop():
     def product_of_each(x):
         return jax.lax.map(lambda sample: sample @ sample.T, x)
 
-    program = Program(jax.jit(product_of_each).lower(x).compile().as_text())
+    program = compiled.program(jax.jit(product_of_each).lower(x))
     assert program.flops() == 2 * 5 * 7 * 11 * 7

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import chex
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from ops.operands import INSTANTIATIONS, TOY, call, make_operands, registered
 
 from nonlocal_jax import ops
-from nonlocal_jax.compiler.programs import Program
 from nonlocal_jax.ops.kernels import streaming
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
@@ -138,7 +138,7 @@ def test_only_what_is_needed_is_communicated(
         lowered = jax.jit(gradients).lower(operands, jnp.ones((2, N, E)))
     else:
         lowered = jax.jit(respond).lower(operands, None)
-    collectives = Program(lowered.compile().as_text()).collectives()
+    collectives = compiled.program(lowered).collectives()
     numbers = {collective.opcode: collective.bytes / 4 for collective in collectives}
     assert numbers == needed_collectives(instantiation, implementation, with_gradients)
 

@@ -77,14 +77,37 @@ def assert_equal(folder, alone):
     assert metrics["accuracy"] == pytest.approx(alone[1]["accuracy"], abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Folder and output of two processes that have trained to the end."""
+    folder = tmp_path_factory.mktemp("together") / "run"
+    return folder, [finish(process) for process in start_two(folder, "--placement", "sharded")]
+
+
 @needs_four
-def test_two_processes_equal_one(alone, tmp_path):
-    folder = tmp_path / "run"
-    printed = [finish(process) for process in start_two(folder, "--placement", "sharded")]
+def test_two_processes_equal_one(alone, together):
+    folder, printed = together
     assert "step 10: accuracy" in printed[0]
     assert "step 10: accuracy" not in printed[1]  # one writer
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 11))
+    assert_equal(folder, alone)
+
+
+@needs_four
+def test_a_file_that_only_one_process_reads_is_damaged(alone, together, tmp_path):
+    """The other one can read its part, and takes the same checkpoint before."""
+    folder = tmp_path / "run"
+    shutil.copytree(together[0], folder)
+    files = (folder / "checkpoints" / str(STEPS) / "state").rglob("d/*")
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    for process in start_two(folder, "--placement", "sharded"):
+        printed = finish(process)
+        assert f"the checkpoint of step {STEPS} is damaged" in printed
+    assert (folder / "checkpoints" / f"corrupt-{STEPS}").is_dir()
     assert_equal(folder, alone)
 
 
@@ -144,27 +167,9 @@ def test_one_that_never_comes_is_not_waited_for_forever(tmp_path):
     assert "before the deadline, 5 s; missing: process 1. Start each" in " ".join(printed.split())
 
 
-@needs_four
-def test_a_file_that_only_one_process_reads_is_damaged(alone, tmp_path):
-    """The other one can read its part, and takes the same checkpoint before."""
-    folder = tmp_path / "run"
-    for process in start_two(folder, "--placement", "sharded"):
-        finish(process)
-    files = (folder / "checkpoints" / str(STEPS) / "state").rglob("d/*")
-    largest = max(files, key=lambda file: file.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-    for process in start_two(folder, "--placement", "sharded"):
-        printed = finish(process)
-        assert f"the checkpoint of step {STEPS} is damaged" in printed
-    assert (folder / "checkpoints" / f"corrupt-{STEPS}").is_dir()
-    assert_equal(folder, alone)
-
-
-@pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
-def test_different_numbers_of_processes_are_noticed(counts, tmp_path):
-    port = free_port()
+def test_different_numbers_of_processes_are_noticed(tmp_path):
+    """As they are in threads, in tests of the rendezvous."""
+    port, counts = free_port(), (2, 3)
     processes = []
     for i, count in enumerate(counts):
         joint = joint_options(i, port)

@@ -1,11 +1,11 @@
 """Training steps and evaluations on several devices: each computes its own examples only."""
 
+import compiled
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from nonlocal_jax.compiler.programs import Program
 from nonlocal_jax.models import cifar_resnet, video_resnet
 from nonlocal_jax.training import Trainer, classification, make_mesh
 from nonlocal_jax.training.compilation import sharded_evaluation, sharded_step
@@ -13,7 +13,9 @@ from nonlocal_jax.training.mesh import batch_sharding, state_sharding
 
 pytestmark = pytest.mark.skipif(len(jax.devices()) < 4, reason="needs four devices")
 BATCH = 8
-VIDEO = video_resnet((1, 1, 2, 1), "i3d_3x1x1", nonlocal_blocks=1, num_classes=5, width_per_group=8)
+VIDEO = video_resnet(
+    (1, 1, 1, 1), "i3d_3x1x1", nonlocal_blocks={"res3": (0,)}, num_classes=5, width_per_group=8
+)
 MODELS = {
     "video": (VIDEO, (8, 32, 32, 3)),
     "images": (cifar_resnet(8, {"res2": (0,)}), (32, 32, 3)),
@@ -35,7 +37,7 @@ def prepare(name, batch_norm, devices):
 def compile_step(name, batch_norm, devices):
     mesh, trainer, state, batch = prepare(name, batch_norm, devices)
     step = sharded_step(trainer, mesh, state_sharding(mesh, state))
-    return Program(step.lower(state, batch).compile().as_text())
+    return compiled.program(step.lower(state, batch))
 
 
 def compile_evaluation(name, devices):
@@ -44,7 +46,7 @@ def compile_evaluation(name, devices):
         sharded_evaluation(trainer, mesh),
         in_shardings=(state_sharding(mesh, state.variables), None),
     )
-    return Program(evaluate.lower(state.variables, batch).compile().as_text())
+    return compiled.program(evaluate.lower(state.variables, batch))
 
 
 @pytest.mark.networks
