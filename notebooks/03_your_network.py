@@ -259,7 +259,6 @@ if len(pictures) > 2:
 # GPU, convolutions round to TF32 and their algorithms are chosen by measuring, so two
 # programs may round differently, and the comparison allows a hundredth of the largest
 # logit. Variables that have no place in the new network, or do not fit, are an error.
-# So are layers that have no trained variables and are no non-local blocks.
 
 # %%
 network = trunk.clone(nonlocal_block=True)
@@ -267,7 +266,8 @@ fresh = network.init(jax.random.key(3), pictures[:1])
 variables = nl.layers.insert(trained, fresh)
 logits = network.apply(variables, pictures)
 print("largest change of the logits:", float(jnp.abs(logits - trunk_logits).max()))
-tolerance = 0.01 * float(jnp.abs(trunk_logits).max())
+is_exact = jax.default_backend() == "cpu"
+tolerance = 0.0 if is_exact else 0.01 * float(jnp.abs(trunk_logits).max())
 np.testing.assert_allclose(logits, trunk_logits, rtol=0, atol=tolerance)
 print(*nl.describe(network, variables, pictures[:1], expected=1), sep="\n")
 
