@@ -136,7 +136,7 @@ def test_killed_and_one_byte_flipped_of_the_latest_checkpoint(
     """Every file of a checkpoint gets its turn."""
     rng = np.random.default_rng(0)
     checkpoints = run_folder / "checkpoints"
-    kills = max(mutated_files // 25, 2)
+    kills = max(mutated_files // 50, 2)
     flipped, moved = [], []
 
     def finish_and_check():
