@@ -36,7 +36,8 @@ def cache_folder():
 # In the environment, so that processes started by tests use the same cache.
 CACHE = {
     "JAX_COMPILATION_CACHE_DIR": cache_folder(),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.1,
+    # Thousands of small functions are compiled quickly each, and all together in minutes.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
 }
 for option, default in CACHE.items():
@@ -97,9 +98,10 @@ def as_users_see_it():
     """Turns off the annotation checker, which would refuse bad input before the library's errors
     can.
     """
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

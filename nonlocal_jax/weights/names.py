@@ -8,7 +8,7 @@ in `batch_stats` for "mean" and "var".
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -145,11 +145,10 @@ class NamingTable:
 
     def native_name(self, source_name: str) -> tuple[str, Row] | None:
         """Returns the native name of a source's name, and its row; None if no row matches."""
-        words = {field: tuple(spelling.values()) for field, spelling in self.words.items()}
-        for row in self.rows:
-            if match := _pattern(row.source, tuple(words.items())).fullmatch(source_name):
+        for pattern, row in self._source_patterns:
+            if match := pattern.fullmatch(source_name):
                 fields = {
-                    field: self._native_word(field, word)
+                    field: self._native_words.get(field, {}).get(word, word)
                     for field, word in match.groupdict().items()
                 }
                 return row.native.format_map(fields), row
@@ -157,9 +156,8 @@ class NamingTable:
 
     def source_name(self, native_name: str) -> tuple[str, Row] | None:
         """Returns the source's name of a native name, and its row; None if no row matches."""
-        words = {field: tuple(spelling) for field, spelling in self.words.items()}
-        for row in self.rows:
-            if match := _pattern(row.native, tuple(words.items())).fullmatch(native_name):
+        for pattern, row in self._native_patterns:
+            if match := pattern.fullmatch(native_name):
                 fields = {
                     field: self.words.get(field, {}).get(word, word)
                     for field, word in match.groupdict().items()
@@ -171,20 +169,28 @@ class NamingTable:
         """Whether an entry of this name need not be loaded."""
         return any(re.fullmatch(pattern, source_name) for pattern in self.non_weights)
 
-    def _native_word(self, field: str, word: str) -> str:
-        spelling = self.words.get(field, {})
-        return {source: native for native, source in spelling.items()}.get(word, word)
+    @functools.cached_property
+    def _native_words(self) -> dict[str, dict[str, str]]:
+        return {
+            field: {source: native for native, source in spelling.items()}
+            for field, spelling in self.words.items()
+        }
+
+    @functools.cached_property
+    def _source_patterns(self) -> tuple[tuple[re.Pattern[str], Row], ...]:
+        return tuple((_pattern(row.source, self._native_words), row) for row in self.rows)
+
+    @functools.cached_property
+    def _native_patterns(self) -> tuple[tuple[re.Pattern[str], Row], ...]:
+        return tuple((_pattern(row.native, self.words), row) for row in self.rows)
 
 
-@functools.cache
-def _pattern(template: str, words: tuple[tuple[str, tuple[str, ...]], ...]) -> re.Pattern[str]:
+def _pattern(template: str, words: Mapping[str, Iterable[str]]) -> re.Pattern[str]:
     """Compiles a template to a pattern with one named group for each field."""
-    spellings = dict(words)
     parts = re.split(r"\{(\w+)\}", template)
     for k in range(1, len(parts), 2):
         field = parts[k]
-        is_number = field not in spellings
-        choices = "0|[1-9][0-9]*" if is_number else "|".join(map(re.escape, spellings[field]))
+        choices = "|".join(map(re.escape, words[field])) if field in words else "0|[1-9][0-9]*"
         parts[k] = f"(?P<{field}>{choices})"
     parts[::2] = map(re.escape, parts[::2])
     return re.compile("".join(parts))

@@ -23,13 +23,13 @@ def environment(devices, killed=False):
 
     One that will be killed only reads the compilation cache: it could leave half an entry.
     """
-    return {
-        **os.environ,
+    settings = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(TESTS),
-        # Otherwise even what compiles quickly is kept: every process needs the same functions.
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9" if killed else "0",
     }
+    if killed:
+        settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+    return os.environ | settings
 
 
 def start(options, folder, *arguments, devices=1, module="training.small_run", killed=False):
