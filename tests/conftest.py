@@ -36,7 +36,7 @@ def cache_folder():
 # In the environment, so that processes started by tests use the same cache.
 CACHE = {
     "JAX_COMPILATION_CACHE_DIR": cache_folder(),
-    # Thousands of small functions are compiled quickly each, and all together in minutes.
+    # A small function compiles quickly, but there are thousands of them.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
 }
