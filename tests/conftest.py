@@ -4,6 +4,7 @@ Rank promotion raises, annotations are checked, warnings are errors, and there a
 CPU devices.
 """
 
+import collections
 import gc
 import hashlib
 import os
@@ -65,6 +66,26 @@ def pytest_addoption(parser):
         help="mutated files of each format that the tests in tests/damage read; a tenth as many "
         "where one takes long, such as videos",
     )
+    parser.addoption(
+        "--every-nth-case",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of each test with parameters, run the first case, and every Nth after it",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the cases of parametrized tests that `--every-nth-case` does."""
+    nth = config.getoption("--every-nth-case")
+    counts = collections.Counter()
+    chosen, left_out = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (left_out if counts[test] % nth else chosen).append(item)
+        counts[test] += 1
+    items[:] = chosen
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")
