@@ -114,6 +114,17 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Lets go of what a file of tests has traced and compiled, which the next one hardly needs.
+
+    It grows to gigabytes, and slows down whatever comes later.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture
 def as_users_see_it():
     """Turns off the annotation checker, which would refuse bad input before the library's errors

@@ -19,8 +19,8 @@ from experiments import cifar
 from nonlocal_jax import training
 
 pytestmark = pytest.mark.processes
-STEPS = 60
-HOLD_AT = 45  # a batch that only the last start gets
+STEPS = 36
+HOLD_AT = 30  # a batch that only the last start gets
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def kill_often(folder, kills, seed):
     """
     rng = np.random.default_rng(seed)
     for number in range(kills):
-        goal = saved_step(folder) + rng.integers(1, 12)
+        goal = saved_step(folder) + rng.integers(1, 9)
         begun = time.time()
         log = folder / "metrics.jsonl"
 
