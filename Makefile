@@ -9,8 +9,8 @@ TPU_READY := $(TPU)/.ready
 BROWSER := $(VENV)/.browser
 # Python itself compiles what is imported, which is a small part of what is installed.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
-# Container images set it. Each process would then compile JAX, and the tests, from their source again: pytest would
-# take 45 s instead of 16 to collect them.
+# Container images set it. Then each process compiles JAX and the tests from source again, and pytest takes 45 s instead
+# of 16 to collect them.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo quick test test-faults check parity tpu bench docs notebooks lock clean
@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(READY)  ## train a control and a non-local network on toy videos, offline: after the installation about 3 minutes on 2 idle cores
 	$(VENV)/bin/python -m experiments.toy_video --output runs/demo
 
-quick: $(READY)  ## the tests without processes, browser, notebooks and whole networks, in about 4 minutes on 2 cores
+quick: $(READY)  ## the tests without processes, browser, notebooks and whole networks, in about 8 minutes on 2 cores
 	$(VENV)/bin/python -m pytest -m 'not (faults or processes or browser or notebooks or networks)'
 
 test: $(READY) $(BROWSER)  ## every test, doctest and notebook, then `make parity`

@@ -76,7 +76,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the cases of parametrized tests that `--every-nth-case` does."""
+    """Keeps every Nth case of each parametrized test, as `--every-nth-case` asks."""
     nth = config.getoption("--every-nth-case")
     counts = collections.Counter()
     chosen, left_out = [], []
@@ -116,9 +116,9 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Lets go of what a file of tests has traced and compiled, which the next one hardly needs.
+    """Clears JAX's caches after each file of tests.
 
-    It grows to gigabytes, and slows down whatever comes later.
+    Otherwise they grow to gigabytes and slow down the tests that follow.
     """
     yield
     jax.clear_caches()

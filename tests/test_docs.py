@@ -80,7 +80,7 @@ def test_flags_named_in_the_pages_exist(monkeypatch, capsys):
         )
     }
     assert len(commands) > 10
-    # Otherwise the module with annotation checks would be kept as if it were the module itself.
+    # Otherwise its bytecode with annotation checks would be kept as that of the module itself.
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for page, command in sorted(commands):
         module, *arguments = shlex.split(command)

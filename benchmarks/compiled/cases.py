@@ -88,7 +88,7 @@ def is_small(case: Case) -> bool:
         return case.subject in subjects and case.size == size
     if case.section == "block":
         return case.subject == "embedded_gaussian" and case.size == (784, 196, 512)
-    return False  # tests/tpu compiles networks
+    return False  # a network takes minutes; tests/tpu compiles steps of training
 
 
 def _operations_and_blocks(platform: Platform) -> Iterator[Case]:
