@@ -36,7 +36,7 @@ check: $(READY)  ## check formatting, lint and types
 parity: $(PARITY_READY)  ## compare with the peers, in torch, in a separate environment
 	$(PARITY)/bin/python -m pytest tests/parity
 
-tpu: $(TPU_READY)  ## compile a few programs for TPUs, without one, and check what their compiler says, in about 3 minutes
+tpu: $(TPU_READY)  ## compile a few programs for TPUs, without one, and check what their compiler says, in about 4 minutes
 	$(TPU)/bin/python -m pytest -n 1 tests/tpu
 	$(TPU)/bin/python -m benchmarks.tpu --small
 
