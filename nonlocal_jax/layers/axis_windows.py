@@ -14,6 +14,7 @@ from nonlocal_jax.types import Array
 MembersOf = Callable[[Array, float], list[Array]]
 
 
+@functools.partial(jax.jit, static_argnums=range(1, 7))
 def max_along_axis(
     x: Array,
     axis: int,

@@ -9,6 +9,7 @@ platforms nothing. A training step of I3D R50's first layer with its norm and po
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from nonlocal_jax.layers.axis_windows import first_maximum, max_along_axis, members_of_phases
@@ -29,6 +30,7 @@ def unpair(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], -1, x.shape[-1] // 2)
 
 
+@functools.partial(jax.jit, static_argnames=("window", "strides", "padding", "platform"))
 def max_pool_of_paired(
     x: Array, window: Triple, strides: Triple, padding: Triple, platform: str | None = None
 ) -> Array:

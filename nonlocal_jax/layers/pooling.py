@@ -149,9 +149,11 @@ def pool_mask(mask: PositionMask, window: tuple[int, ...]) -> PooledMask:
 
 def _max_over_windows(x: Array, window: tuple[int, ...], platform: str | None) -> Array:
     _check_window(x.shape[1:-1], window)
-    if math.prod(window) == 1:
-        return x
+    return x if math.prod(window) == 1 else _pool(x, window, platform)
 
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _pool(x: Array, window: tuple[int, ...], platform: str | None) -> Array:
     def compute(is_tpu: bool, x: Array) -> Array:
         return _maximum_on_tpu(x, window) if is_tpu else _maximum(x, window)
 

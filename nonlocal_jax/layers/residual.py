@@ -1,5 +1,7 @@
 """The end of a residual block."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,7 @@ from nonlocal_jax.ops.platforms import by_platform
 from nonlocal_jax.types import Array, Features
 
 
+@functools.partial(jax.jit, static_argnames="platform")
 def relu_of_sum(x: Features, branch: Features, platform: str | None = None) -> Features:
     """Computes ReLU(x + branch).
 

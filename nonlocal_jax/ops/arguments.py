@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 
 from nonlocal_jax import checks
@@ -15,19 +16,19 @@ def check_instantiation(instantiation: str) -> None:
     checks.one_of("instantiation", instantiation, get_args(Instantiation))
 
 
-def check_scale(scale: float | Array) -> None:
-    """Checks that `scale` is one number."""
+def check_scale(scale: float | Array) -> float | Array:
+    """Checks that `scale` is one number, and converts it to a float or a JAX array."""
+    if isinstance(scale, int | float):
+        return float(scale)
     if jnp.ndim(scale) != 0:
         raise ValueError(f"scale must be one number; got an array of shape {jnp.shape(scale)}.")
+    return _to_array(scale)
 
 
 def check_pairs(
     theta_name: str, theta: Array, phi_name: str, phi: Array, key_mask: Array | None
 ) -> tuple[Array, Array, Array | None]:
-    """Checks shapes and dtypes of queries, keys and mask, and converts them to JAX arrays.
-
-    Masked keys are set to 0, so that not even a NaN in the padding has an effect.
-    """
+    """Checks shapes and dtypes of queries, keys and mask, and converts them to JAX arrays."""
     theta, phi = _floating(theta_name, theta), _floating(phi_name, phi)
     if theta.ndim < 2 or phi.ndim != theta.ndim:
         raise ValueError(
@@ -47,14 +48,11 @@ def check_pairs(
                 f"{name} must have at least one {row} and at most {MAX_ROWS:,}; "
                 f"got shape {x.shape}."
             )
-    if key_mask is None:
-        return theta, phi, None
-    key_mask = _check_mask(key_mask, phi)
-    return theta, _zero_masked(phi, key_mask), key_mask
+    return theta, phi, None if key_mask is None else _check_mask(key_mask, phi)
 
 
-def check_values(g: Array, phi: Array, key_mask: Array | None) -> Array:
-    """Checks that there is one value for each key, and sets the values of masked keys to 0."""
+def check_values(g: Array, phi: Array) -> Array:
+    """Checks that there is one value for each key, and converts them to a JAX array."""
     g = _floating("g", g)
     if g.shape[:-1] != phi.shape[:-1]:
         expected = _shape_text(*phi.shape[:-1], "e")
@@ -62,7 +60,7 @@ def check_values(g: Array, phi: Array, key_mask: Array | None) -> Array:
             f"g must have shape {expected}, one value for each of the {phi.shape[-2]} keys; "
             f"got {g.shape}."
         )
-    return g if key_mask is None else _zero_masked(g, key_mask)
+    return g
 
 
 def check_w_f(w_f: Array | None, theta: Array) -> Array:
@@ -80,7 +78,7 @@ def check_w_f(w_f: Array | None, theta: Array) -> Array:
 
 
 def _check_mask(key_mask: Array, phi: Array) -> Array:
-    key_mask = jnp.asarray(key_mask)
+    key_mask = _to_array(key_mask)
     if key_mask.dtype != jnp.bool_:
         raise TypeError(f"key_mask must be bool, True for a real key; got {key_mask.dtype}.")
     if key_mask.shape != phi.shape[:-1]:
@@ -92,14 +90,15 @@ def _check_mask(key_mask: Array, phi: Array) -> Array:
 
 
 def _floating(name: str, x: Array) -> Array:
-    x = jnp.asarray(x)
+    x = _to_array(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point; got {x.dtype}.")
     return x
 
 
-def _zero_masked(x: Array, key_mask: Array) -> Array:
-    return jnp.where(key_mask[..., None], x, 0)
+def _to_array(x: Array) -> Array:
+    # `jnp.asarray` takes as long as a small jitted function, even if there is nothing to convert.
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _shape_text(*sizes: int | str) -> str:

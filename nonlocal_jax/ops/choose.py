@@ -139,9 +139,9 @@ def choose_kernel(
     Raises:
         ValueError: If the operation has no such implementation, or it is not available here.
     """
+    check_implementation(sizes.instantiation, implementation)
     rows = kernels_of(sizes.instantiation)
     names = [kernel.name for kernel in rows]
-    checks.one_of(f"implementation of {sizes.instantiation}", implementation, ("auto", *names))
     costs = tuple(_forecast(kernel, sizes, platform, tracing) for kernel in rows)
     if implementation == "auto":
         costs = tuple(map(_refuse_unrequested, rows, costs))
@@ -165,6 +165,12 @@ def choose_kernel(
     fastest = min(available, key=lambda name: costs[names.index(name)].seconds)
     index = names.index(fastest)
     return rows[index], Explanation(fastest, _reason(sizes, costs[index], costs[0]), costs)
+
+
+def check_implementation(instantiation: Instantiation, implementation: Implementation) -> None:
+    """Checks that a pairwise function has an implementation of this name."""
+    names = (kernel.name for kernel in kernels_of(instantiation))
+    checks.one_of(f"implementation of {instantiation}", implementation, ("auto", *names))
 
 
 def kernels_of(instantiation: Instantiation) -> list[Kernel]:
@@ -200,7 +206,7 @@ def _number(size: Any, default: int) -> int:
 
 def _check_shapes(theta: Array, phi: Array, g: Array) -> tuple[Array, Array, Array]:
     theta, phi, _ = arguments.check_pairs("theta", theta, "phi", phi, None)
-    return theta, phi, arguments.check_values(g, phi, None)
+    return theta, phi, arguments.check_values(g, phi)
 
 
 def _forecast(kernel: Kernel, sizes: Sizes, platform: str, tracing: bool) -> KernelCost:

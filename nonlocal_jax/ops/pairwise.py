@@ -3,9 +3,11 @@
 import inspect
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from nonlocal_jax.ops import arguments, choose, definition, platforms, sharded
 from nonlocal_jax.ops.choose import Implementation
@@ -90,7 +92,7 @@ def gaussian(
      [0.26894143]]
     """
     x, keys, key_mask = arguments.check_pairs("x", x, "keys", keys, key_mask)
-    g = arguments.check_values(g, keys, key_mask)
+    g = arguments.check_values(g, keys)
     return _respond(Operands("gaussian", x, keys, g, key_mask), implementation, axis_name)
 
 
@@ -119,9 +121,9 @@ def embedded_gaussian(
     >>> print(embedded_gaussian(theta, phi, g, key_mask=jnp.array([True, True, False])))
     [[2.]]
     """
-    arguments.check_scale(scale)
+    scale = arguments.check_scale(scale)
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
-    g = arguments.check_values(g, phi, key_mask)
+    g = arguments.check_values(g, phi)
     operands = Operands("embedded_gaussian", theta, phi, g, key_mask, scale=scale)
     return _respond(operands, implementation, axis_name)
 
@@ -150,7 +152,7 @@ def dot_product(
     Array([[4.]], dtype=float32)
     """
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
-    g = arguments.check_values(g, phi, key_mask)
+    g = arguments.check_values(g, phi)
     return _respond(Operands("dot_product", theta, phi, g, key_mask), implementation, axis_name)
 
 
@@ -181,7 +183,7 @@ def concatenation(
     """
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     w_f = arguments.check_w_f(w_f, theta)
-    g = arguments.check_values(g, phi, key_mask)
+    g = arguments.check_values(g, phi)
     operands = Operands("concatenation", theta, phi, g, key_mask, w_f=w_f)
     return _respond(operands, implementation, axis_name)
 
@@ -231,18 +233,63 @@ def affinity(
     scale_is_one = isinstance(scale, int | float) and scale == 1
     if not scale_is_one and instantiation != "embedded_gaussian":
         raise ValueError(f"scale belongs to the embedded Gaussian; {instantiation} has none.")
-    arguments.check_scale(scale)
+    scale = arguments.check_scale(scale)
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     if instantiation == "concatenation":
         w_f = arguments.check_w_f(w_f, theta)
-    if axis_name is not None:
-        key_mask, phi = sharded.gather(axis_name, key_mask, phi)
-    return definition.affinity(instantiation, theta, phi, key_mask, scale, w_f)
+    operands = Operands(instantiation, theta, phi, phi, key_mask, scale, w_f)
+    return _affinity(*_split(operands), axis_name)
 
 
 def _respond(
     operands: Operands, implementation: Implementation, axis_name: str | None
 ) -> Responses:
+    """Chooses a kernel and calls it."""
+    choose.check_implementation(operands.instantiation, implementation)
+    return _compiled_response(*_split(operands), implementation, axis_name)
+
+
+def _split(operands: Operands) -> tuple[dict[str, Array], Operands]:
+    """Splits operands into the arrays by name, and the rest, which is constant in a program."""
+    arrays = {name: x for name, x in operands._asdict().items() if isinstance(x, jax.Array)}
+    nothing: dict[str, Any] = dict.fromkeys(arrays)
+    return arrays, operands._replace(**nothing)
+
+
+def _join(arrays: dict[str, Any], constants: Operands) -> Operands:
+    """Returns the operands with masked keys and values set to 0.
+
+    So not even a NaN in the padding has an effect.
+    """
+    operands = constants._replace(**arrays)
+    if operands.key_mask is None:
+        return operands
+    real = operands.key_mask[..., None]
+    return operands._replace(phi=jnp.where(real, operands.phi, 0), g=jnp.where(real, operands.g, 0))
+
+
+# The next two functions are jitted for callers that are not. Kernels define new functions in each
+# call, as bodies of loops and as branches for platforms, and JAX compiles each new function.
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _affinity(
+    arrays: dict[str, Array], constants: Operands, axis_name: str | None
+) -> Affinity | AffinityToAll:
+    instantiation, theta, phi, _, key_mask, scale, w_f = _join(arrays, constants)
+    if axis_name is not None:
+        key_mask, phi = sharded.gather(axis_name, key_mask, phi)
+    return definition.affinity(instantiation, theta, phi, key_mask, scale, w_f)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _compiled_response(
+    arrays: dict[str, Array],
+    constants: Operands,
+    implementation: Implementation,
+    axis_name: str | None,
+) -> Responses:
+    operands = _join(arrays, constants)
     instantiation, theta, phi, g, key_mask, _, _ = operands
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     sizes = choose.sizes_of(instantiation, theta, phi, g, key_mask is not None, devices)
@@ -266,9 +313,7 @@ def _respond(
     choices = {name: choose_kernel(name) for name in platforms.PLATFORMS}
     if all(isinstance(choice, _Unavailable) for choice in choices.values()):
         raise ValueError(*choices[platforms.default_platform()])
-    # What is not an array, such as a scale of 1.0, stays a constant of the program.
-    arrays = {name: x for name, x in operands._asdict().items() if isinstance(x, jax.Array)}
-    y = platforms.by_platform(choices.__getitem__, compute, arrays)
+    y = platforms.by_platform(choices.__getitem__, compute, _split(operands)[0])
     return y.reshape(*theta.shape[:-1], g.shape[-1])
 
 

@@ -124,13 +124,13 @@ def video_conv(
     if paired and columns % 2:
         raise ValueError(f"paired columns must be even in number; got {columns}.")
     if axis_name is None:
-        return _convolve(x, kernel, _Options(strides, groups, False, platform, paired))
+        return _convolve_jitted(x, kernel, _Options(strides, groups, False, platform, paired))
     taps, *window = kernel.shape[:3]
     if window == [1, 1]:  # positions between the strides need not be exchanged
         x, strides = x[:, :, :: strides[1], :: strides[2]], (strides[0], 1, 1)
     halo = local_windows(x.shape[1], taps, strides[0], taps // 2, axis_name)
     options = _Options(strides, groups, taps > 1, platform, paired)
-    return _convolve(add_halo(x, axis_name, *halo), kernel, options)
+    return _convolve_jitted(add_halo(x, axis_name, *halo), kernel, options)
 
 
 def dot_over_positions(
@@ -146,11 +146,21 @@ def dot_over_positions(
     positions become the rows of one matrix. Elsewhere the position axes stay, because they may be
     sharded.
     """
+    return _dot(x, kernel, dimension_numbers, platform, tuple(options.items()))
 
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _dot(
+    x: Array,
+    kernel: Array,
+    dimension_numbers: lax.DotDimensionNumbers,
+    platform: str | None,
+    options: tuple[tuple[str, Any], ...],
+) -> Array:
     def compute(as_rows: bool, x: Array, kernel: Array) -> Array:
         if as_rows:
-            return cpu.dot_over_rows(x, kernel, **options)
-        return lax.dot_general(x, kernel, dimension_numbers, **options)
+            return cpu.dot_over_rows(x, kernel, **dict(options))
+        return lax.dot_general(x, kernel, dimension_numbers, **dict(options))
 
     return by_platform(lambda name: name == "cpu", compute, x, kernel, platform=platform)
 
@@ -191,6 +201,9 @@ def _convolve_jvp(
     if not isinstance(kernel_tangent, zero):
         terms.append(_apply("kernel_gradient", options, x, kernel_tangent))
     return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
+
+
+_convolve_jitted = jax.jit(_convolve, static_argnums=2)
 
 
 # jit, so that convolutions with equal shapes, dtypes and options are traced once. inline, so that
