@@ -1,23 +1,28 @@
 """Linen and NNX models as functions of their variables, and where their blocks are."""
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.experimental.xla_metadata import set_xla_metadata
+import numpy as np
 
 from nonlocal_jax.types import Array
 
 # Begins the name of a Linen module inside an NNX model; the path of its `ToNNX` follows.
 NNX_MARK = "nonlocal_jax.nnx:"
-TRACES = itertools.count()
+# JAX's caches of traces depend on its value, and compiled programs do not contain it.
+_TRACE = jax.make_user_context()
+_trace_numbers = itertools.count()
 
 
 def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
     """Returns `model.apply` and the variables of a Linen module, or the same for an NNX module.
+
+    Equal hashable models have the same function, so that caches find what was traced before.
 
     Raises:
         TypeError: A model that is neither, a Linen module without variables, or an NNX module with
@@ -26,7 +31,7 @@ def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
     if isinstance(model, nn.Module):
         if variables is None:
             raise TypeError("variables of a Linen module must be the result of `init`; got None.")
-        return model.apply, variables
+        return _call_if_hashable(_linen_function, model), variables
     from flax import nnx  # imports optax
 
     if not isinstance(model, nnx.Module):
@@ -37,6 +42,17 @@ def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
             f"{type(variables).__name__}."
         )
     definition, state = nnx.split(model)
+    return _call_if_hashable(_nnx_function, definition), state
+
+
+@functools.lru_cache(maxsize=16)
+def _linen_function(model: nn.Module) -> Callable[..., Any]:
+    return model.apply
+
+
+@functools.lru_cache(maxsize=16)
+def _nnx_function(definition: Any) -> Callable[..., Any]:
+    from flax import nnx
 
     def apply(state: Any, x: Array, *, mutable: Any = False, **kwargs: Any) -> Any:
         merged = nnx.merge(definition, state)
@@ -48,17 +64,54 @@ def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
         y = merged(x, **kwargs)
         return (y, {}) if mutable else y
 
-    return apply, state
+    return apply
+
+
+def _call_if_hashable(cached: Any, argument: Any) -> Any:
+    """Calls a cached function, without its cache if the argument is not hashable."""
+    return (cached if is_hashable(argument) else cached.__wrapped__)(argument)
+
+
+def is_hashable(value: Any) -> bool:
+    """Whether a value can be the key of a cache."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def shape_of(leaf: Any) -> Any:
+    """Returns the shape and dtype of an array, and any other argument as it is."""
+    if isinstance(leaf, jax.Array | np.ndarray):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return leaf
+
+
+def split_arrays(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[int, jax.ShapeDtypeStruct], Callable[[Mapping[int, Any]], Any]]:
+    """Returns the arrays of a call, numbered, and a function that puts arrays in their places.
+
+    What is not a `jax.ShapeDtypeStruct`, such as a flag or a name, is a constant of the program.
+    """
+    leaves, structure = jax.tree.flatten((args, dict(kwargs)))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+
+    def fill(arrays: Mapping[int, Any]) -> Any:
+        return jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return arrays, fill
 
 
 @contextlib.contextmanager
 def fresh_trace() -> Iterator[None]:
     """Context manager in which all methods of modules run in Python, even if traced before.
 
-    `disable_jit` inlines `jax.jit`. Other transformations cache their traces by a context that
-    includes the XLA metadata, so a new number in the metadata makes every cache miss.
+    `disable_jit` inlines `jax.jit`. Other transformations cache their traces by JAX's context, so a
+    new number in it makes every cache miss.
     """
-    with jax.disable_jit(), set_xla_metadata(nonlocal_jax_trace=str(next(TRACES))):
+    with jax.disable_jit(), _TRACE(next(_trace_numbers)):
         yield
 
 

@@ -10,12 +10,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nonlocal_jax import ops
 from nonlocal_jax.layers.block import NonLocalBlock
 from nonlocal_jax.layers.instantiations import NonLocalOperation
-from nonlocal_jax.layers.model_functions import fresh_trace, functional, module_path
+from nonlocal_jax.layers.model_functions import (
+    fresh_trace,
+    functional,
+    module_path,
+    shape_of,
+    split_arrays,
+)
 from nonlocal_jax.layers.response import PairwiseCall, tap
 from nonlocal_jax.types import Array, Instantiation
 
@@ -208,7 +213,7 @@ def _find_operations(
     def operation_of(call: PairwiseCall) -> _Operation:
         block = call.module if call.block is None else call.block
         place = module_path(block)
-        args, kwargs = jax.tree.map(_shape, inputs[place])
+        args, kwargs = jax.tree.map(shape_of, inputs[place])
         explanation = ops.explain(
             call.instantiation,
             call.theta,
@@ -245,13 +250,6 @@ def _find_operations(
 
     jax.eval_shape(trace, variables, x)
     return list(operations.values())
-
-
-def _shape(leaf: Any) -> Any:
-    """An array's ShapeDtypeStruct; any other argument as it is."""
-    if isinstance(leaf, jax.Array | np.ndarray):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return leaf
 
 
 def _drop_axis_name(module: nn.Module) -> nn.Module:
@@ -306,7 +304,7 @@ def _make_apply(
     call = signature.bind(module, *operation.args, **operation.kwargs)
     if "train" in signature.parameters:
         call.arguments["train"] = train
-    arrays, fill = _split_arrays(call.args[1:], call.kwargs)
+    arrays, fill = split_arrays(call.args[1:], call.kwargs)
 
     def use_implementation(call: PairwiseCall) -> Array | None:
         return call.respond(implementation) if call.module.path == operation.path else None
@@ -323,26 +321,10 @@ def _make_apply(
 
 def _variables(operation: _Operation) -> Any:
     """The shapes of the block's variables."""
-    arrays, fill = _split_arrays(operation.args, operation.kwargs)
+    arrays, fill = split_arrays(operation.args, operation.kwargs)
 
     def init(arrays: Mapping[int, Array]) -> Any:
         args, kwargs = fill(arrays)
         return operation.module.init(jax.random.key(0), *args, **kwargs)
 
     return jax.eval_shape(init, arrays)
-
-
-def _split_arrays(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[dict[int, jax.ShapeDtypeStruct], Callable[[Mapping[int, Any]], Any]]:
-    """The arrays of a call, numbered, and a function that puts arrays in their places.
-
-    What is no array (a flag, a name) is a constant of the compiled program.
-    """
-    leaves, structure = jax.tree.flatten((args, dict(kwargs)))
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
-
-    def fill(arrays: Mapping[int, Any]) -> Any:
-        return jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-
-    return arrays, fill

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,13 @@ import numpy as np
 
 from nonlocal_jax.layers import PairwiseCall, SumLayout, tap
 from nonlocal_jax.layers.instantiations import to_rows
-from nonlocal_jax.layers.model_functions import fresh_trace, functional
+from nonlocal_jax.layers.model_functions import (
+    fresh_trace,
+    functional,
+    is_hashable,
+    shape_of,
+    split_arrays,
+)
 from nonlocal_jax.types import Array, Instantiation
 from nonlocal_jax.visualize.affinity_map import AffinityMap
 from nonlocal_jax.visualize.geometry import Geometry, GeometryError
@@ -37,8 +43,7 @@ def affinities(
     """Returns the affinity of the non-local blocks of any network on a batch of clips.
 
     The network runs once. Rows of f / C are computed on request, so 10,000 × 10,000 pairs are never
-    stored. Each call compiles the network, so one call with many clips is faster than many calls
-    with one.
+    stored. The first call compiles the network; later calls with arrays of the same shapes do not.
 
     Blocks are found if they evaluate Eq. 1 by `nl.layers.nonlocal_response`, as every block of this
     library does.
@@ -81,42 +86,94 @@ def affinities(
             "clip must have shape (B, *positions, C), as the model takes it; got "
             f"{jnp.shape(clip)}."
         )
-    clip = jnp.asarray(clip)
     apply, variables = functional(model, variables)
-    recorded: list[_RecordedCall] = []
+    leaves, structure = jax.tree.flatten((variables, jnp.asarray(clip), kwargs))
+    signature = (apply, isinstance(model, nn.Module), structure, tuple(map(shape_of, leaves)))
+    make_program = _program if is_hashable(signature) else _program.__wrapped__
+    program = make_program(*signature)
+    selected = _select(program.names, blocks, type(model).__name__)
+    operands = program.compute_operands(tuple(selected), leaves)
+    return {name: program.affinity_map(name, operands[name]) for name in selected}
 
-    def run(variables: Any, clip: Array) -> list[Any]:
-        recorded.clear()
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Program:
+    """What a network computes θ and φ with, and where its blocks are.
+
+    Attributes:
+        calls: The evaluations of Eq. 1 by name, in the order in which they run.
+        run: Computes the operands of the evaluations with the names in its first argument from the
+            arrays of a call of the network, which are numbered among its leaves.
+        geometries: The geometry of each block that has one.
+        obstacle: Why the others have none.
+    """
+
+    calls: dict[str, "_RecordedCall"]
+    run: Callable[[tuple[str, ...], dict[int, Array]], dict[str, Any]]
+    geometries: dict[str, Geometry | GeometryError]
+    obstacle: GeometryError
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all evaluations."""
+        return list(self.calls)
+
+    def compute_operands(self, names: tuple[str, ...], leaves: list[Any]) -> dict[str, Any]:
+        """Runs the network once."""
+        arrays = {i: leaf for i, leaf in enumerate(leaves) if shape_of(leaf) is not leaf}
+        try:
+            return self.run(names, arrays)
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(
+                "blocks must not be inside nnx.remat, nnx.scan or nnx.vmap; at least one of "
+                f"{', '.join(self.names)} is."
+            ) from error
+
+    def affinity_map(self, name: str, operands: Any) -> AffinityMap:
+        """Returns the affinity of one evaluation."""
+        return _affinity_map(
+            name, self.calls[name], operands, self.geometries.get(name, self.obstacle)
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+    apply: Callable[..., Any], is_linen: bool, structure: Any, leaves: tuple[Any, ...]
+) -> _Program:
+    """Traces a network for arguments of these shapes, once for all calls with equal ones."""
+    shapes, fill = split_arrays(jax.tree.unflatten(structure, leaves), {})
+
+    def evaluate(arrays: Mapping[int, Array]) -> tuple[list[_RecordedCall], list[Any]]:
+        recorded: list[tuple[_RecordedCall, Any]] = []
+        (variables, clip, kwargs), _ = fill(arrays)
         with fresh_trace(), tap(functools.partial(_record, recorded)):
             outputs = apply(variables, clip, mutable=["intermediates"], **kwargs)
-        sown = outputs[1].get("intermediates", {}) if isinstance(model, nn.Module) else None
-        return [call.operands(sown) for call in recorded]
+        sown = outputs[1].get("intermediates", {}) if is_linen else None
+        operands = [call.operands(traced, sown) for call, traced in recorded]
+        return [call for call, _ in recorded], operands
 
-    jax.eval_shape(run, variables, clip)
-    names = numbered(call.block for call in recorded)
-    selected = _select(names, blocks, type(model).__name__)
+    calls: list[_RecordedCall] = []
 
-    def selected_operands(variables: Any, clip: Array) -> dict[str, Any]:
-        operands = zip(names, run(variables, clip), strict=True)
-        return {name: arrays for name, arrays in operands if name in selected}
+    def record_calls(arrays: Mapping[int, Array]) -> list[Any]:
+        calls[:], operands = evaluate(arrays)
+        return operands
 
-    try:  # under jit, what the modules themselves sow (such as N×M maps) is never computed
-        operands = jax.jit(selected_operands)(variables, clip)
-    except jax.errors.UnexpectedTracerError as error:
-        raise ValueError(
-            "blocks must not be inside nnx.remat, nnx.scan or nnx.vmap; at least one of "
-            f"{', '.join(names)} is."
-        ) from error
-    found, missing = _trace_geometries(apply, variables, clip, kwargs)
-    return {
-        name: _affinity_map(name, call, operands[name], found.get(name, missing))
-        for name, call in zip(names, recorded, strict=True)
-        if name in selected
-    }
+    jax.eval_shape(record_calls, shapes)
+    names = numbered(call.block for call in calls)
+
+    # Under jit, what the modules themselves sow (such as N×M maps) is never computed.
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(selected: tuple[str, ...], arrays: dict[int, Array]) -> dict[str, Any]:
+        operands = dict(zip(names, evaluate(arrays)[1], strict=True))
+        return {name: operands[name] for name in selected}
+
+    (variables, clip, kwargs), _ = fill(shapes)
+    found, obstacle = _trace_geometries(apply, variables, clip, kwargs)
+    return _Program(dict(zip(names, calls, strict=True)), run, found, obstacle)
 
 
 def _select(names: list[str], blocks: Sequence[str] | str | None, model_name: str) -> list[str]:
-    """Returns the names that are requested, and checks that they exist."""
+    """Returns the names that are requested, in the order of `names`, and checks that they exist."""
     if not names:
         raise NoBlocksError(f"the model must have non-local blocks; {model_name} has none.")
     if blocks is None:
@@ -126,11 +183,11 @@ def _select(names: list[str], blocks: Sequence[str] | str | None, model_name: st
         raise ValueError(
             f"blocks must be among {', '.join(names)}; got {', '.join(map(repr, unknown))}."
         )
-    return selected
+    return [name for name in names if name in selected]
 
 
 def _trace_geometries(
-    apply: Any, variables: Any, clip: Array, kwargs: dict[str, Any]
+    apply: Any, variables: Any, clip: Any, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Geometry | GeometryError], GeometryError]:
     """Returns the geometries by name, and the error of blocks that have none."""
     try:
@@ -150,22 +207,21 @@ class _RecordedCall:
     path: tuple[str, ...]  # of the module
     instantiation: Instantiation
     layout: SumLayout | None
-    traced: Any  # θ, φ, the mask of the keys, w_f and the scale
 
-    def operands(self, sown: Any) -> Any:
+    def operands(self, traced: Any, sown: Any) -> Any:
         """Returns θ, φ, the mask of the keys, w_f and the scale.
 
         For a Linen model these are the sown arrays, which leave transformations such as
         `nn.remat` as outputs, whereas the traced arrays are valid only inside.
         """
         if sown is None:
-            return self.traced
+            return traced
         try:
             arrays = functools.reduce(operator.getitem, self.path, sown)[SOWN_NAME][self.index]
         except (LookupError, TypeError):
             arrays = None
         # nn.scan and nn.vmap stack what is sown along a new axis.
-        if arrays is None or arrays[0].shape != self.traced[0].shape:
+        if arrays is None or arrays[0].shape != traced[0].shape:
             raise ValueError(
                 f"blocks must not be inside nn.scan, nn.vmap or nnx.bridge.ToLinen; {self.block} "
                 "is."
@@ -173,18 +229,17 @@ class _RecordedCall:
         return arrays
 
 
-def _record(recorded: list[_RecordedCall], call: PairwiseCall) -> Array:
-    """Listener that appends a call to `recorded` and computes its response."""
+def _record(recorded: list[tuple[_RecordedCall, Any]], call: PairwiseCall) -> Array:
+    """Listener that appends a call and its operands to `recorded` and computes its response."""
     name = block_name(call.block or call.module)
     axis_name = call.axis_name or getattr(call.module, "axis_name", None)
     if axis_name is not None:
         raise ValueError(f"{name} must not be split over devices; got axis_name={axis_name!r}.")
     _check_layout(name, call)
-    index = sum(earlier.path == call.module.path for earlier in recorded)
+    index = sum(earlier.path == call.module.path for earlier, _ in recorded)
     arrays = (call.theta, call.phi, call.key_mask, call.w_f, call.scale)
-    recorded.append(
-        _RecordedCall(name, index, call.module.path, call.instantiation, call.layout, arrays)
-    )
+    evaluation = _RecordedCall(name, index, call.module.path, call.instantiation, call.layout)
+    recorded.append((evaluation, arrays))
     call.module.sow("intermediates", SOWN_NAME, arrays)
     # `fresh_trace` disables jit, which would unroll the loops of the streaming implementations.
     with jax.disable_jit(False):

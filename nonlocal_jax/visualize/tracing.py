@@ -6,7 +6,7 @@ then follows the traced program up to the marks. Any network has a geometry this
 combines positions by windows: convolutions, pooling and slices.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from nonlocal_jax.layers import PairwiseCall, VideoConv, tap
-from nonlocal_jax.layers.model_functions import fresh_trace, module_path
+from nonlocal_jax.layers.model_functions import (
+    fresh_trace,
+    module_path,
+    shape_of,
+    split_arrays,
+)
 from nonlocal_jax.types import Array
 from nonlocal_jax.visualize.geometry import Geometry, GeometryError
 from nonlocal_jax.visualize.receptive_fields import batch_fields, find_marked
@@ -35,8 +40,8 @@ def geometries(
         apply: `model.apply` of any Linen module, or the function that `functional` returns.
         variables: The variables, or their shapes.
         x: (B, *positions, C), an input or its shape. A single sample is traced: arrays in `kwargs`
-            of length B are cut to their first entry.
-        **kwargs: Further arguments of `apply`.
+            of length B are taken as of length 1.
+        **kwargs: Further arguments of `apply`: arrays or their shapes, and constants.
 
     >>> import jax
     >>> import nonlocal_jax as nl
@@ -47,25 +52,30 @@ def geometries(
     (16, 235)
     """
     batch, *size = x.shape[:-1]
-    sample_kwargs = jax.tree.map(
-        lambda leaf: leaf[:1] if jnp.ndim(leaf) and len(leaf) == batch else leaf, kwargs
-    )
-    if (
-        "rngs" in kwargs
-    ):  # a raw PRNG key is an array of two numbers, not one number for each sample
-        sample_kwargs["rngs"] = kwargs["rngs"]
+    shapes = jax.tree.map(shape_of, kwargs)
+    sample_shapes = jax.tree.map(lambda leaf: _shape_of_sample(leaf, batch), shapes)
+    if "rngs" in kwargs:  # a raw PRNG key is an array of two numbers, not one for each sample
+        sample_shapes["rngs"] = shapes["rngs"]
+    arrays, fill = split_arrays((), sample_shapes)
 
-    def run(variables: Any, x: Array) -> Any:
+    def run(variables: Any, arrays: Mapping[int, Array], x: Array) -> Any:
+        _, sample_kwargs = fill(arrays)
         with fresh_trace(), tap(_queries_as_response), nn.intercept_methods(_simplify):
             return apply(variables, x, **sample_kwargs)
 
     sample = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
-    jaxpr = jax.make_jaxpr(run)(variables, sample).jaxpr
+    jaxpr = jax.make_jaxpr(run)(variables, arrays, sample).jaxpr
     constants = [(None,) * len(variable.aval.shape) for variable in jaxpr.invars[:-1]]
     size = tuple(size)
     marked = find_marked(jaxpr, [*constants, batch_fields(size)], size, MARK)
     names = numbered(name for name, _ in marked)
     return {name: geometry for name, (_, geometry) in zip(names, marked, strict=True)}
+
+
+def _shape_of_sample(leaf: Any, batch: int) -> Any:
+    if not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.shape[:1] != (batch,):
+        return leaf
+    return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
 
 
 def block_name(module: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """Loading a file of trained weights into a network, with an account of every weight."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import numpy as np
 from nonlocal_jax import checks
 from nonlocal_jax.files import PathLike
 from nonlocal_jax.terminal import printable
-from nonlocal_jax.types import PRNGKeyArray
+from nonlocal_jax.types import Array, PRNGKeyArray
 from nonlocal_jax.weights.contradictions import warn_of_contradictions
 from nonlocal_jax.weights.entries import read_names, table_name
 from nonlocal_jax.weights.folding import fold_entries
@@ -19,6 +20,7 @@ from nonlocal_jax.weights.load_reports import LoadedWeight, LoadReport
 from nonlocal_jax.weights.matching import PARTS, Part, match_entry, missing_leaves
 from nonlocal_jax.weights.names import NamingTable, Weights, flatten, unflatten
 from nonlocal_jax.weights.readers import Checkpoint, checkpoint_files
+from nonlocal_jax.weights.readers.aligned import aligned_copy
 
 
 def load(
@@ -107,19 +109,59 @@ def load_with_report(
     path: PathLike, model: nn.Module, **options: Any
 ) -> tuple[dict[str, Any], LoadReport]:
     """Returns the results of `load` and of `load_report`, reading the file once."""
-    return load_checkpoint(checkpoint_files.read(path), model, **options)
+    checkpoint = checkpoint_files.read(path)
+    weights = _match(checkpoint, model, **options)
+    warn_of_contradictions(checkpoint, model)
+    checkpoint.arrays.clear()  # so that each array is freed as soon as it is converted
+    return weights.convert(), weights.report
 
 
 def load_checkpoint(
     checkpoint: Checkpoint, model: nn.Module, **options: Any
 ) -> tuple[dict[str, Any], LoadReport]:
     """Returns the results of `load` and of `load_report` for a file that was read before."""
-    variables, report = load_arrays(checkpoint, model, **options)
+    weights = _match(checkpoint, model, **options)
     warn_of_contradictions(checkpoint, model)
-    return variables, report
+    return weights.convert(), weights.report
 
 
 def load_arrays(
+    checkpoint: Checkpoint, model: nn.Module, **options: Any
+) -> tuple[dict[str, Any], LoadReport]:
+    """Does what `load_checkpoint` does, for a network of which only the arrays matter."""
+    weights = _match(checkpoint, model, **options)
+    return weights.convert(), weights.report
+
+
+@dataclasses.dataclass(frozen=True)
+class _MatchedWeights:
+    """Arrays for all leaves of a network.
+
+    Attributes:
+        leaves: Shape and dtype of each leaf by path.
+        arrays: The arrays by path, in the layout of the leaves.
+        report: The report of `load_report`.
+    """
+
+    leaves: Mapping[str, jax.ShapeDtypeStruct]
+    arrays: dict[str, Weights]
+    report: LoadReport
+
+    def convert(self) -> dict[str, Any]:
+        """Returns the variables, and lets go of each array as it is converted."""
+        leaves = self.leaves.items()
+        values = {path: _to_device(self.arrays.pop(path), leaf.dtype) for path, leaf in leaves}
+        return unflatten(values)
+
+
+def _to_device(array: Weights, dtype: Any) -> Array:
+    """Converts an array that nothing writes to any more, and puts it on JAX's default device."""
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        array = aligned_copy(array, dtype)
+    return jax.device_put(array)
+
+
+def _match(
     checkpoint: Checkpoint,
     model: nn.Module,
     *,
@@ -127,8 +169,8 @@ def load_arrays(
     inflate_flat: bool = False,
     example: jax.ShapeDtypeStruct | None = None,
     rng: PRNGKeyArray | None = None,
-) -> tuple[dict[str, Any], LoadReport]:
-    """Does what `load_checkpoint` does, for a network of which only the arrays matter."""
+) -> _MatchedWeights:
+    """Finds an array for each leaf of a network, without copying any if possible."""
     for part in initialise:
         checks.one_of("initialise", part, PARTS)
     example = example or getattr(model, "example", None)
@@ -162,9 +204,7 @@ def load_arrays(
         LoadedWeight("", leaf, (), initial[leaf].shape, "keeps its initial value")
         for leaf in missing
     ]
-    arrays = loaded | initial
-    values = {path: jnp.asarray(arrays[path], leaf.dtype) for path, leaf in leaves.items()}
-    return unflatten(values), LoadReport(table_name(table), tuple(rows))
+    return _MatchedWeights(leaves, loaded | initial, LoadReport(table_name(table), tuple(rows)))
 
 
 def _misfit(

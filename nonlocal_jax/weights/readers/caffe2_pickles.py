@@ -55,7 +55,9 @@ def read_caffe2(file: io.BufferedIOBase, size: int, max_bytes: int) -> Contents:
     nbytes = sum(array.nbytes for array in weights.values())
     check_size(nbytes, max_bytes, "its arrays")
     check_explained(nbytes, size, "its arrays")
-    return {name: array.array() for name, array in weights.items()}, ignored
+    # Momentum takes as much memory as the weights, and text as much as the array that it becomes.
+    del tree, blobs
+    return {name: weights.pop(name).array() for name in list(weights)}, ignored
 
 
 def _reason_to_ignore(name: str, value: Any) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 from nonlocal_jax.files import AnyPath
 from nonlocal_jax.remote_paths import RemotePath, orbax_can_use
 from nonlocal_jax.terminal import printable
+from nonlocal_jax.weights.readers.aligned import aligned_copy
 from nonlocal_jax.weights.readers.errors import FileFormatError, UnsafeFileError
 from nonlocal_jax.weights.readers.values import (
     FREE_BYTES,
@@ -33,6 +34,7 @@ FREE_CHUNKS, CHUNKS_PER_KIB = 10_000, 32
 ARRAY_TYPES = ("jax.Array", "np.ndarray")
 COLLECTIONS = (("params",), ("batch_stats",))  # of the variables of a network
 MAX_DEPTH = 3  # of the variables in a tree
+MAX_PENDING_BYTES = 4 << 20  # of arrays that are read at once
 MAX_ITEMS = 100  # entries of a folder that may be the folder of the arrays
 
 
@@ -133,7 +135,9 @@ def _read(folder: AnyPath, size: int | None, max_bytes: int) -> Contents:
         if entry.is_stored and (entry.type == "scalar" or _is_variable_array(entry, root))
     ]
     specs = [_spec(folder, entry, metadata) for entry in numbers]
-    context = tensorstore.Context()
+    context = tensorstore.Context(
+        {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
+    )
     opened = [tensorstore.open(spec, read=True, open=True, context=context) for spec in specs]
     stores = {entry.name: store.result() for entry, store in zip(numbers, opened, strict=True)}
     _check_arrays(stores, size, max_bytes)
@@ -146,8 +150,28 @@ def _read(folder: AnyPath, size: int | None, max_bytes: int) -> Contents:
         for entry in entries
         if entry.name not in names
     }
-    reads = {names[path]: stores[path].read() for path in names}
-    return {name: np.asarray(read.result()) for name, read in reads.items()}, ignored
+    return _read_arrays({names[path]: stores[path] for path in names}), ignored
+
+
+def _read_arrays(stores: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Reads arrays, several at once, because each takes more memory while it is decompressed."""
+    arrays: dict[str, np.ndarray] = {}
+    pending: dict[str, Any] = {}
+    pending_bytes = 0
+
+    def finish() -> None:
+        # Copied, because memory of TensorStore's threads is not used again by this one.
+        arrays.update({name: aligned_copy(read.result()) for name, read in pending.items()})
+        pending.clear()
+
+    for name, store in stores.items():
+        pending[name] = store.read()
+        pending_bytes += math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
+        if pending_bytes > MAX_PENDING_BYTES:
+            finish()
+            pending_bytes = 0
+    finish()
+    return arrays
 
 
 def _variables_root(entries: list[Entry]) -> tuple[str, ...] | None:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from nonlocal_jax.terminal import printable
 from nonlocal_jax.weights.readers.errors import FileFormatError
 from nonlocal_jax.weights.readers.values import Contents, check_size, ignored_reason
 
+MAX_MAPPED_BYTES = 32 << 20  # of tensors that are read from one mapping of the file
 MAX_HEADER_BYTES = 100 << 20  # as in the safetensors library
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
@@ -50,8 +53,17 @@ def read_safetensors(path: Path, head: bytes, size: int, max_bytes: int) -> Cont
                         f"{name!a:.80} is of {dtype}, which is not supported. "
                         "Convert it before saving."
                     )
-            arrays = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata()
+        arrays: dict[str, np.ndarray] = {}
+        while len(arrays) < len(names):
+            # The library maps the file into memory. What was read is unmapped by opening it again.
+            with safe_open(path, framework="np") as file:
+                mapped_bytes = 0
+                for name in names[len(arrays) :]:
+                    arrays[name] = file.get_tensor(name)
+                    mapped_bytes += arrays[name].nbytes
+                    if mapped_bytes > MAX_MAPPED_BYTES:
+                        break
     except FileFormatError:
         raise
     except (SafetensorError, ArithmeticError, LookupError, TypeError, ValueError) as error:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from nonlocal_jax.weights.readers.errors import FileFormatError
 from nonlocal_jax.weights.readers.pickles import ByteStream, explained_steps, read_pickle
 from nonlocal_jax.weights.readers.torch_objects import (
@@ -95,12 +97,23 @@ def read_torch(file: io.BufferedIOBase, size: int, max_bytes: int) -> tuple[Cont
     check_size(storage_bytes, max_bytes, "the storages of its tensors")
     check_explained(tensor_bytes, size, "its tensors")
     check_explained(storage_bytes, size, "the storages of its tensors")
-    contents = {key: saved.content(storage) for key, storage in storages.items()}
-    arrays = {
-        name: tensor.array(contents[tensor.storage.key], saved.byte_order)
-        for name, tensor in tensors.items()
-    }
-    return (arrays, ignored), _configuration(entries)
+    return (_read_arrays(saved, tensors), ignored), _configuration(entries)
+
+
+def _read_arrays(saved: TorchFile, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Reads the arrays of tensors, one storage after the other.
+
+    An array that is not a view of its storage is a copy, so the storage is not kept.
+    """
+    names: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(tensor.storage.key, []).append(name)
+    arrays = {}
+    for views in names.values():
+        content = saved.content(tensors[views[0]].storage)
+        for name in views:
+            arrays[name] = tensors[name].array(content, saved.byte_order)
+    return {name: arrays[name] for name in tensors}
 
 
 def _find_state_dict(entries: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
