@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -31,7 +30,7 @@ from rich.table import Table
 import nonlocal_jax as nl
 from experiments import charades, kinetics
 from experiments.shared import results
-from experiments.shared.building import build
+from experiments.shared.building import build, score_clips
 from experiments.shared.command_line import PlainConsole, choose, exit_on, parse
 from experiments.shared.recipes import clip_sampling
 from experiments.shared.video_training import initial
@@ -215,16 +214,17 @@ def load(config: Config, picture: AnyPath) -> tuple[Network, Views, tuple[str, .
 def predict(config: Config, loaded: Network, views: Views) -> np.ndarray:
     """Computes the score of each class, combined over the views."""
     multi_label = config.data == "charades"
-    activation = jax.nn.sigmoid if multi_label else jax.nn.softmax
 
-    @jax.jit
-    def apply(variables: Any, clips: Any) -> Any:
-        inputs = normalise(clips, loaded.colours)
-        return activation(loaded.model.apply(variables, inputs, train=False))
+    def apply(clips: np.ndarray) -> Any:
+        return score_clips(
+            loaded.model,
+            loaded.variables,
+            clips,
+            normalisation=loaded.colours,
+            multi_label=multi_label,
+        )
 
-    scores = evaluation.score_views(
-        lambda clips: apply(loaded.variables, clips), views, config.views_at_once
-    )
+    scores = evaluation.score_views(apply, views, config.views_at_once)
     return evaluation.combine(scores[:-1], "max" if multi_label else "mean")
 
 

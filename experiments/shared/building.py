@@ -80,6 +80,18 @@ def prepare(normalisation: Preset, batch: Batch, key: jax.Array | None) -> Batch
     return {**batch, "inputs": normalise(inputs, normalisation)}
 
 
+@functools.partial(jax.jit, static_argnames=("model", "normalisation", "multi_label"))
+def score_clips(
+    model: Any, variables: Any, clips: jax.Array, *, normalisation: Preset, multi_label: bool
+) -> jax.Array:
+    """Computes the scores (B, classes) of clips (B, T, H, W, 3) of uint8.
+
+    It is compiled once for equal networks and shapes.
+    """
+    logits = model.apply(variables, normalise(clips, normalisation), train=False)
+    return jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+
+
 def sigmoid_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Computes the binary cross-entropy of each example, averaged over classes."""
     return optax.sigmoid_binary_cross_entropy(logits, labels).mean(-1)

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.shared import results
-from experiments.shared.building import build
+from experiments.shared.building import build, score_clips
 from experiments.shared.command_line import command
 from experiments.shared.fingerprints import combination, test_settings
 from experiments.shared.recipes import Config, Recipe, clip_sampling
 from nonlocal_jax import evaluation, files, training
 from nonlocal_jax.data import DataError, VideoError, stand_in
 from nonlocal_jax.data.annotations import Annotations
-from nonlocal_jax.data.clips import TestingClips, cores, normalise, video_labels
+from nonlocal_jax.data.clips import TestingClips, cores, video_labels
 from nonlocal_jax.data.pipeline import read_ahead
 from nonlocal_jax.files import AnyPath
 from nonlocal_jax.training.stop import EXIT_CODE, StopSignals
@@ -143,15 +143,16 @@ def _make_apply(
 ) -> Callable[[np.ndarray], Any]:
     """Returns the function from clips to scores, compiled once and split over the local devices."""
     model = build(config, recipe, num_classes)
-    activation = jax.nn.sigmoid if recipe.multi_label else jax.nn.softmax
-
-    @jax.jit
-    def score(variables: Any, clips: Any) -> Any:
-        inputs = normalise(clips, config.normalisation)
-        return activation(model.apply(variables, inputs, train=False))
 
     def apply(clips: np.ndarray) -> Any:
-        return score(variables, training.put({"inputs": clips}, mesh)["inputs"])
+        inputs = training.put({"inputs": clips}, mesh)["inputs"]
+        return score_clips(
+            model,
+            variables,
+            inputs,
+            normalisation=config.normalisation,
+            multi_label=recipe.multi_label,
+        )
 
     return apply
 

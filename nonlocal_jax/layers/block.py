@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from nonlocal_jax import checks
 from nonlocal_jax.layers.convolution import dot_over_positions
+from nonlocal_jax.layers.initializers import Initializer
 from nonlocal_jax.layers.instantiations import (
     Concatenation,
     DotProduct,
     EmbeddedGaussian,
     Gaussian,
-    Initializer,
     NonLocalOperation,
     he_normal,
     zero_bias,

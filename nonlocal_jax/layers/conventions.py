@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 
 import flax.linen as nn
 
-from nonlocal_jax.layers.instantiations import Initializer, he_normal, zero_bias
+from nonlocal_jax.layers.initializers import Initializer
+from nonlocal_jax.layers.instantiations import he_normal, zero_bias
 from nonlocal_jax.layers.norm import BatchNorm
 from nonlocal_jax.types import Instantiation
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from nonlocal_jax import checks, ops
 from nonlocal_jax.layers.convolution import dot_over_positions
+from nonlocal_jax.layers.initializers import Initializer, variance_scaling
 from nonlocal_jax.layers.pooling import max_pool, pool_mask
 from nonlocal_jax.layers.response import Axes, SumLayout, nonlocal_response
 from nonlocal_jax.types import Affinity, Array, Embedded, Features, PositionMask, PRNGKeyArray
 
 PoolOrder = Literal["after", "before"]
-Initializer = Callable[..., Array]
-he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+he_normal = variance_scaling(2.0, "fan_in", "normal")
 
 
 def zero_bias(fan_in: int) -> Initializer:

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +23,7 @@ from nonlocal_jax.layers.conventions import (
     Layout,
     Pool,
 )
-from nonlocal_jax.layers.instantiations import Initializer
+from nonlocal_jax.layers.initializers import Initializer, normal, variance_scaling
 
 # For type checkers only: at run time the keys of `PRESETS` are what is allowed.
 Preset = Literal["paper", "caffe2", "slowfast", "non_local_pytorch", "mmcv"]
@@ -38,9 +37,9 @@ def _uniform_bias(fan_in: int) -> Initializer:
     )
 
 
-_normal_001 = nn.initializers.normal(0.01)
-_he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_pytorch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_normal_001 = normal(0.01)
+_he_normal_fan_out = variance_scaling(2.0, "fan_out", "normal")
+_pytorch_default = variance_scaling(1 / 3, "fan_in", "uniform")
 
 # Table 1 pads every pooling by half a window. Of the released networks, those of PySlowFast and
 # mmaction2 pad pool1 in space, and those of video-nonlocal-net pad none.

@@ -14,6 +14,7 @@ from nonlocal_jax import checks
 from nonlocal_jax.layers import VideoConv, strided_max_pool
 from nonlocal_jax.layers.block import nonlocal_block
 from nonlocal_jax.layers.conventions import Layout
+from nonlocal_jax.layers.initializers import normal
 from nonlocal_jax.layers.norm import Affine, BatchNorm, apply_norm
 from nonlocal_jax.layers.paired_columns import max_pool_of_paired
 from nonlocal_jax.layers.presets import PRESETS, Preset
@@ -202,7 +203,7 @@ class VideoResNet(nn.Module):
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = nn.Dense(
             self.num_classes,
-            kernel_init=nn.initializers.normal(0.01),
+            kernel_init=normal(0.01),
             param_dtype=self.param_dtype,
             dtype=jnp.float32,
             name="head",

@@ -18,6 +18,7 @@ from nonlocal_jax.layers.convolution.folding import (
     fold_after_halo,
 )
 from nonlocal_jax.layers.halo import add_halo, local_windows
+from nonlocal_jax.layers.initializers import variance_scaling
 from nonlocal_jax.layers.paired_columns import pair
 from nonlocal_jax.ops.platforms import by_platform
 from nonlocal_jax.types import Array, Video
@@ -49,7 +50,7 @@ class VideoConv(nn.Module):
     kernel_size: Triple = (1, 1, 1)
     strides: Triple = (1, 1, 1)
     groups: int = 1
-    kernel_init: Any = nn.initializers.he_normal(in_axis=(0, 1, 2, 3))
+    kernel_init: Any = variance_scaling(2.0, "fan_in", "truncated_normal")
     dtype: Any = None
     param_dtype: Any = jnp.float32
     axis_name: str | None = None

@@ -99,7 +99,7 @@ def cost(sizes: Sizes, platform: str) -> Forecast:
     table = 2 * settings.block // settings.leaf + 2
     lookup = settings.leaf + 1
     forward = 2 * batch * e * (table * m + lookup * n)
-    backward = 2 * batch * e * (table * (2 * m + n) + 2 * lookup * (n + m))
+    backward = 2 * batch * e * (table * (m + n) + 2 * lookup * (n + m))
     samples_at_once = 1 if settings.sequential else max(batch, 1)
     table_bytes = samples_at_once * e * sizes.item_bytes // 2
     temporary = (m * table_bytes, max(n, m) * table_bytes)
@@ -199,13 +199,18 @@ class _Lookup(NamedTuple):
         block: Block of the first leaf that is not kept whole.
         c_row: Row of that leaf's C in `_PrefixSums.sums`.
         f_row: Row of its F / n.
-        leaf_rows: For each row of that leaf: whether it is kept, its value and its index.
+        is_kept: Which rows of that leaf are kept, (queries, leaf − 1). The last row is kept only
+            with the whole leaf.
+        values: Their values.
+        rows: Their indices.
     """
 
     block: Array
     c_row: Array
     f_row: Array
-    leaf_rows: list[tuple[Array, Array, Array]]
+    is_kept: Array
+    values: Array
+    rows: Array
 
 
 def _forward(
@@ -218,7 +223,7 @@ def _forward(
     kept = jnp.minimum(count_below(-descending, a), real_keys)  # k_i
     order = _make_order(descending, keys, real_keys, settings)
     prefix_sums = _make_prefix_sums(order, g, n, settings)
-    return _weighted_sum(order, prefix_sums, g, a, kept, n), (order, kept, descending)
+    return _weighted_sum(order, prefix_sums, g, a, kept, n), (order, prefix_sums, kept, descending)
 
 
 def _backward(
@@ -228,6 +233,7 @@ def _backward(
     g: Array,
     n: Array,
     order: _Order,
+    g_sums: _PrefixSums,
     kept: Array,
     descending: Array,
     dy: Array,
@@ -249,7 +255,6 @@ def _backward(
     kept_by = count_below(excluded[queries], (b.size - larger_keys).astype(jnp.uint32))
     keeping_queries = jnp.sum(kept > 0, dtype=jnp.int32)
     query_order = _make_order(a[queries], queries, keeping_queries, settings)
-    g_sums = _make_prefix_sums(order, g, n, settings)
     dy_sums = _make_prefix_sums(query_order, dy, n, settings)
     return (
         _dots_with_sums(order, g_sums, g, kept, dy, settings) / n,
@@ -319,13 +324,10 @@ def _look_up(order: _Order, kept: Array) -> _Lookup:
     blocks, block, leaf_size = order.rows.shape
     leaf = kept // leaf_size
     c_row = leaf % block * (2 * blocks) + leaf // block
-    values = order.values.reshape(-1, leaf_size)
-    rows = order.rows.reshape(-1, leaf_size)
-    leaf_rows = []
-    for i in range(leaf_size - 1):  # the last row is kept only with the whole leaf
-        kept_here = i < kept % leaf_size
-        leaf_rows.append((kept_here, take(values[:, i], leaf), take(rows[:, i], leaf)))
-    return _Lookup(leaf // block, c_row, c_row + blocks, leaf_rows)
+    values = take(order.values.reshape(-1, leaf_size)[:, :-1], leaf)
+    rows = take(order.rows.reshape(-1, leaf_size)[:, :-1], leaf)
+    is_kept = lax.iota(jnp.int32, leaf_size - 1)[None] < (kept % leaf_size)[:, None]
+    return _Lookup(leaf // block, c_row, c_row + blocks, is_kept, values, rows)
 
 
 def _weighted_sum(
@@ -334,21 +336,25 @@ def _weighted_sum(
     """Computes 1/n times the sum of the first `kept` rows of x, weighted by offset + value."""
     lookup = _look_up(order, kept)
     offsets = jnp.where(kept > 0, offsets, 0)  # −∞ where nothing is kept, and −∞ · 0 is NaN
+    weights = jnp.where(lookup.is_kept, (offsets[:, None] + lookup.values) / n, 0)
     y = take(prefix_sums.sums, lookup.f_row)
     c_weights = (offsets + take(prefix_sums.r, lookup.block)) / n
     y += c_weights[:, None] * take(prefix_sums.sums, lookup.c_row)
-    for kept_here, value, row in lookup.leaf_rows:
-        y += jnp.where(kept_here, (offsets + value) / n, 0)[:, None] * take(x, row)
-    return y
+    return y + _sum_of_leaf(lookup, weights, x)
 
 
 def _plain_sum(order: _Order, prefix_sums: _PrefixSums, x: Array, kept: Array) -> Array:
     """Computes the sum of the first `kept` rows of x."""
     lookup = _look_up(order, kept)
     y = take(prefix_sums.sums, lookup.c_row)
-    for kept_here, _, row in lookup.leaf_rows:
-        y += kept_here.astype(x.dtype)[:, None] * take(x, row)
-    return y
+    return y + _sum_of_leaf(lookup, lookup.is_kept.astype(x.dtype), x)
+
+
+def _sum_of_leaf(lookup: _Lookup, weights: Array, x: Array) -> Array:
+    """Computes the weighted sum of the rows of each query's leaf."""
+    # Row by row: XLA on CPU would store the looked-up rows of a batched product.
+    columns = zip(weights.T, lookup.rows.T, strict=True)
+    return sum(weight[:, None] * take(x, row) for weight, row in columns)
 
 
 def _dots_with_sums(

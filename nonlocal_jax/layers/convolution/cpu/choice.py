@@ -29,10 +29,10 @@ from nonlocal_jax.layers.convolution.folding import (
 BLOCK = 64
 CACHE_BYTES = 4 << 20  # arrays up to this size are still in the cache when they are read again
 # A convolution in tiles takes one to two seconds longer to compile, with its gradients. Those of
-# ResNet-20 on 128 images, with 302 million multiply-adds each, make up for it in 100 training
-# steps; those of I3D R50 on one clip, with 925 million, in 30; those of the toy videos, with 75 and
-# 38 million, in 230 and 1300.
-MIN_TILED_MULTIPLY_ADDS = 1 << 28
+# I3D R50 on one clip, with 925 million multiply-adds each, make up for it in 50 training steps on 2
+# cores of an Intel Xeon and in 30 of an AMD EPYC; those of ResNet-20 on 128 images, with 302
+# million, in 150 and 100; those of the toy videos, with 75 and 38 million, in 230 and 1300.
+MIN_TILED_MULTIPLY_ADDS = 1 << 29
 
 
 def choose(
