@@ -34,5 +34,5 @@ def compiles_nothing_again(function):
     assert first, "the first call compiled nothing, so this cannot fail"
     with compilations() as second:
         result = function()
-    assert second == []
+    assert second == [], f"compiled again: {second}"
     return result

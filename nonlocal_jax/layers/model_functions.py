@@ -1,7 +1,7 @@
 """Linen and NNX models as functions of their variables, and where their blocks are."""
 
 import contextlib
-import functools
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ _trace_numbers = itertools.count()
 def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
     """Returns `model.apply` and the variables of a Linen module, or the same for an NNX module.
 
-    Equal hashable models have the same function, so that caches find what was traced before.
+    The functions of equal models are equal, so that caches find what was traced before.
 
     Raises:
         TypeError: A model that is neither, a Linen module without variables, or an NNX module with
@@ -31,7 +31,7 @@ def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
     if isinstance(model, nn.Module):
         if variables is None:
             raise TypeError("variables of a Linen module must be the result of `init`; got None.")
-        return _call_if_hashable(_linen_function, model), variables
+        return _Function(structural_key(model), model.apply), variables
     from flax import nnx  # imports optax
 
     if not isinstance(model, nnx.Module):
@@ -42,17 +42,6 @@ def functional(model: Any, variables: Any) -> tuple[Callable[..., Any], Any]:
             f"{type(variables).__name__}."
         )
     definition, state = nnx.split(model)
-    return _call_if_hashable(_nnx_function, definition), state
-
-
-@functools.lru_cache(maxsize=16)
-def _linen_function(model: nn.Module) -> Callable[..., Any]:
-    return model.apply
-
-
-@functools.lru_cache(maxsize=16)
-def _nnx_function(definition: Any) -> Callable[..., Any]:
-    from flax import nnx
 
     def apply(state: Any, x: Array, *, mutable: Any = False, **kwargs: Any) -> Any:
         merged = nnx.merge(definition, state)
@@ -64,12 +53,37 @@ def _nnx_function(definition: Any) -> Callable[..., Any]:
         y = merged(x, **kwargs)
         return (y, {}) if mutable else y
 
-    return apply
+    return _Function(structural_key(definition), apply), state
 
 
-def _call_if_hashable(cached: Any, argument: Any) -> Any:
-    """Calls a cached function, without its cache if the argument is not hashable."""
-    return (cached if is_hashable(argument) else cached.__wrapped__)(argument)
+@dataclasses.dataclass(frozen=True)
+class _Function:
+    """A function of variables, equal to those of equal models."""
+
+    key: Any
+    call: Callable[..., Any] = dataclasses.field(compare=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+def structural_key(value: Any) -> Any:
+    """Returns a key that is equal for equal modules, also if they hold lists or dicts.
+
+    It is hashable unless the module holds something else that is not, such as an array.
+
+    >>> dense = [structural_key(nn.Sequential([nn.Dense(size)])) for size in (3, 3, 4)]
+    >>> dense[0] == dense[1], dense[0] == dense[2]
+    (True, False)
+    """
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(structural_key, value))
+    if isinstance(value, Mapping):
+        return type(value), tuple((key, structural_key(item)) for key, item in value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.name != "parent"]
+        return type(value), tuple(structural_key(getattr(value, name, None)) for name in names)
+    return value
 
 
 def is_hashable(value: Any) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compilations import compilations
 
 import nonlocal_jax as nl
 from experiments import predict
@@ -40,6 +41,15 @@ def test_predict(options, tmp_path, capsys):
     assert (tmp_path / "looked.png").stat().st_size > 10_000
     assert f"test0003.mp4: {names[0]}" in (tmp_path / "looked.html").read_text()
     assert "6 views" in capsys.readouterr().out
+
+
+@pytest.mark.networks
+def test_a_second_prediction_compiles_nothing(options, tmp_path):
+    config = predict.Config(**options, picture=tmp_path / "looked.png")
+    best = predict.main(config)
+    with compilations() as names:
+        assert predict.main(config) == best
+    assert names == []
 
 
 @pytest.mark.networks

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from rich.console import Console
 from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score
@@ -262,6 +263,16 @@ def test_too_many_unreadable_videos(video_options, tmp_path):
     message = r"(?s)[12] of 18 videos cannot be read, more than 1\.0%:\n.*(damaged|sound)\.mp4"
     with pytest.raises(SystemExit, match=message):
         kinetics.main(kinetics.Config(output=tmp_path / "run", **options))
+
+
+@pytest.mark.networks
+def test_a_second_test_compiles_nothing(tmp_path, finished_run, video_options):
+    weights = finished_run[0] / "weights.safetensors"
+    options = {**video_options("kinetics"), "test_only": True, "init": weights}
+    for name in ("first", "second"):
+        with compilations() as names:
+            kinetics.main(kinetics.Config(output=tmp_path / name, **options))
+    assert names == []
 
 
 def test_a_test_fails_on_too_many_unreadable_videos(tmp_path, video_options, monkeypatch):

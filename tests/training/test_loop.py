@@ -11,6 +11,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from compilations import compilations
 from rich.console import Console
 from training.networks import Small, initial_variables, make_batches, make_trainer, observe
 
@@ -67,6 +68,20 @@ def whole(tmp_path_factory):
     """A run that nothing interrupts: its directory, result and output."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, *run_fit(folder)
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_second_run_and_a_resumed_one_compile_nothing(tmp_path):
+    """Evaluation, precise BN and checkpoints included."""
+    with compilations() as names:
+        run_fit(tmp_path / "second")
+    assert names == []
+    shorter = dataclasses.replace(OPTIONS, steps=6)
+    run_fit(tmp_path / "resumed", options=shorter)
+    with compilations() as names:
+        _, printed = run_fit(tmp_path / "resumed")
+    assert "resumed at step 6" in printed
+    assert names == []
 
 
 def test_what_a_run_leaves(whole):
