@@ -86,9 +86,19 @@ def by_platform(
             branches[lowering_name] = functools.partial(compute, choice)
     if not branches:
         return compute(default, *operands)
-    return jax.lax.platform_dependent(
-        *operands, default=functools.partial(compute, default), **branches
+    decide = functools.partial(
+        jax.lax.platform_dependent, default=functools.partial(compute, default), **branches
     )
+    return jax.checkpoint(decide, prevent_cse=False, policy=_keeps)(*operands)
+
+
+def _keeps(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Policy of `jax.checkpoint` by which a gradient keeps everything but the platform's index.
+
+    The index is a constant where it is lowered. A gradient that got it as an argument would be
+    compiled as a conditional, which XLA does not remove if it has put a collective into it.
+    """
+    return str(primitive) != "platform_index"
 
 
 def fail_if_lowered(message: str, shape: tuple[Any, ...], dtype: Any) -> Array:

@@ -5,11 +5,13 @@ import math
 import re
 
 import chex
+import compiled
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from variables import normal, random_variables
 
 from nonlocal_jax.layers import nonlocal_block
@@ -144,3 +146,22 @@ def test_forms_for_cpus_are_in_programs_for_cpus_only(name, batch, differentiate
             assert text.count("stablehlo.convolution") == convolutions
             assert "stablehlo.sort" not in text
             assert "stablehlo.while" not in text
+
+
+def test_gradients_on_several_devices_have_no_conditional():
+    """XLA keeps a conditional into which it has put a collective, and on CPU that may deadlock."""
+    model, shape = NETWORKS["cifar"]
+    mesh = Mesh(jax.devices()[:2], ("data",))
+    split, replicated = (
+        NamedSharding(mesh, PartitionSpec("data")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    images = jax.ShapeDtypeStruct((4, *shape), jnp.float32, sharding=split)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    step = jax.jit(functools.partial(gradient, model), out_shardings=replicated)
+    computations = compiled.program(step.lower(variables, images)).computations.values()
+    opcodes = {
+        instruction.opcode for computation in computations for instruction in computation.values()
+    }
+    assert "all-reduce" in opcodes
+    assert "conditional" not in opcodes
