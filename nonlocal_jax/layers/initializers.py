@@ -1,4 +1,4 @@
-"""Initialisers of kernels that compile faster than Flax's, with the same values."""
+"""Initializers of kernels that compile faster than Flax's, with the same values."""
 
 import math
 from collections.abc import Callable
@@ -23,10 +23,10 @@ def variance_scaling(
 ) -> Initializer:
     """Returns an initializer with the standard deviation √(scale / fan).
 
-    The values are those of `jax.nn.initializers.variance_scaling`. XLA compiles a generator of
-    random numbers for each shape, and reuses its code where shapes are equal. So numbers are drawn
-    in one of a few sizes, and cut to the number that is needed: those of I3D R50 compile in 40% of
-    the time.
+    The values are those of `jax.nn.initializers.variance_scaling` for the same fan. XLA compiles a
+    random number generator for each shape, and reuses its code for equal shapes. Numbers are
+    therefore drawn in one of a few sizes, and those that are not needed are dropped. The initial
+    values of I3D R50 compile in 40% of the time.
 
     Args:
         scale: Factor of the variance.
@@ -66,8 +66,13 @@ def normal(std: float) -> Initializer:
     return initialise
 
 
-def _draw(draw: Callable[..., Array], key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Draws numbers, of which each depends on the key and on its index only."""
+def _draw(
+    draw: Callable[..., Array], key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any
+) -> Array:
+    """Draws numbers, each of which depends only on the key and on its index.
+
+    That holds for JAX's default generator. With others, the values are not those of Flax.
+    """
     size = math.prod(shape)
     drawn = max(MIN_SIZE, 1 << max(size - 1, 0).bit_length())
     return draw(key, (drawn,), dtype)[:size].reshape(shape)

@@ -237,7 +237,8 @@ def affinity(
     theta, phi, key_mask = arguments.check_pairs("theta", theta, "phi", phi, key_mask)
     if instantiation == "concatenation":
         w_f = arguments.check_w_f(w_f, theta)
-    operands = Operands(instantiation, theta, phi, phi, key_mask, scale, w_f)
+    g = phi  # not used
+    operands = Operands(instantiation, theta, phi, g, key_mask, scale, w_f)
     return _affinity(*_split(operands), axis_name)
 
 
@@ -257,10 +258,7 @@ def _split(operands: Operands) -> tuple[dict[str, Array], Operands]:
 
 
 def _join(arrays: dict[str, Any], constants: Operands) -> Operands:
-    """Returns the operands with masked keys and values set to 0.
-
-    So not even a NaN in the padding has an effect.
-    """
+    """Inverts `_split`, and sets masked keys and values to 0, so that NaN there has no effect."""
     operands = constants._replace(**arrays)
     if operands.key_mask is None:
         return operands

@@ -58,6 +58,10 @@ def by_platform(
 ) -> T:
     """Calls `compute(choice, *operands)` with the choice for the platform that is lowered for.
 
+    Without `jax.jit`, JAX compiles the branches in each call, because they are new functions. So
+    callers are jitted functions. They are not inlined, because gradients without `jax.jit` would
+    again be those of new functions.
+
     Args:
         choose: Returns the choice for a platform in `PLATFORMS`. Platforms with equal choices share
             a branch; if all are equal, there is no branch at all.

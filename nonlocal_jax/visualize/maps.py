@@ -43,7 +43,8 @@ def affinities(
     """Returns the affinity of the non-local blocks of any network on a batch of clips.
 
     The network runs once. Rows of f / C are computed on request, so 10,000 × 10,000 pairs are never
-    stored. The first call compiles the network; later calls with arrays of the same shapes do not.
+    stored. The first call compiles the network. Later calls with an equal model and equal shapes do
+    not.
 
     Blocks are found if they evaluate Eq. 1 by `nl.layers.nonlocal_response`, as every block of this
     library does.

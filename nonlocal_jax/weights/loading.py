@@ -170,7 +170,7 @@ def _match(
     example: jax.ShapeDtypeStruct | None = None,
     rng: PRNGKeyArray | None = None,
 ) -> _MatchedWeights:
-    """Finds an array for each leaf of a network, without copying any if possible."""
+    """Finds an array for each leaf of a network, without copying it where possible."""
     for part in initialise:
         checks.one_of("initialise", part, PARTS)
     example = example or getattr(model, "example", None)

@@ -13,6 +13,7 @@ from training.networks import MIN_SHARDED_SIZE, initial_state, make_trainer
 
 from nonlocal_jax import training
 from nonlocal_jax.training import checkpoints as checkpoints_module
+from nonlocal_jax.training import digests as digests_module
 from nonlocal_jax.training.checkpoints import CheckpointError, Checkpoints, MismatchError
 from nonlocal_jax.training.digests import digests
 
@@ -114,6 +115,14 @@ def flip_bit(leaf, bit):
     raw = bytearray(leaf.tobytes())
     raw[bit // 8] ^= 1 << bit % 8
     return np.frombuffer(bytes(raw), leaf.dtype).reshape(leaf.shape)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.float16, np.int32, np.float32])
+@pytest.mark.parametrize("shape", [(), (3, 5), (70_001,), (0, 2)])
+def test_digests_on_the_host_are_those_on_devices(shape, dtype):
+    array = (100 * np.random.default_rng(0).normal(size=shape)).astype(dtype)
+    on_devices = digests_module._digest_on_devices(jnp.asarray(array))
+    assert digests([array]) == [digests_module._as_text(on_devices)]
 
 
 def test_the_digest_changes_with_every_bit():

@@ -204,6 +204,7 @@ def _convolve_jvp(
     return y, functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(y)
 
 
+# For callers without jit; see `by_platform`.
 _convolve_jitted = jax.jit(_convolve, static_argnums=2)
 
 

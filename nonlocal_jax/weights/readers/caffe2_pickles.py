@@ -55,7 +55,8 @@ def read_caffe2(file: io.BufferedIOBase, size: int, max_bytes: int) -> Contents:
     nbytes = sum(array.nbytes for array in weights.values())
     check_size(nbytes, max_bytes, "its arrays")
     check_explained(nbytes, size, "its arrays")
-    # Momentum takes as much memory as the weights, and text as much as the array that it becomes.
+    # Frees the momentum, which is as large as the weights. Below, each array takes the place of its
+    # source, which protocol 2 stores as text.
     del tree, blobs
     return {name: weights.pop(name).array() for name in list(weights)}, ignored
 

@@ -34,7 +34,7 @@ FREE_CHUNKS, CHUNKS_PER_KIB = 10_000, 32
 ARRAY_TYPES = ("jax.Array", "np.ndarray")
 COLLECTIONS = (("params",), ("batch_stats",))  # of the variables of a network
 MAX_DEPTH = 3  # of the variables in a tree
-MAX_PENDING_BYTES = 4 << 20  # of arrays that are read at once
+MAX_PENDING_BYTES = 16 << 20  # of arrays that are read at once
 MAX_ITEMS = 100  # entries of a folder that may be the folder of the arrays
 
 
@@ -135,6 +135,7 @@ def _read(folder: AnyPath, size: int | None, max_bytes: int) -> Contents:
         if entry.is_stored and (entry.type == "scalar" or _is_variable_array(entry, root))
     ]
     specs = [_spec(folder, entry, metadata) for entry in numbers]
+    # With fewer threads, TensorStore holds less memory beyond the arrays.
     context = tensorstore.Context(
         {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
     )
@@ -154,13 +155,13 @@ def _read(folder: AnyPath, size: int | None, max_bytes: int) -> Contents:
 
 
 def _read_arrays(stores: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Reads arrays, several at once, because each takes more memory while it is decompressed."""
+    """Reads a few arrays at a time, because each takes more memory while it is decompressed."""
     arrays: dict[str, np.ndarray] = {}
     pending: dict[str, Any] = {}
     pending_bytes = 0
 
     def finish() -> None:
-        # Copied, because memory of TensorStore's threads is not used again by this one.
+        # Copied, because this thread cannot reuse memory that TensorStore's threads have freed.
         arrays.update({name: aligned_copy(read.result()) for name, read in pending.items()})
         pending.clear()
 

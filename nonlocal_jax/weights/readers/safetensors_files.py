@@ -55,15 +55,15 @@ def read_safetensors(path: Path, head: bytes, size: int, max_bytes: int) -> Cont
                     )
             metadata = file.metadata()
         arrays: dict[str, np.ndarray] = {}
-        while len(arrays) < len(names):
-            # The library maps the file into memory. What was read is unmapped by opening it again.
+        remaining = list(reversed(names))
+        while remaining:
+            # The library maps the file into memory, and opening it again unmaps what was read.
             with safe_open(path, framework="np") as file:
                 mapped_bytes = 0
-                for name in names[len(arrays) :]:
+                while remaining and mapped_bytes <= MAX_MAPPED_BYTES:
+                    name = remaining.pop()
                     arrays[name] = file.get_tensor(name)
                     mapped_bytes += arrays[name].nbytes
-                    if mapped_bytes > MAX_MAPPED_BYTES:
-                        break
     except FileFormatError:
         raise
     except (SafetensorError, ArithmeticError, LookupError, TypeError, ValueError) as error:

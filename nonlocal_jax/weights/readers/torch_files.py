@@ -103,7 +103,7 @@ def read_torch(file: io.BufferedIOBase, size: int, max_bytes: int) -> tuple[Cont
 def _read_arrays(saved: TorchFile, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Reads the arrays of tensors, one storage after the other.
 
-    An array that is not a view of its storage is a copy, so the storage is not kept.
+    A storage is freed before the next one is read, unless an array is a view of it.
     """
     names: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
