@@ -14,6 +14,9 @@ Initializer = Callable[..., Array]
 MIN_SIZE = 1 << 14
 # Standard deviation of a normal distribution that is cut off at −2 and 2.
 TRUNCATED_STD = 0.87962566103423978
+# True while only the shapes of variables are wanted, so that zeros will do. JAX's caches of traces
+# depend on it.
+SHAPES_ONLY = jax.make_user_context(False)
 
 
 def variance_scaling(
@@ -73,6 +76,8 @@ def _draw(
 
     That holds for JAX's default generator. With others, the values are not those of Flax.
     """
+    if SHAPES_ONLY.value:
+        return jnp.zeros(shape, dtype)
     size = math.prod(shape)
     drawn = max(MIN_SIZE, 1 << max(size - 1, 0).bit_length())
     return draw(key, (drawn,), dtype)[:size].reshape(shape)

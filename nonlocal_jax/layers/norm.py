@@ -66,9 +66,7 @@ class BatchNorm(nn.BatchNorm):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        channels = (x.shape[-1] // (2 if self.paired else 1),)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        running_mean, running_var, gamma, beta = self.variables_for(x)
         if use_running_average:
             mean, var = running_mean.value, running_var.value
         else:
@@ -79,15 +77,31 @@ class BatchNorm(nn.BatchNorm):
                 running_mean.value = keep * running_mean.value + (1 - keep) * mean
                 running_var.value = keep * running_var.value + (1 - keep) * var
         scale = jax.lax.rsqrt(var + self.epsilon)
-        if self.use_scale:
-            gamma = self.param("scale", self.scale_init, channels, self.param_dtype)
+        if gamma is not None:
             scale = scale * gamma.astype(jnp.float32)
         shift = -mean * scale
-        if self.use_bias:
-            beta = self.param("bias", self.bias_init, channels, self.param_dtype)
+        if beta is not None:
             shift = shift + beta.astype(jnp.float32)
         y = widen(x) * self._broadcast(scale, x) + self._broadcast(shift, x)
-        return y.astype(self.dtype or jnp.result_type(x.dtype, self.param_dtype))
+        return y.astype(self.output_dtype(x))
+
+    @nn.nowrap
+    def variables_for(self, x: Features) -> tuple[Any, Any, Any, Any]:
+        """Declares the running mean and variance, γ and β inside `__call__`, and returns them."""
+        channels = (x.shape[-1] // (2 if self.paired else 1),)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        gamma = beta = None
+        if self.use_scale:
+            gamma = self.param("scale", self.scale_init, channels, self.param_dtype)
+        if self.use_bias:
+            beta = self.param("bias", self.bias_init, channels, self.param_dtype)
+        return mean, var, gamma, beta
+
+    @nn.nowrap
+    def output_dtype(self, x: Features) -> Any:
+        """Returns the dtype of the normalised x."""
+        return self.dtype or jnp.result_type(x.dtype, self.param_dtype)
 
     def _batch_statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
         """Mean and biased variance of each channel, over all devices of `axis_name`."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from nonlocal_jax import checks
 from nonlocal_jax.files import PathLike
+from nonlocal_jax.layers.variable_shapes import variable_shapes
 from nonlocal_jax.terminal import printable
 from nonlocal_jax.types import Array, PRNGKeyArray
 from nonlocal_jax.weights.contradictions import warn_of_contradictions
@@ -179,7 +180,7 @@ def _match(
             f"{type(model).__name__} has no example input; "
             "pass example=jax.ShapeDtypeStruct(shape, dtype)."
         )
-    leaves = flatten(jax.eval_shape(model.init, jax.random.key(0), example))
+    leaves = flatten(variable_shapes(model, example))
     table, entries, rows = read_names(checkpoint)
     entries = fold_entries(entries, leaves, NamingTable.epsilon if table is None else table.epsilon)
 

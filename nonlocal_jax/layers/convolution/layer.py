@@ -64,6 +64,15 @@ class VideoConv(nn.Module):
             (B, T / stride, H / stride, W / stride, features), rounded up; paired, half the columns
             and twice the features.
         """
+        kernel = self.kernel_for(x)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        # Parameters are initialised outside of `shard_map` and `pmap`, where the axis has no name.
+        axis_name = None if self.is_initializing() else self.axis_name
+        return video_conv(x, kernel, self.strides, self.groups, axis_name, paired=self.paired)
+
+    @nn.nowrap
+    def kernel_for(self, x: Video) -> Any:
+        """Declares the kernel inside `__call__`, and returns it."""
         if not all(size % 2 for size in self.kernel_size):
             raise ValueError(f"kernel_size must be odd along every axis; got {self.kernel_size}.")
         if self.has_variable("params", "kernel"):
@@ -76,11 +85,16 @@ class VideoConv(nn.Module):
                 f"{channels} and {self.features}; got {self.groups}."
             )
         shape = (*self.kernel_size, channels // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        # Parameters are initialised outside of `shard_map` and `pmap`, where the axis has no name.
-        axis_name = None if self.is_initializing() else self.axis_name
-        return video_conv(x, kernel, self.strides, self.groups, axis_name, paired=self.paired)
+        return self.param("kernel", self.kernel_init, shape, self.param_dtype)
+
+    @nn.nowrap
+    def output_shape(self, x: Video) -> tuple[int, ...]:
+        """Returns the shape of the convolution of x."""
+        strides = zip(x.shape[1:4], self.strides, strict=True)
+        frames, rows, columns = (-(-size // stride) for size, stride in strides)
+        if self.paired:
+            return x.shape[0], frames, rows, columns // 2, 2 * self.features
+        return x.shape[0], frames, rows, columns, self.features
 
 
 def video_conv(
