@@ -73,7 +73,7 @@ class Rows(NamedTuple):
         """The affinity is never stored: reading it costs more than computing it again."""
         return False
 
-    def tile_bytes(self, batch: int, n: int, m: int, item_bytes: int) -> int:
+    def tile_bytes(self, batch: int, n: int, m: int, channels: int, item_bytes: int) -> int:
         """Returns the bytes of the entries that are computed at once."""
         return batch * self.queries_at_once(n, m) * m * item_bytes
 

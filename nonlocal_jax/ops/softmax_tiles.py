@@ -22,17 +22,32 @@ Sums = tuple[Array, Array, Array]  # m, l and o of the queries of a tile
 Gradients = tuple[Array, Array, Array]  # θ̄ / scale, φ̄ / scale and ḡ, or those of a tile
 
 
+class Tiling(NamedTuple):
+    """How an affinity is computed: `samples` at once, in tiles of `rows` × `columns`."""
+
+    samples: int
+    rows: int
+    columns: int
+
+
 class Tiles(NamedTuple):
-    """Cuts the affinity into tiles of queries and keys.
+    """Cuts the affinity into tiles.
+
+    The rows of a tile are queries in the response, and keys in the gradient, whose products then
+    read the tile as it lies in memory. If a key and its value together have fewer than 128
+    channels, exponentials take most of the time. Tiles then have half as many rows and columns,
+    which fit the cache of a core.
 
     Attributes:
-        rows: Largest number of queries, and of keys, of a tile.
+        rows: Largest number of rows of a tile.
+        columns: Largest number of columns. Of tiles of a million entries, narrow ones are faster.
         numbers: Largest number of entries in the tiles of all samples that are computed at once.
         stored_bytes: Largest affinity that is stored for the gradient instead of recomputed.
     """
 
-    rows: int = 1024  # on 2 cores, 700 to 1,600 took the same time; 256 and 3,000 were slower
-    numbers: int = 1 << 20
+    rows: int = 2304
+    columns: int = 800
+    numbers: int = 1 << 18
     stored_bytes: int = 16 << 20
 
     def leaves_to_definition(self, n: int, m: int, channels: int) -> bool:
@@ -43,17 +58,18 @@ class Tiles(NamedTuple):
         """Whether the gradient stores the affinity; recomputing it costs about 10% more time."""
         return affinity_bytes <= self.stored_bytes
 
-    def tile_bytes(self, batch: int, n: int, m: int, item_bytes: int) -> int:
+    def tile_bytes(self, batch: int, n: int, m: int, channels: int, item_bytes: int) -> int:
         """Returns the bytes of the tiles that are computed at once."""
-        tiles = tiling(batch, n, m, self)
-        return tiles.samples * tiles.queries * tiles.keys * item_bytes
+        samples, rows, columns = tiling(batch, n, m, channels, self)
+        return samples * rows * columns * item_bytes
 
     def respond(
         self, theta: Array, phi: Array, g: Array, scale: Array, mask: Array | None, dtype: Any
     ) -> tuple[Array, Array]:
         """Returns the responses (B, N, e) and λ (B, N); both are 0 for a query without keys."""
         theta, phi, g = map(widen, (theta, phi, g))
-        tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], self)
+        (batch, n, d), (m, e) = theta.shape, g.shape[1:]
+        tiles = tiling(batch, n, m, d + e, self)
         function = partial(_respond_sample, scale=scale, tiles=tiles)
         y, lse = map_samples(function, tiles.samples, theta, phi, g, mask)
         return y.astype(dtype), lse
@@ -71,17 +87,10 @@ class Tiles(NamedTuple):
     ) -> Gradients:
         """Returns θ̄ / scale, φ̄ / scale and ḡ, given ȳ, the means Σ_j p_ij ȳ_i·g_j and λ."""
         theta, phi, g, dy = map(widen, (theta, phi, g, dy))
-        tiles = tiling(theta.shape[0], theta.shape[1], phi.shape[1], self)
+        (batch, n, d), (m, e) = theta.shape, g.shape[1:]
+        tiles = tiling(batch, m, n, d + e, self)
         function = partial(_differentiate_sample, scale=scale, tiles=tiles)
         return map_samples(function, tiles.samples, theta, phi, g, mask, dy, mean, lse)
-
-
-class Tiling(NamedTuple):
-    """How an affinity (B, N, M) is computed: `samples` at once, in tiles of `queries` × `keys`."""
-
-    samples: int
-    queries: int
-    keys: int
 
 
 def respond_and_store(
@@ -100,19 +109,27 @@ def differentiate_stored(
     return map_samples(_differentiate_stored, 1, theta, phi, g, dy, mean, f, total)
 
 
-def tiling(batch: Any, n: int, m: int, form: Tiles) -> Tiling:
+def tiling(batch: Any, n: int, m: int, channels: int, form: Tiles) -> Tiling:
     """Returns tiles of nearly equal size, so that little is padded.
 
-    >>> tiling(8, 12544, 3136, Tiles())
-    Tiling(samples=1, queries=896, keys=784)
+    Args:
+        batch: Number of samples.
+        n: Number of rows of the affinity.
+        m: Number of its columns.
+        channels: Channels of a key and a value together.
+        form: The limits.
+
+    >>> tiling(8, 12544, 3136, 512, Tiles()), tiling(8, 784, 196, 64, Tiles())
+    (Tiling(samples=1, rows=1792, columns=784), Tiling(samples=1, rows=784, columns=196))
     """
-    queries, keys = (_tile_size(size, form.rows) for size in (n, m))
+    shrink = 2 if channels < 128 else 1
+    rows, columns = _tile_size(n, form.rows // shrink), _tile_size(m, form.columns // shrink)
     if not isinstance(batch, int):  # a symbolic one, which `map_samples` does not loop over
-        return Tiling(1, queries, keys)
-    max_samples = max(form.numbers // (queries * keys), 1)
+        return Tiling(1, rows, columns)
+    max_samples = max(form.numbers // (rows * columns), 1)
     # An equal number of samples in each step, so that no step of the loop is a shorter one.
     divisors = [size for size in range(1, min(batch, max_samples) + 1) if batch % size == 0]
-    return Tiling(max(divisors, default=1), queries, keys)
+    return Tiling(max(divisors, default=1), rows, columns)
 
 
 def _tile_size(size: int, max_size: int) -> int:
@@ -134,18 +151,17 @@ def _respond_sample(
 ) -> tuple[Array, Array]:
     """Returns the response (N, e) and λ (N,) of one sample."""
     n = theta.shape[0]
-    theta = _pad_rows(theta, tiles.queries)
-    phi, g, mask = _pad_keys(phi, g, mask, tiles.keys)
+    theta = _pad_rows(scale * theta, tiles.rows)
+    phi, g, mask = _pad_keys(phi, g, mask, tiles.columns)
+    theta, phi = _mask_in_product(theta, phi, mask)
 
     def respond_tile(i: Index, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        queries = _rows(theta, i, tiles.queries)
+        queries = _rows(theta, i, tiles.rows)
 
         def add_keys(j: Index, sums: Sums) -> Sums:
             max_logit, total, weighted = sums
-            keys, values, real = _rows_of_all((phi, g, mask), j, tiles.keys)
-            logits = scale * queries @ keys.T
-            if real is not None:
-                logits = jnp.where(real[None], logits, -jnp.inf)
+            keys, values = _rows_of_all((phi, g), j, tiles.columns)
+            logits = queries @ keys.T
             new_max = jnp.maximum(max_logit, jnp.max(logits, axis=-1))
             f = jnp.exp(logits - _finite(new_max)[:, None])
             # The sums so far are relative to the old maximum; exp(−∞) = 0 before the first key.
@@ -153,18 +169,18 @@ def _respond_sample(
             weighted = weighted * rescale[:, None] + f @ values
             return new_max, total * rescale + jnp.sum(f, axis=-1), weighted
 
-        zeros = jnp.zeros(tiles.queries, theta.dtype)
-        sums = (zeros - jnp.inf, zeros, jnp.zeros((tiles.queries, g.shape[1]), g.dtype))
-        max_logit, total, weighted = _loop(phi.shape[0] // tiles.keys, add_keys, sums)
+        zeros = jnp.zeros(tiles.rows, theta.dtype)
+        sums = (zeros - jnp.inf, zeros, jnp.zeros((tiles.rows, g.shape[1]), g.dtype))
+        max_logit, total, weighted = _loop(phi.shape[0] // tiles.columns, add_keys, sums)
         total = jnp.where(total == 0, 1, total)  # a query without keys has the response 0 / 1
         y, lse = results
-        y = _set_rows(y, weighted / total[:, None], i * tiles.queries)
-        lse = _set_rows(lse, _finite(max_logit) + jnp.log(total), i * tiles.queries)
+        y = _set_rows(y, weighted / total[:, None], i * tiles.rows)
+        lse = _set_rows(lse, _finite(max_logit) + jnp.log(total), i * tiles.rows)
         return y, lse
 
     y = jnp.zeros((theta.shape[0], g.shape[1]), g.dtype)
     lse = jnp.zeros(theta.shape[0], theta.dtype)
-    y, lse = _loop(theta.shape[0] // tiles.queries, respond_tile, (y, lse))
+    y, lse = _loop(theta.shape[0] // tiles.rows, respond_tile, (y, lse))
     return y[:n], lse[:n]
 
 
@@ -181,38 +197,43 @@ def _differentiate_sample(
 ) -> Gradients:
     """Returns θ̄ / scale, φ̄ / scale and ḡ of one sample.
 
-    Tiles are (keys, queries): the products that add to φ̄ and ḡ then read them without a transpose.
+    Tiles are (keys, queries) and θ̄ is summed as (d, N), so that no product has a transposed tile as
+    its left factor. With few channels, XLA:CPU takes up to six times as long for those.
     """
     n, m = theta.shape[0], phi.shape[0]
-    theta, dy, lse, mean = (_pad_rows(x, tiles.queries) for x in (theta, dy, lse, mean))
-    phi, g, mask = _pad_keys(phi, g, mask, tiles.keys)
+    theta, dy, lse, mean = (_pad_rows(x, tiles.columns) for x in (theta, dy, lse, mean))
+    phi, g, mask = _pad_keys(phi, g, mask, tiles.rows)
+    phi_t = phi.T
 
     def differentiate_tile(j: Index, gradients: Gradients) -> Gradients:
         dtheta, dphi, dg = gradients
-        keys, values, real = _rows_of_all((phi, g, mask), j, tiles.keys)
+        keys, values, real = _rows_of_all((phi, g, mask), j, tiles.rows)
+        keys_t = lax.dynamic_slice_in_dim(phi_t, j * tiles.rows, tiles.rows, axis=1)
 
         def add_queries(i: Index, gradients: Gradients) -> Gradients:
             dtheta, dkeys, dvalues = gradients
             queries, dy_rows, lse_rows, mean_rows = _rows_of_all(
-                (theta, dy, lse, mean), i, tiles.queries
+                (theta, dy, lse, mean), i, tiles.columns
             )
             p = jnp.exp(scale * (keys @ queries.T) - lse_rows[None])
             if real is not None:
                 p = jnp.where(real[:, None], p, 0)
             s = p * (values @ dy_rows.T - mean_rows[None])
-            dqueries = _rows(dtheta, i, tiles.queries) + s.T @ keys
-            dtheta = _set_rows(dtheta, dqueries, i * tiles.queries)
+            start = i * tiles.columns
+            dqueries = lax.dynamic_slice_in_dim(dtheta, start, tiles.columns, axis=1)
+            dqueries += keys_t @ s
+            dtheta = lax.dynamic_update_slice_in_dim(dtheta, dqueries, start, axis=1)
             return dtheta, dkeys + s @ queries, dvalues + p @ dy_rows
 
         gradients = (dtheta, jnp.zeros_like(keys), jnp.zeros_like(values))
-        dtheta, dkeys, dvalues = _loop(theta.shape[0] // tiles.queries, add_queries, gradients)
-        dphi = _set_rows(dphi, dkeys, j * tiles.keys)
-        dg = _set_rows(dg, dvalues, j * tiles.keys)
+        dtheta, dkeys, dvalues = _loop(theta.shape[0] // tiles.columns, add_queries, gradients)
+        dphi = _set_rows(dphi, dkeys, j * tiles.rows)
+        dg = _set_rows(dg, dvalues, j * tiles.rows)
         return dtheta, dphi, dg
 
-    zeros = (jnp.zeros_like(theta), jnp.zeros_like(phi), jnp.zeros_like(g))
-    dtheta, dphi, dg = _loop(phi.shape[0] // tiles.keys, differentiate_tile, zeros)
-    return dtheta[:n], dphi[:m], dg[:m]
+    zeros = (jnp.zeros_like(theta.T), jnp.zeros_like(phi), jnp.zeros_like(g))
+    dtheta, dphi, dg = _loop(phi.shape[0] // tiles.rows, differentiate_tile, zeros)
+    return dtheta.T[:n], dphi[:m], dg[:m]
 
 
 def _respond_and_store(
@@ -222,13 +243,12 @@ def _respond_and_store(
 
     exp(logit − m) is (M, N), and its sums l are (N,).
     """
-    logits = phi @ (scale * theta).T
-    if mask is not None:
-        logits = jnp.where(mask[:, None], logits, -jnp.inf)
+    theta, phi = _mask_in_product(scale * theta, phi, mask)
+    logits = phi @ theta.T
     f = jnp.exp(logits - _finite(jnp.max(logits, axis=0, keepdims=True)))
     total = jnp.sum(f, axis=0)
     total = jnp.where(total == 0, 1, total)  # a query without keys has the response 0 / 1
-    return (f.T @ g) / total[:, None], f, total
+    return (g.T @ f).T / total[:, None], f, total
 
 
 def _differentiate_stored(
@@ -240,7 +260,7 @@ def _differentiate_stored(
     """
     dy = dy / total[:, None]
     s = f * (g @ dy.T - (mean / total)[None])
-    return s.T @ phi, s @ theta, f @ dy
+    return (phi.T @ s).T, s @ theta, f @ dy
 
 
 def _loop(steps: int, body: Callable[[Index, T], T], state: T) -> T:
@@ -272,6 +292,20 @@ def _pad_keys(
         mask = jnp.ones(phi.shape[0], bool)
     padded_mask = None if mask is None else _pad_rows(mask, multiple)
     return _pad_rows(phi, multiple), _pad_rows(g, multiple), padded_mask
+
+
+def _mask_in_product(theta: Array, phi: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Appends a column to θ and φ that adds −∞ to the logits of masked keys, and 0 to the others.
+
+    XLA:CPU would otherwise write the masked logits to memory and read them again.
+    """
+    if mask is None:
+        return theta, phi
+    real = mask[:, None]
+    phi = jnp.where(real, phi, 0)
+    bias = jnp.where(real, 0, -jnp.inf).astype(phi.dtype)
+    ones = jnp.ones_like(theta[:, :1])
+    return jnp.concatenate([theta, ones], axis=1), jnp.concatenate([phi, bias], axis=1)
 
 
 def _finite(max_logit: Array) -> Array:

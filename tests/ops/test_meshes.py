@@ -24,7 +24,7 @@ BATCH, N, M, D, E = 8, 96, 64, 16, 24
 VARIANTS = (
     row_of_platform(streaming.KERNEL, "tpu"),
     row_of_platform(sorted_keys.KERNEL, "gpu"),
-    streaming_row("streaming_in_tiles", Tiles(rows=32, numbers=1, stored_bytes=0)),
+    streaming_row("streaming_in_tiles", Tiles(rows=64, columns=32, numbers=1, stored_bytes=0)),
     streaming_row("streaming_in_rows", Rows(numbers=1, least=16)),
 )
 PATHS = (

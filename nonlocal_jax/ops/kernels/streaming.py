@@ -98,7 +98,7 @@ def cost(sizes: Sizes, platform: str) -> Forecast:
     stored = form.stores_affinity(pairs * item_bytes)
     products_of_keys = 3 if stored else 4
     flops = (2 * pairs * (d + e), 2 * pairs * (products_of_keys * d + 3 * e))
-    tile_bytes = form.tile_bytes(batch, n, m, item_bytes)
+    tile_bytes = form.tile_bytes(batch, n, m, d + e, item_bytes)
     rows_bytes = batch * (n * (d + e) + m * (d + e)) * item_bytes
     affinity_bytes = 2 * (pairs * item_bytes if stored else tile_bytes)
     temporary = (tile_bytes + batch * n * item_bytes, affinity_bytes + rows_bytes)

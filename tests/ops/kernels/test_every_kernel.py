@@ -26,7 +26,7 @@ BATCH, N, M, D, E = 3, 41, 29, 5, 34
 
 # Tiles, leaves and blocks so small that all loops run and everything is padded at a test's sizes.
 VARIANTS = (
-    streaming_row("streaming_small", Tiles(rows=16, numbers=1, stored_bytes=0)),
+    streaming_row("streaming_small", Tiles(rows=32, columns=16, numbers=1, stored_bytes=0)),
     streaming_row("streaming_recomputed", Tiles(stored_bytes=0)),
     streaming_row("streaming_small_rows", Rows(numbers=1, least=16)),
     streaming_row("streaming_small_sums", Rows(numbers=1, sums_by_product=True, least=16)),

@@ -16,8 +16,10 @@ from nonlocal_jax.ops.softmax_tiles import Tiles
 BATCH, N, M, D, E = 3, 41, 29, 11, 7  # keys wider than values, as in a Gaussian block
 AFFINITY_BYTES = BATCH * N * M * 4
 VARIANTS = (
-    streaming_row("storing", Tiles(rows=16, numbers=1, stored_bytes=AFFINITY_BYTES)),
-    streaming_row("recomputing", Tiles(rows=16, numbers=1, stored_bytes=AFFINITY_BYTES - 1)),
+    streaming_row("storing", Tiles(rows=32, columns=16, numbers=1, stored_bytes=AFFINITY_BYTES)),
+    streaming_row(
+        "recomputing", Tiles(rows=32, columns=16, numbers=1, stored_bytes=AFFINITY_BYTES - 1)
+    ),
     streaming_row("rows", Rows(numbers=1, least=16, alignment=16)),
     streaming_row("rows_of_8", Rows(numbers=1, least=8)),
     streaming_row("wider_gradients", Rows(numbers=1, least=8, gradient_least=24)),
