@@ -41,6 +41,7 @@ tpu: $(TPU_READY)  ## compile a few programs for TPUs, without one, and check wh
 	$(TPU)/bin/python -m benchmarks.tpu --small
 
 bench: $(PARITY_READY)  ## measure speed, memory and precision against the peers, in about an hour on 2 cores
+	$(PARITY)/bin/python -m benchmarks.first_minute
 	$(PARITY)/bin/python -m benchmarks.video
 	$(PARITY)/bin/python -m benchmarks.training
 	$(PARITY)/bin/python -m benchmarks

@@ -98,3 +98,32 @@ def _conv(features: int, taps: Triple, strides: Triple, name: str, dtype: Any) -
 def _max_pool(x: Any, pool: Pool) -> Any:
     padding = [(size, size) for size in pool.padding]
     return nn.max_pool(x, pool.window, pool.strides, padding)
+
+
+class PlainResNet20(nn.Module):
+    """CIFAR's ResNet-20 without non-local blocks.
+
+    Attributes:
+        num_classes: Number of classes.
+    """
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool = False) -> jax.Array:
+        """Computes logits of images (B, H, W, 3)."""
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        x = nn.relu(norm()(_conv3x3(16)(x)))
+        for features in (16, 32, 64):
+            for _ in range(3):
+                stride = features // x.shape[-1]
+                y = nn.relu(norm()(_conv3x3(features, stride)(x)))
+                y = norm()(_conv3x3(features)(y))
+                shortcut = x[:, ::stride, ::stride]
+                padding = [(0, 0)] * 3 + [(0, features - x.shape[-1])]
+                x = nn.relu(y + jnp.pad(shortcut, padding))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+def _conv3x3(features: int, stride: int = 1) -> nn.Conv:
+    return nn.Conv(features, (3, 3), stride, padding=1, use_bias=False)

@@ -86,12 +86,14 @@ def write(folder: Path, readme: Path, project: Path) -> None:
         picture = folder / ("growth.png" if path.stem == "cpu" else f"growth_{path.stem}.png")
         plot.draw(results, picture)
         parts.append(markdown(results, picture.relative_to(readme.parent).as_posix()))
-        training_results = folder / "training" / path.name
-        if training_results.exists():
-            parts.append(workload_report.training(json.loads(training_results.read_text())))
-        video_results = folder / "video" / path.name
-        if video_results.exists():
-            parts.append(workload_report.video(json.loads(video_results.read_text())))
+        for workload in (
+            workload_report.first_minute,
+            workload_report.training,
+            workload_report.video,
+        ):
+            workload_results = folder / workload.__name__ / path.name
+            if workload_results.exists():
+                parts.append(workload(json.loads(workload_results.read_text())))
     excerpts = {"benchmarks": excerpt(found[paths[0]])}
     if compiled := compiled_records.read_all(folder / "compiled"):
         parts.append(compiled_report.markdown(compiled))

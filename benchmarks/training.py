@@ -6,8 +6,7 @@
 ResNet-20 trains on random images of CIFAR's shape, in batches of 128, through the whole loop:
 pipeline, log, TensorBoard, progress bar, checkpoints. Every few steps the loop pauses and the
 competitors take their turn: the bare jitted step on a batch that is already on the device and, in
-every fourth round, the pipeline alone, torch in a separate process, the convolutions of the step,
-and for each of them a matrix product with as many multiplications. So all of them see the same
+every fourth round, the pipeline alone, and torch in a separate process. So all of them see the same
 machine. Numbers are medians over the rounds.
 """
 
@@ -30,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
@@ -42,7 +40,6 @@ from experiments.shared.results import read_log
 from nonlocal_jax import files, training
 from nonlocal_jax.data.images import Images
 from nonlocal_jax.data.pipeline import training_batches
-from nonlocal_jax.layers.convolution import video_conv
 
 STEPS = 6  # steps of each competitor in a round
 WARM = (
@@ -50,16 +47,6 @@ WARM = (
 )
 SAVE_EVERY = 12
 BATCHES = 400  # batches of the pipeline in a round, many more than it reads ahead
-# How many 3×3 convolutions ResNet-20 has, by (channels, features, input rows and columns, stride).
-CONVOLUTIONS = {
-    (3, 16, 32, 1): 1,
-    (16, 16, 32, 1): 6,
-    (16, 32, 32, 2): 1,
-    (32, 32, 16, 1): 5,
-    (32, 64, 16, 2): 1,
-    (64, 64, 8, 1): 5,
-}
-Timed = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 FOLDER = Path(__file__).parent / "results" / "training"
 
 
@@ -176,91 +163,26 @@ class Bare:
         return (time.perf_counter() - begun) / (steps - WARM)
 
 
-class Convolutions:
-    """The 3×3 convolutions of ResNet-20 alone: y, and the gradients of the kernel and of x.
-
-    The gradient of x is left out for the images. Each has a matrix product with as many
-    multiplications, whose input is prepared beforehand.
-    """
-
-    def __init__(self, batch_size: int) -> None:
-        self._pairs: list[tuple[Timed, Timed, int]] = []
-        for (channels, features, size, stride), count in CONVOLUTIONS.items():
-            convolve = functools.partial(video_conv, strides=(1, stride, stride))
-            x, kernel = (
-                jnp.ones((batch_size, 1, size, size, channels)),
-                jnp.ones((1, 3, 3, channels, features)),
-            )
-            y, pull = jax.vjp(convolve, x, kernel)
-            rows, taps = y.size // features, 9 * channels
-            # With a stride of 2, the positions of x meet 1, 2, 2 and 4 taps.
-            x_taps = 9 * features // stride**2
-            convolutions: Any = (
-                (convolve, x, kernel),
-                (lambda pull, y: pull(y)[1], pull, y),
-                (lambda pull, y: pull(y)[0], pull, y),
-            )
-            shapes = (
-                ((rows, taps), (taps, features)),
-                ((taps, rows), (rows, features)),
-                ((x.size // channels, x_taps), (x_taps, channels)),
-            )
-            for (function, *arguments), pair in list(zip(convolutions, shapes, strict=True))[
-                : 2 if channels == 3 else 3
-            ]:
-                product = jax.jit(jnp.matmul), tuple(map(jnp.ones, pair))
-                self._pairs.append(((jax.jit(function), tuple(arguments)), product, count))
-        self.seconds()
-
-    def seconds(self) -> dict[str, float]:
-        """Returns the seconds of all convolutions, of all products, and of the faster of the two
-        for each.
-        """
-        times = [
-            (_median(convolution), _median(product), count)
-            for convolution, product, count in self._pairs
-        ]
-        return {
-            "convolutions": sum(count * convolution for convolution, _, count in times),
-            "products": sum(count * product for _, product, count in times),
-            "lesser": sum(
-                count * min(convolution, product) for convolution, product, count in times
-            ),
-        }
-
-
-def _median(timed: Timed) -> float:
-    function, arguments = timed
-    times = []
-    for _ in range(WARM + 3):
-        begun = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[WARM:])
-
-
 def side_by_side(config: Config, folder: Path) -> dict[str, list[float]]:
     """Returns the seconds of one step, or batch, by competitor and round."""
     images = make_images()
     seconds: dict[str, list[float]] = collections.defaultdict(list)
     read = functools.partial(training_batches, images, config.batch_size, seed=0)
     bare, torch, pipeline = Bare(next(read(start=0))), Torch(config.batch_size), read(start=0)
-    convolutions = Convolutions(config.batch_size)
 
     def competitors() -> Iterator[Any]:
         """Takes the place of an evaluation, during which the loop waits and stops its clock."""
-        measures: list[Callable[[], dict[str, float]]] = [
-            lambda: {"bare": bare.seconds(STEPS)},
-            lambda: {"pipeline": _batches(pipeline, BATCHES) / BATCHES},
-            convolutions.seconds,
-            lambda: {"torch, contiguous": torch.seconds("contiguous", STEPS)},
-            lambda: {"torch, channels_last": torch.seconds("channels_last", STEPS)},
-        ]
+        measures: dict[str, Callable[[], float]] = {
+            "bare": lambda: bare.seconds(STEPS),
+            "pipeline": lambda: _batches(pipeline, BATCHES) / BATCHES,
+            "torch, contiguous": lambda: torch.seconds("contiguous", STEPS),
+            "torch, channels_last": lambda: torch.seconds("channels_last", STEPS),
+        }
         # Turns 1, 5, 9, ... measure everything; turns 5, 13, ... in reverse order.
         turn = len(seconds["bare"])
-        for measure in (measures if turn % 4 == 1 else measures[:1])[:: -1 if turn % 8 > 3 else 1]:
-            for name, value in measure().items():
-                seconds[name].append(value)
+        names = list(measures) if turn % 4 == 1 else ["bare"]
+        for name in names[:: -1 if turn % 8 > 3 else 1]:
+            seconds[name].append(measures[name]())
         batch = next(read(start=0))
         yield {**batch, "mask": np.ones(config.batch_size, bool)}
 

@@ -113,12 +113,13 @@ def _resident_peak(library: Library, run: Callable[[], Sequence[Any]]) -> int | 
         return None
     gc.collect()
     CLEAR_REFS.write_text("5")  # resets the high-water mark
-    resident = _status("VmRSS")
+    resident = status("VmRSS")
     outputs = run()
     library.wait(outputs)
-    return max(_status("VmHWM") - resident - sum(output.nbytes for output in outputs), 0)
+    return max(status("VmHWM") - resident - sum(output.nbytes for output in outputs), 0)
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """Returns a size that Linux reports about this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

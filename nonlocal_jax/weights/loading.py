@@ -21,7 +21,7 @@ from nonlocal_jax.weights.load_reports import LoadedWeight, LoadReport
 from nonlocal_jax.weights.matching import PARTS, Part, match_entry, missing_leaves
 from nonlocal_jax.weights.names import NamingTable, Weights, flatten, unflatten
 from nonlocal_jax.weights.readers import Checkpoint, checkpoint_files
-from nonlocal_jax.weights.readers.aligned import aligned_copy
+from nonlocal_jax.weights.readers.aligned import ALIGNMENT, aligned_copy
 
 
 def load(
@@ -157,7 +157,9 @@ class _MatchedWeights:
 
 def _to_device(array: Weights, dtype: Any) -> Array:
     """Converts an array that nothing writes to any more, and puts it on JAX's default device."""
-    if array.dtype != dtype or not array.flags.c_contiguous:
+    # JAX would copy what is not aligned in another thread, and keep it until that has run.
+    is_aligned = array.ctypes.data % ALIGNMENT == 0
+    if array.dtype != dtype or not (array.flags.c_contiguous and is_aligned):
         array = aligned_copy(array, dtype)
     return jax.device_put(array)
 
