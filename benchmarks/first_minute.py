@@ -82,39 +82,40 @@ def turns(names: Sequence[str], rounds: int) -> list[str]:
 
 
 def main(config: Config) -> None:
-    """Measures, writes the JSON, and prints it."""
+    """Measures, writes the JSON after each process, and prints it."""
     file = config.output / "cpu.json"
     found: dict[str, dict[str, float]] = {}
     if config.only and file.exists():
         found = json.loads(file.read_text())["measures"]
     names = [name for name in OURS if name in config.only or not config.only]
-    values: dict[str, dict[str, list[float]]] = collections.defaultdict(
-        lambda: collections.defaultdict(list)
-    )
+    values: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if any(name.startswith("load") for name in names):
             measure("files", folder)
         order = turns(names, config.rounds)
         for name in track(order, "measuring", console=Console(stderr=True)):
-            for key, value in measure(name, folder).items():
-                values[name][key].append(value)
-    for name, measured in values.items():
-        found[name] = {key: statistics.median(series) for key, series in measured.items()}
-    record: dict[str, Any] = {
-        "environment": {
-            "backend": "cpu",
-            "versions": installed_versions(("jax", "flax", "orbax-checkpoint", "torch")),
-            "cpu": cpu_model(),
-            "commit": git_commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.first_minute", *sys.argv[1:]]),
-        },
-        "measures": found,
-    }
-    config.output.mkdir(parents=True, exist_ok=True)
-    files.write_text(file, json.dumps(record, indent=1) + "\n")
+            values[name].append(measure(name, folder))
+            rounds = values[name]
+            found[name] = {
+                figure: statistics.median(one[figure] for one in rounds) for figure in rounds[0]
+            }
+            _write(file, found)
     print(json.dumps(found, indent=1))
+
+
+def _write(file: Path, measures: dict[str, dict[str, float]]) -> None:
+    environment = {
+        "backend": "cpu",
+        "versions": installed_versions(("jax", "flax", "orbax-checkpoint", "torch")),
+        "cpu": cpu_model(),
+        "commit": git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.first_minute", *sys.argv[1:]]),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = {"environment": environment, "measures": measures}
+    files.write_text(file, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

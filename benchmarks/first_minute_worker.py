@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pickle
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -336,6 +337,7 @@ def save(folder: Path) -> Measured:
     from nonlocal_jax.training.checkpoints import Checkpoints
 
     variables = _variables_of_r50()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of an earlier round
 
     def write() -> None:
         with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
