@@ -151,12 +151,12 @@ def _respond_sample(
 ) -> tuple[Array, Array]:
     """Returns the response (N, e) and λ (N,) of one sample."""
     n = theta.shape[0]
-    theta = _pad_rows(scale * theta, tiles.rows)
+    theta = _pad_rows(theta, tiles.rows)
     phi, g, mask = _pad_keys(phi, g, mask, tiles.columns)
-    theta, phi = _mask_in_product(theta, phi, mask)
+    phi = _with_bias(phi, mask)
 
     def respond_tile(i: Index, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        queries = _rows(theta, i, tiles.rows)
+        queries = _with_ones(scale * _rows(theta, i, tiles.rows), mask)
 
         def add_keys(j: Index, sums: Sums) -> Sums:
             max_logit, total, weighted = sums
@@ -203,12 +203,11 @@ def _differentiate_sample(
     n, m = theta.shape[0], phi.shape[0]
     theta, dy, lse, mean = (_pad_rows(x, tiles.columns) for x in (theta, dy, lse, mean))
     phi, g, mask = _pad_keys(phi, g, mask, tiles.rows)
-    phi_t = phi.T
 
     def differentiate_tile(j: Index, gradients: Gradients) -> Gradients:
         dtheta, dphi, dg = gradients
         keys, values, real = _rows_of_all((phi, g, mask), j, tiles.rows)
-        keys_t = lax.dynamic_slice_in_dim(phi_t, j * tiles.rows, tiles.rows, axis=1)
+        keys_t = keys.T
 
         def add_queries(i: Index, gradients: Gradients) -> Gradients:
             dtheta, dkeys, dvalues = gradients
@@ -243,8 +242,7 @@ def _respond_and_store(
 
     exp(logit − m) is (M, N), and its sums l are (N,).
     """
-    theta, phi = _mask_in_product(scale * theta, phi, mask)
-    logits = phi @ theta.T
+    logits = _with_bias(phi, mask) @ _with_ones(scale * theta, mask).T
     f = jnp.exp(logits - _finite(jnp.max(logits, axis=0, keepdims=True)))
     total = jnp.sum(f, axis=0)
     total = jnp.where(total == 0, 1, total)  # a query without keys has the response 0 / 1
@@ -294,18 +292,23 @@ def _pad_keys(
     return _pad_rows(phi, multiple), _pad_rows(g, multiple), padded_mask
 
 
-def _mask_in_product(theta: Array, phi: Array, mask: Array | None) -> tuple[Array, Array]:
-    """Appends a column to θ and φ that adds −∞ to the logits of masked keys, and 0 to the others.
+def _with_bias(phi: Array, mask: Array | None) -> Array:
+    """Appends a column to φ that adds −∞ to the logits of masked keys, and 0 to the others.
 
     XLA:CPU would otherwise write the masked logits to memory and read them again.
     """
     if mask is None:
-        return theta, phi
+        return phi
     real = mask[:, None]
-    phi = jnp.where(real, phi, 0)
     bias = jnp.where(real, 0, -jnp.inf).astype(phi.dtype)
-    ones = jnp.ones_like(theta[:, :1])
-    return jnp.concatenate([theta, ones], axis=1), jnp.concatenate([phi, bias], axis=1)
+    return jnp.concatenate([jnp.where(real, phi, 0), bias], axis=1)
+
+
+def _with_ones(theta: Array, mask: Array | None) -> Array:
+    """Appends the factor of the column of `_with_bias` to θ."""
+    if mask is None:
+        return theta
+    return jnp.concatenate([theta, jnp.ones_like(theta[:, :1])], axis=1)
 
 
 def _finite(max_logit: Array) -> Array:
