@@ -1,6 +1,6 @@
 """Measures what the first minute with the library costs: imports, compilations, files.
 
-    python -m benchmarks.first_minute    # results/first_minute/cpu.json, 15 minutes on one CPU core
+    python -m benchmarks.first_minute    # results/first_minute/cpu.json, 10 minutes on one CPU core
 
 Each measure is taken in fresh processes on one core, without a cache of compiled programs, and in
 turns with that of its peer: plain Flax, torch, or Orbax alone. Numbers are CPU seconds unless
@@ -11,13 +11,11 @@ import collections
 import dataclasses
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import tyro
@@ -25,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.first_minute_worker import MEASURES
-from benchmarks.machine import cpu_model, git_commit, installed_versions
+from benchmarks.machine import describe_run
 from nonlocal_jax import files
 
 FOLDER = Path(__file__).parent / "results" / "first_minute"
@@ -49,7 +47,9 @@ class Config:
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1; got {self.rounds}.")
         if unknown := set(self.only) - set(OURS):
-            raise ValueError(f"only must be of {', '.join(OURS)}; got {', '.join(unknown)}.")
+            raise ValueError(
+                f"only must be of {', '.join(OURS)}; got {', '.join(sorted(unknown))}."
+            )
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
@@ -104,14 +104,8 @@ def main(config: Config) -> None:
 
 
 def _write(file: Path, measures: dict[str, dict[str, float]]) -> None:
-    environment = {
-        "backend": "cpu",
-        "versions": installed_versions(("jax", "flax", "orbax-checkpoint", "torch")),
-        "cpu": cpu_model(),
-        "commit": git_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.first_minute", *sys.argv[1:]]),
-    }
+    packages = ("jax", "flax", "orbax-checkpoint", "torch")
+    environment = describe_run("first_minute", "cpu", packages)
     file.parent.mkdir(parents=True, exist_ok=True)
     record = {"environment": environment, "measures": measures}
     files.write_text(file, json.dumps(record, indent=1) + "\n")

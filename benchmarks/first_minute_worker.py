@@ -118,15 +118,12 @@ def _over_jitted(function: Callable[..., Any], *arguments: Any) -> float:
 
 def affinities(folder: Path) -> Measured:
     """One row of every map of I3D R50, for a clip of 64×64 pixels."""
-    import jax
     import jax.numpy as jnp
     import numpy as np
 
     import nonlocal_jax as nl
 
-    model = nl.models.video_resnet(50, "i3d_3x1x1", 5, clip="8x8")
-    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example)
-    variables = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), shapes)
+    model, variables = _r50()
     clip = jnp.ones((1, 8, 64, 64, 3))
 
     def draw() -> None:
@@ -336,7 +333,7 @@ def save(folder: Path) -> Measured:
     """The first checkpoint of a process, with the variables of I3D R50."""
     from nonlocal_jax.training.checkpoints import Checkpoints
 
-    variables = _variables_of_r50()
+    _, variables = _r50()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of an earlier round
 
     def write() -> None:
@@ -351,7 +348,7 @@ def restore(folder: Path) -> Measured:
     """The checkpoint of `save`, in another process."""
     from nonlocal_jax.training.checkpoints import Checkpoints
 
-    variables = _variables_of_r50()
+    _, variables = _r50()
 
     def read() -> Any:
         with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
@@ -366,7 +363,7 @@ def save_peer(folder: Path) -> Measured:
     """The same variables by Orbax alone, which keeps no digests."""
     import orbax.checkpoint
 
-    variables = _variables_of_r50()
+    _, variables = _r50()
 
     def write() -> None:
         checkpointer = orbax.checkpoint.StandardCheckpointer()
@@ -381,12 +378,14 @@ def restore_peer(folder: Path) -> Measured:
     import jax
     import orbax.checkpoint
 
-    shapes = jax.tree.map(orbax.checkpoint.utils.to_shape_dtype_struct, _variables_of_r50())
+    _, variables = _r50()
+    shapes = jax.tree.map(orbax.checkpoint.utils.to_shape_dtype_struct, variables)
     checkpointer = orbax.checkpoint.StandardCheckpointer()
     return {"seconds": cpu_seconds(lambda: checkpointer.restore(folder / "bare_orbax", shapes))}
 
 
-def _variables_of_r50() -> Any:
+def _r50() -> tuple[Any, Any]:
+    """Returns I3D R50 and its variables."""
     import jax
     import numpy as np
 
@@ -394,7 +393,10 @@ def _variables_of_r50() -> Any:
 
     model = nl.models.video_resnet(50, "i3d_3x1x1", 5, clip="8x8")
     shapes = jax.eval_shape(model.init, jax.random.key(0), model.example)
-    return jax.tree.map(lambda leaf: jax.device_put(np.full(leaf.shape, 0.01, leaf.dtype)), shapes)
+    variables = jax.tree.map(
+        lambda leaf: jax.device_put(np.full(leaf.shape, 0.01, leaf.dtype)), shapes
+    )
+    return model, variables
 
 
 def files(folder: Path) -> Measured:

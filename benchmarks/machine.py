@@ -4,7 +4,9 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +35,19 @@ def describe(
         "commit": git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
+    }
+
+
+def describe_run(module: str, backend: str, packages: Iterable[str]) -> dict[str, Any]:
+    """Returns the same about a run of another benchmark, whose module is the command."""
+    return {
+        "backend": backend,
+        "versions": installed_versions(packages),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "commit": git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
     }
 
 

@@ -61,6 +61,12 @@ The limits on two CPU cores: inference has 115 GFLOP in products as we run it, w
 temporaries on every call, page by page: with the large pages of
 `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` (Linux), a training step took 2.5 s instead of 2.8 s, in
 one process without pauses."""
+# Parts of the report by the folder of their results.
+WORKLOADS = {
+    "first_minute": workload_report.first_minute,
+    "training": workload_report.training,
+    "video": workload_report.video,
+}
 EXCERPT = (
     ("embedded_gaussian", 12544, 12544),
     ("dot_product", 12544, 12544),
@@ -88,14 +94,10 @@ def write(folder: Path, readme: Path, project: Path) -> None:
         picture = folder / ("growth.png" if path.stem == "cpu" else f"growth_{path.stem}.png")
         plot.draw(results, picture)
         parts.append(markdown(results, picture.relative_to(readme.parent).as_posix()))
-        for workload in (
-            workload_report.first_minute,
-            workload_report.training,
-            workload_report.video,
-        ):
-            workload_results = folder / workload.__name__ / path.name
-            if workload_results.exists():
-                parts.append(workload(json.loads(workload_results.read_text())))
+        for name, part in WORKLOADS.items():
+            workload = folder / name / path.name
+            if workload.exists():
+                parts.append(part(json.loads(workload.read_text())))
     excerpts = {"benchmarks": excerpt(found[paths[0]])}
     if compiled := compiled_records.read_all(folder / "compiled"):
         parts.append(compiled_report.markdown(compiled))

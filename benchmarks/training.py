@@ -13,18 +13,14 @@ machine. Numbers are medians over the rounds.
 import collections
 import dataclasses
 import functools
-import importlib.metadata
 import io
 import json
-import os
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +31,7 @@ import tyro
 from rich.console import Console
 
 import nonlocal_jax as nl
-from benchmarks.machine import cpu_model, git_commit
+from benchmarks.machine import describe_run
 from experiments.shared.results import read_log
 from nonlocal_jax import files, training
 from nonlocal_jax.data.images import Images
@@ -241,19 +237,7 @@ def main(config: Config) -> None:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     torch = min(value for name, value in median.items() if name.startswith("torch"))
     results = {
-        "environment": {
-            "backend": jax.default_backend(),
-            "versions": {
-                "jax": jax.__version__,
-                "torch": _version("torch"),
-                "grain": _version("grain"),
-            },
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "commit": git_commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.training", *sys.argv[1:]]),
-        },
+        "environment": describe_run("training", jax.default_backend(), ("jax", "torch", "grain")),
         "batch_size": config.batch_size,
         "seconds": median,
         "rounds": seconds,
@@ -278,10 +262,6 @@ def main(config: Config) -> None:
             indent=1,
         )
     )
-
-
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
 
 
 if __name__ == "__main__":

@@ -15,22 +15,19 @@ the rounds.
 
 import dataclasses
 import json
-import os
-import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
 
-from benchmarks.machine import cpu_model, git_commit, installed_versions
+from benchmarks.machine import describe_run
 from benchmarks.video_worker import BATCH, FRAMES, HEIGHT, RATE, WIDTH
 from nonlocal_jax import files
 from nonlocal_jax.data import stand_in
@@ -204,17 +201,9 @@ def main(config: Config) -> None:
                 "rounds": rounds,
             }
         peaks = memory(folder)
-    versions = installed_versions(("av", "grain", "opencv-python", "torchcodec"))
+    packages = ("av", "grain", "opencv-python", "torchcodec")
     record = {
-        "environment": {
-            "backend": "cpu",
-            "versions": versions,
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "commit": git_commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "-m", "benchmarks.video", *sys.argv[1:]]),
-        },
+        "environment": describe_run("video", "cpu", packages),
         "missing": missing,
         "encodings": results,
         "peak_megabytes": peaks,

@@ -1,4 +1,4 @@
-"""The parts of the report about training and video."""
+"""The parts of the report about the first minute, training and video."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ MEMORY = "Peak memory for reading the last clip of a video, beyond what the proc
 
 def training(results: dict[str, Any]) -> str:
     """Returns the part of the report about `benchmarks.training` on one backend."""
-    seconds, environment = results["seconds"], results["environment"]
+    seconds = results["seconds"]
     found = [
         Target(
             "the loop's step over the bare one",
@@ -62,12 +62,8 @@ def training(results: dict[str, Any]) -> str:
             unit="",
         ),
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    origin = (
-        f"ResNet-20, batches of {results['batch_size']} images of 32×32 pixels; "
-        f"{environment['cpu']}, {environment['cores']} cores; {versions}; "
-        f"commit {environment['commit']}; {environment['date']}, `{environment['command']}`."
-    )
+    subject = f"ResNet-20, batches of {results['batch_size']} images of 32×32 pixels"
+    origin = _origin(subject, results["environment"])
     aims = table(("", "measured", "aim", "met"), [target_cells(target) for target in found], 1)
     times = table(
         ("a step, or batch", "ms"),
@@ -79,7 +75,7 @@ def training(results: dict[str, Any]) -> str:
 
 def video(results: dict[str, Any]) -> str:
     """Returns the part of the report about `benchmarks.video`."""
-    environment, encodings = results["environment"], results["encodings"]
+    encodings = results["encodings"]
     found = []
     for encoding, measured in encodings.items():
         faster, alone = (
@@ -95,12 +91,8 @@ def video(results: dict[str, Any]) -> str:
             ),
             Target(f"{encoding}: time over the decoder's alone", alone, 1.15, is_minimum=False),
         ]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    origin = (
-        "32×2 frames of 224×224 from H.264 with a shorter side of 256, batches of 8; "
-        f"{environment['cpu']}, {environment['cores']} cores; {versions}; "
-        f"commit {environment['commit']}; {environment['date']}, `{environment['command']}`."
-    )
+    subject = "32×2 frames of 224×224 from H.264 with a shorter side of 256, batches of 8"
+    origin = _origin(subject, results["environment"])
     aims = table(("", "measured", "aim", "met"), [target_cells(target) for target in found], 1)
     names = list(next(iter(encodings.values()))["clips_per_second"])
     rows = [
@@ -130,7 +122,7 @@ def video(results: dict[str, Any]) -> str:
 
 def first_minute(results: dict[str, Any]) -> str:
     """Returns the part of the report about `benchmarks.first_minute`."""
-    environment, measures = results["environment"], results["measures"]
+    measures = results["measures"]
     rows = [
         _first_minute_row(measures, measure, figure, claim, bound, unit)
         for measure, figure, claim, bound, unit in FIRST_MINUTE_ROWS
@@ -138,13 +130,10 @@ def first_minute(results: dict[str, Any]) -> str:
     peers = measures.get("attention_peer", {})
     for case, seconds in measures.get("attention", {}).items():
         claim = f"embedded gaussian and gradients, {case}: torch's time over ours"
-        ratio = Target(claim, peers[case] / seconds, 0.8, is_minimum=True)
-        rows.append([*target_cells(ratio), f"{number(peers[case], 1e3)} ms"])
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    origin = (
-        f"{environment['cpu']}; {versions}; commit {environment['commit']}; "
-        f"{environment['date']}, `{environment['command']}`."
-    )
+        peer = peers.get(case)
+        ratio = Target(claim, peer and peer / seconds, 0.8, is_minimum=True)
+        rows.append([*target_cells(ratio), f"{number(peer, 1e3)} ms"])
+    origin = _origin("Medians over the rounds", results["environment"])
     return (
         "\n\n".join(
             [
@@ -155,6 +144,14 @@ def first_minute(results: dict[str, Any]) -> str:
             ]
         )
         + "\n"
+    )
+
+
+def _origin(subject: str, environment: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return (
+        f"{subject}; {environment['cpu']}, {environment['cores']} cores; {versions}; "
+        f"commit {environment['commit']}; {environment['date']}, `{environment['command']}`."
     )
 
 

@@ -17,8 +17,9 @@ Expected on CIFAR-10 without blocks, according to that paper: 91.25% with 20 lay
 99% of the 450 held-out digits.
 
 Hardware and time: on 2 idle CPU cores of a server the digits take a minute; on a slow or busy
-machine, several times as long. A step of ResNet-20 on CIFAR's 32×32 images takes 0.9 s on 2
-cores of an Intel Xeon and 64,000 steps take 16 hours: use an accelerator for CIFAR.
+machine, several times as long. A step of ResNet-20 on CIFAR's 32×32 images takes 0.7 s on 2
+cores of an Intel Xeon (benchmarks/README.md) and 64,000 steps take 12 hours: use an accelerator for
+CIFAR.
 """
 
 import dataclasses

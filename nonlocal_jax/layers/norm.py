@@ -87,7 +87,10 @@ class BatchNorm(nn.BatchNorm):
 
     @nn.nowrap
     def variables_for(self, x: Features) -> tuple[Any, Any, Any, Any]:
-        """Declares the running mean and variance, γ and β inside `__call__`, and returns them."""
+        """Returns the running mean and variance, γ and β, which `init` creates.
+
+        To be called inside `__call__`.
+        """
         channels = (x.shape[-1] // (2 if self.paired else 1),)
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)

@@ -34,7 +34,7 @@ def variable_shapes(model: nn.Module, example: jax.ShapeDtypeStruct) -> Any:
         with tap(_empty_response), nn.intercept_methods(_declare):
             return model.init(key, x)
 
-    with SHAPES_ONLY(True):  # so that no trace is kept for those who want the values
+    with SHAPES_ONLY(True):  # JAX must not reuse these traces for callers who want the values
         return jax.eval_shape(init, jax.random.key(0), example)
 
 
@@ -48,7 +48,7 @@ def _declare(
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    """Declares the variables of some layers. Subclasses of theirs may declare others, and run."""
+    """Declares the variables of a convolution or norm. Other modules, and subclasses, run."""
     module: Any = context.module
     if context.method_name != "__call__" or type(module) not in (VideoConv, BatchNorm):
         return call(*args, **kwargs)

@@ -34,14 +34,14 @@ class Tiles(NamedTuple):
     """Cuts the affinity into tiles.
 
     The rows of a tile are queries in the response, and keys in the gradient, whose products then
-    read the tile as it lies in memory. The fewer channels there are, the more of the time is that
-    of exponentials, which are faster in the cache of a core. If a key and its value together have
-    fewer than 256 channels, tiles have at most 512 columns; with fewer than 128, they have at most
-    256, and half of the rows.
+    read the tile as it lies in memory. With few channels, exponentials take most of the time, and
+    they are faster while the tile fits the cache of a core. If a key and its value together have
+    fewer than 256 channels, tiles therefore have at most 512 columns; with fewer than 128, they
+    have at most 256, and half as many rows.
 
     Attributes:
         rows: Largest number of rows of a tile.
-        columns: Largest number of columns. Of tiles of a million entries, narrow ones are faster.
+        columns: Largest number of columns. Long, narrow tiles are faster than square ones.
         numbers: Largest number of entries in the tiles of all samples that are computed at once.
         stored_bytes: Largest affinity that is stored for the gradient instead of recomputed.
     """

@@ -157,7 +157,7 @@ class _MatchedWeights:
 
 def _to_device(array: Weights, dtype: Any) -> Array:
     """Converts an array that nothing writes to any more, and puts it on JAX's default device."""
-    # JAX would copy what is not aligned in another thread, and keep it until that has run.
+    # JAX copies an unaligned array in another thread, and keeps it in memory until then.
     is_aligned = array.ctypes.data % ALIGNMENT == 0
     if array.dtype != dtype or not (array.flags.c_contiguous and is_aligned):
         array = aligned_copy(array, dtype)

@@ -72,7 +72,7 @@ class VideoConv(nn.Module):
 
     @nn.nowrap
     def kernel_for(self, x: Video) -> Any:
-        """Declares the kernel inside `__call__`, and returns it."""
+        """Returns the kernel, which `init` creates. To be called inside `__call__`."""
         if not all(size % 2 for size in self.kernel_size):
             raise ValueError(f"kernel_size must be odd along every axis; got {self.kernel_size}.")
         if self.has_variable("params", "kernel"):
