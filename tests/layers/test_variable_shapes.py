@@ -21,10 +21,12 @@ class Tower(nn.Module):
         x = VideoConv(8, (3, 3, 3), (1, 2, 2), paired=True, param_dtype=jnp.bfloat16)(x=x)
         x = BatchNorm(use_running_average=True, paired=True, use_scale=False)(x)
         x = VideoConv(6, groups=2, dtype=jnp.float16)(x)
-        x = BatchNorm(use_running_average=True, use_bias=False, param_dtype=jnp.float16)(x)
+        # The parameters have the shapes and the dtypes of the outputs.
+        x = self.param("convolved", lambda _: jnp.zeros_like(x))
+        x = BatchNorm(use_running_average=True, use_bias=False, dtype=jnp.float32)(x)
+        x = self.param("normalized", lambda _: jnp.zeros_like(x))
         x = nonlocal_block("concatenation", subsample=(1, 2, 2))(x)
-        # Its parameters have the shape and the dtype of its input.
-        return self.param("input", lambda key: jnp.zeros_like(x))
+        return self.param("responded", lambda _: jnp.zeros_like(x))
 
 
 @pytest.mark.parametrize(
