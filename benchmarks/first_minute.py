@@ -27,6 +27,7 @@ from benchmarks.machine import describe_run
 from nonlocal_jax import files
 
 FOLDER = Path(__file__).parent / "results" / "first_minute"
+PACKAGES = ("jax", "flax", "orbax-checkpoint", "torch")
 PEERS = {name: f"{name}_peer" for name in MEASURES if f"{name}_peer" in MEASURES}
 PEERS["load torch"] = "load_peer"
 OURS = [name for name in MEASURES if name != "files" and not name.endswith("_peer")]
@@ -84,8 +85,11 @@ def main(config: Config) -> None:
     """Measures, writes the JSON after each process, and prints it."""
     file = config.output / "cpu.json"
     found: dict[str, dict[str, float]] = {}
+    environment = describe_run("first_minute", "cpu", PACKAGES)
     if config.only and file.exists():
-        found = json.loads(file.read_text())["measures"]
+        earlier = json.loads(file.read_text())
+        found = earlier["measures"]
+        environment["command"] = f"{earlier['environment']['command']}; {environment['command']}"
     names = [name for name in OURS if name in config.only or not config.only]
     values: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
@@ -99,16 +103,10 @@ def main(config: Config) -> None:
             found[name] = {
                 figure: statistics.median(one[figure] for one in rounds) for figure in rounds[0]
             }
-            _write(file, found)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            record = {"environment": environment, "measures": found}
+            files.write_text(file, json.dumps(record, indent=1) + "\n")
     print(json.dumps(found, indent=1))
-
-
-def _write(file: Path, measures: dict[str, dict[str, float]]) -> None:
-    packages = ("jax", "flax", "orbax-checkpoint", "torch")
-    environment = describe_run("first_minute", "cpu", packages)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment, "measures": measures}
-    files.write_text(file, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
